@@ -1,0 +1,33 @@
+"""What a model expects of an image: the one contract that models state and the data side fulfils."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an RGB image in [0, 1] to what the first layer reads.
+
+    Attributes:
+        size: Pixels a side.
+        mean: Subtracted from each channel.
+        std: Each channel is divided by it.
+        interpolation: `bilinear` or `bicubic`, always antialiased.
+        resize: `squash` (both sides to `size`), `crop` (shorter side to `size / crop_fraction`, then the centre) or
+            `pad` (longer side to `size`, then black borders).
+        crop_fraction: Share of the resized shorter side that the centre crop keeps, in (0, 1].
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize: str = "crop"
+    crop_fraction: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, as a checkpoint's metadata holds them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}

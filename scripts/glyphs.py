@@ -1,0 +1,366 @@
+"""Pictures of characters for pretraining: fonts and drawn strokes, warped as handwriting is.
+
+A `Bank` holds every glyph once, upright and clean; `GlyphSampler` draws batches from it and varies them with a few
+batched tensor operations. Nothing here reads a data set of handwriting.
+"""
+
+import math
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
+GLYPH_SIZE = 56  # side of a stored glyph; the ink fills a box of INK_SIZE in its middle
+INK_SIZE = 40
+IMAGE_SIZE = 32  # side of a training image
+
+# Fonts that put other symbols at the codes of letters and digits, and fonts without outlines of their own.
+NOT_LATIN = ("cmsy", "cmex", "STIXSiz", "STIXNonUni", "D050000L", "StandardSymbols", "DejaVuSansDisplay", "LastResort")
+
+# How a hand writes the digits: strokes through points in a unit box, x to the right and y down. A point given twice is
+# a corner; between the others runs a smooth curve. Several ways of writing for each digit.
+STROKES: dict[str, list[list[list[tuple[float, float]]]]] = {
+    "0": [
+        [[(0.5, 0), (0.18, 0.2), (0.1, 0.55), (0.3, 0.95), (0.6, 0.97), (0.88, 0.6), (0.8, 0.2), (0.5, 0)]],
+        [[(0.7, 0.05), (0.35, 0.08), (0.12, 0.5), (0.35, 0.97), (0.8, 0.8), (0.85, 0.25), (0.45, 0.02)]],
+    ],
+    "1": [
+        [[(0.5, 0), (0.5, 1)]],
+        [[(0.65, 0), (0.35, 1)]],
+        [[(0.25, 0.25), (0.52, 0), (0.52, 0), (0.5, 1)]],
+        [[(0.25, 0.25), (0.52, 0), (0.52, 0), (0.5, 1)], [(0.2, 1), (0.82, 1)]],
+        [[(0.1, 0.4), (0.6, 0), (0.6, 0), (0.5, 1)]],
+    ],
+    "2": [
+        [[(0.12, 0.25), (0.35, 0.02), (0.75, 0.08), (0.82, 0.35), (0.5, 0.65), (0.1, 1), (0.1, 1), (0.9, 1)]],
+        [
+            [(0.15, 0.25), (0.4, 0), (0.8, 0.15), (0.72, 0.45), (0.4, 0.8)]
+            + [(0.15, 0.97), (0.08, 0.85), (0.25, 0.78), (0.55, 0.93), (0.92, 0.97)]
+        ],
+        [[(0.1, 0.12), (0.5, 0), (0.85, 0.2), (0.6, 0.6), (0.12, 0.93), (0.12, 0.93), (0.5, 0.9), (0.95, 1)]],
+    ],
+    "3": [
+        [
+            [(0.12, 0.12), (0.45, 0), (0.8, 0.15), (0.75, 0.38), (0.4, 0.48), (0.4, 0.48)]
+            + [(0.8, 0.6), (0.85, 0.82), (0.5, 1), (0.1, 0.9)]
+        ],
+        [
+            [(0.1, 0), (0.85, 0), (0.85, 0), (0.4, 0.4), (0.4, 0.4)]
+            + [(0.85, 0.58), (0.75, 0.92), (0.4, 1), (0.1, 0.9)]
+        ],
+        [[(0.15, 0.05), (0.7, 0.05), (0.7, 0.35), (0.35, 0.47), (0.8, 0.6), (0.75, 0.93), (0.1, 0.97)]],
+    ],
+    "4": [
+        [[(0.2, 0), (0.1, 0.55), (0.1, 0.55), (0.92, 0.55)], [(0.72, 0.1), (0.68, 1)]],
+        [[(0.65, 1), (0.65, 0), (0.65, 0), (0.05, 0.65), (0.05, 0.65), (0.95, 0.65)]],
+        [[(0.35, 0), (0.05, 0.6), (0.05, 0.6), (0.95, 0.58)], [(0.65, 0.3), (0.55, 1)]],
+        [[(0.15, 0.02), (0.12, 0.4), (0.4, 0.52), (0.8, 0.45)], [(0.85, 0), (0.78, 1)]],
+    ],
+    "5": [
+        [
+            [(0.85, 0), (0.2, 0), (0.2, 0), (0.15, 0.45), (0.15, 0.45)]
+            + [(0.5, 0.37), (0.88, 0.6), (0.75, 0.93), (0.4, 1), (0.08, 0.88)]
+        ],
+        [
+            [(0.22, 0.03), (0.15, 0.45), (0.15, 0.45), (0.55, 0.4), (0.85, 0.65), (0.65, 0.97), (0.08, 0.95)],
+            [(0.2, 0.02), (0.92, 0.0)],
+        ],
+        [[(0.88, 0.04), (0.3, 0.04), (0.2, 0.38), (0.62, 0.47), (0.85, 0.7), (0.6, 1), (0.1, 0.92)]],
+    ],
+    "6": [
+        [
+            [(0.72, 0), (0.3, 0.25), (0.1, 0.65), (0.3, 0.97), (0.7, 0.95)]
+            + [(0.88, 0.7), (0.62, 0.5), (0.3, 0.58), (0.12, 0.75)]
+        ],
+        [[(0.42, 0), (0.15, 0.5), (0.15, 0.85), (0.5, 1), (0.85, 0.8), (0.7, 0.55), (0.35, 0.6), (0.15, 0.8)]],
+    ],
+    "7": [
+        [[(0.1, 0.02), (0.9, 0), (0.9, 0), (0.4, 1)]],
+        [[(0.1, 0.12), (0.12, 0.02), (0.9, 0.03), (0.9, 0.03), (0.55, 0.45), (0.4, 1)]],
+        [[(0.1, 0.02), (0.9, 0), (0.9, 0), (0.4, 1)], [(0.22, 0.5), (0.85, 0.48)]],
+        [[(0.05, 0.1), (0.5, 0.0), (0.88, 0.08), (0.7, 0.45), (0.5, 1)], [(0.3, 0.52), (0.9, 0.45)]],
+    ],
+    "8": [
+        [
+            [(0.8, 0.12), (0.5, 0), (0.2, 0.15), (0.3, 0.4), (0.7, 0.58), (0.85, 0.8)]
+            + [(0.5, 1), (0.15, 0.82), (0.3, 0.58), (0.72, 0.38), (0.8, 0.12)]
+        ],
+        [
+            [(0.5, 0), (0.2, 0.12), (0.25, 0.4), (0.5, 0.48), (0.78, 0.35), (0.78, 0.1), (0.5, 0)],
+            [(0.5, 0.48), (0.12, 0.65), (0.2, 0.95), (0.55, 1), (0.88, 0.85), (0.8, 0.58), (0.5, 0.48)],
+        ],
+        [
+            [(0.85, 0.1), (0.45, 0), (0.2, 0.2), (0.5, 0.45), (0.8, 0.7), (0.55, 1), (0.2, 0.85)]
+            + [(0.45, 0.52), (0.85, 0.1)]
+        ],
+    ],
+    "9": [
+        [
+            [(0.82, 0.2), (0.5, 0), (0.15, 0.2), (0.3, 0.48), (0.7, 0.42), (0.85, 0.12), (0.85, 0.12)]
+            + [(0.8, 0.6), (0.7, 1)]
+        ],
+        [[(0.8, 0.1), (0.4, 0), (0.12, 0.25), (0.4, 0.48), (0.8, 0.2)], [(0.82, 0.02), (0.78, 1)]],
+        [
+            [(0.82, 0.2), (0.5, 0), (0.15, 0.2), (0.3, 0.5), (0.7, 0.42), (0.85, 0.15)]
+            + [(0.88, 0.5), (0.65, 0.95), (0.15, 0.95)]
+        ],
+    ],
+}
+
+
+@dataclass
+class Bank:
+    """Clean glyphs, one row each.
+
+    Attributes:
+        images: White ink on black. uint8 (count, GLYPH_SIZE, GLYPH_SIZE)
+        labels: Index into CHARACTERS. (count,)
+        weights: How often a row is drawn, relative to the other rows of its character. (count,)
+        sources: Names of the fonts used and the number of glyphs from each.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    sources: dict[str, int]
+
+
+def find_fonts(folders: list[Path]) -> list[Path]:
+    """Outline fonts below `folders`, without those in NOT_LATIN, in a stable order."""
+    found = {path for folder in folders for suffix in ("ttf", "otf", "ttc") for path in folder.rglob(f"*.{suffix}")}
+    return sorted(path for path in found if not path.name.startswith(NOT_LATIN))
+
+
+def fit_ink(picture: Image.Image) -> np.ndarray | None:
+    """Crop to the ink and scale it into the middle box; None where there is no ink. -> uint8 (GLYPH_SIZE,) * 2"""
+    box = picture.getbbox()
+    if box is None or max(box[2] - box[0], box[3] - box[1]) < 16:
+        return None
+    ink = picture.crop(box)
+    scale = INK_SIZE / max(ink.size)
+    width, height = (max(2, round(side * scale)) for side in ink.size)
+    canvas = Image.new("L", (GLYPH_SIZE, GLYPH_SIZE))
+    corner = ((GLYPH_SIZE - width) // 2, (GLYPH_SIZE - height) // 2)
+    canvas.paste(ink.resize((width, height), Image.Resampling.BOX), corner)
+    return np.asarray(canvas)
+
+
+def render_font(path: Path) -> dict[str, np.ndarray]:
+    """Glyphs of one font by character; what it lacks, leaves empty or draws like its box for missing ones is skipped."""
+    with TTFont(path, fontNumber=0, lazy=True) as face:
+        mapped = {chr(code) for code in face.getBestCmap() or {}}
+    font = ImageFont.truetype(str(path), 96)
+    glyphs: dict[str, np.ndarray] = {}
+    seen: set[bytes] = set()
+    missing = fit_ink(draw_text(font, "\uffff"))
+    if missing is not None:
+        seen.add(missing.tobytes())
+    for character in CHARACTERS:
+        glyph = fit_ink(draw_text(font, character)) if character in mapped else None
+        # A second character with the very same picture (small capitals, a box) would only teach a wrong name.
+        if glyph is not None and glyph.tobytes() not in seen:
+            seen.add(glyph.tobytes())
+            glyphs[character] = glyph
+    return glyphs
+
+
+def draw_text(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
+    """White text on a black canvas wide enough for any swash."""
+    canvas = Image.new("L", (320, 320))
+    ImageDraw.Draw(canvas).text((110, 80), text, fill=255, font=font)
+    return canvas
+
+
+def smooth_curve(points: np.ndarray, steps: int = 12) -> np.ndarray:
+    """Catmull-Rom spline through the points; a point given twice stays a corner. (n, 2) -> ((n - 1) * steps + 1, 2)
+
+    Source: Catmull and Rom, "A class of local interpolating splines", 1974; the uniform form with tension 1/2.
+    """
+    padded = np.concatenate([points[:1], points, points[-1:]])
+    t = np.linspace(0, 1, steps, endpoint=False)[:, None]
+    pieces = []
+    for p0, p1, p2, p3 in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
+        linear, square, cube = p2 - p0, 2 * p0 - 5 * p1 + 4 * p2 - p3, 3 * p1 - p0 - 3 * p2 + p3
+        pieces.append(p1 + 0.5 * (linear * t + square * t**2 + cube * t**3))
+    return np.concatenate([*pieces, points[-1:]])
+
+
+def draw_strokes(strokes: list[list[tuple[float, float]]], rng: np.random.Generator) -> np.ndarray | None:
+    """One digit as a hand might draw it: every point jittered, some slant, a pen of random width."""
+    side = 200
+    canvas = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(canvas)
+    radius = rng.uniform(3, 9)
+    jitter, slant, narrow = rng.uniform(0.02, 0.07), rng.normal(0, 0.12), rng.uniform(0.45, 0.95)
+    for stroke in strokes:
+        points = np.array(stroke)
+        moved = points + rng.normal(0, jitter, points.shape)
+        for i in range(1, len(points)):  # a corner stays one
+            if (points[i] == points[i - 1]).all():
+                moved[i] = moved[i - 1]
+        curve = smooth_curve(moved)
+        curve[:, 0] = (curve[:, 0] - 0.5 + slant * (0.5 - curve[:, 1])) * narrow + 0.5
+        curve = curve * 120 + 40
+        pen.line([tuple(point) for point in curve], fill=255, width=round(2 * radius))
+        for x, y in curve:  # round ends and joints
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    return fit_ink(canvas)
+
+
+def build_bank(fonts: list[Path], hand_fonts: list[Path], *, drawings: int, seed: int) -> Bank:
+    """Render everything once.
+
+    Args:
+        fonts: Printed fonts.
+        hand_fonts: Fonts that imitate handwriting. The three sources (these two and, for digits, the drawn strokes)
+            are drawn equally often, however many rows each has.
+        drawings: Number of drawn examples for each way of writing a digit.
+        seed: Seed of the drawn examples.
+    """
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[np.ndarray, int, int]] = []
+    sources: dict[str, int] = {}
+    for source, paths in enumerate((fonts, hand_fonts)):
+        for path in paths:
+            glyphs = render_font(path)
+            if glyphs:
+                sources[path.name] = len(glyphs)
+            rows += [(glyph, CHARACTERS.index(character), source) for character, glyph in glyphs.items()]
+    for digit, ways in STROKES.items():
+        drawn = [draw_strokes(strokes, rng) for strokes in ways for _ in range(drawings)]
+        rows += [(glyph, CHARACTERS.index(digit), 2) for glyph in drawn if glyph is not None]
+    labels = torch.tensor([label for _, label, _ in rows])
+    groups = labels * 3 + torch.tensor([source for _, _, source in rows])
+    weights = 1.0 / torch.bincount(groups)[groups]
+    return Bank(torch.from_numpy(np.stack([glyph for glyph, _, _ in rows])), labels, weights, sources)
+
+
+class GlyphSampler:
+    """Draws varied batches: `images, labels = sampler.batch(128)`.
+
+    Half of a batch are digits, half letters. Every glyph is thickened or thinned, sheared, rotated and warped, cropped
+    to its ink and stretched into a box; then a part of the batch goes through few pixels (see `through_bitmap`).
+    """
+
+    def __init__(self, bank: Bank, *, seed: int, digit_share: float = 0.5) -> None:
+        self.bank = bank
+        self.digit_share = digit_share
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = [torch.nonzero(bank.labels == label)[:, 0] for label in range(len(CHARACTERS))]
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1], white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)"""
+        is_digit = self.uniform(size) < self.digit_share
+        digits = torch.randint(0, 10, (size,), generator=self.generator)
+        letters = torch.randint(10, len(CHARACTERS), (size,), generator=self.generator)
+        labels = torch.where(is_digit, digits, letters)
+        picks = []
+        for label in labels.tolist():
+            rows = self.rows[label]
+            picks.append(rows[torch.multinomial(self.bank.weights[rows], 1, generator=self.generator)])
+        glyphs = self.bank.images[torch.cat(picks)][:, None].float() / 255
+        boxed = self.crop_to_box(self.warp(self.vary_thickness(glyphs)))
+        return self.degrade(boxed).clamp(0, 1), labels
+
+    def uniform(self, size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Independent uniform numbers. -> (size,)"""
+        return torch.rand(size, generator=self.generator) * (high - low) + low
+
+    def normal(self, size: int, std: float) -> Tensor:
+        """Independent normal numbers with mean 0. -> (size,)"""
+        return torch.randn(size, generator=self.generator) * std
+
+    def vary_thickness(self, glyphs: Tensor) -> Tensor:
+        """Grey-scale dilation by one or two pixels, erosion by one, or neither."""
+        thick = F.max_pool2d(glyphs, 3, 1, 1)
+        thicker = F.max_pool2d(thick, 3, 1, 1)
+        thin = -F.max_pool2d(-glyphs, 3, 1, 1)
+        # Erosion must not rub out a hairline: keep a little of the original.
+        choices = torch.stack([glyphs, thick, thicker, torch.maximum(thin, 0.55 * glyphs)])
+        kind = torch.multinomial(
+            torch.tensor([0.4, 0.25, 0.2, 0.15]), len(glyphs), replacement=True, generator=self.generator
+        )
+        return choices[kind, torch.arange(len(glyphs))]
+
+    def warp(self, glyphs: Tensor) -> Tensor:
+        """Rotation, shear and a smooth elastic warp from a 4 x 4 grid of random shifts."""
+        size = len(glyphs)
+        angle, shear = self.normal(size, 8 * math.pi / 180), self.normal(size, 0.18)
+        cos, sin = angle.cos(), angle.sin()
+        # Zooming out a little leaves room for what the warp pushes outwards.
+        matrix = torch.stack([cos, sin * 0 + shear * cos - sin, sin, shear * sin + cos], 1).view(size, 2, 2) * 1.25
+        grid = F.affine_grid(
+            torch.cat([matrix, torch.zeros(size, 2, 1)], 2), [size, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False
+        )
+        shifts = torch.randn(size, 2, 4, 4, generator=self.generator) * self.uniform(size, 0.02, 0.13)[:, None, None, None]
+        field = F.interpolate(shifts, (GLYPH_SIZE, GLYPH_SIZE), mode="bicubic", align_corners=True)
+        return F.grid_sample(glyphs, grid + field.permute(0, 2, 3, 1), align_corners=False)
+
+    def crop_to_box(self, glyphs: Tensor) -> Tensor:
+        """Crop to the ink, then stretch it into a box of the final image: full height, a width that varies.
+
+        Form readers normalise characters so: 32 rows high, about 20 columns wide, thin ones left thin (Garris et al.,
+        "NIST form-based handprint recognition system", NISTIR 5469, 1994).
+        """
+        size = len(glyphs)
+        left, right = ink_range(glyphs.amax(2)[:, 0])
+        top, bottom = ink_range(glyphs.amax(3)[:, 0])
+        aspect = (right - left) / (bottom - top)
+        stretch = torch.where(aspect > 0.35, self.uniform(size), self.uniform(size, 0, 0.15))
+        width = (aspect.clamp(max=1.1) * (1 - stretch) + 0.66 * stretch) * self.normal(size, 0.12).exp()
+        width = width.clamp(0.12, 0.98)
+        loose = self.uniform(size) < 0.3  # some of the batch does not fill the frame
+        height = torch.where(loose, self.uniform(size, 0.6, 1.0), self.uniform(size, 0.92, 1.02))
+        width = torch.where(loose, width * height, width)
+        shift_x = self.normal(size, 0.04) + torch.where(loose, self.normal(size, 0.08), torch.zeros(size))
+        shift_y = torch.where(loose, self.normal(size, 0.1), self.normal(size, 0.02))
+        # An output position u in [-1, 1] reads the input at centre + (u - shift) * half extent / fraction of the frame.
+        scale_x, scale_y = (right - left) / 2 / width, (bottom - top) / 2 / height
+        offset_x, offset_y = (left + right) / 2 - shift_x * scale_x, (top + bottom) / 2 - shift_y * scale_y
+        zero = torch.zeros(size)
+        matrix = torch.stack([scale_x, zero, offset_x, zero, scale_y, offset_y], 1).view(size, 2, 3)
+        grid = F.affine_grid(matrix, [size, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+        return F.grid_sample(glyphs, grid, align_corners=False)
+
+    def degrade(self, images: Tensor) -> Tensor:
+        """60 % as 4 x 4 block counts of a bitmap, 20 % through 9 to 20 pixels, 20 % at full size; gamma, noise."""
+        size = len(images)
+        kind = self.uniform(size)
+        counted = through_bitmap(images, self.uniform(size, 0.3, 0.65))
+        side = int(torch.randint(9, 21, (1,), generator=self.generator))
+        small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        blurred = F.interpolate(small, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        kind = kind[:, None, None, None]
+        out = torch.where(kind < 0.6, counted, torch.where(kind < 0.8, blurred, images))
+        gamma = self.normal(size, 0.15).exp()[:, None, None, None]
+        noise = torch.randn(out.shape, generator=self.generator) * self.uniform(size, 0, 0.04)[:, None, None, None]
+        return out.clamp(0, 1) ** gamma + noise
+
+
+def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last edge of the ink along one axis, in the [-1, 1] of `grid_sample`. (batch, n) -> 2 x (batch,)"""
+    has_ink = profile > 0.4 * profile.amax(1, keepdim=True)
+    n = profile.shape[1]
+    position = torch.arange(n)
+    first = torch.where(has_ink, position, n).amin(1).clamp(max=n - 4)
+    last = torch.where(has_ink, position, -1).amax(1) + 1
+    last = torch.maximum(last, first + 4)
+    return first * 2 / n - 1, last * 2 / n - 1
+
+
+def through_bitmap(images: Tensor, threshold: Tensor) -> Tensor:
+    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged again. (batch, 1, 32, 32) -> same
+
+    The published preparation of the "Optical Recognition of Handwritten Digits" set (Alpaydin and Kaynak, UCI, 1998).
+    """
+    bitmap = (images > threshold[:, None, None, None]).float()
+    counts = F.avg_pool2d(bitmap, 4) * 16
+    levels = (counts * (255 / 16)).floor() / 255  # as 8-bit grey
+    return F.interpolate(levels, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
