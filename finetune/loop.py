@@ -1,0 +1,301 @@
+"""The whole of a training step, an epoch and a run; nothing here knows of files, logs or data formats.
+
+Read this file and `layers.py`, and you have read a training step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from finetune.config import Interval, TrainConf
+from finetune.layers import LayeredModel
+from finetune.metrics import Sums, cross_entropy, top1, top5
+
+# Normalised images (batch, 3, size, size) and labels (batch,) on the device, and on the host the images' numbers
+# (batch,) in their split, by which a bad batch is named.
+Batch = tuple[Tensor, Tensor, Tensor]
+Row = dict[str, object]
+
+# On a GPU the host looks for a loss that is not finite this often (steps): a look waits for the device.
+CHECK_EVERY = 50
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient norm was NaN or infinite; the weights are those before that step.
+
+    Attributes:
+        step: The optimizer step, from 1, over the whole run.
+        ids: Numbers of the training images that the step would have learned from.
+    """
+
+    def __init__(self, epoch: int, step: int, ids: list[int]) -> None:
+        """Name the batch."""
+        super().__init__(f"the loss or the gradient norm was not finite in epoch {epoch}, step {step}")
+        self.epoch = epoch
+        self.step = step
+        self.ids = ids
+
+
+@dataclass
+class TrainState:
+    """All that changes while training, and so all that a checkpoint holds."""
+
+    model: LayeredModel
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    sums: Sums  # of the current epoch's training batches
+    not_finite: Tensor  # on the device: 1.0 from the first step that was not finite; masks every later update
+    first_bad_step: Tensor  # on the device: number of that step, 0 while there is none
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # micro-batches of the current epoch already learned from
+    step: int = 0  # optimizer steps taken since the start
+    skipped: int = 0  # steps that the fp16 scaler skipped
+    rates: dict[str, float] = field(default_factory=dict)  # what each group's rate was as the current epoch began
+    best_score: float = math.nan
+    best_epoch: int = 0
+    seconds: float = 0.0  # of training and validation, over all sessions of a resumed run
+    recent: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=CHECK_EVERY + 1))
+
+    @classmethod
+    def start(cls, model: LayeredModel, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler) -> TrainState:
+        """A run that has not begun, on the device of the model's parameters."""
+        device = next(model.parameters()).device
+        return cls(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            sums=Sums(device),
+            not_finite=torch.zeros((), device=device),
+            first_bad_step=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.sums.device
+
+    @property
+    def epochs_without_better(self) -> int:
+        """Epochs finished since the best one."""
+        return self.epoch - self.best_epoch
+
+
+def train_step(state: TrainState, window: list[Batch], conf: TrainConf, autocast: AbstractContextManager[object]) -> None:
+    """One optimizer step over a window of micro-batches.
+
+    Each image weighs the same: losses are summed and divided by the images of the window, so a short last micro-batch,
+    or a short last window, counts for what it holds.
+
+    Args:
+        state: Changed in place.
+        window: `train.accumulate` micro-batches, fewer at the end of an epoch.
+        conf: Clipping and label smoothing.
+        autocast: Context of the forward pass, reusable.
+    """
+    num_images = sum(len(labels) for _, labels, _ in window)
+    window_loss = torch.zeros((), device=state.device)
+    for images, labels, _ in window:
+        with autocast:
+            logits = state.model(images)
+        losses = cross_entropy(logits, labels, conf.label_smoothing)
+        loss = losses.sum() / num_images
+        state.scaler.scale(loss).backward()
+        window_loss += loss.detach()
+        state.sums.add(loss=losses, top1=top1(logits.detach(), labels))
+    _update(state, window_loss, conf.clip_grad)
+    state.step += 1
+    state.batch += len(window)
+    state.recent.append((state.step, torch.cat([ids for _, _, ids in window])))
+
+
+def _update(state: TrainState, loss: Tensor, clip_grad: float) -> None:
+    """Unscale, clip, and step, unless loss or gradients are not finite. No wait for the device but with fp16."""
+    optimizer, scaler = state.optimizer, state.scaler
+    scaler.unscale_(optimizer)
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(learning, clip_grad if clip_grad > 0 else math.inf)
+    if scaler.is_enabled():
+        # An infinite gradient is the scaler's own business (it skips the step and halves its scale); a loss is not.
+        _mark(state, torch.isfinite(loss))
+        raise_if_not_finite(state)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        state.skipped += scaler.get_scale() < scale
+    else:
+        _mark(state, torch.isfinite(loss) & torch.isfinite(norm))
+        # The fused kernel reads this flag on the device and leaves weights and moments alone where it is 1.
+        optimizer.found_inf = state.not_finite  # type: ignore[attr-defined]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _mark(state: TrainState, is_finite: Tensor) -> None:
+    """Remember the first step that was not finite, on the device; sticky, so that no later step learns from its ruins."""
+    is_first = ~is_finite & (state.not_finite == 0)
+    state.first_bad_step.copy_(torch.where(is_first, state.step + 1, state.first_bad_step))
+    state.not_finite.copy_(torch.where(is_finite, state.not_finite, torch.ones_like(state.not_finite)))
+
+
+def raise_if_not_finite(state: TrainState) -> None:
+    """Look at the sticky flag. Waits for the device.
+
+    Raises:
+        NotFiniteError: Names the step and its images.
+    """
+    bad_step = int(state.first_bad_step.item())
+    if bad_step:
+        ids = [i for step, batch_ids in state.recent if step == bad_step for i in batch_ids.tolist()]
+        raise NotFiniteError(state.epoch + 1, bad_step, ids)
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Group micro-batches by `size`; the last group may be shorter."""
+    iterator = iter(batches)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+def train_one_epoch(
+    state: TrainState,
+    batches: Iterable[Batch],
+    conf: TrainConf,
+    *,
+    interval: Interval,
+    autocast: AbstractContextManager[object],
+    on_step_end: Callable[[TrainState], bool],
+) -> bool:
+    """Learn from what is left of the current epoch; False where `on_step_end` asked to stop.
+
+    Args:
+        state: Changed in place.
+        batches: Micro-batches, from number `state.batch` on.
+        conf: The loop's settings.
+        interval: Whether the scheduler steps here, after each optimizer step.
+        autocast: Context of the forward pass, reusable.
+        on_step_end: Saving, signals, bars; its answer stops the run.
+
+    Raises:
+        NotFiniteError: The loss was NaN or infinite; no weight has changed since.
+    """
+    state.model.train()
+    if state.batch == 0:
+        state.sums = Sums(state.device)
+        state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    look_every = CHECK_EVERY if state.device.type == "cuda" else 1
+    for window in windows(batches, conf.accumulate):
+        train_step(state, window, conf, autocast)
+        if state.step % look_every == 0:
+            raise_if_not_finite(state)
+        if interval == Interval.step:
+            state.scheduler.step()
+        if on_step_end(state):
+            raise_if_not_finite(state)
+            return False
+    raise_if_not_finite(state)
+    return True
+
+
+@torch.inference_mode()
+def validate(model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+    """Exact means of loss, top1 and top5 over `batches`, in eval mode."""
+    model.eval()
+    sums = Sums(next(model.parameters()).device)
+    for images, labels, _ in batches:
+        with autocast:
+            logits = model(images)
+        sums.add(loss=cross_entropy(logits, labels), top1=top1(logits, labels), top5=top5(logits, labels))
+    return sums.means()
+
+
+def is_better(score: float, best: float, monitor: str) -> bool:
+    """Whether `score` beats `best` (NaN: none yet); a monitor that ends in `loss` is minimised. NaN never wins."""
+    if math.isnan(score):
+        return False
+    if math.isnan(best):
+        return True
+    return score < best if monitor.endswith("loss") else score > best
+
+
+def fit(
+    state: TrainState,
+    conf: TrainConf,
+    *,
+    train_batches: Callable[[int, int], Iterable[Batch]],
+    val_batches: Callable[[int], Iterable[Batch]],
+    interval: Interval,
+    autocast: AbstractContextManager[object],
+    on_step_end: Callable[[TrainState], bool],
+    on_epoch_end: Callable[[TrainState, Row], None],
+) -> bool:
+    """Train, validate, `scheduler.step()`, epoch by epoch, from wherever `state` stands.
+
+    Args:
+        state: Changed in place.
+        conf: The loop's settings.
+        train_batches: From epoch (0 is the first) and micro-batches to leave out, to the epoch's batches.
+        val_batches: From epoch to the validation batches.
+        interval: The scheduler's unit.
+        autocast: Context of the forward pass, reusable.
+        on_step_end: Called after each optimizer step; True stops the run there.
+        on_epoch_end: Called with the epoch's row of the history, after the scheduler has stepped.
+
+    Returns:
+        False where `on_step_end` stopped the run, else True.
+
+    Raises:
+        NotFiniteError: See `train_one_epoch`.
+        ValueError: `train.monitor` is no metric of this validation.
+    """
+    while state.epoch < conf.epochs and not _is_patience_over(state, conf):
+        began = time.perf_counter()
+        images_before = state.sums.count if state.batch else 0
+        batches = train_batches(state.epoch, state.batch)
+        finished = train_one_epoch(
+            state, batches, conf, interval=interval, autocast=autocast, on_step_end=on_step_end
+        )
+        trained_s = time.perf_counter() - began
+        if not finished:
+            state.seconds += trained_s
+            return False
+        row: Row = {"epoch": state.epoch + 1}
+        row |= {f"train/{name}": value for name, value in state.sums.means().items()}
+        row |= {f"val/{name}": v for name, v in validate(state.model, val_batches(state.epoch), autocast).items()}
+        row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
+        if interval == Interval.epoch:
+            state.scheduler.step()
+        state.epoch += 1
+        state.batch = 0
+        _keep_best(state, row, conf.monitor)
+        row["seconds"] = time.perf_counter() - began
+        state.seconds += time.perf_counter() - began
+        on_epoch_end(state, row)
+    return True
+
+
+def _keep_best(state: TrainState, row: Row, monitor: str) -> None:
+    """Note whether the epoch just finished is the best so far."""
+    score = row.get(monitor)
+    if not isinstance(score, float):
+        names = ", ".join(name for name in row if name.startswith("val/"))
+        raise ValueError(f"train.monitor={monitor}: validation gives {names}")
+    if is_better(score, state.best_score, monitor):
+        state.best_score, state.best_epoch = score, state.epoch
+
+
+def _is_patience_over(state: TrainState, conf: TrainConf) -> bool:
+    """Early stopping: `train.patience` epochs in a row were no better than the best one."""
+    return conf.patience > 0 and state.epoch > 0 and state.epochs_without_better >= conf.patience
