@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -207,6 +207,22 @@ class Conf:
 
 C = TypeVar("C", bound=Choice)
 
+# What validation measures, and so what `train.monitor` can name.
+MONITORS = ("val/top1", "val/top5", "val/loss")
+
+
+def as_dict(conf: object) -> dict[str, Any]:
+    """A configuration in plain types, as `config.yaml` in the run directory holds it: enums as words, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value.value if isinstance(value, Enum) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(conf).items()}  # type: ignore[call-overload]
+
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
@@ -253,35 +269,45 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
     return f"{key}={value}: must be {ranges} ({metadata['help']})"
 
 
-def validate(conf: Conf) -> list[str]:
+def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
     """Every problem that the configuration alone can show, one line each; an empty list where there is none.
 
     What only the model or the files can tell (`fix_layer` beyond the depth, a missing folder) is found later.
+
+    Args:
+        conf: The whole configuration.
+        unread: Groups (`data`, `sched`, ...) of which some value could not be read: rules that weigh their settings
+            against each other are left out, so that one mistake is not reported twice.
     """
     problems = [p for key, value, item in settings(conf) if (p := _range_problem(key, value, item.metadata))]
-    problems += _device_problems(conf) + _data_problems(conf) + _schedule_problems(conf)
+    problems += _word_problems(conf)
+    rules = [(("data",), _source_problems), (("augment",), _augment_problems), (("sched", "train"), _schedule_problems)]
+    for groups, rule in rules:
+        if not any(group in unread for group in groups):
+            problems += rule(conf)
+    return problems
+
+
+def _word_problems(conf: Conf) -> list[str]:
+    """What is wrong with a setting by itself, beyond its range."""
+    problems = []
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", conf.device):
+        words = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        problems.append(f"device={conf.device}: expected auto, cpu, cuda, cuda:N or mps{nearest(conf.device, words)}")
     for template in conf.model.templates:
         if template.count("{}") != 1 or re.sub(r"\{\}", "", template).count("{"):
             problems.append(f"model.templates: {template!r} must hold {{}} once, where the class name goes")
     if not conf.model.templates:
         problems.append("model.templates is empty: give at least one prompt, such as 'a photo of a {}.'")
-    for beta in conf.optim.betas:
-        if not 0 <= beta < 1:
-            problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
+    if not all(0 <= beta < 1 for beta in conf.optim.betas):
+        problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
     if not conf.train.monitor.startswith("val/"):
         problems.append(f"train.monitor={conf.train.monitor}: must be a validation metric, such as val/top1 or val/loss")
     return problems
 
 
-def _device_problems(conf: Conf) -> list[str]:
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", conf.device):
-        return []
-    words = ["auto", "cpu", "cuda", "cuda:0", "mps"]
-    return [f"device={conf.device}: expected auto, cpu, cuda, cuda:N or mps{nearest(conf.device, words)}"]
-
-
-def _data_problems(conf: Conf) -> list[str]:
-    data, augment = conf.data, conf.augment
+def _source_problems(conf: Conf) -> list[str]:
+    data = conf.data
     problems = []
     if data.source == SourceKind.digits and data.root is not None:
         problems.append(f"data.root={data.root} would be ignored: data=digits is bundled; use data=folder for your own images")
@@ -292,6 +318,12 @@ def _data_problems(conf: Conf) -> list[str]:
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to train on:"
             " their sum must be less than 1"
         )
+    return problems
+
+
+def _augment_problems(conf: Conf) -> list[str]:
+    augment = conf.augment
+    problems = []
     if augment.recipe == Recipe.none:
         fresh = AugmentConf()
         for name in ("degrees", "translate", "zoom", "flip", "views"):
