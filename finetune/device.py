@@ -1,0 +1,60 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from finetune.config import Precision
+
+
+def pick_device(word: str) -> torch.device:
+    """The device that `device=` names; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    if word == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(word)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"device={word}: torch sees no CUDA GPU on this machine; use device=cpu, or device=auto")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device={word}: this machine has cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: torch sees no Apple GPU on this machine; use device=cpu, or device=auto")
+    return device
+
+
+def pick_precision(word: Precision, device: torch.device) -> torch.dtype:
+    """What forward and backward compute in: torch.float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: fp16 off CUDA, where torch has no loss scaling for it.
+    """
+    if word == Precision.auto:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if word == Precision.fp16 and device.type != "cuda":
+        raise ValueError(f"precision=fp16 needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32")
+    return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[word]
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """The context of a forward pass; weights and optimizer stay fp32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def make_deterministic() -> None:
+    """Only kernels that give the same bits every time; cuBLAS needs its workspace fixed before its first use."""
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
