@@ -1,0 +1,443 @@
+"""What a run says and writes down: console lines, `run.log`, progress bars, plain tables and files that never tear.
+
+Standard library and tqdm only, so that the tools for finished runs (report, sweep) need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+T = TypeVar("T")
+
+LOGGER = logging.getLogger("finetune")
+
+# How often a bar shows new numbers: each redraw waits for the device, a person reads no faster.
+REDRAW_S = 0.2
+
+# Invisible characters that turn the direction of the text around them, and so can show one name as another.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+_open_bars: list[Bar] = []  # on the screen now
+_state_before: dict[str, Any] = {}  # of the logger, while `start_log` holds it
+
+
+# --- text that is safe to show ---------------------------------------------------------------------------------------
+
+
+def printable(text: str, keep: Collection[str] = "") -> str:
+    r"""`text` with control characters, text-direction marks and lone surrogates as visible escapes (`\x1b`).
+
+    File and class names come from anywhere: one that holds an escape sequence must not steer the terminal, and one that
+    holds a line break must not forge a line of the log. Letters of all scripts stay.
+
+    Args:
+        text: Anything.
+        keep: Characters that stay as they are, such as a line break in a message of our own.
+    """
+    return "".join(_escape(char) if char not in keep else char for char in text)
+
+
+def _escape(char: str) -> str:
+    if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+        return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
+    return char
+
+
+def say(text: str) -> None:
+    """Print lines to stdout, above the bars if there are any; control characters but line breaks are escaped.
+
+    A console that lacks a letter shows its escape. One that has gone away (`| head`) is left alone from then on: the
+    run goes on, and `run.log` has it all.
+    """
+    text = printable(text, keep="\n\t")
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        if _open_bars:
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As Python's manual has it: without this, the interpreter's last flush fails too, with exit code 120.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+# --- console and run.log ---------------------------------------------------------------------------------------------
+
+
+class _Console(logging.Handler):
+    """Plain lines on stdout; warnings and errors say so. Tracebacks are for `run.log`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            _close_bars()  # the bar of an epoch that broke must not stay under its error
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        say(prefix + record.getMessage())
+
+
+class _FileFormatter(logging.Formatter):
+    """Time, level, message, traceback; what names contain stays visible and on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
+def start_log(run_dir: Path, *, quiet: bool = False) -> None:
+    """Send the logger `finetune` to the console and to `run.log` in `run_dir`, which is continued if it is there.
+
+    The handlers are this run's own: `stop_log` takes them away again, so that the jobs of a sweep, which share a
+    process, write each into its own folder and say each line once.
+
+    Args:
+        run_dir: An existing folder.
+        quiet: Leave the console out.
+
+    Raises:
+        OSError: `run.log` cannot be written.
+    """
+    stop_log()
+    file = logging.FileHandler(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setLevel(logging.DEBUG)
+    _state_before.update(level=LOGGER.level, propagate=LOGGER.propagate)
+    LOGGER.addHandler(file)
+    if not quiet:
+        console = _Console(logging.INFO)
+        LOGGER.addHandler(console)
+    LOGGER.setLevel(logging.DEBUG)
+    LOGGER.propagate = False  # Hydra puts handlers on the root logger: every line would come twice
+
+
+def stop_log() -> None:
+    """Close what `start_log` opened, and any bar left open by an error; does nothing where there is nothing."""
+    _close_bars()
+    if not _state_before:
+        return
+    for handler in list(LOGGER.handlers):
+        if isinstance(handler, (_Console, logging.FileHandler)):
+            LOGGER.removeHandler(handler)
+            handler.close()
+    LOGGER.setLevel(_state_before["level"])
+    LOGGER.propagate = _state_before["propagate"]
+    _state_before.clear()
+
+
+def _close_bars() -> None:
+    for bar in list(_open_bars):
+        bar.close()
+
+
+# --- files that never tear -------------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all, durably: a temporary file beside it takes its place in one step.
+
+    Raises:
+        OSError: It could not be written; what was there before is untouched.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a change of names in `folder` survive a power cut. Windows has no such call, nor the need."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write `data` as readable JSON, atomically; keys in the order given, NaN and infinities as null.
+
+    Raises:
+        OSError: It could not be written; what was there before is untouched.
+        TypeError: `data` holds something that JSON cannot say.
+    """
+    replace_file(path, (json.dumps(_jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _jsonable(data: Any) -> Any:
+    """`data` without NaN and infinities, which JSON has no word for and strict readers refuse."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _jsonable(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_jsonable(value) for value in data]
+    # A file name of undecodable bytes has lone surrogates, which UTF-8 cannot hold.
+    return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
+
+
+class History:
+    """`history.jsonl`: one JSON object a line, one line an epoch, on disk before training goes on."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file; it need not exist yet."""
+        self.path = path
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add one row, flushed to disk; NaN and infinities become null. A line torn by an earlier crash is cut off.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        line = (json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        is_new = not self.path.exists()
+        with open(self.path, "ab+") as file:
+            whole = self._whole()
+            file.truncate(len(whole))
+            file.seek(0, os.SEEK_END)
+            file.write(line if whole.endswith(b"\n") or not whole else b"\n" + line)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            _sync_folder(self.path.parent)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole rows; a torn last line is left out, a missing file has none.
+
+        Raises:
+            ValueError: A line before the last is no JSON object: somebody edited the file.
+        """
+        if not self.path.exists():
+            return []
+        rows = []
+        for number, line in enumerate(self._whole().decode("utf-8", "replace").split("\n"), start=1):
+            if not line.strip():
+                continue
+            row = _parse(line)
+            if row is None:
+                where = f"{printable(str(self.path))}, line {number}"
+                found = printable(line[:60])
+                raise ValueError(
+                    f"{where}: expected one JSON object, found {found!r}; delete the line or restore the file"
+                )
+            rows.append(row)
+        return rows
+
+    def cut(self, num_epochs: int) -> None:
+        """Keep the first `num_epochs` rows, so that a resumed run does not tell an epoch twice.
+
+        Raises:
+            ValueError: See `rows`.
+            OSError: It could not be written; the file is as before.
+        """
+        if self.path.exists():
+            kept = self.rows()[:num_epochs]
+            replace_file(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+    def _whole(self) -> bytes:
+        """The file without the torn start of a row at its end; a whole row that only lacks its line break stays."""
+        data = self.path.read_bytes()
+        last = data.rfind(b"\n") + 1
+        return data if _parse(data[last:].decode("utf-8", "replace")) is not None else data[:last]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Bar:
+    """A progress bar over the batches of one pass, on stderr; nothing at all where stderr is no terminal.
+
+    Asking the device for a loss stalls it, so the caller gives numbers only when `due()`:
+
+        with Bar("train 3/15", total=len(loader), images=loader.num_images) as bar:
+            for batch in bar.wrap(batches):
+                ...
+                if bar.due():
+                    bar.set(loss=..., top1=..., lr=...)
+    """
+
+    def __init__(self, title: str, *, total: int, images: int, start: int = 0) -> None:
+        """Draw it, if somebody can see it.
+
+        Args:
+            title: Such as `train 3/15`.
+            total: Micro-batches of the whole pass.
+            images: Images of the whole pass.
+            start: Micro-batches already done, in a pass that was interrupted.
+        """
+        self._images_a_batch = images / max(total, 1)
+        self._start = start
+        self._began = self._last = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                desc=printable(title),
+                leave=False,  # the epoch's line takes its place
+                dynamic_ncols=True,
+                bar_format=layout,
+                file=sys.stderr,
+            )
+            _open_bars.append(self)
+
+    def __enter__(self) -> Bar:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away, whatever happened."""
+        self.close()
+
+    def wrap(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, counted one by one as the caller comes back from each; the bar goes with the last."""
+        try:
+            for batch in batches:
+                yield batch
+                if self._bar is not None:
+                    self._bar.update()
+        finally:
+            self.close()
+
+    def due(self) -> bool:
+        """Whether to read numbers off the device now: a few times a second, never where no bar is shown."""
+        return self._bar is not None and time.monotonic() - self._last >= REDRAW_S
+
+    def set(self, **values: float) -> None:
+        """Show these numbers (such as `loss`, `top1`, `lr`: the head's rate) and the images a second so far."""
+        if self._bar is None:
+            return
+        self._last = time.monotonic()
+        done = (self._bar.n - self._start) * self._images_a_batch
+        speed = {"img/s": f"{done / max(self._last - self._began, 1e-9):,.0f}"} if done else {}
+        shown = {name: _rate(value) if name == "lr" else _metric(value) for name, value in values.items()} | speed
+        self._bar.set_postfix_str("  ".join(f"{name} {text}" for name, text in shown.items()))
+
+    def close(self) -> None:
+        """Take the bar away; harmless when it is gone."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            _open_bars.remove(self)
+
+
+def epoch_line(
+    row: Mapping[str, Any],
+    num_epochs: int,
+    *,
+    best: float | None = None,
+    best_epoch: int = 0,
+    monitor: str = "val/top1",
+) -> str:
+    """An epoch in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)  412 img/s`.
+
+    Args:
+        row: As in `history.jsonl`; `lr` is what the layer `head` began the epoch with.
+        num_epochs: Of the whole run.
+        best: Best value of `monitor` so far; None: not yet.
+        best_epoch: The epoch of it, from 1.
+        monitor: The metric that picks the best epoch; shown beside loss and top1 where it is another.
+    """
+    head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
+    shown = list(dict.fromkeys(["train/loss", "val/top1", monitor]))
+    parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {_rate(head_rate)}"]
+    for name in shown:
+        note = f" (best {_metric(best)} @ {best_epoch})" if name == monitor and best is not None else ""
+        parts.append(f"{name} {_metric(row[name])}{note}")
+    return "  ".join([*parts, f"{row['images_per_s']:,.0f} img/s"])
+
+
+def layer_of(group_name: str) -> str:
+    """The layer of a parameter group by its name: `block.7` of `block.7.no_decay`."""
+    return group_name.removesuffix(".no_decay").removesuffix(".decay")
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _metric(value: float | None) -> str:
+    """Three decimals, or two digits where three decimals would show nothing; None as stored for NaN."""
+    if value is None:
+        return "nan"
+    return f"{value:.3f}" if not 0 < abs(value) < 0.01 else f"{value:.2g}"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """Rows as aligned plain text with a heading; columns of numbers lean right.
+
+    Whole numbers get thousands separators, floats four digits, truth values yes or no, and None is a dash.
+
+    Args:
+        rows: One mapping a row, which holds every column.
+        columns: Keys to show, in order; they are the heading.
+    """
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    lines = [list(columns), *cells]
+    widths = [max(_width(line[i]) for line in lines) for i in range(len(columns))]
+    leans_right = [bool(cells) and all(_is_number(line[i]) for line in cells) for i in range(len(columns))]
+
+    def aligned(line: Sequence[str]) -> str:
+        padded = []
+        for text, width, right in zip(line, widths, leans_right, strict=True):
+            space = " " * (width - _width(text))
+            padded.append(space + text if right else text + space)
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([aligned(lines[0]), "  ".join("-" * width for width in widths), *map(aligned, cells)])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
+def _is_number(text: str) -> bool:
+    """Whether a cell leans right; a dash goes with either kind."""
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return text == "-"
+    return True
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: East Asian letters take two, marks that sit on another letter none."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
