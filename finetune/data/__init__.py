@@ -1,0 +1,7 @@
+"""Images and labels: sources, the square a model sees, and the batches of an epoch."""
+
+from finetune.data.images import ImageError, natural_key, read_image
+from finetune.data.loaders import Batch, Loader
+from finetune.data.sources import Source, Split, open_source
+
+__all__ = ["Batch", "ImageError", "Loader", "Source", "Split", "natural_key", "open_source", "read_image"]

@@ -1,0 +1,225 @@
+"""Batches: which images, in which order, made by whom. Workers change the speed and nothing else.
+
+A batch is asked for by its key: the samples, how often each was shown before in the epoch, and the view. The key holds
+all that the random numbers are drawn from, so workers have no state and any of them may make any batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from finetune.config import AugmentConf, DataConf
+from finetune.data.images import ImageError
+from finetune.data.sources import Split
+from finetune.data.streams import augment_generator, shuffled, view_of
+from finetune.data.transforms import Transform, build_transform
+from finetune.preprocess import Preprocess
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Key(NamedTuple):
+    """One micro-batch, asked for.
+
+    Attributes:
+        samples: Indices into the split.
+        occurrences: For each, how often it was shown before in this epoch.
+        view: From `view_of`.
+    """
+
+    samples: list[int]
+    occurrences: list[int]
+    view: int
+
+
+class Maker(Dataset["Batch | ImageError"]):
+    """Makes the batch of a key, in the training process or in a worker; small to pickle."""
+
+    def __init__(self, split: Split, transform: Transform, seed: int) -> None:
+        """Draw views of the images of `split` by `transform`, under the run's `seed`."""
+        self._split = split
+        self._transform = transform
+        self._seed = seed
+
+    def __getitem__(self, key: Key) -> Batch | ImageError:
+        """Images uint8 (batch, 3, size, size), labels int64 (batch,), ids int64 (batch,).
+
+        A file that cannot be read comes back as a value: raised in a worker, it would arrive with a page of traceback.
+        """
+        try:
+            images = [self._split.load(sample) for sample in key.samples]
+        except ImageError as error:
+            return error
+        shown = zip(key.samples, key.occurrences, strict=True)
+        generators = (augment_generator(self._seed, key.view, sample, occurrence) for sample, occurrence in shown)
+        ids = torch.tensor(key.samples, dtype=torch.int64)
+        return self._transform(images, generators), self._split.labels[ids], ids
+
+
+class Plan(Sampler[Key]):
+    """The keys of the epoch to come."""
+
+    def __init__(self, batch_size: int) -> None:
+        """Nothing to do yet; `set` says what."""
+        self._batch_size = batch_size
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._view = 0
+
+    def set(self, order: Tensor, view: int) -> None:
+        """Ask for `order`, int64 (n,), each sample at most once, in the view `view`."""
+        self._order, self._view = order, view
+
+    def __iter__(self) -> Iterator[Key]:
+        """Each batch in turn; the last may be short."""
+        view = self._view
+        parts = torch.split(self._order, self._batch_size)
+        return (Key(part.tolist(), [0] * len(part), view) for part in parts if len(part))
+
+
+class Loader:
+    """The batches of a split, epoch by epoch, on the device.
+
+    Attributes:
+        num_images: How many images an epoch shows.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        conf: DataConf,
+        augment: AugmentConf | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Prepare; workers start with the first epoch.
+
+        Args:
+            split: The images.
+            preprocess: What the model expects.
+            conf: Batch size and number of workers.
+            augment: For training: shuffled, augmented. None is evaluation: in order, as they are.
+            seed: The run's.
+            device: Where batches go.
+        """
+        self.num_images = len(split)
+        self._maker = Maker(split, build_transform(preprocess, augment), seed)
+        self._conf = conf
+        self._augment = augment
+        self._seed = seed
+        self._device = device
+        self._mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=device)[:, None, None]
+        self._std = torch.tensor(preprocess.std, dtype=torch.float32, device=device)[:, None, None]
+        self._plan = Plan(conf.batch_size)
+        self._loader: DataLoader[Batch | ImageError] | None = None
+        self._batches: Iterator[Batch | ImageError] = iter(())
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch; the last may be short."""
+        return -(-self.num_images // self._conf.batch_size)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """One pass.
+
+        Args:
+            epoch: From 0; decides order and views where there is augmentation.
+            skip: Micro-batches to leave out at the start; they are not even read. What follows is the same.
+
+        Yields:
+            Images float32 (batch, 3, size, size), normalised, and labels int64 (batch,) on the device; ids int64
+            (batch,), the indices into the split, on the host.
+
+        Raises:
+            ImageError: A file cannot be read.
+        """
+        assert epoch >= 0 and skip >= 0
+        self._turn += 1
+        turn = self._turn
+        self._start(epoch, skip)
+        # `self._batches` has no second owner, not even this frame, so that `close` always ends the workers.
+        while (batch := next(self._batches, None)) is not None:
+            if isinstance(batch, ImageError):
+                raise batch
+            yield self._deliver(batch)
+            assert turn == self._turn, "another epoch of this loader was begun before this one ended"
+
+    def close(self) -> None:
+        """End the workers, if there are any. A later epoch starts new ones."""
+        self._turn += 1
+        self._batches = iter(())
+        self._loader = None
+
+    def _start(self, epoch: int, skip: int) -> None:
+        training = self._augment is not None
+        order = shuffled(self.num_images, self._seed, epoch) if training else torch.arange(self.num_images)
+        self._plan.set(order[skip * self._conf.batch_size :], view_of(epoch, self._augment))
+        self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
+        if self._loader is None:
+            self._loader = self._build()
+        with _signals_held():
+            self._batches = iter(self._loader)
+
+    def _build(self) -> DataLoader[Batch | ImageError]:
+        workers = self._conf.workers
+        return DataLoader(
+            self._maker,
+            batch_size=None,  # a key is a batch already
+            sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_start_worker,
+            # DataLoader draws a number for its workers' seeds: never out of the training process's generator.
+            generator=torch.Generator(),
+            persistent_workers=workers > 0,
+            # Said aloud because process pools that run sweeps (loky) put a context of their own in its place.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+
+    def _deliver(self, batch: Batch) -> Batch:
+        images, labels, ids = batch
+        early = self._device.type == "cuda"  # out of pinned memory, while the device is still busy
+        pixels = images.to(self._device, non_blocking=early).to(torch.float32)
+        normalised = pixels.div_(255).sub_(self._mean).div_(self._std)
+        return normalised, labels.to(self._device, non_blocking=early), ids
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Leave signals to the training process: it saves and then ends its workers; torch keeps them at one thread.
+
+    A terminal or a scheduler signals the whole group, and a run whose workers die first has nothing left to save with.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back the signals that workers ignore while these start; ours arrive right after.
+
+    A worker is born with the mask of its parent, so none is hit between its birth and `_start_worker`.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

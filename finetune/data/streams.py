@@ -1,0 +1,62 @@
+"""Where chance comes from: pure functions of (seed, epoch, sample ...), never a generator that somebody else shares.
+
+Nothing here reads or changes torch's, numpy's or Python's global generators, and nothing depends on who asks in which
+order. So the number of workers, a resumed run and a cache change no image.
+
+    split         blake2b("split", split_seed, name): images are ranked by the hash of their name
+    data order    PCG64 seeded by blake2b("order", seed, epoch)
+    augmentation  torch.Generator seeded by blake2b("augment", seed, view, sample, occurrence)
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.config import AugmentConf, Recipe
+
+
+def mix(stream: str, *parts: int | str) -> int:
+    """A 64-bit number that depends on every part: BLAKE2b (RFC 7693) of `stream:part:part...`, little-endian.
+
+    The same on every machine and in every version, unlike Python's `hash`. At most one part may be free text, the last
+    one, so that no two lists of parts give the same bytes.
+    """
+    text = ":".join([stream, *map(str, parts)])
+    data = text.encode("utf-8", "surrogateescape")  # file names that are not valid UTF-8 count too
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, usedforsecurity=False).digest(), "little")
+
+
+def shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch: a permutation of 0 to count - 1 by (seed, epoch). int64 (count,).
+
+    Sorts raw PCG64 output, the stream that numpy promises never to change; `Generator.permutation` carries no such
+    promise.
+    """
+    raw = np.random.PCG64(mix("order", seed, epoch)).random_raw(count)
+    return torch.from_numpy(np.argsort(raw, kind="stable").astype(np.int64))
+
+
+def view_of(epoch: int, augment: AugmentConf | None) -> int:
+    """Which view of its images an epoch shows: the epoch, or the epoch mod `augment.views` where that is above 0.
+
+    Without augmentation every epoch shows view 0.
+    """
+    if augment is None or augment.recipe == Recipe.none:
+        return 0
+    return epoch % augment.views if augment.views else epoch
+
+
+def augment_generator(seed: int, view: int, sample: int, occurrence: int) -> torch.Generator:
+    """A fresh CPU generator for one showing of one image.
+
+    Args:
+        seed: The run's.
+        view: From `view_of`.
+        sample: Index into the split.
+        occurrence: How often the image was shown before within the epoch, 0 for the first time.
+    """
+    return torch.Generator().manual_seed(mix("augment", seed, view, sample, occurrence))
