@@ -22,96 +22,63 @@ INK_SIZE = 40
 IMAGE_SIZE = 32  # side of a training image
 
 # Fonts that put other symbols at the codes of letters and digits, and fonts without outlines of their own.
-NOT_LATIN = ("cmsy", "cmex", "STIXSiz", "STIXNonUni", "D050000L", "StandardSymbols", "DejaVuSansDisplay", "LastResort")
+NOT_LATIN = ("cmsy", "cmex", "STIXSiz", "STIXNonUni", "D050000L", "StandardSymbols", "DejaVuSansDis", "DejaVuSerifDis")
 
-# How a hand writes the digits: strokes through points in a unit box, x to the right and y down. A point given twice is
-# a corner; between the others runs a smooth curve. Several ways of writing for each digit.
-STROKES: dict[str, list[list[list[tuple[float, float]]]]] = {
-    "0": [
-        [[(0.5, 0), (0.18, 0.2), (0.1, 0.55), (0.3, 0.95), (0.6, 0.97), (0.88, 0.6), (0.8, 0.2), (0.5, 0)]],
-        [[(0.7, 0.05), (0.35, 0.08), (0.12, 0.5), (0.35, 0.97), (0.8, 0.8), (0.85, 0.25), (0.45, 0.02)]],
-    ],
-    "1": [
-        [[(0.5, 0), (0.5, 1)]],
-        [[(0.65, 0), (0.35, 1)]],
-        [[(0.25, 0.25), (0.52, 0), (0.52, 0), (0.5, 1)]],
-        [[(0.25, 0.25), (0.52, 0), (0.52, 0), (0.5, 1)], [(0.2, 1), (0.82, 1)]],
-        [[(0.1, 0.4), (0.6, 0), (0.6, 0), (0.5, 1)]],
-    ],
-    "2": [
-        [[(0.12, 0.25), (0.35, 0.02), (0.75, 0.08), (0.82, 0.35), (0.5, 0.65), (0.1, 1), (0.1, 1), (0.9, 1)]],
-        [
-            [(0.15, 0.25), (0.4, 0), (0.8, 0.15), (0.72, 0.45), (0.4, 0.8)]
-            + [(0.15, 0.97), (0.08, 0.85), (0.25, 0.78), (0.55, 0.93), (0.92, 0.97)]
-        ],
-        [[(0.1, 0.12), (0.5, 0), (0.85, 0.2), (0.6, 0.6), (0.12, 0.93), (0.12, 0.93), (0.5, 0.9), (0.95, 1)]],
-    ],
-    "3": [
-        [
-            [(0.12, 0.12), (0.45, 0), (0.8, 0.15), (0.75, 0.38), (0.4, 0.48), (0.4, 0.48)]
-            + [(0.8, 0.6), (0.85, 0.82), (0.5, 1), (0.1, 0.9)]
-        ],
-        [
-            [(0.1, 0), (0.85, 0), (0.85, 0), (0.4, 0.4), (0.4, 0.4)]
-            + [(0.85, 0.58), (0.75, 0.92), (0.4, 1), (0.1, 0.9)]
-        ],
-        [[(0.15, 0.05), (0.7, 0.05), (0.7, 0.35), (0.35, 0.47), (0.8, 0.6), (0.75, 0.93), (0.1, 0.97)]],
-    ],
-    "4": [
-        [[(0.2, 0), (0.1, 0.55), (0.1, 0.55), (0.92, 0.55)], [(0.72, 0.1), (0.68, 1)]],
-        [[(0.65, 1), (0.65, 0), (0.65, 0), (0.05, 0.65), (0.05, 0.65), (0.95, 0.65)]],
-        [[(0.35, 0), (0.05, 0.6), (0.05, 0.6), (0.95, 0.58)], [(0.65, 0.3), (0.55, 1)]],
-        [[(0.15, 0.02), (0.12, 0.4), (0.4, 0.52), (0.8, 0.45)], [(0.85, 0), (0.78, 1)]],
-    ],
-    "5": [
-        [
-            [(0.85, 0), (0.2, 0), (0.2, 0), (0.15, 0.45), (0.15, 0.45)]
-            + [(0.5, 0.37), (0.88, 0.6), (0.75, 0.93), (0.4, 1), (0.08, 0.88)]
-        ],
-        [
-            [(0.22, 0.03), (0.15, 0.45), (0.15, 0.45), (0.55, 0.4), (0.85, 0.65), (0.65, 0.97), (0.08, 0.95)],
-            [(0.2, 0.02), (0.92, 0.0)],
-        ],
-        [[(0.88, 0.04), (0.3, 0.04), (0.2, 0.38), (0.62, 0.47), (0.85, 0.7), (0.6, 1), (0.1, 0.92)]],
-    ],
-    "6": [
-        [
-            [(0.72, 0), (0.3, 0.25), (0.1, 0.65), (0.3, 0.97), (0.7, 0.95)]
-            + [(0.88, 0.7), (0.62, 0.5), (0.3, 0.58), (0.12, 0.75)]
-        ],
-        [[(0.42, 0), (0.15, 0.5), (0.15, 0.85), (0.5, 1), (0.85, 0.8), (0.7, 0.55), (0.35, 0.6), (0.15, 0.8)]],
-    ],
-    "7": [
-        [[(0.1, 0.02), (0.9, 0), (0.9, 0), (0.4, 1)]],
-        [[(0.1, 0.12), (0.12, 0.02), (0.9, 0.03), (0.9, 0.03), (0.55, 0.45), (0.4, 1)]],
-        [[(0.1, 0.02), (0.9, 0), (0.9, 0), (0.4, 1)], [(0.22, 0.5), (0.85, 0.48)]],
-        [[(0.05, 0.1), (0.5, 0.0), (0.88, 0.08), (0.7, 0.45), (0.5, 1)], [(0.3, 0.52), (0.9, 0.45)]],
-    ],
-    "8": [
-        [
-            [(0.8, 0.12), (0.5, 0), (0.2, 0.15), (0.3, 0.4), (0.7, 0.58), (0.85, 0.8)]
-            + [(0.5, 1), (0.15, 0.82), (0.3, 0.58), (0.72, 0.38), (0.8, 0.12)]
-        ],
-        [
-            [(0.5, 0), (0.2, 0.12), (0.25, 0.4), (0.5, 0.48), (0.78, 0.35), (0.78, 0.1), (0.5, 0)],
-            [(0.5, 0.48), (0.12, 0.65), (0.2, 0.95), (0.55, 1), (0.88, 0.85), (0.8, 0.58), (0.5, 0.48)],
-        ],
-        [
-            [(0.85, 0.1), (0.45, 0), (0.2, 0.2), (0.5, 0.45), (0.8, 0.7), (0.55, 1), (0.2, 0.85)]
-            + [(0.45, 0.52), (0.85, 0.1)]
-        ],
-    ],
-    "9": [
-        [
-            [(0.82, 0.2), (0.5, 0), (0.15, 0.2), (0.3, 0.48), (0.7, 0.42), (0.85, 0.12), (0.85, 0.12)]
-            + [(0.8, 0.6), (0.7, 1)]
-        ],
-        [[(0.8, 0.1), (0.4, 0), (0.12, 0.25), (0.4, 0.48), (0.8, 0.2)], [(0.82, 0.02), (0.78, 1)]],
-        [
-            [(0.82, 0.2), (0.5, 0), (0.15, 0.2), (0.3, 0.5), (0.7, 0.42), (0.85, 0.15)]
-            + [(0.88, 0.5), (0.65, 0.95), (0.15, 0.95)]
-        ],
-    ],
+# How a hand writes the digits, several ways each: strokes ("/" lifts the pen) through points "x,y" in hundredths of a
+# box, y downwards. A point given twice is a corner; between the others runs a smooth curve.
+STROKES = {
+    "0": (
+        "50,0 18,20 10,55 30,95 60,97 88,60 80,20 50,0",
+        "70,5 35,8 12,50 35,97 80,80 85,25 45,2",
+    ),
+    "1": (
+        "50,0 50,100",
+        "65,0 35,100",
+        "25,25 52,0 52,0 50,100",
+        "25,25 52,0 52,0 50,100 / 20,100 82,100",
+        "10,40 60,0 60,0 50,100",
+    ),
+    "2": (
+        "12,25 35,2 75,8 82,35 50,65 10,100 10,100 90,100",
+        "15,25 40,0 80,15 72,45 40,80 15,97 8,85 25,78 55,93 92,97",
+        "10,12 50,0 85,20 60,60 12,93 12,93 50,90 95,100",
+    ),
+    "3": (
+        "12,12 45,0 80,15 75,38 40,48 40,48 80,60 85,82 50,100 10,90",
+        "10,0 85,0 85,0 40,40 40,40 85,58 75,92 40,100 10,90",
+        "15,5 70,5 70,35 35,47 80,60 75,93 10,97",
+    ),
+    "4": (
+        "20,0 10,55 10,55 92,55 / 72,10 68,100",
+        "65,100 65,0 65,0 5,65 5,65 95,65",
+        "35,0 5,60 5,60 95,58 / 65,30 55,100",
+        "15,2 12,40 40,52 80,45 / 85,0 78,100",
+    ),
+    "5": (
+        "85,0 20,0 20,0 15,45 15,45 50,37 88,60 75,93 40,100 8,88",
+        "22,3 15,45 15,45 55,40 85,65 65,97 8,95 / 20,2 92,0",
+        "88,4 30,4 20,38 62,47 85,70 60,100 10,92",
+    ),
+    "6": (
+        "72,0 30,25 10,65 30,97 70,95 88,70 62,50 30,58 12,75",
+        "42,0 15,50 15,85 50,100 85,80 70,55 35,60 15,80",
+    ),
+    "7": (
+        "10,2 90,0 90,0 40,100",
+        "10,12 12,2 90,3 90,3 55,45 40,100",
+        "10,2 90,0 90,0 40,100 / 22,50 85,48",
+        "5,10 50,0 88,8 70,45 50,100 / 30,52 90,45",
+    ),
+    "8": (
+        "80,12 50,0 20,15 30,40 70,58 85,80 50,100 15,82 30,58 72,38 80,12",
+        "50,0 20,12 25,40 50,48 78,35 78,10 50,0 / 50,48 12,65 20,95 55,100 88,85 80,58 50,48",
+        "85,10 45,0 20,20 50,45 80,70 55,100 20,85 45,52 85,10",
+    ),
+    "9": (
+        "82,20 50,0 15,20 30,48 70,42 85,12 85,12 80,60 70,100",
+        "80,10 40,0 12,25 40,48 80,20 / 82,2 78,100",
+        "82,20 50,0 15,20 30,50 70,42 85,15 88,50 65,95 15,95",
+    ),
 }
 
 
@@ -153,7 +120,7 @@ def fit_ink(picture: Image.Image) -> np.ndarray | None:
 
 
 def render_font(path: Path) -> dict[str, np.ndarray]:
-    """Glyphs of one font by character; what it lacks, leaves empty or draws like its box for missing ones is skipped."""
+    """Glyphs of one font by character; what it lacks, leaves empty or draws as its box for missing ones is skipped."""
     with TTFont(path, fontNumber=0, lazy=True) as face:
         mapped = {chr(code) for code in face.getBestCmap() or {}}
     font = ImageFont.truetype(str(path), 96)
@@ -192,15 +159,15 @@ def smooth_curve(points: np.ndarray, steps: int = 12) -> np.ndarray:
     return np.concatenate([*pieces, points[-1:]])
 
 
-def draw_strokes(strokes: list[list[tuple[float, float]]], rng: np.random.Generator) -> np.ndarray | None:
+def draw_strokes(strokes: str, rng: np.random.Generator) -> np.ndarray | None:
     """One digit as a hand might draw it: every point jittered, some slant, a pen of random width."""
     side = 200
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
-    radius = rng.uniform(3, 9)
+    radius = rng.uniform(3.5, 10)
     jitter, slant, narrow = rng.uniform(0.02, 0.07), rng.normal(0, 0.12), rng.uniform(0.45, 0.95)
-    for stroke in strokes:
-        points = np.array(stroke)
+    for stroke in strokes.split("/"):
+        points = np.array([[int(number) / 100 for number in point.split(",")] for point in stroke.split()])
         moved = points + rng.normal(0, jitter, points.shape)
         for i in range(1, len(points)):  # a corner stays one
             if (points[i] == points[i - 1]).all():
@@ -225,21 +192,29 @@ def build_bank(fonts: list[Path], hand_fonts: list[Path], *, drawings: int, seed
         seed: Seed of the drawn examples.
     """
     rng = np.random.default_rng(seed)
-    rows: list[tuple[np.ndarray, int, int]] = []
+    rows: list[tuple[np.ndarray, int, int, int]] = []  # glyph, label, source, folder
     sources: dict[str, int] = {}
+    folders: list[Path] = []
     for source, paths in enumerate((fonts, hand_fonts)):
         for path in paths:
             glyphs = render_font(path)
-            if glyphs:
-                sources[path.name] = len(glyphs)
-            rows += [(glyph, CHARACTERS.index(character), source) for character, glyph in glyphs.items()]
+            if not glyphs:
+                continue
+            sources[path.name] = len(glyphs)
+            if path.parent not in folders:
+                folders.append(path.parent)
+            place = folders.index(path.parent)
+            rows += [(glyph, CHARACTERS.index(character), source, place) for character, glyph in glyphs.items()]
     for digit, ways in STROKES.items():
         drawn = [draw_strokes(strokes, rng) for strokes in ways for _ in range(drawings)]
-        rows += [(glyph, CHARACTERS.index(digit), 2) for glyph in drawn if glyph is not None]
-    labels = torch.tensor([label for _, label, _ in rows])
-    groups = labels * 3 + torch.tensor([source for _, _, source in rows])
-    weights = 1.0 / torch.bincount(groups)[groups]
-    return Bank(torch.from_numpy(np.stack([glyph for glyph, _, _ in rows])), labels, weights, sources)
+        rows += [(glyph, CHARACTERS.index(digit), 2, len(folders)) for glyph in drawn if glyph is not None]
+    labels, source, folder = torch.tensor([row[1:] for row in rows]).unbind(1)
+    # A folder holds one family in several weights: it counts with the square root of its size.
+    in_folder = labels * (len(folders) + 1) + folder
+    weights = torch.bincount(in_folder)[in_folder].double().rsqrt()
+    in_source = labels * 3 + source
+    weights /= torch.bincount(in_source, weights)[in_source]
+    return Bank(torch.from_numpy(np.stack([row[0] for row in rows])), labels, weights, sources)
 
 
 class GlyphSampler:
@@ -250,10 +225,18 @@ class GlyphSampler:
     """
 
     def __init__(self, bank: Bank, *, seed: int, digit_share: float = 0.5) -> None:
+        """Sample from `bank`; `digit_share` of a batch are digits. The same seed gives the same batches."""
         self.bank = bank
         self.digit_share = digit_share
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = [torch.nonzero(bank.labels == label)[:, 0] for label in range(len(CHARACTERS))]
+        # Rows in the order of their labels; label k owns the interval (k, k + 1] of the cumulative weights.
+        self.order = torch.argsort(bank.labels, stable=True)
+        share = bank.weights / torch.bincount(bank.labels, bank.weights)[bank.labels]
+        self.cumulative = share[self.order].cumsum(0)
+        # Bicubic interpolation of 4 values, as a matrix: much cheaper than `F.interpolate` on every batch.
+        self.elastic_basis = F.interpolate(
+            torch.eye(4)[None, :, :, None].expand(-1, -1, -1, 4), (GLYPH_SIZE, 4), mode="bicubic", align_corners=True
+        )[0, :, :, 0].T  # (GLYPH_SIZE, 4)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Images in [0, 1], white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)"""
@@ -261,12 +244,9 @@ class GlyphSampler:
         digits = torch.randint(0, 10, (size,), generator=self.generator)
         letters = torch.randint(10, len(CHARACTERS), (size,), generator=self.generator)
         labels = torch.where(is_digit, digits, letters)
-        picks = []
-        for label in labels.tolist():
-            rows = self.rows[label]
-            picks.append(rows[torch.multinomial(self.bank.weights[rows], 1, generator=self.generator)])
-        glyphs = self.bank.images[torch.cat(picks)][:, None].float() / 255
-        boxed = self.crop_to_box(self.warp(self.vary_thickness(glyphs)))
+        places = torch.searchsorted(self.cumulative, labels + self.uniform(size).double())
+        glyphs = self.bank.images[self.order[places.clamp(max=len(self.order) - 1)]][:, None].float() / 255
+        boxed = self.vary_thickness(self.crop_to_box(self.warp(glyphs)))
         return self.degrade(boxed).clamp(0, 1), labels
 
     def uniform(self, size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -278,16 +258,11 @@ class GlyphSampler:
         return torch.randn(size, generator=self.generator) * std
 
     def vary_thickness(self, glyphs: Tensor) -> Tensor:
-        """Grey-scale dilation by one or two pixels, erosion by one, or neither."""
-        thick = F.max_pool2d(glyphs, 3, 1, 1)
-        thicker = F.max_pool2d(thick, 3, 1, 1)
-        thin = -F.max_pool2d(-glyphs, 3, 1, 1)
-        # Erosion must not rub out a hairline: keep a little of the original.
-        choices = torch.stack([glyphs, thick, thicker, torch.maximum(thin, 0.55 * glyphs)])
-        kind = torch.multinomial(
-            torch.tensor([0.4, 0.25, 0.2, 0.15]), len(glyphs), replacement=True, generator=self.generator
-        )
-        return choices[kind, torch.arange(len(glyphs))]
+        """Grey-scale dilation by one or two pixels, or none; bold glyphs, which it would fill, are left alone."""
+        thick = dilate(glyphs)
+        is_bold = glyphs.mean((1, 2, 3), keepdim=True) > 0.33
+        kind = self.uniform(len(glyphs))[:, None, None, None]
+        return torch.where(is_bold | (kind < 0.4), glyphs, torch.where(kind < 0.8, thick, dilate(thick)))
 
     def warp(self, glyphs: Tensor) -> Tensor:
         """Rotation, shear and a smooth elastic warp from a 4 x 4 grid of random shifts."""
@@ -299,8 +274,9 @@ class GlyphSampler:
         grid = F.affine_grid(
             torch.cat([matrix, torch.zeros(size, 2, 1)], 2), [size, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False
         )
-        shifts = torch.randn(size, 2, 4, 4, generator=self.generator) * self.uniform(size, 0.02, 0.13)[:, None, None, None]
-        field = F.interpolate(shifts, (GLYPH_SIZE, GLYPH_SIZE), mode="bicubic", align_corners=True)
+        strength = self.uniform(size, 0.02, 0.13)[:, None, None, None]
+        shifts = torch.randn(size, 2, 4, 4, generator=self.generator) * strength
+        field = self.elastic_basis @ shifts @ self.elastic_basis.T
         return F.grid_sample(glyphs, grid + field.permute(0, 2, 3, 1), align_corners=False)
 
     def crop_to_box(self, glyphs: Tensor) -> Tensor:
@@ -314,7 +290,7 @@ class GlyphSampler:
         top, bottom = ink_range(glyphs.amax(3)[:, 0])
         aspect = (right - left) / (bottom - top)
         stretch = torch.where(aspect > 0.35, self.uniform(size), self.uniform(size, 0, 0.15))
-        width = (aspect.clamp(max=1.1) * (1 - stretch) + 0.66 * stretch) * self.normal(size, 0.12).exp()
+        width = (aspect.clamp(max=0.9) * (1 - stretch) + 0.66 * stretch) * self.normal(size, 0.12).exp()
         width = width.clamp(0.12, 0.98)
         loose = self.uniform(size) < 0.3  # some of the batch does not fill the frame
         height = torch.where(loose, self.uniform(size, 0.6, 1.0), self.uniform(size, 0.92, 1.02))
@@ -333,7 +309,7 @@ class GlyphSampler:
         """60 % as 4 x 4 block counts of a bitmap, 20 % through 9 to 20 pixels, 20 % at full size; gamma, noise."""
         size = len(images)
         kind = self.uniform(size)
-        counted = through_bitmap(images, self.uniform(size, 0.3, 0.65))
+        counted = through_bitmap(images, self.uniform(size, 0.2, 0.6))
         side = int(torch.randint(9, 21, (1,), generator=self.generator))
         small = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         blurred = F.interpolate(small, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
@@ -342,6 +318,14 @@ class GlyphSampler:
         gamma = self.normal(size, 0.15).exp()[:, None, None, None]
         noise = torch.randn(out.shape, generator=self.generator) * self.uniform(size, 0, 0.04)[:, None, None, None]
         return out.clamp(0, 1) ** gamma + noise
+
+
+def dilate(images: Tensor) -> Tensor:
+    """Maximum over 3 x 3 pixels. Shifted views are several times faster here than `max_pool2d`. Same shape."""
+    wide = F.pad(images, (1, 1, 0, 0))
+    wide = torch.maximum(torch.maximum(wide[..., :-2], wide[..., 1:-1]), wide[..., 2:])
+    tall = F.pad(wide, (0, 0, 1, 1))
+    return torch.maximum(torch.maximum(tall[..., :-2, :], tall[..., 1:-1, :]), tall[..., 2:, :])
 
 
 def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:

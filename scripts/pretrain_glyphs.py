@@ -1,0 +1,345 @@
+"""Pretrain the two small bundled models on rendered glyphs, on a CPU, in less than an hour each.
+
+    python scripts/pretrain_glyphs.py clip --steps 8000 --fonts DIR... --hand-fonts DIR... --out finetune/models/bundled
+    python scripts/pretrain_glyphs.py vit  --steps 8000 --fonts DIR... --hand-fonts DIR... --out finetune/models/bundled
+    python scripts/pretrain_glyphs.py clip --evaluate --out finetune/models/bundled
+
+`clip` learns by contrast: every step draws one caption for each of the 62 characters, and each image must find its own
+character's caption among them: CLIP's image-to-text loss (Radford et al., arXiv:2103.00020, figure 3) with the classes
+as candidates, as in UniCL (Yang et al., arXiv:2204.03610); two images of one class are then not each other's negatives.
+`vit` learns the 62 classes with a linear head. The last step is what is written.
+
+Real digits are read by `--evaluate` only, never for training and never to pick a step.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import logging
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from glyphs import CHARACTERS, IMAGE_SIZE, Bank, GlyphSampler, build_bank, find_fonts
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+log = logging.getLogger("pretrain_glyphs")
+
+MEAN, STD = 0.3, 0.35  # of the rendered pixels, one value for all three channels
+CONTEXT_LENGTH = 24
+NUM_MERGES = 320
+PREPROCESS = {
+    "mean": [MEAN] * 3,
+    "std": [STD] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+    "size": [IMAGE_SIZE, IMAGE_SIZE],
+}
+VISION = {"layers": 6, "width": 128, "head_width": 32, "patch_size": 8, "image_size": IMAGE_SIZE}
+VIT_ARGS = {
+    "img_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "mlp_ratio": 4.0,
+    "global_pool": "token",
+    "num_classes": len(CHARACTERS),
+}
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ANY_TEMPLATES = (
+    "{}",
+    "a {}",
+    "the {}",
+    "a {}.",
+    "a photo of a {}.",
+    "a photo of a {}",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "an image of a {}.",
+    "a drawing of a {}.",
+    "a scan of a {}.",
+    "a handwritten {}.",
+    "a handwritten {}",
+    "a printed {}.",
+    "a {} written by hand.",
+    "a photo of a handwritten {}.",
+    "a blurry photo of a {}.",
+    "a low resolution photo of a {}.",
+    "a black and white photo of a {}.",
+    "a bad photo of a {}.",
+    "a white {} on black.",
+    "itap of a {}.",
+)
+DIGIT_TEMPLATES = (
+    "the digit {}",
+    "the digit {}.",
+    "a digit {}",
+    "digit {}",
+    "number {}",
+    "the number {}.",
+    "the numeral {}.",
+    "the figure {}",
+    "a photo of the digit {}.",
+    'a photo of the digit "{}".',
+    'a photo of the number: "{}".',
+    "a photo of the number {}.",
+    "a picture of the number {}.",
+    "a handwritten digit {}.",
+    "the handwritten digit {}.",
+    "a photo of a handwritten digit {}.",
+    "an image of the digit {}.",
+    "a scan of the handwritten number {}.",
+)
+# A few everyday words, so that other people's class names fall into pieces larger than letters.
+WORDS = """
+the of and to in is you that it he was for on are as with his they at be this have from or one had by word but not
+what all were we when your can said there use an each which she do how their if will up other about out many then them
+these so some her would make like him into time has look two more write go see number no way could people my than
+first water been call who oil its now find long down day did get come made may part image picture photo drawing sketch
+painting small large big little old new good bad black white red green blue dark bright clean blurry close cropped low
+high resolution pixelated rendered render printed handwritten hand writing script letter capital lower upper case
+character digit numeral figure symbol sign scan type typed font bold italic left right round straight line stroke
+circle ink paper pen pencil school book page text name animal cat dog bird fish horse flower tree house car truck ship
+plane bicycle man woman child face food fruit shirt shoe bag coat dress street road building sky sea mountain river
+plant leaf ten eleven twelve hundred thousand million zero three four five six seven eight nine
+"""
+
+
+def captions() -> list[list[str]]:
+    """The captions of each of CHARACTERS. The tokenizer makes all letters small, so words tell the case."""
+    result = []
+    for character in CHARACTERS:
+        if character.isdigit():
+            names = (character, NUMBER_WORDS[int(character)])
+            templates = ANY_TEMPLATES + DIGIT_TEMPLATES
+        else:
+            capital, small = ("capital", "uppercase", "upper case"), ("small", "lowercase", "lower case")
+            cases = capital if character.isupper() else small
+            names = tuple(f"{case}{kind} {character}" for case in cases for kind in ("", " letter"))
+            templates = ANY_TEMPLATES
+        result.append([template.format(name) for name in names for template in templates])
+    return result
+
+
+def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
+    """Byte pair merges, most frequent pair first (Sennrich et al., arXiv:1508.07909); ties in alphabetical order.
+
+    Words are cut as open_clip's tokenizer does for letters; digits stay single tokens there and need no merge.
+    """
+    encoder = bytes_to_unicode()
+    counts: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        for word in "".join(c if c.isalpha() else " " for c in text.lower()).split():
+            symbols = [encoder[byte] for byte in word.encode()]
+            counts[(*symbols[:-1], symbols[-1] + "</w>")] += 1
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, number in counts.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += number
+        if not pairs:
+            raise ValueError(f"the word list gives only {len(merges)} merges, {count} were asked for: add words")
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        counts = Counter({merge_pair(word, best): number for word, number in counts.items()})
+    return merges
+
+
+def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """The word with every occurrence of the pair joined, from the left."""
+    merged: list[str] = []
+    for symbol in word:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return tuple(merged)
+
+
+def write_merges(path: Path) -> None:
+    """The gzip file that `SimpleTokenizer(bpe_path=...)` reads: a header line, then one merge a line, no empty last."""
+    # Captions outnumber the words by far; each word list entry counts as much as a dozen captions.
+    merges = learn_merges([text for texts in captions() for text in texts] + WORDS.split() * 12, NUM_MERGES)
+    lines = "\n".join(["#version: glyph captions", *(" ".join(pair) for pair in merges)])
+    path.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def clip_config(vocab_size: int) -> dict[str, object]:
+    """The configuration file, in open_clip's own layout."""
+    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": 64, "heads": 4, "layers": 2}
+    return {
+        "model_cfg": {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": text},
+        "preprocess_cfg": PREPROCESS,
+    }
+
+
+class ClipTask:
+    """A CLIP over glyphs: `logits(images)` are against one random caption per character."""
+
+    def __init__(self, out: Path) -> None:
+        """Start from open_clip's initial weights, with the merges file in `out`."""
+        self.tokenizer = SimpleTokenizer(bpe_path=str(out / "glyph_bpe.txt.gz"), context_length=CONTEXT_LENGTH)
+        self.config = clip_config(self.tokenizer.vocab_size)
+        cfg = self.config["model_cfg"]
+        self.model = CLIP(cfg["embed_dim"], dict(cfg["vision_cfg"]), dict(cfg["text_cfg"]))
+        self.tokens = [self.tokenizer(texts) for texts in captions()]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scaled cosine similarities with one drawn caption a character. (batch, 3, 32, 32) -> (batch, 62)"""
+        drawn = torch.stack([tokens[torch.randint(len(tokens), ())] for tokens in self.tokens])
+        text = F.normalize(self.model.encode_text(drawn), dim=-1)
+        image = F.normalize(self.model.encode_image(images), dim=-1)
+        return self.model.logit_scale.exp() * image @ text.T
+
+
+class VitTask:
+    """A plain ViT classifier over the 62 characters."""
+
+    def __init__(self) -> None:
+        """Start from timm's initial weights."""
+        self.config = {"architecture": "vit_glyph", "args": VIT_ARGS, "preprocess_cfg": PREPROCESS}
+        self.model = VisionTransformer(**VIT_ARGS)
+        self.logits = self.model
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Grey images in [0, 1] as the models take them: three equal channels, normalised. (b, 1, h, w) -> (b, 3, h, w)"""
+    return ((images - MEAN) / STD).expand(-1, 3, -1, -1)
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW; no decay on vectors, scalars, tokens and position embeddings."""
+    named = list(model.named_parameters())
+    plain = [p for name, p in named if p.ndim < 2 or "embed" in name.replace("patch_embed", "") or "token" in name]
+    plain_ids = {id(p) for p in plain}
+    decayed = [p for _, p in named if id(p) not in plain_ids]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def pretrain(task: ClipTask | VitTask, sampler: GlyphSampler, name: str, args: argparse.Namespace) -> None:
+    """The whole of the training: warmup and cosine, gradient clip 1, a checkpoint every `args.save_every` steps."""
+    optimizer = make_optimizer(task.model, args.lr)
+    warmup = max(1, args.steps // 20)
+
+    def factor(step: int) -> float:
+        t = (step - warmup) / max(1, args.steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * t))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    task.model.train()
+    start, loss_sum, right, seen = time.monotonic(), 0.0, 0, 0
+    for step in range(1, args.steps + 1):
+        images, labels = sampler.batch(args.batch_size)
+        logits = task.logits(to_input(images))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if isinstance(task, ClipTask):
+            with torch.no_grad():
+                task.model.logit_scale.clamp_(0, math.log(100))  # as CLIP does, so that the softmax cannot collapse
+        loss_sum, right, seen = loss_sum + loss.item(), right + int((logits.argmax(1) == labels).sum()), seen + 1
+        if step % 100 == 0 or step == args.steps:
+            rate = seen * args.batch_size
+            seconds = time.monotonic() - start
+            log.info("step %d  loss %.3f  top1 %.3f  %.0f s", step, loss_sum / seen, right / rate, seconds)
+            loss_sum, right, seen = 0.0, 0, 0
+        if step % args.save_every == 0 or step == args.steps:
+            write_model(task, args.out, name)
+
+
+def write_model(task: ClipTask | VitTask, out: Path, name: str) -> None:
+    """Weights in half precision and the configuration beside them."""
+    state = {key: value.detach().half().contiguous() for key, value in task.model.state_dict().items()}
+    save_file(state, out / f"{name}.safetensors", metadata={"format": "pt"})
+    (out / f"{name}.json").write_text(json.dumps(task.config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def evaluate(task: ClipTask | VitTask, path: Path) -> None:
+    """Accuracy on all 1,797 real digits that training never saw: per template, or with the ViT's own digit logits."""
+    from sklearn.datasets import load_digits  # here only: see the module's docstring
+
+    digits = load_digits()
+    grey = (torch.from_numpy(digits.images) * 255 / 16).floor().float()[:, None]
+    large = F.interpolate(grey, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 255).round() / 255
+    labels = torch.from_numpy(digits.target)
+    task.model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    task.model.eval()
+    print(f"parameters: {sum(p.numel() for p in task.model.parameters()):,}")
+    if isinstance(task, VitTask):
+        right = task.model(to_input(large))[:, :10].argmax(1) == labels
+        print(f"digits by the pretraining head: {right.float().mean():.4f}")
+        return
+    images = F.normalize(task.model.encode_image(to_input(large)), dim=-1)
+    total = torch.zeros(2, 10, images.shape[1])
+    for template in ANY_TEMPLATES + DIGIT_TEMPLATES:
+        row = []
+        for i, names in enumerate((tuple("0123456789"), NUMBER_WORDS)):
+            tokens = task.tokenizer([template.format(name) for name in names])
+            text = F.normalize(task.model.encode_text(tokens), dim=-1)
+            total[i] += text
+            row.append(((images @ text.T).argmax(1) == labels).float().mean().item())
+        print(f"{template!r:45} digits {row[0]:.4f}  words {row[1]:.4f}")
+    for i, kind in enumerate(("digits", "words")):
+        right = (images @ F.normalize(total[i], dim=-1).T).argmax(1) == labels
+        classes = [f"{right[labels == k].float().mean():.2f}" for k in range(10)]
+        print(f"mean of all templates, {kind}: {right.float().mean():.4f}  by digit {' '.join(classes)}")
+
+
+def make_bank(args: argparse.Namespace) -> Bank:
+    """Render the glyphs and say from which fonts."""
+    fonts = find_fonts([*args.fonts, Path(matplotlib.get_data_path()) / "fonts" / "ttf"])
+    bank = build_bank(fonts, find_fonts(args.hand_fonts), drawings=args.drawings, seed=args.seed)
+    log.info("%d glyphs; fonts: %s", len(bank.labels), ", ".join(f"{k} ({n})" for k, n in bank.sources.items()))
+    return bank
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("clip", "vit"))
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders, beside matplotlib's own fonts")
+    parser.add_argument("--hand-fonts", type=Path, nargs="*", default=[], help="folders of handwriting fonts")
+    parser.add_argument("--drawings", type=int, default=80, help="drawn examples per way of writing a digit")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate", action="store_true", help="score the written weights on real digits; no training")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"glyph_{args.model}"
+    if args.model == "clip" and not args.evaluate:
+        write_merges(args.out / "glyph_bpe.txt.gz")
+    task = ClipTask(args.out) if args.model == "clip" else VitTask()
+    if args.evaluate:
+        evaluate(task, args.out / f"{name}.safetensors")
+        return
+    pretrain(task, GlyphSampler(make_bank(args), seed=args.seed), name, args)
+
+
+if __name__ == "__main__":
+    main()
