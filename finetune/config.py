@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -114,14 +115,22 @@ class ModelConf:
     """Which pretrained model, and which classifier on top of it."""
 
     family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm Vision Transformer")
-    name: str = setting("glyph_clip", "architecture, as open_clip or timm names it; glyph_clip and glyph_vit are bundled")
-    pretrained: str = setting("bundled", "weights: bundled, none (random), an open_clip or timm tag, a hub id or a path")
+    name: str = setting(
+        "glyph_clip", "architecture, as open_clip or timm names it; glyph_clip and glyph_vit are bundled"
+    )
+    pretrained: str = setting(
+        "bundled", "weights: bundled, none (random), an open_clip or timm tag, a hub id or a path"
+    )
     image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", at_least=0)
-    head: HeadKind = setting(HeadKind.auto, "classifier: zeroshot (from class names), random; auto: zeroshot where there is a text tower")
+    head: HeadKind = setting(
+        HeadKind.auto, "classifier: zeroshot (from class names), random; auto: zeroshot where there is a text tower"
+    )
     templates: list[str] = setting(
         ["{}", "a photo of a {}.", "a photo of the {}."], "prompts of the zero-shot head; {} is the class name"
     )
-    drop_path: float = setting(0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1)
+    drop_path: float = setting(
+        0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1
+    )
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", at_least=0, below=1)
 
 
@@ -129,13 +138,19 @@ class ModelConf:
 class DataConf:
     """Images, labels, their splits, and how they are fed."""
 
-    source: SourceKind = setting(SourceKind.digits, "digits: bundled handwriting; folder: one folder a class under data.root")
+    source: SourceKind = setting(
+        SourceKind.digits, "digits: bundled handwriting; folder: one folder a class under data.root"
+    )
     root: str | None = setting(None, "folder that holds the images (source=folder)")
     val_fraction: float = setting(0.1, "share of each class kept for validation", above=0, below=1)
     test_fraction: float = setting(0.3, "share of each class kept for the final test", above=0, below=1)
-    split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0)
+    split_seed: int = setting(
+        0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0
+    )
     batch_size: int = setting(64, "images a micro-batch", at_least=1)
-    workers: int = setting(0, "loader processes; 0: load in the training process. Changes nothing but speed", at_least=0)
+    workers: int = setting(
+        0, "loader processes; 0: load in the training process. Changes nothing but speed", at_least=0
+    )
 
 
 @dataclass
@@ -143,24 +158,40 @@ class OptimConf:
     """AdamW with layer-wise rate decay and a frozen prefix."""
 
     lr: float = setting(1e-3, "peak rate of the head, absolute", above=0)
-    layer_decay: float = setting(0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1)
-    fix_layer: int = setting(-1, "layers with id <= this are frozen; -1: none, 0: the stem, L: all blocks, L+1: all but the head", at_least=-1)
-    weight_decay: float = setting(0.05, "AdamW's decoupled decay on matrices; never on biases, norms, tokens, positions", at_least=0)
+    layer_decay: float = setting(
+        0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
+    )
+    fix_layer: int = setting(
+        -1,
+        "layers with id <= this are frozen; -1: none, 0: the stem, L: all blocks, L+1: all but the head",
+        at_least=-1,
+    )
+    weight_decay: float = setting(
+        0.05, "AdamW's decoupled decay on matrices; never on biases, norms, tokens, positions", at_least=0
+    )
     no_weight_decay: list[str] = setting([], "globs of parameter names that are not decayed either")
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's running-mean coefficients of gradient and squared gradient")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "AdamW's running-mean coefficients of gradient and squared gradient"
+    )
     eps: float = setting(1e-8, "AdamW's denominator floor", above=0)
 
 
 @dataclass
 class SchedulerConf:
-    """The factor on every group's rate over time. Plain strings serve for the enums: `SchedulerConf(mode="cosine_pi")`."""
+    """The factor on every group's rate over time. Plain strings serve for enums: `SchedulerConf(mode="cosine_pi")`."""
 
     mode: Mode = setting(Mode.linear, "linear: 1 - t; cosine: cos(pi/2 t); cosine_pi: (1 + cos(pi t)) / 2, t in [0, 1]")
     cycle: int = setting(0, "length of the curve in units of `interval`; 0: the whole run", at_least=0)
-    scale_min: float = setting(0.0, "floor of the factor: r becomes r * (1 - scale_min) + scale_min", at_least=0, at_most=1)
-    interval: Interval = setting(Interval.epoch, "epoch: step once after train and validate; step: once an optimizer step")
+    scale_min: float = setting(
+        0.0, "floor of the factor: r becomes r * (1 - scale_min) + scale_min", at_least=0, at_most=1
+    )
+    interval: Interval = setting(
+        Interval.epoch, "epoch: step once after train and validate; step: once an optimizer step"
+    )
     warmup: int = setting(0, "units ahead of the curve in which the factor rises as (t + 1) / (warmup + 1)", at_least=0)
-    past_cycle: PastCycle = setting(PastCycle.mirror, "past the cycle: mirror (back up), restart (from the top) or hold (at the floor)")
+    past_cycle: PastCycle = setting(
+        PastCycle.mirror, "past the cycle: mirror (back up), restart (from the top) or hold (at the floor)"
+    )
 
 
 @dataclass
@@ -171,7 +202,9 @@ class AugmentConf:
     degrees: float = setting(10.0, "light: largest rotation either way, in degrees", at_least=0, at_most=180)
     translate: float = setting(0.08, "light: largest shift either way, as a share of the side", at_least=0, below=1)
     zoom: float = setting(0.1, "light: largest change of size either way, as a share", at_least=0, below=1)
-    flip: float = setting(0.0, "light: probability of a left-right mirror image; leave 0 for digits and letters", at_least=0, at_most=1)
+    flip: float = setting(
+        0.0, "light: probability of a left-right mirror image; leave 0 for digits and letters", at_least=0, at_most=1
+    )
     views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", at_least=0)
 
 
@@ -183,9 +216,13 @@ class TrainConf:
     accumulate: int = setting(1, "micro-batches that make one optimizer step", at_least=1)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
     label_smoothing: float = setting(0.0, "share of each label spread over all classes", at_least=0, below=1)
-    monitor: str = setting("val/top1", "the validation metric that picks the best epoch; a name ending in loss is minimised")
+    monitor: str = setting(
+        "val/top1", "the validation metric that picks the best epoch; a name ending in loss is minimised"
+    )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
-    save_every_steps: int = setting(0, "save within an epoch each so many optimizer steps; 0: at the end of epochs only", at_least=0)
+    save_every_steps: int = setting(
+        0, "save within an epoch each so many optimizer steps; 0: at the end of epochs only", at_least=0
+    )
 
 
 @dataclass
@@ -212,7 +249,7 @@ MONITORS = ("val/top1", "val/top5", "val/loss")
 
 
 def as_dict(conf: object) -> dict[str, Any]:
-    """A configuration in plain types, as `config.yaml` in the run directory holds it: enums as words, tuples as lists."""
+    """A configuration in plain types, as `config.yaml` in a run directory holds it: enums as words, tuples as lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -257,10 +294,10 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     bounds = [
-        ("above", "greater than", lambda v, b: v > b),
-        ("at_least", "at least", lambda v, b: v >= b),
-        ("below", "less than", lambda v, b: v < b),
-        ("at_most", "at most", lambda v, b: v <= b),
+        ("above", "greater than", operator.gt),
+        ("at_least", "at least", operator.ge),
+        ("below", "less than", operator.lt),
+        ("at_most", "at most", operator.le),
     ]
     wanted = [(words, metadata[name], holds) for name, words, holds in bounds if metadata.get(name) is not None]
     if math.isfinite(value) and all(holds(value, bound) for _, bound, holds in wanted):
@@ -302,7 +339,9 @@ def _word_problems(conf: Conf) -> list[str]:
     if not all(0 <= beta < 1 for beta in conf.optim.betas):
         problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
     if not conf.train.monitor.startswith("val/"):
-        problems.append(f"train.monitor={conf.train.monitor}: must be a validation metric, such as val/top1 or val/loss")
+        problems.append(
+            f"train.monitor={conf.train.monitor}: must be a validation metric, such as val/top1 or val/loss"
+        )
     return problems
 
 
@@ -310,12 +349,14 @@ def _source_problems(conf: Conf) -> list[str]:
     data = conf.data
     problems = []
     if data.source == SourceKind.digits and data.root is not None:
-        problems.append(f"data.root={data.root} would be ignored: data=digits is bundled; use data=folder for your own images")
+        problems.append(
+            f"data.root={data.root} would be ignored: data=digits is bundled; use data=folder for your own images"
+        )
     if data.source == SourceKind.folder and not data.root:
         problems.append("data=folder needs data.root=PATH, the folder that holds one folder of images a class")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append(
-            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to train on:"
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to learn:"
             " their sum must be less than 1"
         )
     return problems
@@ -328,7 +369,9 @@ def _augment_problems(conf: Conf) -> list[str]:
         fresh = AugmentConf()
         for name in ("degrees", "translate", "zoom", "flip", "views"):
             if getattr(augment, name) != getattr(fresh, name):
-                problems.append(f"augment.{name}={getattr(augment, name)} would be ignored: augment=none changes no image")
+                problems.append(
+                    f"augment.{name}={getattr(augment, name)} would be ignored: augment=none changes no image"
+                )
     return problems
 
 

@@ -40,7 +40,9 @@ def pick_precision(word: Precision, device: torch.device) -> torch.dtype:
     if word == Precision.auto:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if word == Precision.fp16 and device.type != "cuda":
-        raise ValueError(f"precision=fp16 needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32")
+        raise ValueError(
+            f"precision=fp16 needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32"
+        )
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[word]
 
 

@@ -46,7 +46,9 @@ class LayeredModel(nn.Module):
         recompute: Gradient checkpointing: trade a second forward pass for the memory of activations.
     """
 
-    def __init__(self, net: nn.Module, layers: Sequence[Layer], *, no_weight_decay: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, net: nn.Module, layers: Sequence[Layer], *, no_weight_decay: frozenset[str] = frozenset()
+    ) -> None:
         """Take ownership of `net`.
 
         Raises:

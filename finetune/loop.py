@@ -69,7 +69,9 @@ class TrainState:
     recent: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=CHECK_EVERY + 1))
 
     @classmethod
-    def start(cls, model: LayeredModel, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler) -> TrainState:
+    def start(
+        cls, model: LayeredModel, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
+    ) -> TrainState:
         """A run that has not begun, on the device of the model's parameters."""
         device = next(model.parameters()).device
         return cls(
@@ -93,7 +95,9 @@ class TrainState:
         return self.epoch - self.best_epoch
 
 
-def train_step(state: TrainState, window: list[Batch], conf: TrainConf, autocast: AbstractContextManager[object]) -> None:
+def train_step(
+    state: TrainState, window: list[Batch], conf: TrainConf, autocast: AbstractContextManager[object]
+) -> None:
     """One optimizer step over a window of micro-batches.
 
     Each image weighs the same: losses are summed and divided by the images of the window, so a short last micro-batch,
@@ -112,7 +116,7 @@ def train_step(state: TrainState, window: list[Batch], conf: TrainConf, autocast
             logits = state.model(images)
         losses = cross_entropy(logits, labels, conf.label_smoothing)
         loss = losses.sum() / num_images
-        state.scaler.scale(loss).backward()
+        state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         window_loss += loss.detach()
         state.sums.add(loss=losses, top1=top1(logits.detach(), labels))
     _update(state, window_loss, conf.clip_grad)
@@ -144,7 +148,7 @@ def _update(state: TrainState, loss: Tensor, clip_grad: float) -> None:
 
 
 def _mark(state: TrainState, is_finite: Tensor) -> None:
-    """Remember the first step that was not finite, on the device; sticky, so that no later step learns from its ruins."""
+    """Remember the first step that was not finite, on the device; sticky, so no later step learns from its ruins."""
     is_first = ~is_finite & (state.not_finite == 0)
     state.first_bad_step.copy_(torch.where(is_first, state.step + 1, state.first_bad_step))
     state.not_finite.copy_(torch.where(is_finite, state.not_finite, torch.ones_like(state.not_finite)))
@@ -210,7 +214,9 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def validate(model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object]) -> dict[str, float]:
+def validate(
+    model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object]
+) -> dict[str, float]:
     """Exact means of loss, top1 and top5 over `batches`, in eval mode."""
     model.eval()
     sums = Sums(next(model.parameters()).device)
@@ -264,9 +270,7 @@ def fit(
         began = time.perf_counter()
         images_before = state.sums.count if state.batch else 0
         batches = train_batches(state.epoch, state.batch)
-        finished = train_one_epoch(
-            state, batches, conf, interval=interval, autocast=autocast, on_step_end=on_step_end
-        )
+        finished = train_one_epoch(state, batches, conf, interval=interval, autocast=autocast, on_step_end=on_step_end)
         trained_s = time.perf_counter() - began
         if not finished:
             state.seconds += trained_s

@@ -1,7 +1,7 @@
 """AdamW with one group per (layer, weight decay or not), each holding its own baked rate.
 
-Baked means `group["lr"] = lr * scale` before any scheduler is made: `LambdaLR` multiplies each group's `initial_lr`, and
-nothing in torch reads a stored `lr_scale`.
+Baked means `group["lr"] = lr * scale` before any scheduler is made: `LambdaLR` multiplies each group's `initial_lr`,
+and nothing in torch reads a stored `lr_scale`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
     names = [name for name, _ in model.net.named_parameters()]
     for glob in conf.no_weight_decay:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"optim.no_weight_decay: '{glob}' matches no parameter; names look like {names[0]}, {names[-1]}")
+            raise ValueError(
+                f"optim.no_weight_decay: '{glob}' matches no parameter; names look like {names[0]}, {names[-1]}"
+            )
     spared = [*conf.no_weight_decay, *model.no_weight_decay]
 
     groups: dict[tuple[int, bool], Group] = {}

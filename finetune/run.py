@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from finetune.layers import LayeredModel, freeze
 from finetune.log import Bar, History, epoch_line, start_log, stop_log, table, write_json
 from finetune.loop import Batch, NotFiniteError, Row, TrainState, fit, validate
 from finetune.models import BuiltModel, build_model
-from finetune.optim import build_optimizer, layer_scale
-from finetune.sched import create_scheduler, lr_factor
+from finetune.optim import build_optimizer
+from finetune.plan import layer_rows, planned_rates
+from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
 
 logger = logging.getLogger("finetune")
@@ -35,8 +37,6 @@ Result = dict[str, Any]
 
 # Files by which a folder is known to hold a run.
 OWN_FILES = ("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints")
-# Most points that the planned curves in rates.json hold.
-MAX_POINTS = 2000
 
 
 def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) -> Result:
@@ -57,7 +57,9 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     """
     earlier = _claim(run_dir, conf)
     if earlier is not None and earlier["status"] == "finished":
-        print(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
+        print(
+            f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}"
+        )
         return earlier
     start_log(run_dir, quiet=quiet)
     result: Result = {
@@ -95,7 +97,9 @@ def _claim(run_dir: Path, conf: Conf) -> Result | None:
     if not found:
         return None
     if not config_path.exists():
-        raise ValueError(f"{run_dir} has {', '.join(found)} but no config.yaml, so it is no run of finetune: choose another folder")
+        raise ValueError(
+            f"{run_dir} has {', '.join(found)} but no config.yaml, so it is no run of finetune: choose another folder"
+        )
     before, now = yaml.safe_load(config_path.read_text(encoding="utf-8")), as_dict(conf)
     differences = list(_differences(before, now))
     if differences:
@@ -221,46 +225,17 @@ def _start(parts: _Parts, batches_per_epoch: int) -> TrainState:
 
 
 def _write_plan(parts: _Parts, state: TrainState, steps_per_epoch: int) -> None:
-    """Print the table of layers, and write and draw every layer's planned rate."""
-    conf, model = parts.conf, parts.model
-    sizes = [0] * len(model.layers)
-    for name, parameter in model.net.named_parameters():
-        sizes[model.layer_ids[name]] += parameter.numel()
-    peaks = [conf.optim.lr * layer_scale(i, model.num_blocks, conf.optim.layer_decay) for i in range(len(model.layers))]
-    rows = [
-        {
-            "id": index,
-            "layer": layer.name,
-            "rate": peaks[index] if index >= model.num_frozen else 0.0,
-            "weight decay": conf.optim.weight_decay if index >= model.num_frozen else 0.0,
-            "parameters": sizes[index],
-            "state": "learns" if index >= model.num_frozen else "frozen",
-        }
-        for index, layer in enumerate(model.layers)
-    ]
+    """Print the table of layers, and write every layer's planned rate."""
+    rows = layer_rows(parts.model, parts.conf)
     logger.info("%s", table(rows, columns=list(rows[0])))
-    learning = sum(sizes[model.num_frozen :])
+    learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
     logger.info(
         "%s of %s parameters learn, in %d groups; weight decay spares biases, norms, tokens and positions",
         f"{learning:,}",
-        f"{sum(sizes):,}",
+        f"{sum(row['parameters'] for row in rows):,}",
         len(state.optimizer.param_groups),
     )
-    per_epoch = steps_per_epoch if conf.sched.interval == Interval.step else 1
-    num_steps = conf.train.epochs * per_epoch
-    times = range(0, num_steps, max(1, num_steps // MAX_POINTS))
-    factors = [lr_factor(t, conf.sched, num_steps) for t in times]
-    plan = {
-        "unit": "epoch",
-        "interval": str(conf.sched.interval),
-        "x": [t / per_epoch for t in times],
-        "layers": {
-            layer.name: [peak * factor for factor in factors]
-            for layer, peak in list(zip(model.layers, peaks, strict=True))[model.num_frozen :]
-        },
-        "frozen": [layer.name for layer in model.layers[: model.num_frozen]],
-    }
-    write_json(parts.run_dir / "rates.json", plan)
+    write_json(parts.run_dir / "rates.json", planned_rates(parts.model, parts.conf, steps_per_epoch))
 
 
 def _resume(parts: _Parts, state: TrainState, result: Result) -> None:
@@ -280,7 +255,7 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
-        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, done=skip)
+        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
         return bar.wrap(train.epoch(epoch, skip))
 
     def val_batches(epoch: int) -> Iterator[Batch]:
@@ -296,7 +271,9 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
         history.append(row)
-        logger.info("%s", epoch_line(row, conf.train.epochs, conf.train.monitor, state.best_score, state.best_epoch))
+        best = None if math.isnan(state.best_score) else state.best_score
+        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=conf.train.monitor)
+        logger.info("%s", line)
         if state.best_epoch == state.epoch:
             checkpoint.save_weights(parts.checkpoints / "best.safetensors", state.model, parts.metadata())
         checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
@@ -318,7 +295,9 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
             stop.check()
     except Interrupted:
         checkpoint.save_state(parts.checkpoints / "last.pt", state)
-        logger.info("stopped at step %d; the same command with hydra.run.dir=%s continues it", state.step, parts.run_dir)
+        logger.info(
+            "stopped at step %d; the same command with hydra.run.dir=%s continues it", state.step, parts.run_dir
+        )
         raise
     except NotFiniteError as error:
         checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
@@ -347,7 +326,9 @@ def _stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
         yield batch
 
 
-def _evaluate(parts: _Parts, loader: Loader, title: str, stop: StopSignals, model: LayeredModel | None = None) -> dict[str, float]:
+def _evaluate(
+    parts: _Parts, loader: Loader, title: str, stop: StopSignals, model: LayeredModel | None = None
+) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split."""
     bar = Bar(title, total=len(loader), images=loader.num_images)
     return validate(model or parts.model, _stoppable(bar.wrap(loader.epoch(0)), stop), parts.autocast())
@@ -373,12 +354,12 @@ def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -
 def _log_close(run_dir: Path, result: Result) -> None:
     """The last lines of a run: what came out, where it is, what to type next."""
     if "zeroshot/top1" in result:
-        logger.info(
-            "zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], result["test/zeroshot/top1"]
-        )
-    logger.info("fine-tuned  val/top1 %.4f   test/top1 %.4f   (best epoch %d of %d, %.1f s)",
-                result["val/top1"], result["test/top1"], result["best_epoch"], result["epochs"], result["seconds"])  # fmt: skip
+        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], result["test/zeroshot/top1"])
+    scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
+    names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
+    logger.info(scores, *(result[name] for name in names))
     logger.info("run directory: %s", run_dir)
-    logger.info("  lr.png curves.png    every layer's rate, and the learning curves")
+    logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
     logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
-    logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", " ".join(result["overrides"]))
+    words = " ".join(result["overrides"])
+    logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)

@@ -74,7 +74,8 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
         raise ValueError(
-            f"sched.warmup={cfg.warmup}: must be 0 or more and less than the length of the curve, {length} {cfg.interval}s"
+            f"sched.warmup={cfg.warmup}: must be 0 or more, and less than the length of the curve,"
+            f" {length} {cfg.interval}s"
         )
     for group in optimizer.param_groups:
         if "lr_scale" in group:

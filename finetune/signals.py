@@ -36,7 +36,9 @@ class StopSignals:
                 self._before[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Put the earlier handlers back."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)

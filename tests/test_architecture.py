@@ -14,7 +14,7 @@ PACKAGE = ROOT / "finetune"
 LEVELS = {
     "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": 0, "signals": 0,
     "compose": 1, "sched": 1, "optim": 1, "distributed": 1, "models": 1, "data": 1, "log": 1, "device": 1,
-    "loop": 2, "prefix": 2, "lrd": 2,
+    "loop": 2, "prefix": 2, "lrd": 2, "plan": 2,
     "checkpoint": 3,
     "run": 4,
     "__main__": 5, "__init__": 5, "describe": 5, "check_data": 5, "evaluate": 5, "predict": 5, "export": 5,
@@ -70,12 +70,16 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
         root = module.split(".")[0]
         if root in ("hydra", "omegaconf"):
             assert own == "compose" or own in ENTRIES, f"{path} imports {module}"
-        if root in ("timm", "open_clip", "matplotlib", "tensorboard", "wandb", "mlflow") or module.startswith("torchvision.models"):
+        if root in ("timm", "open_clip", "matplotlib", "tensorboard", "wandb", "mlflow") or module.startswith(
+            "torchvision.models"
+        ):
             assert not top, f"{path} imports {module} at the top, so every start pays for it"
         if module.startswith("torch.distributed"):
             assert own in ("distributed", "checkpoint"), f"{path} imports {module}"
         if root in ("torch", "torchvision", "timm", "open_clip", "numpy"):
-            assert own not in ("config", "compose", "preprocess", "files", "signals", "log", "report", "sweep"), f"{path} imports {module}"
+            assert own not in ("config", "compose", "preprocess", "files", "signals", "log", "report", "sweep"), (
+                f"{path} imports {module}"
+            )
             assert own != "__main__", f"{path} imports {module}: the entry answers before torch is there"
         if own in ("config", "preprocess", "files", "signals"):
             assert root not in ("yaml", "tqdm"), f"{path} imports {module}: standard library only"
@@ -121,7 +125,18 @@ def test_no_drawers_and_no_probing() -> None:
 
 
 def test_top_level_holds_only_what_the_plan_names() -> None:
-    allowed = {"pyproject.toml", "constraints.txt", "conf", "finetune", "scripts", "tests", "outputs", "README.md", "docs", "LICENSE"}
+    allowed = {
+        "pyproject.toml",
+        "constraints.txt",
+        "conf",
+        "finetune",
+        "scripts",
+        "tests",
+        "outputs",
+        "README.md",
+        "docs",
+        "LICENSE",
+    }
     import subprocess
 
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -36,10 +36,13 @@ def test_the_state_dict_of_net_is_upstreams_own() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda layers: layers[:3] + [Layer("readout", (), None)] + layers[4:], ["norm", "no layer"]),
-        (lambda layers: layers[:3] + [Layer("readout", ("norm", "head"), None)] + layers[4:], ["head", "two layers"]),
-        (lambda layers: layers[:1] + [Layer("block.1", ("blocks",), None)] + layers[2:], ["blocks.1", "block.1 and block.2"]),
-        (lambda layers: layers[:3] + [Layer("readout", ("norm", "nrom"), None)] + layers[4:], ["nrom", "lacks"]),
+        (lambda layers: [*layers[:3], Layer("readout", (), None), *layers[4:]], ["norm", "no layer"]),
+        (lambda layers: [*layers[:3], Layer("readout", ("norm", "head"), None), *layers[4:]], ["head", "two layers"]),
+        (
+            lambda layers: [*layers[:1], Layer("block.1", ("blocks",), None), *layers[2:]],
+            ["blocks.1", "block.1 and block.2"],
+        ),
+        (lambda layers: [*layers[:3], Layer("readout", ("norm", "nrom"), None), *layers[4:]], ["nrom", "lacks"]),
     ],
 )
 def test_a_name_without_exactly_one_layer_is_an_error(change: object, words: list[str]) -> None:

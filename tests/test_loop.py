@@ -1,4 +1,4 @@
-"""The loop equals a plain 20-line reference loop, weighs images right, and never learns from a loss that is not finite."""
+"""The loop equals a plain 20-line reference loop, weighs images right, and learns from no loss that is not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ SIZES = [8, 8, 8, 3]
 CPU32 = contextlib.nullcontext()
 
 
-def start(model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accumulate: int = 1, fix_layer: int = -1) -> TrainState:
+def start(
+    model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accumulate: int = 1, fix_layer: int = -1
+) -> TrainState:
     freeze(model, fix_layer)
     optimizer = build_optimizer(model, OptimConf(lr=0.02, layer_decay=0.7))
     steps = epochs if interval == "epoch" else epochs * -(-len(SIZES) // accumulate)
@@ -32,7 +34,9 @@ def start(model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accu
     return TrainState.start(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def run_fit(state: TrainState, conf: TrainConf, *, interval: str = "epoch", stop_at: int = -1, rows: list | None = None) -> bool:
+def run_fit(
+    state: TrainState, conf: TrainConf, *, interval: str = "epoch", stop_at: int = -1, rows: list | None = None
+) -> bool:
     return fit(
         state,
         conf,
@@ -50,10 +54,17 @@ def test_equals_a_plain_reference_loop(interval: str) -> None:
     model = tiny_model(dropout=0.2)
     reference = copy.deepcopy(model)
     rows: list[dict] = []
-    run_fit(start(model, interval=interval), TrainConf(epochs=3, clip_grad=0.5, label_smoothing=0.1), interval=interval, rows=rows)
+    run_fit(
+        start(model, interval=interval),
+        TrainConf(epochs=3, clip_grad=0.5, label_smoothing=0.1),
+        interval=interval,
+        rows=rows,
+    )
 
     optimizer = build_optimizer(reference, OptimConf(lr=0.02, layer_decay=0.7))
-    scheduler = create_scheduler(SchedulerConf(mode="cosine_pi", interval=interval), optimizer, 3 if interval == "epoch" else 12)
+    scheduler = create_scheduler(
+        SchedulerConf(mode="cosine_pi", interval=interval), optimizer, 3 if interval == "epoch" else 12
+    )
     torch.manual_seed(5)
     losses = []
     for epoch in range(3):
@@ -182,9 +193,14 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, inter
 
     for (name, ours), theirs in zip(state.model.named_parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-    for ours, theirs in zip(state.optimizer.state_dict()["state"].values(), straight.optimizer.state_dict()["state"].values(), strict=True):
+    for ours, theirs in zip(
+        state.optimizer.state_dict()["state"].values(), straight.optimizer.state_dict()["state"].values(), strict=True
+    ):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    timeless = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in r] for r in (rows, straight_rows)]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in r]
+        for r in (rows, straight_rows)
+    ]
     assert timeless[0] == timeless[1]
 
 

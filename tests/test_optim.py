@@ -14,7 +14,17 @@ from finetune.optim import build_optimizer, is_decayed, layer_scale, param_group
 
 
 def test_scales_fall_from_the_output_to_the_stem() -> None:
-    assert [layer_scale(i, 6, 0.75) for i in range(9)] == [0.75**7, 0.75**6, 0.75**5, 0.75**4, 0.75**3, 0.75**2, 0.75, 1, 1]
+    assert [layer_scale(i, 6, 0.75) for i in range(9)] == [
+        0.75**7,
+        0.75**6,
+        0.75**5,
+        0.75**4,
+        0.75**3,
+        0.75**2,
+        0.75,
+        1,
+        1,
+    ]
     # ViT-B/16 with BEiT's 0.65: the stem learns at 0.65 ** 13.
     assert layer_scale(0, 12, 0.65) == 0.65**13
     assert layer_scale(12, 12, 0.65) == 0.65
@@ -59,7 +69,11 @@ def test_one_adamw_step_equals_a_hand_computation() -> None:
     optimizer = build_optimizer(model, conf)
     images, labels, _ = tiny_batches([6])[0]
     torch.nn.functional.cross_entropy(model(images), labels).backward()
-    before = {name: (p.detach().clone().double(), p.grad.double()) for name, p in model.net.named_parameters() if p.grad is not None}
+    before = {
+        name: (p.detach().clone().double(), p.grad.double())
+        for name, p in model.net.named_parameters()
+        if p.grad is not None
+    }
     optimizer.step()
     for name, parameter in model.net.named_parameters():
         weight, gradient = before[name]
