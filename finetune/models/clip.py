@@ -1,0 +1,91 @@
+"""open_clip's image towers with a classifier on top, as an ordered list of layers.
+
+The functions that run a layer call upstream's own methods in upstream's own order, so that a tower gives the same bits
+whole, sliced, and without us.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.layers import Layer
+from finetune.models.heads import Head
+
+
+class ClipClassifier(nn.Module):
+    """An image tower and a classifier. The keys under `visual.` are those of upstream's whole CLIP.
+
+    Attributes:
+        visual: The image tower of an open_clip model.
+        head: The classifier over its features.
+    """
+
+    def __init__(self, visual: nn.Module, head: Head) -> None:
+        """Take ownership of both parts."""
+        super().__init__()
+        self.visual = visual
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits. (batch, 3, height, width) -> (batch, classes)"""
+        logits: Tensor = self.head(self.visual(images))
+        return logits
+
+
+def layers_of(tower: nn.Module) -> list[Layer]:
+    """Stem, blocks and readout of open_clip's own `VisionTransformer`.
+
+    Args:
+        tower: `model.visual`, with `output_tokens` off.
+    """
+    net: Any = tower
+    stem = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
+    readout = ["ln_post"]
+    # attn_pool_contrastive exists only beside attn_pool, and any of them may be None.
+    children = dict(net.named_children())
+    readout += [name for name in ("attn_pool", "attn_pool_contrastive") if name in children]
+    readout += ["proj"] if net.proj is not None else []
+    blocks = [
+        Layer(f"block.{index + 1}", (f"transformer.resblocks.{index}",), partial(_run_block, index=index))
+        for index in range(len(net.transformer.resblocks))
+    ]
+    return [Layer("stem", stem, _run_stem), *blocks, Layer("readout", tuple(readout), _run_readout)]
+
+
+def _run_stem(net: Any, h: Tensor) -> Tensor:
+    tokens: Tensor = net._embeds(h)
+    return tokens
+
+
+def _run_block(net: Any, h: Tensor, *, index: int) -> Tensor:
+    tokens: Tensor = net.transformer.resblocks[index](h)
+    return tokens
+
+
+def _run_readout(net: Any, h: Tensor) -> Tensor:
+    features: Tensor = net._pool(h)[0]
+    return features if net.proj is None else features @ net.proj
+
+
+def classifier_layers(tower_layers: list[Layer]) -> list[Layer]:
+    """The layers of a `ClipClassifier` whose tower has these."""
+    head = Layer("head", ("head",), None if tower_layers[-1].run is None else _run_head)
+    return [*(_inside_visual(layer) for layer in tower_layers), head]
+
+
+def _run_head(net: ClipClassifier, h: Tensor) -> Tensor:
+    logits: Tensor = net.head(h)
+    return logits
+
+
+def _inside_visual(layer: Layer) -> Layer:
+    owns = tuple(f"visual.{name}" for name in layer.owns)
+    return Layer(layer.name, owns, None if layer.run is None else partial(_run_visual, run=layer.run))
+
+
+def _run_visual(net: ClipClassifier, h: Tensor, *, run: Any) -> Tensor:
+    out: Tensor = run(net.visual, h)
+    return out

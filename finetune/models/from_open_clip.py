@@ -1,0 +1,338 @@
+"""open_clip's models: where their configuration and weights come from, and a classifier made of their image tower.
+
+Bundled, built in, from a hub or a folder, all end as an `Origin`; everything after it is one path.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import HeadKind, ModelConf, nearest
+from finetune.models import glyphs, weights
+from finetune.models.built import BuiltModel, head_kind, layered, saved_preprocess, square
+from finetune.models.clip import ClipClassifier, classifier_layers
+from finetune.models.heads import Head, Tokenizer, zeroshot_head
+from finetune.models.towers import layers_of
+from finetune.preprocess import Preprocess
+
+RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+HUB = ("hf-hub:", "hf_hub:")
+FOLDER = "local-dir:"
+HUB_CONFIG = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from.
+
+    Attributes:
+        name: As the user wrote it.
+        model_cfg: open_clip's description of both towers.
+        preprocess_cfg: What the weights say of their preprocessing, in open_clip's words; may be partial.
+        weights: The file, or None for random weights.
+        label: What to call the weights in messages.
+        tokenizer: Makes the tokenizer.
+    """
+
+    name: str
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    weights: Path | None
+    label: str
+    tokenizer: Callable[[], Tokenizer]
+
+
+def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.device) -> BuiltModel:
+    """A classifier over the image tower of `conf.name`; the text tower is gone once the head is made.
+
+    Args:
+        conf: Which model, weights and head.
+        classes: Class names in the order of the labels.
+        load: Whether to read the weights; else they, and the head, stay random.
+        device: Where the text tower runs and the model ends up; `meta` gives shapes only.
+
+    Raises:
+        ValueError: A setting that does not fit this model, or weights that do not.
+        FileNotFoundError: Weights that are nowhere to be found.
+    """
+    if conf.drop_path > 0:
+        raise ValueError(f"model.drop_path={conf.drop_path} would be ignored: open_clip's towers have no drop path; leave it 0")
+    kind = head_kind(conf, has_text=True)
+    origin = locate(conf, load=load)
+    reads_text = kind == HeadKind.zeroshot and load
+    clip = _construct(origin.model_cfg, conf.image_size, whole=reads_text, device=device)
+    if load and origin.weights is not None:
+        _load(clip, origin)
+    _set_size(clip, conf.image_size)
+    if reads_text:
+        tokenizer = origin.tokenizer()
+        head = zeroshot_head(clip.to(device), tokenizer, classes, conf.templates, dropout=conf.head_dropout)
+    else:
+        plain = kind != HeadKind.zeroshot
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            head = Head(
+                origin.model_cfg["embed_dim"], len(classes), bias=plain, normalize=not plain, dropout=conf.head_dropout
+            )
+    visual: Any = clip.visual
+    net = ClipClassifier(visual, head)
+    model = layered(net, classifier_layers(layers_of(visual))).to(device)
+    preprocess = _preprocess(origin, conf)
+    return BuiltModel(model.train(), preprocess, _describe(origin, preprocess), has_zeroshot=reads_text)
+
+
+def locate(conf: ModelConf, *, load: bool) -> Origin:
+    """Find configuration and weights of `conf.name` and `conf.pretrained`, downloading what is not in the cache.
+
+    Raises:
+        ValueError: A name or tag that open_clip does not know; says which it does.
+        FileNotFoundError: What cannot be found or downloaded.
+    """
+    if conf.name == glyphs.CLIP:
+        return _bundled(conf)
+    if conf.name.startswith(HUB):
+        return _from_hub(conf, load=load)
+    if conf.name.startswith(FOLDER):
+        return _from_folder(conf)
+    return _built_in(conf, load=load)
+
+
+def _bundled(conf: ModelConf) -> Origin:
+    bundle = glyphs.read_bundle(glyphs.CLIP)
+    cfg = bundle.config["model_cfg"]
+    if conf.pretrained not in ("bundled", "none") and not weights.is_path(conf.pretrained):
+        raise ValueError(
+            f"model.pretrained={conf.pretrained}: {glyphs.CLIP} has the weights bundled, none (random), or a file's;"
+            " for an open_clip model say its name too, such as model.name=ViT-B-16 model.pretrained=openai"
+        )
+    files: dict[str, Path | None] = {"bundled": bundle.weights, "none": None}
+    path = files[conf.pretrained] if conf.pretrained in files else _path(conf.pretrained)
+    length = cfg["text_cfg"]["context_length"]
+    label = str(path or "random weights")
+    return Origin(conf.name, cfg, bundle.config["preprocess_cfg"], path, label, lambda: glyphs.clip_tokenizer(length))
+
+
+def _built_in(conf: ModelConf, *, load: bool) -> Origin:
+    import open_clip
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+
+    name = conf.name.replace("/", "-")  # OpenAI's own names have a slash: ViT-B/16
+    cfg = open_clip.get_model_config(name)
+    if cfg is None:
+        raise ValueError(_unknown_name(conf.name, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    preprocess: dict[str, Any] = get_pretrained_cfg(name, tags[0]) if tags else {}
+    path, label = None, conf.pretrained
+    if conf.pretrained == "none":
+        label = "random weights"
+    elif open_clip.pretrained.is_pretrained_cfg(name, conf.pretrained):
+        preprocess = get_pretrained_cfg(name, conf.pretrained)
+        # The name alone does not tell: OpenAI's weights under ViT-B-16 need it, LAION's under the same name do not.
+        cfg["quick_gelu"] = preprocess.get("quick_gelu", False)
+        if load:
+            with weights.downloads(f"weights '{conf.pretrained}' of {name}"):
+                path = Path(download_pretrained(preprocess))
+    elif conf.pretrained.startswith(HUB):
+        repository = conf.pretrained.partition(":")[2]
+        preprocess = _read_hub_config(repository)["preprocess_cfg"]
+        if load:
+            with weights.downloads(f"weights of {repository}"):
+                path = Path(download_pretrained_from_hf(repository))
+    elif weights.is_path(conf.pretrained):
+        path = _path(conf.pretrained)
+    else:
+        raise ValueError(_unknown_tag(conf, tags))
+    return Origin(conf.name, cfg, preprocess, path, label, _tokenizer_of(name))
+
+
+def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    repository = conf.name.partition(":")[2]
+    config = _read_hub_config(repository)
+    path, label = None, "random weights"
+    if conf.pretrained != "none":
+        # The name says which weights; `bundled` is what an unset model.pretrained reads as.
+        if conf.pretrained != "bundled" and not weights.is_path(conf.pretrained):
+            raise ValueError(
+                f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights;"
+                " leave it out, or use none or a path"
+            )
+        label = conf.pretrained if conf.pretrained != "bundled" else repository
+        if conf.pretrained != "bundled":
+            path = _path(conf.pretrained)
+        elif load:
+            with weights.downloads(f"weights of {repository}"):
+                path = Path(download_pretrained_from_hf(repository))
+    return Origin(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"hf-hub:{repository}"))
+
+
+def _from_folder(conf: ModelConf) -> Origin:
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    folder = Path(conf.name.partition(":")[2]).expanduser()
+    if not (folder / HUB_CONFIG).is_file():
+        raise FileNotFoundError(f"model.name={conf.name}: {folder / HUB_CONFIG} not found; such a folder holds it and the weights")
+    config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
+    path = None
+    if conf.pretrained != "none":
+        with weights.quiet_upstream():
+            found = str(_path(conf.pretrained)) if weights.is_path(conf.pretrained) else _find_checkpoint_in_dir(folder)
+        if found is None:
+            raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
+        path = Path(found)
+    label = str(path or "random weights")
+    return Origin(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"{FOLDER}{folder}"))
+
+
+def _read_hub_config(repository: str) -> dict[str, Any]:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    with weights.downloads(f"{HUB_CONFIG} of {repository}"):
+        path = download_pretrained_from_hf(repository, filename=HUB_CONFIG)
+    config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "model_cfg" not in config:
+        raise ValueError(f"{repository}: its {HUB_CONFIG} has no model_cfg, so this is no open_clip model")
+    return {"preprocess_cfg": {}, **config}
+
+
+def _path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"model.pretrained={text}: no such file")
+    return path
+
+
+def _tokenizer_of(name: str) -> Callable[[], Tokenizer]:
+    def make() -> Tokenizer:
+        import open_clip
+
+        try:
+            with weights.downloads(f"the tokenizer of {name}"):
+                tokenizer: Tokenizer = open_clip.get_tokenizer(name)
+        except ImportError as error:
+            raise ValueError(
+                f"{name} reads text with a Hugging Face tokenizer, which needs the package transformers:"
+                " pip install 'finetune[transformers]', or use model.head=random"
+            ) from error
+        return tokenizer
+
+    return make
+
+
+def _unknown_name(name: str, names: list[str]) -> str:
+    import timm
+
+    if name == glyphs.VIT or timm.is_model(name.partition(".")[0]):
+        return f"model.name={name} is a timm model, not a CLIP: use model=vit model.name={name}"
+    families = f"{', '.join(names[:6])}, ... ({len(names)} in all: open_clip.list_models())"
+    return f"model.name={name}: open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}; it knows {families}"
+
+
+def _unknown_tag(conf: ModelConf, tags: list[str]) -> str:
+    if conf.pretrained == "bundled":
+        problem = f"model.pretrained=bundled: only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
+    else:
+        problem = f"model.pretrained={conf.pretrained}: {conf.name} has no such weights{nearest(conf.pretrained, tags)}"
+    return f"{problem}; expected {', '.join([*tags, 'none (random)', 'hf-hub:OWNER/NAME'])} or a path"
+
+
+def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool, device: torch.device) -> nn.Module:
+    """The model with random weights: both towers where `whole`, else the image tower alone as `visual`."""
+    from open_clip.coca_model import CoCa
+    from open_clip.model import CLIP, CLIPVisionCfg, CustomTextCLIP, _build_vision_tower
+
+    cfg = copy.deepcopy(cfg)
+    vision = CLIPVisionCfg(**cfg["vision_cfg"])
+    if image_size:
+        if not vision.timm_model_name and isinstance(vision.layers, int) and image_size % vision.patch_size:
+            raise ValueError(
+                f"model.image_size={image_size} must be a multiple of the patch size, {vision.patch_size}:"
+                f" {image_size // vision.patch_size * vision.patch_size or vision.patch_size} is"
+            )
+        vision.image_size = cfg["vision_cfg"]["image_size"] = image_size
+    square(vision.image_size, "this model")
+    vision.output_tokens = cfg["vision_cfg"]["output_tokens"] = False  # CoCa's token outputs would make tuples
+    custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        if not whole:
+            tower = nn.Module()
+            tower.visual = _build_vision_tower(cfg["embed_dim"], vision, cfg.get("quick_gelu", False))
+            return tower
+        if "hf_model_name" in cfg["text_cfg"]:
+            cfg["text_cfg"]["hf_model_pretrained"] = False  # its weights come with the rest
+        kind = CoCa if custom and "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
+        return kind(**cfg)  # type: ignore[no-any-return]
+
+
+def _load(clip: nn.Module, origin: Origin) -> None:
+    """Read the weights; names and shapes must be exactly those of the model."""
+    assert origin.weights is not None
+    state = weights.read_state_dict(origin.weights)
+    state = _as_open_clip(clip, state)
+    weights.load_strictly(clip, state, source=origin.label)
+
+
+def _as_open_clip(clip: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other layouts turned into open_clip's, and position embeddings resized to the model's grid.
+
+    The order of open_clip's own `load_checkpoint`, which reads only files.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import CLIP, convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    own = {name for name, _ in clip.named_children()}
+    state = convert_state_dict(clip, state)
+    with weights.quiet_upstream():
+        resize_pos_embed(state, clip)
+        if own == {"visual"}:
+            # Only the image tower was built; a file of ours may hold nothing else but a classifier.
+            return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+        if all(name.startswith(("visual.", "head.")) for name in state):
+            raise ValueError(
+                "these weights have an image tower only, so no zero-shot head can be made: use model.head=random"
+            )
+        if "positional_embedding" in state and not isinstance(clip, CLIP):
+            state = convert_to_custom_text_state_dict(state)
+        state.pop("text.transformer.embeddings.position_ids", None)  # written by old versions of transformers
+        resize_text_pos_embed(state, clip)
+    for name, parameter in clip.named_parameters(recurse=False):
+        if name in ("logit_scale", "logit_bias") and name in state:
+            state[name] = state[name].reshape(parameter.shape)
+    return state
+
+
+def _set_size(clip: nn.Module, image_size: int) -> None:
+    """Towers built by timm take their size after the weights, and resize their own position embeddings."""
+    from open_clip.timm_model import TimmModel
+
+    if image_size and isinstance(clip.visual, TimmModel):
+        clip.visual.set_input_size(image_size)
+
+
+def _preprocess(origin: Origin, conf: ModelConf) -> Preprocess:
+    from open_clip.model import CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    saved = None if origin.weights is None else saved_preprocess(origin.weights)
+    size = conf.image_size or square(CLIPVisionCfg(**origin.model_cfg["vision_cfg"]).image_size, conf.name)
+    if saved is not None:
+        return dataclasses.replace(saved, size=size)
+    cfg = merge_preprocess_dict(PreprocessCfg(), origin.preprocess_cfg)
+    interpolation = cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    mean, std = (tuple(float(value) for value in cfg[key]) for key in ("mean", "std"))
+    return Preprocess(size, mean, std, interpolation, RESIZE[cfg["resize_mode"]])  # type: ignore[arg-type]
+
+
+def _describe(origin: Origin, preprocess: Preprocess) -> str:
+    if origin.name == glyphs.CLIP and origin.weights is not None and origin.weights.parent == glyphs.FOLDER:
+        return glyphs.DESCRIPTIONS[glyphs.CLIP]
+    return f"{origin.name}: an image tower of open_clip, weights {origin.label}, images of {preprocess.size} pixels a side"

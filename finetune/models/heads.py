@@ -1,0 +1,132 @@
+"""Classifiers on top of an image tower, and how they start: from class names, or at random.
+
+A random head draws its first values from torch's global generator. `finetune.run` seeds that with `seed` just before
+`build_model`, so the same seed gives the same head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# How many prompts the text tower reads at once; bounds memory, changes nothing else.
+PROMPTS_AT_ONCE = 256
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Head(nn.Linear):
+    """A linear classifier over image features; its tensors are `weight` and, where it has one, `bias`.
+
+    Attributes:
+        normalize: Whether features are scaled to length 1 first, as CLIP scores them.
+        dropout: Probability of dropping a feature while training.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, bias: bool = True, normalize: bool = False, dropout: float = 0.0
+    ) -> None:
+        """A random head: weights from a normal of standard deviation 0.02 cut at 2 (ViT's own), bias 0.
+
+        Args:
+            in_features: Length of a feature vector.
+            num_classes: Number of logits.
+            bias: Whether each class has an offset; a zero-shot head has none.
+            normalize: See the class.
+            dropout: See the class; in [0, 1).
+        """
+        super().__init__(in_features, num_classes, bias=bias)
+        self.normalize = normalize
+        self.dropout = dropout
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits. (batch, in_features) -> (batch, classes)
+
+        Towers that do not pool (open_clip's `pool_type='none'`, its cascaded and parallel attentional pools) give
+        (batch, tokens, in_features): their tokens are averaged.
+        """
+        if features.ndim == 3:
+            features = features.mean(dim=1)
+        if self.normalize:
+            features = F.normalize(features, dim=-1)
+        # After the normalisation, which would undo dropout's rescaling.
+        features = F.dropout(features, self.dropout, self.training)
+        return super().forward(features)
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear` shows itself, with what this head adds."""
+        return f"{super().extra_repr()}, normalize={self.normalize}, dropout={self.dropout}"
+
+
+def class_prompts(classes: Sequence[str]) -> list[str]:
+    """Class names as a sentence holds them: underscores of folder names become spaces.
+
+    Raises:
+        ValueError: Two classes would read the same, or one is empty; a text tower cannot tell them apart.
+    """
+    names = [" ".join(name.replace("_", " ").split()) for name in classes]
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"class names must differ for a zero-shot head; used twice: {', '.join(map(repr, repeated))}")
+    if "" in names:
+        raise ValueError(f"class {names.index('')} has an empty name, which a zero-shot head cannot read")
+    return names
+
+
+@torch.no_grad()
+def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """The classifier that CLIP's text tower describes. -> (classes, embedding), float32
+
+    For each class the mean over templates of normalised text features, normalised again, times the logit scale
+    (Radford et al., arXiv:2103.00020, section 3.1.4). The scale is folded in here, once: without it the logits of a
+    normalised image would be about 100 times too small to train.
+
+    Args:
+        clip: A whole open_clip model, with `encode_text` and `logit_scale`.
+        tokenizer: Its own tokenizer.
+        classes: Class names in the order of the labels.
+        templates: Prompts, each with `{}` where the class name goes.
+
+    Raises:
+        ValueError: Class names that a text tower cannot tell apart.
+    """
+    prompts = [template.replace("{}", name) for name in class_prompts(classes) for template in templates]
+    device = next(clip.parameters()).device
+    clip.eval()
+    features = [
+        clip.encode_text(tokenizer(prompts[i : i + PROMPTS_AT_ONCE]).to(device), normalize=True)  # type: ignore[operator]
+        for i in range(0, len(prompts), PROMPTS_AT_ONCE)
+    ]
+    means = torch.cat(features).float().unflatten(0, (len(classes), len(templates))).mean(dim=1)
+    scale = clip.logit_scale.float().exp()  # type: ignore[operator, union-attr]
+    weight: Tensor = F.normalize(means, dim=-1) * scale
+    return weight.cpu()
+
+
+def zeroshot_head(
+    clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, dropout: float = 0.0
+) -> Head:
+    """A head that scores images as CLIP does, ready to be trained on: normalised features, no bias.
+
+    Args:
+        clip: See `zeroshot_weight`, as for the next three.
+        tokenizer: Its own tokenizer.
+        classes: Class names in the order of the labels.
+        templates: Prompts.
+        dropout: Probability of dropping a feature while training.
+
+    Raises:
+        ValueError: Class names that a text tower cannot tell apart.
+    """
+    weight = zeroshot_weight(clip, tokenizer, classes, templates)
+    head = Head(weight.shape[1], weight.shape[0], bias=False, normalize=True, dropout=dropout)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    return head

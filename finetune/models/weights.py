@@ -1,0 +1,247 @@
+"""Weights from where people keep them: files of every kind, read without running code; hubs, with or without a network.
+
+A pickle can run any program, so `.pt`, `.pth` and `.bin` files are read with `weights_only=True`, and a file that needs
+more is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+import socket
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+StateDict = dict[str, Tensor]
+
+# Where training programs put the weights among other things, best first: an average of the weights over training
+# (EMA) is what timm loads too.
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "teacher")
+# Prefixes that wrappers (DDP, torch.compile) and Lightning leave on names.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Numbers that OpenAI's archives hold beside the weights.
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# Long enough for a slow link, short enough that a machine without a network answers at once.
+CONNECT_TIMEOUT_S = 3.0
+# How many names an error lists of each kind.
+NAMES_SHOWN = 5
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The tensors of a weights file by name, whatever wrapped them: `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is damaged, holds no weights, or is a pickle that wants to run code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"model.pretrained={path}: no such file; expected .safetensors, .pt, .pth, .bin or .npz")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
+    if path.suffix == ".safetensors":
+        return _clean(_read_safetensors(path), path)
+    return _clean(_read_torchscript(path) if _is_torchscript(path) else _read_pickle(path), path)
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): fetch it again") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> Mapping[str, Any]:
+    """OpenAI published CLIP as TorchScript archives; their code is never called, only their tensors are taken."""
+    try:
+        tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+    return {name: tensor for name, tensor in tensors.items() if name not in OPENAI_EXTRAS}
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    try:
+        # timm's and MAE's training programs save their command line as a Namespace, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise ValueError(f"{path} is no weights file that torch can read, or is damaged ({_first_line(error)})") from error
+        raise ValueError(
+            f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any program;"
+            " save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
+    return content
+
+
+def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
+    """Unwrap what training programs put around the weights, and drop the prefixes of wrappers."""
+    for key in NESTED:
+        inner = content.get(key)
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            return _clean(inner, path)
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(str(key) for key in list(content)[:NAMES_SHOWN]) or "nothing"
+        raise ValueError(f"{path} holds no weights: expected tensors by name, found {keys}")
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in WRAPPERS:
+            if all(name.startswith(prefix) for name in tensors):
+                tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+                stripped = True
+    return tensors
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()) -> None:
+    """Copy `state` into `model`; every name and shape must match, but for names under `optional`.
+
+    Half-precision files give single-precision parameters.
+
+    Args:
+        model: Takes the tensors.
+        state: Tensors by name.
+        source: What to call the weights in an error: a path, a tag.
+        optional: Prefixes of names that may be missing or left over: the classifier's.
+
+    Raises:
+        ValueError: Names that are missing, left over, or of another shape; lists them.
+    """
+    mine = model.state_dict()
+    free = tuple(optional)
+
+    def strict(names: Iterable[str]) -> list[str]:
+        return sorted(name for name in names if not (free and name.startswith(free)))
+
+    missing, unexpected = strict(mine.keys() - state.keys()), strict(state.keys() - mine.keys())
+    both = mine.keys() & state.keys()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}"
+        for name in strict(both)
+        if state[name].shape != mine[name].shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    listed = [f"{len(names)} {word}: {_shown(names)}" for word, names in faults if names]
+    if listed:
+        raise ValueError(
+            f"{source} holds the weights of another model than {type(model).__name__} built here ({'; '.join(listed)});"
+            " check model.name"
+        )
+    model.load_state_dict({name: state[name] for name in both if state[name].shape == mine[name].shape}, strict=False)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_upstream() -> Iterator[None]:
+    """Hold back upstream's chatter on the root logger, whose first use would also install a handler of its own there."""
+    root, handler, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        root.removeHandler(handler)
+
+
+@contextmanager
+def downloads(what: str) -> Iterator[None]:
+    """Around anything that may fetch files: without a network only the caches are asked, and a failure is explained.
+
+    Hub clients retry for a minute before they look into their own cache; one quick attempt to reach the hub decides
+    whether that is worth it.
+
+    Args:
+        what: What is being looked for, for the error: `weights 'openai' of ViT-B-16`.
+
+    Raises:
+        FileNotFoundError: It is neither in the cache nor to be fetched.
+    """
+    from huggingface_hub import constants
+
+    before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    reachable = not before and _reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not reachable
+    socket.setdefaulttimeout(10 * CONNECT_TIMEOUT_S)  # plain URLs (torch hub, timm) have no timeout of their own
+    try:
+        with quiet_upstream():
+            yield
+    # Hub and URL errors are OSErrors.
+    except OSError as error:
+        raise FileNotFoundError(_not_found(what, error, reachable=reachable, offline=before)) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        socket.setdefaulttimeout(timeout)
+
+
+def _reachable(url: str) -> bool:
+    """Whether a connection to the hub, or to the proxy in front of it, can be made."""
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy)
+    port = target.port or (443 if target.scheme == "https" else 80)
+    try:
+        socket.create_connection((target.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _not_found(what: str, error: OSError, *, reachable: bool, offline: bool) -> str:
+    from huggingface_hub import constants
+
+    if reachable:
+        why = f"the download failed ({_first_line(error)})"
+    else:
+        why = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached from here"
+    return (
+        f"{what}: not in the cache, and {why}. Looked in {constants.HF_HUB_CACHE} (HF_HOME) and {torch.hub.get_dir()}"
+        " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine and set"
+        " HF_HOME to it; or give a file, model.pretrained=PATH"
+    )
+
+
+def is_path(text: str) -> bool:
+    """Whether `model.pretrained` reads as a file rather than a tag."""
+    suffixes = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".tar", ".ckpt")
+    return os.sep in text or text.startswith("~") or text.endswith(suffixes) or Path(text).is_file()
