@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import warnings
@@ -10,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.log import printable, replace_file
+from finetune.files import write_atomic
+from finetune.log import printable
 
 SIZE_INCHES = (12.0, 7.0)
 DPI = 100
@@ -59,6 +59,8 @@ def clean_axes(axes: Any, *, xlabel: str, ylabel: str) -> None:
     axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
     axes.grid(color=GRID, linewidth=1)
     axes.set_axisbelow(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_formatter().set_useOffset(False)  # 0.9812, not 0.0012 with +0.98 in a corner
     axes.set_xlabel(xlabel, fontsize=12, color=INK, labelpad=8)
     axes.set_ylabel(ylabel, fontsize=12, color=INK, labelpad=8)
 
@@ -77,12 +79,10 @@ def save_figure(figure: Any, path: Path) -> None:
     Raises:
         OSError: It could not be written; an earlier picture is untouched.
     """
-    png = io.BytesIO()
     with warnings.catch_warnings():
         # A letter that the font lacks is drawn as a box; no reason to write on the console of a training run.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(png, format="png")
-    replace_file(path, png.getvalue())
+        write_atomic(path, lambda beside: figure.savefig(beside, format="png"))
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from finetune.files import write_text
+
 T = TypeVar("T")
 
 LOGGER = logging.getLogger("finetune")
@@ -143,35 +145,6 @@ def _close_bars() -> None:
 # --- files that never tear -------------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all, durably: a temporary file beside it takes its place in one step.
-
-    Raises:
-        OSError: It could not be written; what was there before is untouched.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a change of names in `folder` survive a power cut. Windows has no such call, nor the need."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: Path, data: object) -> None:
     """Write `data` as readable JSON, atomically; keys in the order given, NaN and infinities as null.
 
@@ -179,7 +152,7 @@ def write_json(path: Path, data: object) -> None:
         OSError: It could not be written; what was there before is untouched.
         TypeError: `data` holds something that JSON cannot say.
     """
-    replace_file(path, (json.dumps(_jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(_jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _jsonable(data: Any) -> Any:
@@ -208,7 +181,8 @@ class History:
             OSError: It could not be written.
         """
         line = (json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
-        is_new = not self.path.exists()
+        if not self.path.exists():
+            write_text(self.path, "")  # so that the new name in the folder is on disk too
         with open(self.path, "ab+") as file:
             whole = self._whole()
             file.truncate(len(whole))
@@ -216,8 +190,6 @@ class History:
             file.write(line if whole.endswith(b"\n") or not whole else b"\n" + line)
             file.flush()
             os.fsync(file.fileno())
-        if is_new:
-            _sync_folder(self.path.parent)
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows; a torn last line is left out, a missing file has none.
@@ -250,7 +222,7 @@ class History:
         """
         if self.path.exists():
             kept = self.rows()[:num_epochs]
-            replace_file(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+            write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def _whole(self) -> bytes:
         """The file without the torn start of a row at its end; a whole row that only lacks its line break stays."""
@@ -293,9 +265,10 @@ class Bar:
         """
         self._images_a_batch = images / max(total, 1)
         self._start = start
-        self._began = self._last = time.monotonic()
+        self._began = self._asked = self._drawn = time.monotonic()
+        self._shown: dict[str, str] = {}
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if total > 0 and sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
                 total=total,
@@ -323,21 +296,28 @@ class Bar:
                 yield batch
                 if self._bar is not None:
                     self._bar.update()
+                    if time.monotonic() - self._drawn >= REDRAW_S:
+                        self._draw()
         finally:
             self.close()
 
     def due(self) -> bool:
         """Whether to read numbers off the device now: a few times a second, never where no bar is shown."""
-        return self._bar is not None and time.monotonic() - self._last >= REDRAW_S
+        return self._bar is not None and time.monotonic() - self._asked >= REDRAW_S
 
     def set(self, **values: float) -> None:
-        """Show these numbers (such as `loss`, `top1`, `lr`: the head's rate) and the images a second so far."""
-        if self._bar is None:
-            return
-        self._last = time.monotonic()
-        done = (self._bar.n - self._start) * self._images_a_batch
-        speed = {"img/s": f"{done / max(self._last - self._began, 1e-9):,.0f}"} if done else {}
-        shown = {name: _rate(value) if name == "lr" else _metric(value) for name, value in values.items()} | speed
+        """Show these numbers, such as `loss`, `top1` and `lr` (the head's rate), beside the images a second so far."""
+        if self._bar is not None:
+            self._asked = time.monotonic()
+            self._shown = {name: _rate(value) if name == "lr" else _metric(value) for name, value in values.items()}
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        images = (self._bar.n - self._start) * self._images_a_batch
+        shown = dict(self._shown)
+        if images:
+            shown["img/s"] = f"{images / max(self._drawn - self._began, 1e-9):,.0f}"
         self._bar.set_postfix_str("  ".join(f"{name} {text}" for name, text in shown.items()))
 
     def close(self) -> None:
@@ -414,7 +394,8 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
             padded.append(space + text if right else text + space)
         return "  ".join(padded).rstrip()
 
-    return "\n".join([aligned(lines[0]), "  ".join("-" * width for width in widths), *map(aligned, cells)])
+    rule = "  ".join(("-" if column else " ") * width for column, width in zip(columns, widths, strict=True))
+    return "\n".join([aligned(lines[0]), rule, *map(aligned, cells)])
 
 
 def _cell(value: object) -> str:
