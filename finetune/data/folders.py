@@ -101,6 +101,8 @@ def _split_folders(root: str) -> dict[str, str]:
             raise ValueError(f"data.root={root}: {' and '.join(same)} both mean {split}; keep one of them")
         if same:
             found[split] = same[0]
+    if len(found) == len(folders) > 0 and "train" not in found:
+        raise ValueError(f"data.root={root}: {' and '.join(found.values())} but no train; {LAYOUT}")
     if "train" not in found or not _entries(os.path.join(root, found["train"]))[0]:
         return {}  # no train/, or a class of railway pictures: images, not folders, lie in it
     others = [folder for folder in folders if folder not in found.values()]
@@ -124,7 +126,7 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
     for name in folders:
         others: Counter[str] = Counter()
         start = f"{folder}/{name}" if folder else name
-        classes[name] = sorted(_walk(root, start, others, seen=()))
+        classes[name] = sorted(_walk(root, start, others, above=(_identity(place),)))
         if not classes[name]:
             empty.append(name + _brackets(others, "found only"))
         left_out.update(others)
@@ -141,12 +143,11 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
     return classes
 
 
-def _walk(root: str, folder: str, others: Counter[str], *, seen: tuple[tuple[int, int], ...]) -> Iterable[str]:
+def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[int, int], ...]) -> Iterable[str]:
     """Image files under `root/folder`, at any depth, relative to `root`; counts in `others` what is no image."""
-    status = os.stat(os.path.join(root, folder))
-    here = (status.st_dev, status.st_ino)
-    if here in seen:
-        return  # a link back to a folder above: everything in it has been listed
+    here = _identity(os.path.join(root, folder))
+    if here in above:
+        return  # a link back to a folder above: everything in it is listed there
     folders, files = _entries(os.path.join(root, folder))
     for file in files:
         if os.path.splitext(file)[1].lower() in EXTENSIONS:
@@ -154,7 +155,12 @@ def _walk(root: str, folder: str, others: Counter[str], *, seen: tuple[tuple[int
         else:
             others[_kind(file)] += 1
     for name in folders:
-        yield from _walk(root, f"{folder}/{name}", others, seen=(*seen, here))
+        yield from _walk(root, f"{folder}/{name}", others, above=(*above, here))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:

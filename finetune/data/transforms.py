@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import cos, sin
 from typing import NamedTuple
 
 import torch
@@ -115,12 +116,13 @@ def warp(images: Tensor, views: Sequence[View]) -> Tensor:
     no matrix product, whose sums may change with the batch), so an image comes out the same in any company.
     """
     size = images.shape[-1]
-    angle, scale, right, down, mirror = torch.tensor(views, dtype=torch.float64).T[:, :, None, None]
+    # Sines from `math`: torch takes vector instructions or not by the length of the list, and their last bits differ.
+    numbers = [(cos(v.angle) / v.scale, sin(v.angle) / v.scale, v.right, v.down, v.mirror) for v in views]
+    along, across, right, down, mirror = torch.tensor(numbers, dtype=torch.float32).T[:, :, None, None]
     centres = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1  # of the pixels, the image being [-1, 1]
-    x, y = centres[None, None, :] - right.float(), centres[None, :, None] - down.float()
     # For each pixel of the result the place it comes from: every step is undone, the last first.
-    cos, sin = (angle.cos() / scale).float(), (angle.sin() / scale).float()
-    grid = torch.stack([(x * cos + y * sin) * mirror.float(), y * cos - x * sin], dim=-1)
+    x, y = centres[None, None, :] - right, centres[None, :, None] - down
+    grid = torch.stack([(x * along + y * across) * mirror, y * along - x * across], dim=-1)
     outside = border_colour(images)
     inside = images.to(torch.float32) - outside  # around zero, which is what grid_sample finds outside
     moved = grid_sample(inside, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
