@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import cos, sin
 from typing import NamedTuple
 
 import torch
@@ -117,7 +116,8 @@ def warp(images: Tensor, views: Sequence[View]) -> Tensor:
     """
     size = images.shape[-1]
     # Sines from `math`: torch takes vector instructions or not by the length of the list, and their last bits differ.
-    numbers = [(cos(v.angle) / v.scale, sin(v.angle) / v.scale, v.right, v.down, v.mirror) for v in views]
+    turns = [(math.cos(view.angle) / view.scale, math.sin(view.angle) / view.scale) for view in views]
+    numbers = [(*turn, view.right, view.down, view.mirror) for turn, view in zip(turns, views, strict=True)]
     along, across, right, down, mirror = torch.tensor(numbers, dtype=torch.float32).T[:, :, None, None]
     centres = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1  # of the pixels, the image being [-1, 1]
     # For each pixel of the result the place it comes from: every step is undone, the last first.
