@@ -78,7 +78,9 @@ def square(size: Sequence[int] | int, name: str) -> int:
     """
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise ValueError(f"{name} takes images of {tuple(sides)} pixels; finetune feeds square images, so set model.image_size")
+        raise ValueError(
+            f"{name} takes images of {tuple(sides)} pixels; finetune feeds square images, so set model.image_size"
+        )
     return sides.pop()
 
 

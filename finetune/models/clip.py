@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from finetune.layers import Layer
 from finetune.models.heads import Head
 
+# All that can stand ahead of the first block and behind the last one, in open_clip's VisionTransformer.
+STEM = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
+READOUT = ("ln_post", "attn_pool", "attn_pool_contrastive", "proj")
+
 
 class ClipClassifier(nn.Module):
     """An image tower and a classifier. The keys under `visual.` are those of upstream's whole CLIP.
@@ -42,17 +46,17 @@ def layers_of(tower: nn.Module) -> list[Layer]:
         tower: `model.visual`, with `output_tokens` off.
     """
     net: Any = tower
-    stem = ("conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre")
-    readout = ["ln_post"]
-    # attn_pool_contrastive exists only beside attn_pool, and any of them may be None.
-    children = dict(net.named_children())
-    readout += [name for name in ("attn_pool", "attn_pool_contrastive") if name in children]
-    readout += ["proj"] if net.proj is not None else []
+    # What a variant does without is None (or, in OpenAI's own class, not there at all), and so in neither list.
+    there = {name for name, _ in net.named_children()} | {name for name, _ in net.named_parameters(recurse=False)}
     blocks = [
         Layer(f"block.{index + 1}", (f"transformer.resblocks.{index}",), partial(_run_block, index=index))
         for index in range(len(net.transformer.resblocks))
     ]
-    return [Layer("stem", stem, _run_stem), *blocks, Layer("readout", tuple(readout), _run_readout)]
+    return [
+        Layer("stem", tuple(name for name in STEM if name in there), _run_stem),
+        *blocks,
+        Layer("readout", tuple(name for name in READOUT if name in there), _run_readout),
+    ]
 
 
 def _run_stem(net: Any, h: Tensor) -> Tensor:

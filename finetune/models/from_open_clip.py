@@ -65,16 +65,18 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
         FileNotFoundError: Weights that are nowhere to be found.
     """
     if conf.drop_path > 0:
-        raise ValueError(f"model.drop_path={conf.drop_path} would be ignored: open_clip's towers have no drop path; leave it 0")
+        raise ValueError(
+            f"model.drop_path={conf.drop_path} would be ignored: open_clip's towers have no drop path; leave it 0"
+        )
     kind = head_kind(conf, has_text=True)
     origin = locate(conf, load=load)
     reads_text = kind == HeadKind.zeroshot and load
+    tokenizer = origin.tokenizer() if reads_text else None  # first: it may be missing, and what follows takes long
     clip = _construct(origin.model_cfg, conf.image_size, whole=reads_text, device=device)
     if load and origin.weights is not None:
         _load(clip, origin)
     _set_size(clip, conf.image_size)
-    if reads_text:
-        tokenizer = origin.tokenizer()
+    if tokenizer is not None:
         head = zeroshot_head(clip.to(device), tokenizer, classes, conf.templates, dropout=conf.head_dropout)
     else:
         plain = kind != HeadKind.zeroshot
@@ -172,7 +174,9 @@ def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
         elif load:
             with weights.downloads(f"weights of {repository}"):
                 path = Path(download_pretrained_from_hf(repository))
-    return Origin(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"hf-hub:{repository}"))
+    return Origin(
+        conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"hf-hub:{repository}")
+    )
 
 
 def _from_folder(conf: ModelConf) -> Origin:
@@ -180,7 +184,9 @@ def _from_folder(conf: ModelConf) -> Origin:
 
     folder = Path(conf.name.partition(":")[2]).expanduser()
     if not (folder / HUB_CONFIG).is_file():
-        raise FileNotFoundError(f"model.name={conf.name}: {folder / HUB_CONFIG} not found; such a folder holds it and the weights")
+        raise FileNotFoundError(
+            f"model.name={conf.name}: {folder / HUB_CONFIG} not found; such a folder holds it and the weights"
+        )
     config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
     path = None
     if conf.pretrained != "none":
@@ -190,7 +196,9 @@ def _from_folder(conf: ModelConf) -> Origin:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
     label = str(path or "random weights")
-    return Origin(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"{FOLDER}{folder}"))
+    return Origin(
+        conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"{FOLDER}{folder}")
+    )
 
 
 def _read_hub_config(repository: str) -> dict[str, Any]:
@@ -234,7 +242,9 @@ def _unknown_name(name: str, names: list[str]) -> str:
     if name == glyphs.VIT or timm.is_model(name.partition(".")[0]):
         return f"model.name={name} is a timm model, not a CLIP: use model=vit model.name={name}"
     families = f"{', '.join(names[:6])}, ... ({len(names)} in all: open_clip.list_models())"
-    return f"model.name={name}: open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}; it knows {families}"
+    return (
+        f"model.name={name}: open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}; it knows {families}"
+    )
 
 
 def _unknown_tag(conf: ModelConf, tags: list[str]) -> str:
@@ -277,11 +287,11 @@ def _load(clip: nn.Module, origin: Origin) -> None:
     """Read the weights; names and shapes must be exactly those of the model."""
     assert origin.weights is not None
     state = weights.read_state_dict(origin.weights)
-    state = _as_open_clip(clip, state)
+    state = _as_open_clip(clip, state, origin.label)
     weights.load_strictly(clip, state, source=origin.label)
 
 
-def _as_open_clip(clip: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     """Other layouts turned into open_clip's, and position embeddings resized to the model's grid.
 
     The order of open_clip's own `load_checkpoint`, which reads only files.
@@ -298,7 +308,7 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
             return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
         if all(name.startswith(("visual.", "head.")) for name in state):
             raise ValueError(
-                "these weights have an image tower only, so no zero-shot head can be made: use model.head=random"
+                f"{label} has an image tower only, so no zero-shot head can be made: use model.head=random"
             )
         if "positional_embedding" in state and not isinstance(clip, CLIP):
             state = convert_to_custom_text_state_dict(state)
@@ -335,4 +345,6 @@ def _preprocess(origin: Origin, conf: ModelConf) -> Preprocess:
 def _describe(origin: Origin, preprocess: Preprocess) -> str:
     if origin.name == glyphs.CLIP and origin.weights is not None and origin.weights.parent == glyphs.FOLDER:
         return glyphs.DESCRIPTIONS[glyphs.CLIP]
-    return f"{origin.name}: an image tower of open_clip, weights {origin.label}, images of {preprocess.size} pixels a side"
+    return (
+        f"{origin.name}: an image tower of open_clip, weights {origin.label}, images of {preprocess.size} pixels a side"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config import HeadKind, ModelConf, nearest
+from finetune.config import ModelConf, nearest
 from finetune.layers import Layer
 from finetune.models import glyphs, weights
 from finetune.models.built import BuiltModel, head_kind, layered, saved_preprocess, square
 from finetune.models.heads import Head
-from finetune.models.towers import layers_of
+from finetune.models.towers import classifier_names, layers_of
 from finetune.preprocess import Preprocess
 
 RESIZE = {"center": "crop", "border": "pad", "squash": "squash"}
@@ -53,17 +53,6 @@ def _run_head(net: nn.Module, h: Tensor, *, name: str) -> Tensor:
     return logits
 
 
-def classifier_names(net: nn.Module) -> tuple[str, ...]:
-    """The names under which a timm network keeps its classifier; two where it was distilled."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    if type(net) is VisionTransformer:
-        return ("head",)
-    config: Any = net.pretrained_cfg
-    names = config["classifier"]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def put_head(net: nn.Module, num_classes: int, *, dropout: float) -> tuple[str, ...]:
     """Put a new random classifier in the place of upstream's; its name in the network.
 
@@ -78,7 +67,9 @@ def put_head(net: nn.Module, num_classes: int, *, dropout: float) -> tuple[str, 
         if type(old) is nn.Linear:
             net.set_submodule(name, Head(old.in_features, num_classes, dropout=dropout))
         elif dropout:
-            raise ValueError(f"model.head_dropout={dropout} would be ignored: the classifier of {type(net).__name__} is no linear layer")
+            raise ValueError(
+                f"model.head_dropout={dropout} would be ignored: the classifier of {type(net).__name__} is no linear layer"
+            )
     return names
 
 
@@ -97,7 +88,13 @@ def _bundled(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str
         check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
     net = VisionTransformer(**args, drop_path_rate=conf.drop_path)
-    path = None if conf.pretrained == "none" else bundle.weights if conf.pretrained == "bundled" else _path(conf.pretrained)
+    path = (
+        None
+        if conf.pretrained == "none"
+        else bundle.weights
+        if conf.pretrained == "bundled"
+        else _path(conf.pretrained)
+    )
     if load and path is not None:
         state = checkpoint_filter_fn(weights.read_state_dict(path), net)
         weights.load_strictly(net, state, source=str(path), optional=("head.",))
@@ -113,11 +110,15 @@ def _bundled(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str
 def _upstream(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str]:
     """A model of timm's registry, hub or folder, its preprocessing and description."""
     import timm
-    from timm.data import resolve_model_data_config
+    from timm.layers.patch_embed import PatchEmbed
 
     name, tag = _name_and_tag(conf)
     args: dict[str, Any] = {"drop_path_rate": conf.drop_path} if conf.drop_path else {}
-    path = _path(conf.pretrained) if tag is None and conf.pretrained != "none" and not name.startswith((*HUB, FOLDER)) else None
+    path = (
+        _path(conf.pretrained)
+        if tag is None and conf.pretrained != "none" and not name.startswith((*HUB, FOLDER))
+        else None
+    )
     if tag is not None:
         name = f"{name}.{tag}"
     if conf.image_size:
@@ -126,14 +127,20 @@ def _upstream(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, st
     source = str(path or conf.pretrained if conf.pretrained != "bundled" else name)
     if wants_weights and path is not None:
         args |= _file_args(name, path)
+    fetches = wants_weights and path is None
     try:
-        with weights.downloads(f"weights '{source}' of {conf.name}"):
+        with weights.downloads(f"weights '{source}' of {conf.name}") if fetches else weights.quiet_upstream():
             net = timm.create_model(name, pretrained=wants_weights, **args)
     except TypeError as error:
-        raise ValueError(f"model.name={conf.name} does not take {', '.join(args)} ({error}); leave these settings out") from error
+        raise ValueError(
+            f"model.name={conf.name} does not take {', '.join(args)} ({error}); leave these settings out"
+        ) from error
     except RuntimeError as error:
         raise ValueError(f"{source} does not fit {conf.name}: {' '.join(str(error).split())}") from error
-    preprocess = _preprocess(resolve_model_data_config(net), conf)
+    for module in net.children():
+        if isinstance(module, PatchEmbed) and conf.image_size:
+            check_patches(conf.image_size, module.patch_size[0])
+    preprocess = _preprocess(net, conf)
     saved = saved_preprocess(path) if path is not None else None
     if saved is not None:
         preprocess = dataclasses.replace(saved, size=preprocess.size)
@@ -161,7 +168,9 @@ def _name_and_tag(conf: ModelConf) -> tuple[str, str | None]:
     tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)]
     wanted = tag if conf.pretrained == "bundled" and tag else conf.pretrained
     if tag and conf.pretrained not in ("bundled", "none", tag):
-        raise ValueError(f"model.name={conf.name} and model.pretrained={conf.pretrained} name different weights: leave one out")
+        raise ValueError(
+            f"model.name={conf.name} and model.pretrained={conf.pretrained} name different weights: leave one out"
+        )
     if wanted == "none" or (weights.is_path(wanted) and wanted not in tags):
         return name, None
     if wanted.startswith(HUB):
@@ -215,7 +224,9 @@ def check_patches(image_size: int, patch_size: int) -> None:
     """
     if image_size % patch_size:
         fitting = image_size // patch_size * patch_size or patch_size
-        raise ValueError(f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}: {fitting} is")
+        raise ValueError(
+            f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}: {fitting} is"
+        )
 
 
 def _file_args(name: str, path: Path) -> dict[str, Any]:
@@ -235,7 +246,11 @@ def _file_args(name: str, path: Path) -> dict[str, Any]:
     return {"pretrained_cfg_overlay": overlay, "num_classes": num_classes}
 
 
-def _preprocess(config: dict[str, Any], conf: ModelConf) -> Preprocess:
+def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:
+    from timm.data import config as data_config
+
+    resolve: Callable[[nn.Module], dict[str, Any]] = data_config.resolve_model_data_config
+    config = resolve(net)
     size = conf.image_size or square(config["input_size"][1:], conf.name)
     interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
     resize = RESIZE[config["crop_mode"]]

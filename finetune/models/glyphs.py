@@ -41,7 +41,9 @@ def read_bundle(name: str) -> Bundle:
     """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: this installation lacks its bundled weights; install finetune again")
+        raise FileNotFoundError(
+            f"{path} is missing: this installation lacks its bundled weights; install finetune again"
+        )
     return Bundle(json.loads(path.read_text(encoding="utf-8")), FOLDER / f"{name}.safetensors")
 
 

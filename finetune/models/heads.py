@@ -104,8 +104,8 @@ def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str
         clip.encode_text(tokenizer(prompts[i : i + PROMPTS_AT_ONCE]).to(device), normalize=True)  # type: ignore[operator]
         for i in range(0, len(prompts), PROMPTS_AT_ONCE)
     ]
-    means = torch.cat(features).float().unflatten(0, (len(classes), len(templates))).mean(dim=1)
-    scale = clip.logit_scale.float().exp()  # type: ignore[operator, union-attr]
+    means = torch.cat(features).float().reshape(len(classes), len(templates), -1).mean(dim=1)
+    scale = clip.logit_scale.float().exp()  # type: ignore[operator]
     weight: Tensor = F.normalize(means, dim=-1) * scale
     return weight.cpu()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -16,8 +17,11 @@ from finetune.layers import Layer
 # Upstream class -> our module of the same package, whose `layers_of(tower)` gives stem, blocks and readout.
 FAMILIES = {
     "open_clip.transformer.VisionTransformer": "clip",
+    "clip.model.VisionTransformer": "clip",  # OpenAI's own package
     "timm.models.vision_transformer.VisionTransformer": "vit",
 }
+# Known by their names only: the forward pass is not what our module runs.
+NAMES_ONLY = {"clip.model.VisionTransformer"}
 
 
 def _name(kind: type) -> str:
@@ -37,6 +41,25 @@ def layers_of(tower: nn.Module) -> list[Layer]:
             module = importlib.import_module(f"finetune.models.{FAMILIES[_name(kind)]}")
             cut: Callable[[nn.Module], list[Layer]] = module.layers_of
             layers = cut(tower)
-            return layers if kind is type(tower) else [dataclasses.replace(layer, run=None) for layer in layers]
+            runs = kind is type(tower) and _name(kind) not in NAMES_ONLY
+            return layers if runs else [dataclasses.replace(layer, run=None) for layer in layers]
     known = ", ".join(name.rpartition(".")[0].partition(".")[0] + "'s " + name.rpartition(".")[2] for name in FAMILIES)
     raise ValueError(f"{_name(type(tower))} is no image tower that finetune can cut into layers; it knows {known}")
+
+
+def classifier_names(tower: nn.Module) -> tuple[str, ...]:
+    """The names under which a tower keeps its classifier: none in a CLIP, two in a distilled ViT."""
+    home = type(tower).__module__.partition(".")[0]
+    if home == "open_clip":
+        return ()
+    if not isinstance(tower, HasPretrainedCfg):
+        return ("head",)  # built by its class and not by timm.create_model
+    names = tower.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+@runtime_checkable
+class HasPretrainedCfg(Protocol):
+    """A model that `timm.create_model` made."""
+
+    pretrained_cfg: dict[str, Any]

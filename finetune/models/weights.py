@@ -41,16 +41,22 @@ NAMES_SHOWN = 5
 def read_state_dict(path: Path) -> StateDict:
     """The tensors of a weights file by name, whatever wrapped them: `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript.
 
+    Half-precision tensors come back as float32.
+
     Raises:
         FileNotFoundError: No such file.
         ValueError: It is damaged, holds no weights, or is a pickle that wants to run code.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"model.pretrained={path}: no such file; expected .safetensors, .pt, .pth, .bin or .npz")
+        raise FileNotFoundError(
+            f"model.pretrained={path}: no such file; expected .safetensors, .pt, .pth, .bin or .npz"
+        )
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from")
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from"
+        )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
     if path.suffix == ".safetensors":
@@ -78,7 +84,8 @@ def _is_torchscript(path: Path) -> bool:
 def _read_torchscript(path: Path) -> Mapping[str, Any]:
     """OpenAI published CLIP as TorchScript archives; their code is never called, only their tensors are taken."""
     try:
-        tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
+        load: Any = torch.jit.load
+        tensors = load(str(path), map_location="cpu").state_dict()
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
     return {name: tensor for name, tensor in tensors.items() if name not in OPENAI_EXTRAS}
@@ -92,7 +99,9 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise ValueError(f"{path} is no weights file that torch can read, or is damaged ({_first_line(error)})") from error
+            raise ValueError(
+                f"{path} is no weights file that torch can read, or is damaged ({_first_line(error)})"
+            ) from error
         raise ValueError(
             f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any program;"
             " save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
@@ -100,7 +109,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     except (RuntimeError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")  # noqa: TRY004
     return content
 
 
@@ -110,7 +119,12 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
         inner = content.get(key)
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
             return _clean(inner, path)
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    # Resizing of position embeddings, ahead, needs single precision on a CPU.
+    tensors = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
     if not tensors:
         keys = ", ".join(str(key) for key in list(content)[:NAMES_SHOWN]) or "nothing"
         raise ValueError(f"{path} holds no weights: expected tensors by name, found {keys}")
@@ -126,8 +140,6 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()) -> None:
     """Copy `state` into `model`; every name and shape must match, but for names under `optional`.
-
-    Half-precision files give single-precision parameters.
 
     Args:
         model: Takes the tensors.
@@ -233,7 +245,11 @@ def _not_found(what: str, error: OSError, *, reachable: bool, offline: bool) -> 
     if reachable:
         why = f"the download failed ({_first_line(error)})"
     else:
-        why = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached from here"
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if offline
+            else f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached from here"
+        )
     return (
         f"{what}: not in the cache, and {why}. Looked in {constants.HF_HUB_CACHE} (HF_HOME) and {torch.hub.get_dir()}"
         " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine and set"
