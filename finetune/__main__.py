@@ -1,0 +1,124 @@
+"""The entry, `finetune` and `python -m finetune`: check the command line, then hand over. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import finetune
+from finetune.compose import CommandLine, ConfigError, parse_command_line
+from finetune.compose.commandline import hydra_flags, quote
+from finetune.compose.folders import record_failure, run_folder
+from finetune.compose.usage import help_page
+from finetune.compose.yamlfiles import folders
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from finetune.compose.composition import Prepared
+
+# Flags that Hydra answers by itself; nothing is run.
+HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
+# What a person can mend. Anything else is a fault of the program, and its traceback is in run.log.
+MISTAKES = (ValueError, OSError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 (something failed), 2 (unusable command line), 130 (Ctrl-C)."""
+    line = parse_command_line(sys.argv[1:] if argv is None else argv)
+    try:
+        return _answer(line)
+    except ConfigError as error:
+        for problem in error.problems:
+            _say(problem)
+        return error.code
+    except MISTAKES as error:
+        _say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C")
+        return 130
+
+
+def _say(problem: str) -> None:
+    print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+
+
+def _answer(line: CommandLine) -> int:
+    if "--version" in line.flags:
+        print(f"finetune {finetune.__version__}")
+        return 0
+    if "--help" in line.flags:
+        print(help_page(folders(line.config_dir)))
+        return 0
+    from finetune.compose.composition import launch, prepare
+
+    asked = [name for name in HYDRA_COMMANDS if name in line.flags]
+    if asked and not line.problems:
+        launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
+        return 0
+    prepared = prepare(line)
+    if "--cfg" in line.flags:
+        launch(_nothing, hydra_flags(line) + prepared.first, folders(line.config_dir))
+        return 0
+    return (_sweep if line.multirun else _single)(line, prepared)
+
+
+def _nothing(cfg: DictConfig) -> None:
+    """For commands that Hydra answers itself."""
+
+
+def _single(line: CommandLine, prepared: Prepared) -> int:
+    """One run; what goes wrong in it is one line and exit code 1."""
+    from finetune.compose.composition import launch
+
+    codes: list[int] = []
+    with run_folder(prepared.run_dir, multirun=False) as folder:
+        arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
+        launch(lambda cfg: codes.append(_job(cfg)), arguments, folders(line.config_dir))
+    return codes[0]
+
+
+def _sweep(line: CommandLine, prepared: Prepared) -> int:
+    """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
+    from finetune.compose.composition import launch
+
+    with run_folder(prepared.run_dir, multirun=True) as folder:
+        print(f"{prepared.jobs} jobs, in {folder}", flush=True)
+        arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
+        try:
+            launch(_job, arguments, folders(line.config_dir))
+        finally:
+            from finetune.sweep import summarize
+
+            failed = summarize(folder)
+    return 1 if failed else 0
+
+
+def _job(cfg: DictConfig) -> int:
+    """One job inside Hydra's launcher; 0, or 1 if it failed, which is on record in its folder."""
+    from finetune.compose.composition import current_job, to_conf
+
+    job = current_job()
+    if job.number is not None:
+        print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        conf = to_conf(cfg)
+        from finetune.run import run  # only now: it imports torch
+
+        run(conf, job.folder, job.overrides)
+    except MISTAKES as error:
+        record_failure(job.folder, job.overrides, error)
+        _say(str(error))
+        return 1
+    except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
+        record_failure(job.folder, job.overrides, error)
+        _say(f"{type(error).__name__}: {error} (the traceback is in {job.folder / 'run.log'})")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

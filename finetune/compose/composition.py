@@ -1,0 +1,297 @@
+"""Hydra and OmegaConf: override grammar, composition, launch. Nothing else in the package imports them.
+
+Hydra's search path is `--config-dir`, `./conf`, the built-in folder. The primary configuration is stored under a name
+of our own, read from a `config.yaml` that is known to be ours: a file of that name in some other project's `./conf`
+cannot take its place.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+)
+from hydra.core.override_parser.types import Override as HydraOverride
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.compose.check import MAX_JOBS, Override, Reader, check
+from finetune.compose.commandline import CommandLine, ConfigError, quote, quote_override
+from finetune.compose.keys import KEYS, PATH_KEYS, build, convert, path_as_typed
+from finetune.compose.yamlfiles import SCHEMA_NAME, builtin_folder, folders, primary_file
+from finetune.config import Conf, validate
+
+PRIMARY_NAME = "finetune_config"
+VERSION_BASE = "1.3"
+SIGNS = {
+    OverrideType.CHANGE: "",
+    OverrideType.ADD: "+",
+    OverrideType.FORCE_ADD: "++",
+    OverrideType.DEL: "~",
+}
+
+
+class _Folders(SearchPathPlugin):
+    """Puts the user's folders ahead of the built-in one; completion and --info go through it, too."""
+
+    searched: tuple[Path, ...] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra whenever it makes a search path."""
+        for folder in reversed(self.searched):
+            search_path.prepend("finetune", f"file://{folder}")
+
+
+@dataclass
+class Prepared:
+    """A command line that is known to be good.
+
+    Attributes:
+        conf: The configuration; of the first job where it is a sweep.
+        overrides: As Hydra's grammar wants them.
+        first: Those of the first job, without sweeps.
+        jobs: How many runs it asks for.
+        run_dir: `hydra.run.dir` or, for a sweep, `hydra.sweep.dir`, where the person gave one.
+    """
+
+    conf: Conf
+    overrides: list[str]
+    first: list[str]
+    jobs: int
+    run_dir: Path | None
+
+
+def prepare(line: CommandLine) -> Prepared:
+    """Check a command line from end to end; writes nothing.
+
+    Raises:
+        ConfigError: With every problem that can be found.
+    """
+    quoted = [quote_override(text, multirun=line.multirun) for text in line.overrides]
+    parsed, unreadable = _parse(line.overrides, quoted)
+    try:
+        reader = Reader(folders(line.config_dir))
+    except FileNotFoundError as error:
+        raise ConfigError([*line.problems, *unreadable, str(error)], code=2 if line.problems else 1) from None
+    findings = check(parsed, reader, multirun=line.multirun)
+    problems = [*line.problems, *unreadable, *findings.problems]
+    if problems:
+        raise ConfigError(problems, code=2 if line.problems or unreadable else 1)
+    register(reader.searched)
+    first = [text for pair in zip(quoted, parsed, strict=True) if (text := _first_value(*pair))]
+    with readable_errors():
+        with hydra.initialize_config_dir(str(builtin_folder()), version_base=VERSION_BASE, job_name="finetune"):
+            cfg = hydra.compose(PRIMARY_NAME, first, return_hydra_config=True)
+        conf = to_conf(cfg)
+        given = [o for o in parsed if o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir")]
+        run_dir = _run_dir(cfg, multirun=line.multirun) if given else None
+    return Prepared(conf, quoted, first, findings.jobs, run_dir)
+
+
+def register(searched: Sequence[Path]) -> None:
+    """Tell Hydra the schema, the primary configuration and the folders."""
+    primary = OmegaConf.load(primary_file(searched))
+    store = ConfigStore.instance()
+    store.store(name=SCHEMA_NAME, node=Conf)
+    store.store(name=PRIMARY_NAME, node=primary)
+    _Folders.searched = tuple(folder for folder in searched if folder != builtin_folder())
+    Plugins.instance().register(_Folders)
+
+
+def to_conf(cfg: DictConfig) -> Conf:
+    """Hydra's composition as the typed configuration, references resolved, `~` in paths filled in.
+
+    Raises:
+        ConfigError: It holds what the schema or the ranges do not allow.
+    """
+    problems, values = [], {}
+    for name, key in KEYS.items():
+        try:
+            value = convert(key, _plain(OmegaConf.select(cfg, name)))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        values[name] = path_as_typed(value) if name in PATH_KEYS and isinstance(value, str) else value
+    conf = build(values)
+    problems = problems or validate(conf)
+    if problems:
+        raise ConfigError(problems)
+    return conf
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _run_dir(cfg: DictConfig, *, multirun: bool) -> Path:
+    return Path(str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir))
+
+
+def _parse(typed: Sequence[str], quoted: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Every override that Hydra's grammar can read, and one line for every other."""
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text, safe in zip(typed, quoted, strict=True):
+        try:
+            parsed.append(_own(text, parser.parse_override(safe)))
+        except ConfigError as error:
+            problems += error.problems
+        except (HydraException, ValueError, ArithmeticError) as error:
+            problems.append(_unparsable(text, error))
+    return parsed, problems
+
+
+def _own(text: str, parsed: HydraOverride) -> Override:
+    """Hydra's parsed override as ours.
+
+    Raises:
+        ConfigError: A range that never ends, or is too long.
+        ValueError: It has no key.
+    """
+    if not parsed.key_or_group:
+        raise ValueError("nothing in front of the =")
+    key = parsed.key_or_group if parsed.package is None else f"{parsed.key_or_group}@{parsed.package}"
+    assert parsed.type is not None
+    sign, value = SIGNS[parsed.type], parsed.value()
+    if isinstance(value, ChoiceSweep):
+        return Override(text, key, sign, tuple(_unquoted(item) for item in value.list), "choice")
+    if isinstance(value, Glob):
+        return Override(text, key, sign, tuple(value.include), "glob", tuple(value.exclude))
+    if isinstance(value, IntervalSweep):
+        return Override(text, key, sign, (value.start, value.end), "interval")
+    if isinstance(value, RangeSweep):
+        start, stop, step = (float(part) for part in (value.start, value.stop, value.step))
+        if not all(map(math.isfinite, (start, stop, step))) or step == 0 or (stop - start) / step > MAX_JOBS:
+            raise ConfigError([f"{text}: range(START,STOP,STEP) has to end, after {MAX_JOBS:,} values at most"])
+        values = tuple(parsed.sweep_iterator())
+        if not values:
+            raise ConfigError([f"{text}: this range is empty; it starts at START and ends before STOP"])
+        return Override(text, key, sign, values, "range")
+    return Override(text, key, sign, (_unquoted(value),))
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
+    if isinstance(value, dict):
+        return {_unquoted(key): _unquoted(item) for key, item in value.items()}
+    return value
+
+
+def _unparsable(text: str, error: Exception) -> str:
+    if "=" not in text:
+        return f"'{text}': cannot be read; write KEY=VALUE without spaces around the =, such as optim.lr=1e-3"
+    key, _, value = text.partition("=")
+    if not key:
+        return f"'{text}': nothing in front of the =; write KEY=VALUE without spaces around the ="
+    reason = str(error).splitlines()[0]
+    plain = f"; a text with special characters goes in two pairs of quotes: '{key}=\"{value}\"'"
+    return f"{text}: cannot be read ({reason}){plain if value else ''}"
+
+
+def _first_value(quoted: str, override: Override) -> str:
+    """The override with the first value of its sweep; empty for a glob, whose first choice changes nothing here."""
+    if not override.sweep:
+        return quoted
+    if override.sweep == "glob":
+        return ""
+    value = override.values[0]
+    shown = quote(value) if isinstance(value, str) else "null" if value is None else str(value)
+    return f"{quoted.partition('=')[0]}={shown}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error of Hydra or OmegaConf, with its cause, in one line."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        text = " ".join(str(current).split())
+        parts += [text] if text and text not in " ".join(parts) else []
+        current = current.__cause__
+    return ": ".join(parts) or type(error).__name__
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """What Hydra and OmegaConf raise becomes a ConfigError of one line.
+
+    Raises:
+        ConfigError: In place of their exceptions.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([one_line(error)]) from error
+
+
+def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched: Sequence[Path]) -> None:
+    """Hand over to Hydra: a run, a sweep, or one of its own commands.
+
+    Args:
+        task: Called once a job, inside Hydra's launcher.
+        arguments: Flags and overrides, as Hydra's grammar wants them.
+        searched: The folders of yaml files.
+
+    Raises:
+        ConfigError: In place of Hydra's and OmegaConf's exceptions.
+        SystemExit: Hydra's own commands end this way.
+    """
+    register(searched)
+    program, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [program[0], *arguments]
+    # Hydra would print a stack trace; with this it raises instead, and the error becomes one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        with readable_errors():
+            main = hydra.main(version_base=VERSION_BASE, config_path=str(builtin_folder()), config_name=PRIMARY_NAME)
+            main(task)()
+    finally:
+        sys.argv = program
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@dataclass
+class Job:
+    """What Hydra says about the job that is running.
+
+    Attributes:
+        folder: Where it goes.
+        overrides: What the command line changed for it.
+        number: Of the job in its sweep; None for a single run.
+    """
+
+    folder: Path
+    overrides: list[str]
+    number: int | None
+
+
+def current_job() -> Job:
+    """To be called inside a task."""
+    config = HydraConfig.get()
+    multirun = config.mode is not None and config.mode.name == "MULTIRUN"
+    number = int(config.job.num) if multirun else None
+    return Job(Path(str(config.runtime.output_dir)), [str(text) for text in config.overrides.task], number)
