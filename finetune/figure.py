@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import write_atomic
-from finetune.log import printable
 
 SIZE_INCHES = (12.0, 7.0)
 DPI = 100
@@ -32,11 +31,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{printable(str(path))} is missing: is this the folder of a run?") from None
+        raise FileNotFoundError(f"{path} is missing: is this the folder of a run?") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{printable(str(path))} is damaged: {printable(str(error))}") from None
+        raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{printable(str(path))} is damaged: expected a JSON object")
+        raise ValueError(f"{path} is damaged: expected a JSON object")
     return data
 
 
@@ -69,8 +68,8 @@ def headline(figure: Any, title: str, subtitle: str) -> None:
     """What the picture shows, and under it what it says, at the top left; both fit text from anywhere."""
     height = figure.get_figheight()
     top = {"ha": "left", "va": "top", "parse_math": False}  # a `$` in a name is no formula
-    figure.text(0.035, 1 - 0.22 / height, printable(title), fontsize=17, color=INK, weight="bold", **top)
-    figure.text(0.035, 1 - 0.62 / height, printable(subtitle), fontsize=11.5, color="#555b66", **top)
+    figure.text(0.035, 1 - 0.22 / height, title, fontsize=17, color=INK, weight="bold", **top)
+    figure.text(0.035, 1 - 0.62 / height, subtitle, fontsize=11.5, color="#555b66", **top)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -275,8 +275,8 @@ class Bar:
                 initial=start,
                 desc=printable(title),
                 leave=False,  # the epoch's line takes its place
-                dynamic_ncols=True,
                 bar_format=layout,
+                **_terminal_size(),
                 file=sys.stderr,
             )
             _open_bars.append(self)
@@ -326,6 +326,15 @@ class Bar:
             self._bar.close()
             self._bar = None
             _open_bars.remove(self)
+
+
+def _terminal_size() -> dict[str, Any]:
+    """What tqdm is told of the terminal's size: as it changes, or the classic one where a terminal does not tell."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    return {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # of 0 columns tqdm would draw nothing
 
 
 def epoch_line(
