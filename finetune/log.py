@@ -269,7 +269,8 @@ class Bar:
         self._shown: dict[str, str] = {}
         self._bar: Any = None
         if total > 0 and sys.stderr.isatty():
-            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            # Short enough that 80 columns hold all of it; tqdm puts a comma ahead of the postfix.
+            layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             self._bar = tqdm(
                 total=total,
                 initial=start,
@@ -315,10 +316,10 @@ class Bar:
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         images = (self._bar.n - self._start) * self._images_a_batch
-        shown = dict(self._shown)
+        shown = [f"{name} {text}" for name, text in self._shown.items()]
         if images:
-            shown["img/s"] = f"{images / max(self._drawn - self._began, 1e-9):,.0f}"
-        self._bar.set_postfix_str("  ".join(f"{name} {text}" for name, text in shown.items()))
+            shown.append(f"{images / max(self._drawn - self._began, 1e-9):,.0f} img/s")
+        self._bar.set_postfix_str(" ".join(shown))
 
     def close(self) -> None:
         """Take the bar away; harmless when it is gone."""
