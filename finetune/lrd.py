@@ -62,7 +62,7 @@ def param_groups_lrd(
             f"fix_layer={fix_layer}: {type(inner).__name__} has layers 0 (stem) to {top}, so use -1 (nothing frozen)"
             f" to {top - 1} (only layer {top} learns)"
         )
-    spared = {*no_weight_decay_list, *spared_names(inner)}
+    spared = {*no_weight_decay_list, *_spared(inner)}
     groups: dict[str, Group] = {}
     names: dict[str, dict[str, Any]] = {}
     for name, parameter in inner.named_parameters():
@@ -91,6 +91,13 @@ def _unwrap(model: nn.Module) -> tuple[str, nn.Module]:
         prefix += f"{name}."
         children = dict(model.named_children())
     return prefix, model
+
+
+def _spared(model: nn.Module) -> set[str]:
+    """The names that upstream spares from weight decay."""
+    if isinstance(model, LayeredModel):
+        return {f"net.{name}" for name in model.no_weight_decay}
+    return set(spared_names(model))
 
 
 def _layer_ids(model: nn.Module) -> tuple[dict[str, int], int, int]:

@@ -101,7 +101,10 @@ def _bundled(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str
     cfg = bundle.config["preprocess_cfg"]
     size = conf.image_size or square(args["img_size"], conf.name)
     resize = {"shortest": "crop", "longest": "pad", "squash": "squash"}[cfg["resize_mode"]]
-    preprocess = Preprocess(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
+    saved = saved_preprocess(path) if path is not None else None
+    preprocess = dataclasses.replace(
+        saved or Preprocess(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize), size=size
+    )
     if conf.pretrained == "bundled":
         return net, preprocess, glyphs.DESCRIPTIONS[glyphs.VIT]
     return net, preprocess, f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune.layers import Layer
-from finetune.models import open_clip_chains, timm_chains, torchvision_chains
+from finetune.layers import Layer, assign_layers
+from finetune.models import clip, open_clip_chains, timm_chains, torchvision_chains
 from finetune.models.placing import WITH_PREVIOUS, Matcher, Rule, group_key, ordered_layers
 
 # Between the last block and the classifier, where timm's matchers leave a name out and so, in silence, train it at the
@@ -86,16 +86,15 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
     kind = type(visual).__name__
     if kind == "TimmModel":
         return _timm_tower_layers(visual)
-    rule = open_clip_chains.RULES.get(kind)
-    if rule is None:
-        raise ValueError(
-            f"{kind} is no image tower of open_clip: expected model.visual, one of {', '.join(open_clip_chains.RULES)}, TimmModel"
+    if kind == "ModifiedResNet":
+        return with_runs(
+            ordered_layers(visual, open_clip_chains.MODIFIED_RESNET), open_clip_chains.modified_resnet_runs(visual)
         )
-    layers = ordered_layers(visual, rule)
-    top = layers[-1]
-    # open_clip's own trainer counts the final norm with the last block, `proj` above it.
-    layers[-1] = dataclasses.replace(top, timm_steps={name: 1 for name in top.owns if name == "ln_post"})
-    return with_runs(layers, open_clip_chains.runs(visual, layers))
+    if kind == "VisionTransformer":
+        return clip.layers_of(visual)
+    raise ValueError(
+        f"{kind} is no image tower of open_clip: expected model.visual, a VisionTransformer, ModifiedResNet or TimmModel"
+    )
 
 
 def torchvision_layers(net: nn.Module) -> list[Layer]:
@@ -153,23 +152,18 @@ def _own_matcher(net: Any) -> Matcher:
 def _timm_tower_layers(visual: Any) -> list[Layer]:
     """open_clip's wrapper of a timm trunk: what it adds (`head`: pooling, projection) follows the trunk's readout."""
     trunk = timm_layers(visual.trunk)
-    readout = next(layer for layer in trunk if layer.name == "readout")
-    inside = [
-        dataclasses.replace(
-            layer,
-            owns=_prefixed(layer.owns, "trunk"),
-            timm_steps={f"trunk.{name}": steps for name, steps in layer.timm_steps.items()},
-        )
-        for layer in trunk
-    ]
+    end = [layer.name for layer in trunk].index("readout")
+    inside = [_inside_trunk(layer) for layer in trunk]
     # A trunk without a projection behind it projects with its own classifier: readout, seen from here.
-    owns = tuple(name for layer in inside[trunk.index(readout) :] for name in layer.owns)
-    layers = [*inside[: trunk.index(readout)], dataclasses.replace(inside[trunk.index(readout)], owns=(*owns, "head"))]
-    return with_runs(layers, open_clip_chains.timm_tower_runs(trunk))
+    owns = tuple(name for layer in inside[end:] for name in layer.owns)
+    readout = dataclasses.replace(inside[end], owns=(*owns, "head"))
+    return with_runs([*inside[:end], readout], open_clip_chains.timm_tower_runs(trunk))
 
 
-def _prefixed(names: Sequence[str], prefix: str) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{name}" for name in names)
+def _inside_trunk(layer: Layer) -> Layer:
+    owns = tuple(f"trunk.{name}" for name in layer.owns)
+    steps = {f"trunk.{name}": steps for name, steps in layer.timm_steps.items()}
+    return Layer(layer.name, owns, None, steps)
 
 
 def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:
@@ -189,7 +183,7 @@ def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:
         groups[key] = number if key[-1] == WITH_PREVIOUS and number >= 0 else number + 1
     has_top = layers[-1].name != "head" or None in keys.values()
     top = max(groups.values()) + has_top
-    ours = {name: number for number, layer in enumerate(layers) for name in _parameters_of(net, layer)}
+    ours = assign_layers(net, layers)
     last = sum(layer.name.startswith("block.") for layer in layers) + 1
     found: list[dict[str, int]] = [{} for _ in layers]
     for name, key in keys.items():
@@ -197,13 +191,3 @@ def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:
         if steps != last - min(ours[name], last):
             found[ours[name]][name] = steps
     return [dataclasses.replace(layer, timm_steps=steps) for layer, steps in zip(layers, found, strict=True)]
-
-
-def _parameters_of(net: nn.Module, layer: Layer) -> list[str]:
-    owned = set(layer.owns)
-    return [name for name, _ in net.named_parameters() if any(prefix in owned for prefix in _prefixes(name))]
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

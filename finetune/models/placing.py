@@ -7,6 +7,7 @@ stand in their own modules. The rules are strict: a parameter that none of them 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,12 +38,14 @@ class Rule:
         readout: What lies between the last block and the classifier: final norm, pooling, projections.
         stem: What the matcher would place elsewhere or nowhere: tokens, position tables shared by all blocks.
         matcher: The stem (its first group) and the blocks.
+        below: Parameters of the readout that timm's rule counts with the last block, one step below the classifier.
     """
 
     matcher: Matcher
     head: str = NOTHING
     readout: str = NOTHING
     stem: str = NOTHING
+    below: str = NOTHING
 
 
 STEM: Key = (-math.inf,)
@@ -57,7 +60,8 @@ def group_key(name: str, matcher: Matcher) -> Key | None:
     """
     if not isinstance(matcher, Mapping):
         found = matcher(name)
-        return None if found == math.inf else (float(found),)
+        key = tuple(found) if isinstance(found, tuple) else (float(found),)
+        return None if key in ((), (math.inf,)) else key
     for ordinal, spec in enumerate(matcher.values()):
         pairs = [(spec, None)] if isinstance(spec, str) else spec or []
         for expression, suffix in pairs:
@@ -106,7 +110,10 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
         names.pop()
         ids = {name: min(number, top) for name, number in ids.items()}
     owned = covering(net, ids)
-    return [Layer(name, tuple(owned.get(number, ())), None) for number, name in enumerate(names)]
+    layers = [Layer(name, tuple(owned.get(number, ())), None) for number, name in enumerate(names)]
+    below = {name: 1 for name, _ in net.named_parameters() if ids[name] == top and re.match(rule.below, name)}
+    layers[top] = dataclasses.replace(layers[top], timm_steps=below)
+    return layers
 
 
 def named_tensors(net: nn.Module) -> Iterator[tuple[str, Any]]:

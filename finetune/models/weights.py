@@ -13,6 +13,7 @@ import pickle
 import re
 import socket
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +86,9 @@ def _read_torchscript(path: Path) -> Mapping[str, Any]:
     """OpenAI published CLIP as TorchScript archives; their code is never called, only their tensors are taken."""
     try:
         load: Any = torch.jit.load
-        tensors = load(str(path), map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, but the archives are out there
+            tensors = load(str(path), map_location="cpu").state_dict()
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
     return {name: tensor for name, tensor in tensors.items() if name not in OPENAI_EXTRAS}
