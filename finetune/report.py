@@ -77,7 +77,8 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
     """The rate of every layer over the run as a matplotlib figure: curves at the left, peak by layer at the right.
 
     Args:
-        plan: `rates.json`: `x` (epochs), `layers` (name to rates, from the stem up), `frozen` (names).
+        plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
+            `frozen` (names).
         rows: Of `history.jsonl`.
 
     Raises:
@@ -92,7 +93,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
         width_ratios=(2.5, 1),
         gridspec_kw={"left": 0.085, "right": 0.985, "top": 0.84, "bottom": 0.11, "wspace": 0.28},
     )
-    _draw_curves(curves, lines, x)
+    _draw_curves(curves, lines, x, is_stepwise=plan["interval"] == "epoch")
     _draw_ladder(ladder, lines)
     headline(figure, "Learning rate of every layer", _rates_subtitle(learning, x))
     return figure
@@ -104,7 +105,7 @@ def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[li
     Raises:
         ValueError: See `rates_figure`.
     """
-    for key in ("x", "layers", "frozen"):
+    for key in ("interval", "x", "layers", "frozen"):
         if key not in plan:
             raise ValueError(f"rates.json is damaged: it lacks '{key}'")
     x = [number(value) for value in plan["x"]]
@@ -177,15 +178,17 @@ def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
     return warmup_end, ends
 
 
-def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float]) -> None:
-    """Planned rates as lines, measured ones as dots, warmup shaded, ends of cycles marked."""
+def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is_stepwise: bool) -> None:
+    """Planned rates as lines, measured ones as dots, warmup shaded, ends of cycles marked.
+
+    A schedule that steps once an epoch holds each rate for the whole of it, and is drawn as the stairs that it is.
+    """
     clean_axes(axes, xlabel="epoch", ylabel="learning rate")
     learning = [line for line in lines if not line.is_frozen]
     top = (
         max([line.peak for line in learning] + [rate for line in learning for _, rate in line.measured], default=0)
         or 1.0
     )
-    is_stepwise = all(float(value).is_integer() for value in x)
     end = (x[-1] + 1 if is_stepwise else x[-1]) if x else 1.0
     if learning and x:
         _mark_phases(axes, learning[-1].planned, x, top)
