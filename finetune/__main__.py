@@ -1,4 +1,4 @@
-"""The entry, `finetune` and `python -m finetune`: check the command line, then hand over. Nothing here imports torch."""
+"""The entry, `finetune` and `python -m finetune`: check the command line, then hand over; torch comes last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ MISTAKES = (ValueError, OSError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 1 (something failed), 2 (unusable command line), 130 (Ctrl-C)."""
+    """Run a command line.
+
+    Returns:
+        The exit code: 0; 1 where something failed; 2 for an unusable command line; 130 after Ctrl-C.
+    """
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         return _answer(line)
@@ -52,13 +56,17 @@ def _answer(line: CommandLine) -> int:
     if "--help" in line.flags:
         print(help_page(folders(line.config_dir)))
         return 0
-    from finetune.compose.composition import launch, prepare
+    from finetune.compose.composition import config_as_yaml, launch, prepare
 
     asked = [name for name in HYDRA_COMMANDS if name in line.flags]
     if asked and not line.problems:
         launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
         return 0
     prepared = prepare(line)
+    if line.flags.get("--cfg") == "job":
+        package, resolve = line.flags.get("--package", ""), "--resolve" in line.flags
+        print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")
+        return 0
     if "--cfg" in line.flags:
         launch(_nothing, hydra_flags(line) + prepared.first, folders(line.config_dir))
         return 0

@@ -224,6 +224,8 @@ def check(overrides: Sequence[Override], reader: Reader, *, multirun: bool) -> F
     for override in overrides:
         if override.sweep and not multirun:
             plan.refuse(override.key, _needs_multirun(override))
+            if override.key in KEYS and isinstance(KEYS[override.key].default, (list, tuple)):
+                continue  # one list was meant: its parts are no values
         if override.key.partition(".")[0].partition("/")[0] != "hydra":
             _plan_override(plan, override, reader, free_sweeper)
         else:
@@ -261,14 +263,13 @@ def _needs_multirun(override: Override) -> str:
 def _plan_override(plan: _Plan, override: Override, reader: Reader, free_sweeper: bool) -> None:
     """Sort one override into the plan, or say what is wrong with it."""
     name, group = override.key, override.key in reader.groups
-    own_group = override.sign == "+" and bool(options(reader.searched, name)) and "." not in name
+    own_group = override.sign == "+" and not group and "." not in name and bool(options(reader.searched, name))
     if not (group or own_group or name in KEYS or name in SECTIONS):
         sign = f"; {override.sign} adds nothing: the settings are a closed list" if override.sign else ""
         close = nearest_key(name, reader.groups)
         plan.refuse(name, f"{override.text}: no such setting or group{close}{sign}{_how_to_list(close)}")
     elif override.sign == "~":
-        instead = f"{name}=null" if group else "leave it out for its default"
-        plan.refuse(name, f"{override.text}: nothing can be removed with ~; {instead}")
+        plan.refuse(name, f"{override.text}: nothing can be removed with ~; leave {name} out for its default")
     elif (override.sign == "+" and not own_group) or (override.sign == "++" and group):
         plain = override.text.lstrip("+")
         plan.refuse(name, f"{override.text}: {name} is there already; write it without the {override.sign}: {plain}")
@@ -291,7 +292,7 @@ def _how_to_list(close: str) -> str:
 
 
 def _plan_choice(plan: _Plan, override: Override, reader: Reader) -> None:
-    """`model=clip`, `model=clip,vit`, `model=glob(*)`, `experiment=[a,b]`, `experiment=null`."""
+    """`model=clip`, `model=clip,vit`, `model=glob(*)`, `experiment=[a,b]`."""
     group, good = override.key, []
     names = list(options(reader.searched, group))
     if override.sweep == "glob":
@@ -304,7 +305,13 @@ def _plan_choice(plan: _Plan, override: Override, reader: Reader) -> None:
     for value in values:
         if is_interpolation(value):
             continue
-        chosen = [] if value is None else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        if value is None:
+            plan.refuse(group, f"{group}=null: a group is chosen or left out; one of {', '.join(names)}")
+            continue
+        if isinstance(value, list) and group != "experiment":
+            plan.refuse(group, f"{override.text}: takes one choice; to run each, add -m and write {group}=A,B")
+            continue
+        chosen = [str(option) for option in value] if isinstance(value, list) else [str(value)]
         lost = [option for option in chosen if find_option(reader.searched, group, option) is None]
         for option in lost:
             plan.refuse(group, missing(reader.searched, group, option))
@@ -324,7 +331,8 @@ def _plan_setting(plan: _Plan, override: Override) -> None:
                 continue
             try:
                 if not is_interpolation(leaf):
-                    found.setdefault(name, []).append(convert(KEYS[name], leaf))
+                    good = convert(KEYS[name], leaf)
+                    found.setdefault(name, []).append(good)
             except ValueError as error:
                 plan.refuse(name, str(error))
     if override.sweep != "interval":

@@ -128,11 +128,15 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         flag = _BY_NAME.get(name)
         if flag is None:
             line.problems.append(_unknown_flag(word, name))
+            if not equals and words and "=" not in words[0] and not words[0].startswith("-"):
+                words.pop(0)  # most likely its value; one mistake, one line
         else:
             _take_flag(line, flag, value if equals else None, words)
     exclusive = [name for name in ("--multirun", "--cfg", "--info", "--run") if name in line.flags]
     if len(exclusive) > 1:
         line.problems.append(f"{' and '.join(exclusive)} exclude each other: leave one out")
+    lonely = [name for name in ("--resolve", "--package") if name in line.flags and "--cfg" not in line.flags]
+    line.problems += [f"{name} only says how --cfg prints: add --cfg job, or leave it out" for name in lonely]
     return line
 
 
@@ -162,8 +166,9 @@ def _unknown_flag(word: str, name: str) -> str:
     if name in _REFUSED:
         return f"{name} is not used here: {_REFUSED[name]}"
     setting = name.lstrip("-").replace("-", "_")
-    if setting in KEYS:
-        return f"{word}: settings are written without dashes: {setting}=VALUE"
+    meant = [key for key in KEYS if setting in (key, key.rpartition(".")[2])]
+    if meant:
+        return f"{word}: settings are written without dashes: {meant[0]}=VALUE"
     close = nearest(name, [long for flag in FLAGS for long in flag.names if long.startswith("--")])
     shown = ", ".join(flag.names[0] for flag in FLAGS if flag.help)
     return f"{word}: no such flag{close or nearest_key(setting)}; flags: {shown}"

@@ -38,7 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.compose.check import MAX_JOBS, Override, Reader, check
 from finetune.compose.commandline import CommandLine, ConfigError, quote, quote_override
-from finetune.compose.keys import KEYS, PATH_KEYS, build, convert, path_as_typed
+from finetune.compose.keys import KEYS, PATH_KEYS, SECTIONS, build, convert, describe_kind, path_as_typed, show
 from finetune.compose.yamlfiles import SCHEMA_NAME, builtin_folder, folders, primary_file
 from finetune.config import Conf, validate
 
@@ -69,6 +69,7 @@ class Prepared:
 
     Attributes:
         conf: The configuration; of the first job where it is a sweep.
+        cfg: The same as Hydra composed it, with Hydra's own settings.
         overrides: As Hydra's grammar wants them.
         first: Those of the first job, without sweeps.
         jobs: How many runs it asks for.
@@ -76,6 +77,7 @@ class Prepared:
     """
 
     conf: Conf
+    cfg: DictConfig
     overrides: list[str]
     first: list[str]
     jobs: int
@@ -89,13 +91,13 @@ def prepare(line: CommandLine) -> Prepared:
         ConfigError: With every problem that can be found.
     """
     quoted = [quote_override(text, multirun=line.multirun) for text in line.overrides]
-    parsed, unreadable = _parse(line.overrides, quoted)
+    parsed, unreadable, endless = _parse(line.overrides, quoted)
     try:
         reader = Reader(folders(line.config_dir))
     except FileNotFoundError as error:
-        raise ConfigError([*line.problems, *unreadable, str(error)], code=2 if line.problems else 1) from None
+        raise ConfigError([*line.problems, *unreadable, *endless, str(error)]) from None
     findings = check(parsed, reader, multirun=line.multirun)
-    problems = [*line.problems, *unreadable, *findings.problems]
+    problems = [*line.problems, *unreadable, *endless, *findings.problems]
     if problems:
         raise ConfigError(problems, code=2 if line.problems or unreadable else 1)
     register(reader.searched)
@@ -106,7 +108,7 @@ def prepare(line: CommandLine) -> Prepared:
         conf = to_conf(cfg)
         given = [o for o in parsed if o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir")]
         run_dir = _run_dir(cfg, multirun=line.multirun) if given else None
-    return Prepared(conf, quoted, first, findings.jobs, run_dir)
+    return Prepared(conf, cfg, quoted, first, findings.jobs, run_dir)
 
 
 def register(searched: Sequence[Path]) -> None:
@@ -129,6 +131,9 @@ def to_conf(cfg: DictConfig) -> Conf:
     for name, key in KEYS.items():
         try:
             value = convert(key, _plain(OmegaConf.select(cfg, name)))
+        except OmegaConfBaseException as error:
+            problems.append(f"{name}: {one_line(error)}")
+            continue
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -140,6 +145,26 @@ def to_conf(cfg: DictConfig) -> Conf:
     return conf
 
 
+def config_as_yaml(cfg: DictConfig, *, package: str, resolve: bool) -> str:
+    """What `--cfg job` prints.
+
+    Args:
+        cfg: A composition of Hydra.
+        package: Of this part only, such as `optim`; empty: all but Hydra's own settings.
+        resolve: Whether references are filled in.
+
+    Raises:
+        ValueError: There is no such part.
+    """
+    if not package:
+        keys = [str(key) for key in cfg if key != "hydra"]
+        return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, keys), resolve=resolve)
+    part = OmegaConf.select(cfg, package)
+    if not OmegaConf.is_config(part):
+        raise ValueError(f"--package {package}: no such part, expected one of {', '.join(sorted(SECTIONS))}")
+    return f"# @package {package}\n{OmegaConf.to_yaml(part, resolve=resolve)}"
+
+
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -148,17 +173,17 @@ def _run_dir(cfg: DictConfig, *, multirun: bool) -> Path:
     return Path(str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir))
 
 
-def _parse(typed: Sequence[str], quoted: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Every override that Hydra's grammar can read, and one line for every other."""
-    parser, parsed, problems = OverridesParser.create(), [], []
+def _parse(typed: Sequence[str], quoted: Sequence[str]) -> tuple[list[Override], list[str], list[str]]:
+    """Every override that Hydra's grammar can read; one line for every other; one for every endless sweep."""
+    parser, parsed, problems, endless = OverridesParser.create(), [], [], []
     for text, safe in zip(typed, quoted, strict=True):
         try:
             parsed.append(_own(text, parser.parse_override(safe)))
         except ConfigError as error:
-            problems += error.problems
+            endless += error.problems
         except (HydraException, ValueError, ArithmeticError) as error:
             problems.append(_unparsable(text, error))
-    return parsed, problems
+    return parsed, problems, endless
 
 
 def _own(text: str, parsed: HydraOverride) -> Override:
@@ -180,7 +205,8 @@ def _own(text: str, parsed: HydraOverride) -> Override:
     if isinstance(value, IntervalSweep):
         return Override(text, key, sign, (value.start, value.end), "interval")
     if isinstance(value, RangeSweep):
-        start, stop, step = (float(part) for part in (value.start, value.stop, value.step))
+        assert value.start is not None and value.stop is not None
+        start, stop, step = float(value.start), float(value.stop), float(value.step)
         if not all(map(math.isfinite, (start, stop, step))) or step == 0 or (stop - start) / step > MAX_JOBS:
             raise ConfigError([f"{text}: range(START,STOP,STEP) has to end, after {MAX_JOBS:,} values at most"])
         values = tuple(parsed.sweep_iterator())
@@ -206,9 +232,14 @@ def _unparsable(text: str, error: Exception) -> str:
     key, _, value = text.partition("=")
     if not key:
         return f"'{text}': nothing in front of the =; write KEY=VALUE without spaces around the ="
-    reason = str(error).splitlines()[0]
-    plain = f"; a text with special characters goes in two pairs of quotes: '{key}=\"{value}\"'"
-    return f"{text}: cannot be read ({reason}){plain if value else ''}"
+    reason = str(error).splitlines()[0].partition(" expecting ")[0]
+    if key not in KEYS:
+        hint = f"text with special characters goes in two pairs of quotes: '{key}=\"{value}\"'"
+    elif isinstance(KEYS[key].default, list):
+        hint = f"each text of a list goes in quotes of its own: \"{key}=['one','two']\""
+    else:
+        hint = f"expected {describe_kind(KEYS[key])}, such as {key}={show(KEYS[key].default)}"
+    return f"{text}: cannot be read ({reason}); {hint}"
 
 
 def _first_value(quoted: str, override: Override) -> str:
@@ -222,12 +253,17 @@ def _first_value(quoted: str, override: Override) -> str:
     return f"{quoted.partition('=')[0]}={shown}"
 
 
+# Lines that OmegaConf adds for its own developers.
+_NOISE = ("full_key:", "object_type=", "reference_type=", "See https://")
+
+
 def one_line(error: BaseException) -> str:
     """An error of Hydra or OmegaConf, with its cause, in one line."""
     parts: list[str] = []
     current: BaseException | None = error
     while current is not None:
-        text = " ".join(str(current).split())
+        lines = [line.strip() for line in str(current).partition("Config search path:")[0].splitlines()]
+        text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
         parts += [text] if text and text not in " ".join(parts) else []
         current = current.__cause__
     return ": ".join(parts) or type(error).__name__

@@ -57,14 +57,13 @@ def claim_folder(folder: Path) -> Path:
 
 
 def _unusable(folder: Path, reason: str) -> OSError:
-    return OSError(
-        f"cannot write to {folder}: {reason}; give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
-    )
+    elsewhere = "give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
+    return OSError(f"cannot write to {folder}: {reason}; {elsewhere}")
 
 
 @contextmanager
 def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
-    """The folder of a run or sweep: the one that a person named, or a new one, taken away again if nothing came into it.
+    """The folder of a run or sweep: the one that a person named, or a new one, taken away again if it stays empty.
 
     Raises:
         OSError: It cannot be written; says why in one line.

@@ -96,7 +96,7 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(f"'{part}'" if isinstance(part, str) else show(part) for part in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def is_interpolation(value: Any) -> bool:
@@ -183,6 +183,11 @@ def nearest_key(name: str, groups: Iterable[str] = ()) -> str:
     same = [key for key in KEYS if key.rpartition(".")[2] == last]
     if same:
         return f" (did you mean {' or '.join(repr(key) for key in same)}?)"
+    section = name.partition(".")[0]
+    if section in SECTIONS and section != name:
+        inside = [key.partition(".")[2] for key in KEYS if key.startswith(f"{section}.")]
+        found = difflib.get_close_matches(name.partition(".")[2], inside, n=1, cutoff=0.6)
+        return f" (did you mean '{section}.{found[0]}'?)" if found else f"; {section} has {', '.join(inside)}"
     whole = nearest(name, [*KEYS, *groups])
     if whole:
         return whole

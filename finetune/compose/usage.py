@@ -61,7 +61,7 @@ def help_page(searched: Sequence[Path]) -> str:
         "",
         'Completion of groups, choices and settings with <TAB>:  eval "$(finetune -sc install=bash)"',
         "Your own yaml files: ./conf/GROUP/NAME.yaml where the command is run (or --config-dir DIR), then GROUP=NAME.",
-        "Runs go to outputs/<date>/<time>/, sweeps to outputs/sweeps/<date>/<time>/<job>/; hydra.run.dir=PATH changes it.",
+        "Runs go to outputs/<date>/<time>/ or hydra.run.dir=PATH, sweeps to outputs/sweeps/<date>/<time>/<job>/.",
     ]
     return "\n".join(lines)
 

@@ -130,6 +130,8 @@ def primary_file(searched: Sequence[Path]) -> Path:
 def find_option(searched: Sequence[Path], group: str, option: str) -> Path | None:
     """The file that `group=option` stands for, or None."""
     name = option.removesuffix(".yaml")
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return None
     for folder in searched:
         path = folder / group / f"{name}.yaml"
         if name and path.is_file():
@@ -260,7 +262,7 @@ def _plain(loader: _Loader, node: yaml.Node) -> Any:
         ValueError: It is something that a configuration cannot hold.
     """
     try:
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{node.tag} is nothing that a setting can hold") from error
 
