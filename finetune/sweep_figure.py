@@ -119,7 +119,7 @@ def positions(values: Sequence[str]) -> tuple[list[float], str]:
 
 def _draw_line(figure: Any, scores: Sequence[Score], key: str) -> None:
     """Validation and test against one key: a dot a seed, and a line through means where the key is a number."""
-    axes = figure.subplots(gridspec_kw={"left": 0.085, "right": 0.9, "top": 0.85, "bottom": 0.13})
+    axes = figure.subplots(gridspec_kw={"left": 0.085, "right": 0.885, "top": 0.85, "bottom": 0.13})
     clean_axes(axes, xlabel="", ylabel="top1 accuracy")
     axes.set_xlabel(printable(key), fontsize=12, color=INK, labelpad=8, parse_math=False)
     names = levels([score.setting([key])[0] for score in scores])
@@ -237,9 +237,9 @@ def _draw_ranking(figure: Any, scores: Sequence[Score], keys: Sequence[str]) -> 
     row_points = 0.72 * SIZE_INCHES[1] * 72 / max(len(ranked), 8)
     fontsize = max(7.0, min(11.0, 0.72 * row_points))
     left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * SIZE_INCHES[0]))
-    axes = figure.subplots(gridspec_kw={"left": left, "right": 0.9, "top": 0.85, "bottom": 0.11})
+    axes = figure.subplots(gridspec_kw={"left": left, "right": 0.885, "top": 0.85, "bottom": 0.11})
     clean_axes(axes, xlabel="top1 accuracy", ylabel="")
-    for label, colour, marker in (("test", GREEN, "D"), ("val", BLUE, "o")):
+    for label, colour, marker in (("val", BLUE, "o"), ("test", GREEN, "D")):
         for row, setting in enumerate(ranked):
             values = [score.val if label == "val" else score.test for score in groups[setting]]
             values = [value for value in values if math.isfinite(value)]

@@ -12,6 +12,8 @@ PACKAGE = ROOT / "finetune"
 
 # A module imports finetune's modules only from levels below its own; within a package siblings may import each other.
 LEVELS = {
+    # The configuration: `config` is the page that everybody reads, the other two are parts of it.
+    "schema": -2, "data_settings": -1,
     "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": 0, "signals": 0,
     "compose": 1, "sched": 1, "optim": 1, "distributed": 1, "models": 1, "data": 1, "log": 1, "device": 1,
     "loop": 2, "prefix": 2, "lrd": 2, "plan": 2,
@@ -19,9 +21,9 @@ LEVELS = {
     "run": 5,
     "__main__": 6, "__init__": 6, "describe": 6, "check_data": 6, "evaluate": 6, "predict": 6, "export": 6,
     # No torch in these: they read what runs have left.
-    "figure": 1, "sweep_figure": 2, "sweep": 3, "report": 4,
+    "figure": 1, "rates_figure": 2, "sweep_figure": 2, "sweep": 3, "report": 4,
 }  # fmt: skip
-DRAWERS = ("figure", "sweep_figure", "sweep", "report")
+DRAWERS = ("figure", "rates_figure", "sweep_figure", "sweep", "report")
 ENTRIES = {name for name, level in LEVELS.items() if level == 6}
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
@@ -78,11 +80,11 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
         if module.startswith("torch.distributed"):
             assert own in ("distributed", "checkpoint"), f"{path} imports {module}"
         if root in ("torch", "torchvision", "timm", "open_clip", "numpy"):
-            assert own not in ("config", "compose", "preprocess", "files", "signals", "log", *DRAWERS), (
+            assert own not in ("schema", "data_settings", "config", "compose", "preprocess", "files", "signals", "log", *DRAWERS), (
                 f"{path} imports {module}"
             )
             assert own != "__main__", f"{path} imports {module}: the entry answers before torch is there"
-        if own in ("config", "preprocess", "files", "signals"):
+        if own in ("schema", "data_settings", "config", "preprocess", "files", "signals"):
             assert root not in ("yaml", "tqdm"), f"{path} imports {module}: standard library only"
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from finetune import files, report
 from finetune.figure import short, spread
-from finetune.report import curves_figure, plot_curves, plot_rates, rate_lines, rates_figure, turning_points
+from finetune.rates_figure import rate_lines, rates_figure, turning_points
+from finetune.report import curves_figure, plot_curves, plot_rates
 
 
 def plan_of(num_blocks: int, epochs: int, *, frozen: int = 0, decay: float = 0.75, warmup: int = 0) -> dict[str, Any]:
