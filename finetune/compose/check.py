@@ -34,6 +34,7 @@ class Override:
         values: The value; several for a sweep; the patterns of a glob; the ends of an interval.
         sweep: Empty, or which kind of sweep: choice, range, interval or glob.
         excluded: The patterns that a glob leaves out.
+        safe: As Hydra's grammar wants it: paths in quotes.
     """
 
     text: str
@@ -42,6 +43,12 @@ class Override:
     values: tuple[Any, ...] = ()
     sweep: str = ""
     excluded: tuple[str, ...] = ()
+    safe: str = ""
+
+    @property
+    def is_hydra(self) -> bool:
+        """Whether it is one of Hydra's own settings or groups."""
+        return self.key.partition(".")[0].partition("/")[0] == "hydra"
 
 
 @dataclass
@@ -226,7 +233,7 @@ def check(overrides: Sequence[Override], reader: Reader, *, multirun: bool) -> F
             plan.refuse(override.key, _needs_multirun(override))
             if override.key in KEYS and isinstance(KEYS[override.key].default, (list, tuple)):
                 continue  # one list was meant: its parts are no values
-        if override.key.partition(".")[0].partition("/")[0] != "hydra":
+        if not override.is_hydra:
             _plan_override(plan, override, reader, free_sweeper)
         else:
             _check_hydra_setting(plan, override, multirun)

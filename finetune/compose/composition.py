@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +90,42 @@ def prepare(line: CommandLine) -> Prepared:
     Raises:
         ConfigError: With every problem that can be found.
     """
-    quoted = [quote_override(text, multirun=line.multirun) for text in line.overrides]
-    parsed, unreadable, endless = _parse(line.overrides, quoted)
+    parsed, unreadable, endless = _parse(line.overrides, multirun=line.multirun)
     try:
         reader = Reader(folders(line.config_dir))
     except FileNotFoundError as error:
         raise ConfigError([*line.problems, *unreadable, *endless, str(error)]) from None
+    register(reader.searched)
     findings = check(parsed, reader, multirun=line.multirun)
     problems = [*line.problems, *unreadable, *endless, *findings.problems]
     if problems:
+        problems += _hydra_problems(parsed)
         raise ConfigError(problems, code=2 if line.problems or unreadable else 1)
-    register(reader.searched)
-    first = [text for pair in zip(quoted, parsed, strict=True) if (text := _first_value(*pair))]
+    first = [text for override in parsed if (text := _first_value(override))]
     with readable_errors():
-        with hydra.initialize_config_dir(str(builtin_folder()), version_base=VERSION_BASE, job_name="finetune"):
-            cfg = hydra.compose(PRIMARY_NAME, first, return_hydra_config=True)
+        cfg = _compose(first)
         conf = to_conf(cfg)
         given = [o for o in parsed if o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir")]
         run_dir = _run_dir(cfg, multirun=line.multirun) if given else None
-    return Prepared(conf, cfg, quoted, first, findings.jobs, run_dir)
+    return Prepared(conf, cfg, [override.safe for override in parsed], first, findings.jobs, run_dir)
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(builtin_folder()), version_base=VERSION_BASE, job_name="finetune"):
+        return hydra.compose(PRIMARY_NAME, overrides, return_hydra_config=True)
+
+
+def _hydra_problems(parsed: Sequence[Override]) -> list[str]:
+    """What Hydra says about its own settings, where mistakes elsewhere keep the whole from being composed."""
+    own = [override.safe for override in parsed if override.is_hydra and not override.sweep]
+    if not own:
+        return []
+    try:
+        with readable_errors():
+            _compose(own)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def register(searched: Sequence[Path]) -> None:
@@ -173,12 +190,13 @@ def _run_dir(cfg: DictConfig, *, multirun: bool) -> Path:
     return Path(str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir))
 
 
-def _parse(typed: Sequence[str], quoted: Sequence[str]) -> tuple[list[Override], list[str], list[str]]:
+def _parse(typed: Sequence[str], *, multirun: bool) -> tuple[list[Override], list[str], list[str]]:
     """Every override that Hydra's grammar can read; one line for every other; one for every endless sweep."""
     parser, parsed, problems, endless = OverridesParser.create(), [], [], []
-    for text, safe in zip(typed, quoted, strict=True):
+    for text in typed:
+        safe = quote_override(text, multirun=multirun)
         try:
-            parsed.append(_own(text, parser.parse_override(safe)))
+            parsed.append(replace(_own(text, parser.parse_override(safe)), safe=safe))
         except ConfigError as error:
             endless += error.problems
         except (HydraException, ValueError, ArithmeticError) as error:
@@ -242,15 +260,15 @@ def _unparsable(text: str, error: Exception) -> str:
     return f"{text}: cannot be read ({reason}); {hint}"
 
 
-def _first_value(quoted: str, override: Override) -> str:
+def _first_value(override: Override) -> str:
     """The override with the first value of its sweep; empty for a glob, whose first choice changes nothing here."""
     if not override.sweep:
-        return quoted
+        return override.safe
     if override.sweep == "glob":
         return ""
     value = override.values[0]
     shown = quote(value) if isinstance(value, str) else "null" if value is None else str(value)
-    return f"{quoted.partition('=')[0]}={shown}"
+    return f"{override.safe.partition('=')[0]}={shown}"
 
 
 # Lines that OmegaConf adds for its own developers.

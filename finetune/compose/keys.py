@@ -70,7 +70,16 @@ KEYS: dict[str, Key] = {key.name: key for key in _walk(Conf())}
 SECTIONS: frozenset[str] = frozenset(name.rpartition(".")[0] for name in KEYS if "." in name)
 
 # Values that are paths as people type them. They are never read as a number, a list or a sweep (but see the comma).
-PATH_KEYS = ("data.root", "resume", "model.pretrained", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+PATH_KEYS = (
+    "data.root",
+    "data.table",
+    "data.cache_dir",
+    "resume",
+    "model.pretrained",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+)
 
 
 def describe_kind(key: Key) -> str:
