@@ -7,21 +7,28 @@ the yaml files under `conf/` hold choices. `validate` finds every problem at onc
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import operator
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
-
-class Choice(str, Enum):
-    """A word out of a closed list. Members equal their plain string, so `conf.mode == "linear"` holds."""
-
-    def __str__(self) -> str:
-        return str(self.value)
+from finetune.augment_settings import AugmentConf as AugmentConf
+from finetune.augment_settings import Policy as Policy
+from finetune.augment_settings import Recipe as Recipe
+from finetune.augment_settings import augment_problems
+from finetune.data_settings import Balance as Balance
+from finetune.data_settings import CacheKind as CacheKind
+from finetune.data_settings import DataConf as DataConf
+from finetune.data_settings import OnError as OnError
+from finetune.data_settings import SourceKind as SourceKind
+from finetune.data_settings import data_problems
+from finetune.schema import Choice as Choice
+from finetune.schema import choose as choose
+from finetune.schema import nearest as nearest
+from finetune.schema import setting as setting
 
 
 class Precision(Choice):
@@ -45,21 +52,33 @@ class HeadKind(Choice):
 
     auto = "auto"
     zeroshot = "zeroshot"
+    linear_probe = "linear_probe"
     random = "random"
+    keep = "keep"
 
 
-class SourceKind(Choice):
-    """Where images and labels come from."""
+class Library(Choice):
+    """Whose model `model.name` is, where several libraries know the name."""
 
-    digits = "digits"
-    folder = "folder"
+    auto = "auto"
+    open_clip = "open_clip"
+    timm = "timm"
+    torchvision = "torchvision"
 
 
-class Recipe(Choice):
-    """Named augmentation recipes."""
+class TemplateSet(Choice):
+    """Prompts that `model.templates` may call by name."""
 
-    none = "none"
-    light = "light"
+    default = "default"
+    simple = "simple"
+    imagenet = "imagenet"
+
+
+class LayerRule(Choice):
+    """How `layer_decay` counts a layer's distance from the output; never what `fix_layer` freezes."""
+
+    beit = "beit"
+    timm = "timm"
 
 
 class Mode(Choice):
@@ -85,72 +104,42 @@ class PastCycle(Choice):
     hold = "hold"
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its range, which `validate` holds and `--help` shows.
+class Loss(Choice):
+    """What the model learns by."""
 
-    Args:
-        default: The value where nothing else is said; a list is copied for each instance.
-        help: One line with the unit and what the default means.
-        above: The value must be greater than this.
-        at_least: The value must be this or greater.
-        below: The value must be less than this.
-        at_most: The value must be this or less.
-    """
-    metadata = {"help": help, "above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    auto = "auto"
+    ce = "ce"
+    bce = "bce"
+    asl = "asl"
 
 
 @dataclass
 class ModelConf:
     """Which pretrained model, and which classifier on top of it."""
 
-    family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm Vision Transformer")
+    family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm or torchvision network")
     name: str = setting(
         "glyph_clip", "architecture, as open_clip or timm names it; glyph_clip and glyph_vit are bundled"
     )
     pretrained: str = setting(
         "bundled", "weights: bundled, none (random), an open_clip or timm tag, a hub id or a path"
     )
+    library: Library = setting(
+        Library.auto, "open_clip, timm or torchvision, for a name that several know; auto: the one that knows it"
+    )
     image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", at_least=0)
     head: HeadKind = setting(
-        HeadKind.auto, "classifier: zeroshot (from class names), random; auto: zeroshot where there is a text tower"
+        HeadKind.auto,
+        "classifier: zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the"
+        " checkpoint's own); auto: zeroshot where there is a text tower",
     )
     templates: list[str] = setting(
-        ["{}", "a photo of a {}.", "a photo of the {}."], "prompts of the zero-shot head; {} is the class name"
+        ["default"], "prompts of the zero-shot head, {} is the class name; or sets: default, simple (7), imagenet (80)"
     )
     drop_path: float = setting(
         0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1
     )
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", at_least=0, below=1)
-
-
-@dataclass
-class DataConf:
-    """Images, labels, their splits, and how they are fed."""
-
-    source: SourceKind = setting(
-        SourceKind.digits, "digits: bundled handwriting; folder: one folder a class under data.root"
-    )
-    root: str | None = setting(None, "folder that holds the images (source=folder)")
-    val_fraction: float = setting(0.1, "share of each class kept for validation", above=0, below=1)
-    test_fraction: float = setting(0.3, "share of each class kept for the final test", above=0, below=1)
-    split_seed: int = setting(
-        0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0
-    )
-    batch_size: int = setting(64, "images a micro-batch", at_least=1)
-    workers: int = setting(
-        0, "loader processes; 0: load in the training process. Changes nothing but speed", at_least=0
-    )
 
 
 @dataclass
@@ -161,6 +150,9 @@ class OptimConf:
     layer_decay: float = setting(
         0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
     )
+    layer_rule: LayerRule = setting(
+        LayerRule.beit, "beit (also MAE, MKT, FT-CLIP): the final norm learns at the head's rate; timm: at the last block's"
+    )
     fix_layer: int = setting(
         -1,
         "layers with id <= this are frozen; -1: none, 0: the stem, L: all blocks, L+1: all but the head",
@@ -170,6 +162,7 @@ class OptimConf:
         0.05, "AdamW's decoupled decay on matrices; never on biases, norms, tokens, positions", at_least=0
     )
     no_weight_decay: list[str] = setting([], "globs of parameter names that are not decayed either")
+    decay_embeddings: bool = setting(False, "true: decay tokens and position embeddings too, as MKT does")
     betas: tuple[float, float] = setting(
         (0.9, 0.999), "AdamW's running-mean coefficients of gradient and squared gradient"
     )
@@ -195,20 +188,6 @@ class SchedulerConf:
 
 
 @dataclass
-class AugmentConf:
-    """What happens to a training image before the model sees it."""
-
-    recipe: Recipe = setting(Recipe.light, "none: resize only; light: a small random rotation, shift and zoom")
-    degrees: float = setting(10.0, "light: largest rotation either way, in degrees", at_least=0, at_most=180)
-    translate: float = setting(0.08, "light: largest shift either way, as a share of the side", at_least=0, below=1)
-    zoom: float = setting(0.1, "light: largest change of size either way, as a share", at_least=0, below=1)
-    flip: float = setting(
-        0.0, "light: probability of a left-right mirror image; leave 0 for digits and letters", at_least=0, at_most=1
-    )
-    views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", at_least=0)
-
-
-@dataclass
 class TrainConf:
     """The epoch loop."""
 
@@ -216,8 +195,22 @@ class TrainConf:
     accumulate: int = setting(1, "micro-batches that make one optimizer step", at_least=1)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
     label_smoothing: float = setting(0.0, "share of each label spread over all classes", at_least=0, below=1)
+    loss: Loss = setting(
+        Loss.auto, "ce: one right class; bce: a yes or no for each class; asl: bce that forgets easy negatives;"
+        " auto: ce, or bce where images have several labels"
+    )
+    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of labels that are there", at_least=0)
+    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of labels that are not", at_least=0)
+    asl_shift: float = setting(
+        0.05, "loss=asl: probability under which an absent label costs nothing", at_least=0, below=1
+    )
+    metrics: list[str] = setting(
+        ["auto"], "measured on val and test beside loss and top1; auto: all that suit the labels (docs/metrics.md)"
+    )
     monitor: str = setting(
-        "val/top1", "the validation metric that picks the best epoch; a name ending in loss is minimised"
+        "auto",
+        "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
+        " where images have several labels",
     )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
     save_every_steps: int = setting(
@@ -242,10 +235,13 @@ class Conf:
     train: TrainConf = field(default_factory=TrainConf)
 
 
-C = TypeVar("C", bound=Choice)
 
-# What validation measures, and so what `train.monitor` can name.
-MONITORS = ("val/top1", "val/top5", "val/loss")
+# What `train.metrics` can name: for one label an image, and for several.
+LABEL_METRICS = ("top1", "top5", "balanced_accuracy", "macro_f1", "ece")
+MULTILABEL_METRICS = (
+    *("top1", "map", "f1_micro", "f1_macro"),
+    *("precision_at_3", "recall_at_3", "f1_at_3", "precision_at_5", "recall_at_5", "f1_at_5"),
+)
 
 
 def as_dict(conf: object) -> dict[str, Any]:
@@ -259,24 +255,6 @@ def as_dict(conf: object) -> dict[str, Any]:
         return value.value if isinstance(value, Enum) else value
 
     return {key: plain(value) for key, value in dataclasses.asdict(conf).items()}  # type: ignore[call-overload]
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" (did you mean '{found[0]}'?)" if found else ""
-
-
-def choose(kind: type[C], word: str, key: str) -> C:
-    """The member of `kind` that `word` names.
-
-    Raises:
-        ValueError: The word is not in the list; says which are and which is nearest.
-    """
-    words = [member.value for member in kind]
-    if word not in words:
-        raise ValueError(f"{key}={word}: expected one of {', '.join(words)}{nearest(str(word), words)}")
-    return kind(word)
 
 
 def settings(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -318,7 +296,12 @@ def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
     """
     problems = [p for key, value, item in settings(conf) if (p := _range_problem(key, value, item.metadata))]
     problems += _word_problems(conf)
-    rules = [(("data",), _source_problems), (("augment",), _augment_problems), (("sched", "train"), _schedule_problems)]
+    rules = [
+        (("data",), _source_problems),
+        (("augment",), lambda conf: augment_problems(conf.augment)),
+        (("train",), _train_problems),
+        (("sched", "train"), _schedule_problems),
+    ]
     for groups, rule in rules:
         if not any(group in unread for group in groups):
             problems += rule(conf)
@@ -331,54 +314,72 @@ def _word_problems(conf: Conf) -> list[str]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", conf.device):
         words = ["auto", "cpu", "cuda", "cuda:0", "mps"]
         problems.append(f"device={conf.device}: expected auto, cpu, cuda, cuda:N or mps{nearest(conf.device, words)}")
+    named = [word.value for word in TemplateSet]
     for template in conf.model.templates:
+        if template in named:
+            continue
         if template.count("{}") != 1 or re.sub(r"\{\}", "", template).count("{"):
-            problems.append(f"model.templates: {template!r} must hold {{}} once, where the class name goes")
+            problems.append(f"model.templates: {template!r} must hold {{}} once, where the class name goes, or be one of {', '.join(named)}{nearest(template, named)}")
     if not conf.model.templates:
         problems.append("model.templates is empty: give at least one prompt, such as 'a photo of a {}.'")
     if not all(0 <= beta < 1 for beta in conf.optim.betas):
         problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
-    if not conf.train.monitor.startswith("val/"):
-        problems.append(
-            f"train.monitor={conf.train.monitor}: must be a validation metric, such as val/top1 or val/loss"
-        )
     return problems
 
 
 def _source_problems(conf: Conf) -> list[str]:
-    data = conf.data
+    return data_problems(conf.data)
+
+
+def _train_problems(conf: Conf) -> list[str]:
+    train = conf.train
     problems = []
-    if data.source == SourceKind.digits and data.root is not None:
+    known = dict.fromkeys([*LABEL_METRICS, *MULTILABEL_METRICS])
+    for word in train.metrics:
+        if word not in known and [word] != ["auto"]:
+            problems.append(f"train.metrics: {word}: expected auto, or any of {', '.join(known)}{nearest(word, known)}")
+    if "auto" in train.metrics and len(train.metrics) > 1:
+        problems.append(f"train.metrics={train.metrics}: auto stands alone: it measures all that suits the labels")
+    measured = ["loss", "top1", *(known if train.metrics == ["auto"] else train.metrics)]
+    monitors = dict.fromkeys(["auto", *(f"val/{name}" for name in measured)])
+    if train.monitor not in monitors and not problems:
         problems.append(
-            f"data.root={data.root} would be ignored: data=digits is bundled; use data=folder for your own images"
+            f"train.monitor={train.monitor}: expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
         )
-    if data.source == SourceKind.folder and not data.root:
-        problems.append("data=folder needs data.root=PATH, the folder that holds one folder of images a class")
-    if data.val_fraction + data.test_fraction >= 1:
-        problems.append(
-            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to learn:"
-            " their sum must be less than 1"
-        )
+    if train.loss != Loss.asl:
+        fresh = TrainConf()
+        for name in ("asl_gamma_pos", "asl_gamma_neg", "asl_shift"):
+            if getattr(train, name) != getattr(fresh, name):
+                problems.append(f"train.{name}={getattr(train, name)} would be ignored: it needs train.loss=asl")
     return problems
 
 
-def _augment_problems(conf: Conf) -> list[str]:
-    augment = conf.augment
-    problems = []
-    if augment.recipe == Recipe.none:
-        fresh = AugmentConf()
-        for name in ("degrees", "translate", "zoom", "flip", "views"):
-            if getattr(augment, name) != getattr(fresh, name):
-                problems.append(
-                    f"augment.{name}={getattr(augment, name)} would be ignored: augment=none changes no image"
-                )
-    return problems
+def measured_metrics(train: TrainConf, *, is_multilabel: bool) -> tuple[tuple[str, ...], str]:
+    """What `auto` in `train.metrics` and `train.monitor` comes to once the labels are known: (names, monitor).
+
+    Raises:
+        ValueError: A metric of the other kind of labels.
+    """
+    suitable = MULTILABEL_METRICS if is_multilabel else LABEL_METRICS
+    names = suitable if train.metrics == ["auto"] else tuple(train.metrics)
+    monitor = train.monitor
+    if monitor == "auto":
+        monitor = "val/map" if is_multilabel else "val/top1"
+        names = tuple(dict.fromkeys([*names, monitor.removeprefix("val/")]))
+    wrong = [name for name in (*names, monitor.removeprefix("val/")) if name not in (*suitable, "loss")]
+    if wrong:
+        kind = "several labels" if is_multilabel else "one label"
+        raise ValueError(
+            f"{wrong[0]} is no metric for images with {kind}: train.metrics and train.monitor can name"
+            f" {', '.join(suitable)}{nearest(wrong[0], suitable)}"
+        )
+    return names, monitor
 
 
 def _schedule_problems(conf: Conf) -> list[str]:
     sched = conf.sched
     # In units of steps the length of the run depends on the data; create_scheduler checks it again there.
     length = sched.cycle or (conf.train.epochs if sched.interval == Interval.epoch else 0)
-    if length and sched.warmup >= length:
+    if length > 0 and sched.warmup >= length:
         return [f"sched.warmup={sched.warmup}: must be less than the length of the curve, {length} {sched.interval}s"]
     return []

@@ -170,7 +170,7 @@ class Loader:
             self._batches = iter(self._loader)
 
     def _build(self) -> DataLoader[Batch | ImageError]:
-        workers = self._conf.workers
+        workers = 0 if self._conf.workers == "auto" else int(self._conf.workers)
         return DataLoader(
             self._maker,
             batch_size=None,  # a key is a batch already
