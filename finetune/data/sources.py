@@ -72,12 +72,16 @@ class Source:
         classes: Names; the place in the list is the label.
         splits: `train`, `val` and `test`, none empty.
         description: One line with what was found, for the start of a run.
+        is_multilabel: Whether an image may have several labels, or none: labels are then float32 (n, classes), 0 or 1.
+        class_weights: Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
     """
 
     name: str
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     description: str
+    is_multilabel: bool = False
+    class_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Hold what every builder promises."""
