@@ -17,7 +17,7 @@ from torch import nn
 
 from finetune.layers import Layer, LayeredModel, assign_layers
 from finetune.models.built import spared_names
-from finetune.models.towers import classifier_names, layers_of
+from finetune.models.layering import open_clip_layers, timm_layers, torchvision_layers
 from finetune.optim import Group, is_decayed, layer_scale
 
 # What DDP and torch.compile put ahead of every name.
@@ -111,10 +111,23 @@ def _layer_ids(model: nn.Module) -> tuple[dict[str, int], int, int]:
             f"{type(model).__name__} holds two towers: pass its image tower, model.visual;"
             " the blocks directly under it are those of the text tower"
         )
-    layers = layers_of(model)
-    there = {name for name, _ in model.named_modules()}
-    head = Layer("head", tuple(name for name in classifier_names(model) if name in there), None)
-    num_blocks = len(layers) - 2
+    layers = _layers_of(model)
+    num_blocks = sum(layer.name.startswith("block.") for layer in layers)
     # A bare tower's classifier shares the id of its readout, as the published functions count.
-    ids = {name: min(index, num_blocks + 1) for name, index in assign_layers(model, [*layers, head]).items()}
+    ids = {name: min(index, num_blocks + 1) for name, index in assign_layers(model, layers).items()}
     return ids, num_blocks, num_blocks + 1
+
+
+def _layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of a bare tower, by the library whose class it is or descends from."""
+    homes = {kind.__module__.partition(".")[0]: kind for kind in reversed(type(model).__mro__)}
+    if "timm" in homes:
+        return timm_layers(model)
+    if "torchvision" in homes:
+        return torchvision_layers(model)
+    if "open_clip" in homes or "clip" in homes:
+        return open_clip_layers(model)
+    raise ValueError(
+        f"{type(model).__module__}.{type(model).__name__} is no image tower that finetune can cut into layers:"
+        " pass one of open_clip, timm or torchvision, or a LayeredModel"
+    )

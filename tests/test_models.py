@@ -15,8 +15,7 @@ from finetune.models import build_model
 from finetune.models.built import layered
 from finetune.models.clip import ClipClassifier, classifier_layers
 from finetune.models.heads import Head
-from finetune.models.towers import layers_of
-from finetune.models.vit import run_head
+from finetune.models.layering import open_clip_layers, timm_layers
 
 CLASSES = [str(digit) for digit in range(10)]
 
@@ -105,14 +104,12 @@ def clip_model(**changes: object) -> tuple[LayeredModel, nn.Module]:
     tower = clip_tower(**dict(changes))
     head = Head(tower.output_dim if tower.proj is not None else 32, 7)
     net = ClipClassifier(tower, head)
-    return layered(net, classifier_layers(layers_of(tower))), tower
+    return layered(net, classifier_layers(open_clip_layers(tower))), tower
 
 
 def vit_model(**changes: object) -> LayeredModel:
-    from finetune.layers import Layer
-
     net = vit_tower(**changes)
-    return layered(net, [*layers_of(net), Layer("head", ("head",), run_head)])
+    return layered(net, timm_layers(net))
 
 
 def models() -> Iterator[object]:
@@ -236,7 +233,7 @@ def test_keys_are_upstreams_own() -> None:
 
     cfg = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 16}
     clip = open_clip.CLIP(24, cfg, {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1})
-    model = layered(ClipClassifier(clip.visual, Head(24, 3)), classifier_layers(layers_of(clip.visual)))
+    model = layered(ClipClassifier(clip.visual, Head(24, 3)), classifier_layers(open_clip_layers(clip.visual)))
     upstream = {name for name in clip.state_dict() if name.startswith("visual.")}
     assert set(model.net.state_dict()) == upstream | {"head.weight", "head.bias"}
     assert set(vit_model().net.state_dict()) == set(vit_tower().state_dict())
@@ -249,13 +246,8 @@ def test_a_subclass_has_ids_but_no_slices() -> None:
         pass
 
     net = Other(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0)
-    assert [layer.name for layer in layers_of(net)] == ["stem", "block.1", "block.2", "readout"]
-    assert all(layer.run is None for layer in layers_of(net))
-
-
-def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"torch\.nn\.modules\.linear\.Linear is no image tower.*VisionTransformer"):
-        layers_of(nn.Linear(2, 2))
+    assert [layer.name for layer in timm_layers(net)] == ["stem", "block.1", "block.2", "readout"]
+    assert all(layer.run is None for layer in timm_layers(net))
 
 
 # The bundled models, through the front door.

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from finetune.config import Family, ModelConf
-from finetune.models import from_open_clip, from_timm
+from finetune.config import Family, Library, ModelConf
+from finetune.models import from_open_clip, from_timm, from_torchvision, glyphs
 from finetune.models.built import BuiltModel
 
 __all__ = ["BuiltModel", "build_model"]
 
-BUILDERS: dict[Family, Callable[..., BuiltModel]] = {
-    Family.clip: from_open_clip.build,
-    Family.vit: from_timm.build,
+BUILDERS: dict[Library, Callable[..., BuiltModel]] = {
+    Library.open_clip: from_open_clip.build,
+    Library.timm: from_timm.build,
+    Library.torchvision: from_torchvision.build,
 }
 
 
@@ -23,7 +24,8 @@ def build_model(
 ) -> BuiltModel:
     """The model of a run, in training mode, with a classifier for `classes`.
 
-    What is random, the head's first values above all, comes from torch's global generator: seed it first.
+    What is random, the head's first values above all, comes from torch's global generator: seed it first. A head of
+    `linear_probe` starts at random too; fit it with `finetune.models.probe`.
 
     Args:
         conf: Which model, weights and head.
@@ -36,4 +38,40 @@ def build_model(
         FileNotFoundError: Weights that are neither here nor to be fetched.
     """
     target = torch.device(device)
-    return BUILDERS[Family(conf.family)](conf, classes, load=load and target.type != "meta", device=target)
+    return BUILDERS[library_of(conf)](conf, classes, load=load and target.type != "meta", device=target)
+
+
+def library_of(conf: ModelConf) -> Library:
+    """The library whose model `conf.name` is.
+
+    Raises:
+        ValueError: Several know the name and `model.library` does not say which, or it contradicts the family.
+    """
+    library, family = Library(conf.library), Family(conf.family)
+    fits = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}[family]
+    if library != Library.auto and library not in fits:
+        raise ValueError(
+            f"model.library={library} does not go with model={family}: expected {' or '.join(fits)},"
+            f" or model={'clip' if library == Library.open_clip else 'vit'}"
+        )
+    if family == Family.clip or conf.name == glyphs.VIT or conf.name.startswith((*from_timm.HUB, from_timm.FOLDER)):
+        return fits[0]
+    import timm
+
+    known = [
+        each
+        for each, knows in (
+            (Library.timm, timm.is_model(conf.name.partition(".")[0])),
+            (Library.torchvision, conf.name in from_torchvision.names()),
+        )
+        if knows
+    ]
+    if library == Library.auto and len(known) == 2:
+        raise ValueError(
+            f"model.name={conf.name} is known to timm and to torchvision: say model.library=timm or torchvision"
+        )
+    if library != Library.auto and known and library not in known:
+        raise ValueError(
+            f"model.name={conf.name}: {library} knows no such model, {known[0]} does: leave model.library out"
+        )
+    return known[0] if library == Library.auto and known else library if library != Library.auto else Library.timm

@@ -10,8 +10,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from finetune.config import HeadKind, ModelConf
+from finetune.config import HeadKind, ModelConf, nearest
 from finetune.layers import Layer, LayeredModel
+from finetune.models import glyphs
+from finetune.models.heads import Head
 from finetune.preprocess import Preprocess
 
 
@@ -51,7 +53,13 @@ def spared_names(net: nn.Module) -> frozenset[str]:
 
 
 def layered(net: nn.Module, layers: Sequence[Layer]) -> LayeredModel:
-    """A `LayeredModel` that spares what upstream spares."""
+    """A `LayeredModel` that spares from weight decay what upstream spares, and holds fixed what upstream holds fixed."""
+    for module in list(net.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                # Sine position embeddings, above all. As a buffer they keep their name, and no thawing reaches them.
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
     return LayeredModel(net, layers, no_weight_decay=spared_names(net))
 
 
@@ -59,7 +67,7 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
     """The head that `auto` stands for.
 
     Raises:
-        ValueError: A zero-shot head without a text tower.
+        ValueError: A zero-shot head without a text tower, or a kept one where weights never have one.
     """
     if conf.head == HeadKind.auto:
         return HeadKind.zeroshot if has_text else HeadKind.random
@@ -67,7 +75,101 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
         raise ValueError(
             f"model.head=zeroshot needs a text tower, and {conf.name} has none: use model.head=random, or a CLIP (model=clip)"
         )
+    if conf.head == HeadKind.keep and (has_text or conf.pretrained == "none"):
+        why = "a CLIP" if has_text else "a model without weights"
+        raise ValueError(
+            f"model.head=keep: {why} has no classifier to keep; use model.head=random{' or zeroshot' * has_text}"
+        )
     return HeadKind(conf.head)
+
+
+def put_head(net: nn.Module, name: str, num_classes: int, *, dropout: float) -> None:
+    """Put a new random classifier in the place of the layer `name`, which gives the logits.
+
+    Raises:
+        ValueError: That layer is neither linear nor a 1 x 1 convolution, or `dropout` would be ignored.
+    """
+    old = net.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        net.set_submodule(name, Head(old.in_features, num_classes, dropout=dropout))
+        return
+    if dropout or not isinstance(old, nn.Conv2d):
+        what = f"model.head_dropout={dropout} would be ignored" if dropout else "it cannot be replaced"
+        raise ValueError(f"the classifier of {type(net).__name__} ({name}) is a {type(old).__name__}: {what}")
+    new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
+    nn.init.trunc_normal_(new.weight, std=0.02)
+    nn.init.zeros_(new.bias)  # type: ignore[arg-type]
+    net.set_submodule(name, new)
+
+
+def keep_head(
+    net: nn.Module, name: str, classes: Sequence[str], *, dropout: float, known: Sequence[str] | None
+) -> None:
+    """Let the layer `name` go on classifying, as a `Head`.
+
+    Args:
+        net: With its weights.
+        name: The layer that gives the logits.
+        classes: Class names in the order of the labels.
+        dropout: Probability of dropping a feature while training.
+        known: The class names that the weights were trained with, where they say them.
+
+    Raises:
+        ValueError: Other classes, or another number of them, than the classifier has.
+    """
+    old = net.get_submodule(name)
+    if type(old) is not nn.Linear:
+        raise ValueError(
+            f"model.head=keep: the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
+        )
+    if old.out_features != len(classes):
+        raise ValueError(
+            f"model.head=keep: the weights classify into {old.out_features} classes and the data has {len(classes)};"
+            " use model.head=random"
+        )
+    if known is not None and list(known) != list(classes):
+        theirs, ours = next(pair for pair in zip(known, classes, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"model.head=keep: the weights know other classes than the data, such as '{theirs}' for '{ours}';"
+            " use model.head=random"
+        )
+    head = Head(old.in_features, len(classes), bias=old.bias is not None, dropout=dropout)
+    head.set(old.weight, old.bias)
+    net.set_submodule(name, head)
+
+
+def path_of(text: str) -> Path:
+    """`model.pretrained` as the file that it names.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"model.pretrained={text}: no such file")
+    return path
+
+
+def unknown_tag(conf: ModelConf, wanted: str, options: Sequence[str]) -> str:
+    """What to say of weights that a model does not have."""
+    if wanted == "bundled":
+        problem = f"model.pretrained=bundled: only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
+    else:
+        problem = f"model.pretrained={wanted}: {conf.name} has no such weights{nearest(wanted, options)}"
+    return f"{problem}; expected {', '.join([*options, 'none (random)'])} or a path"
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Refuse an image size that would leave pixels at the edge unseen.
+
+    Raises:
+        ValueError: It is no multiple of the patch size.
+    """
+    if image_size % patch_size:
+        fitting = image_size // patch_size * patch_size or patch_size
+        raise ValueError(
+            f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}: {fitting} is"
+        )
 
 
 def square(size: Sequence[int] | int, name: str) -> int:
@@ -84,15 +186,31 @@ def square(size: Sequence[int] | int, name: str) -> int:
     return sides.pop()
 
 
-def saved_preprocess(path: Path) -> Preprocess | None:
-    """What a weights file that finetune wrote says of its preprocessing; None for other people's files."""
-    if path.suffix != ".safetensors":
-        return None
+@dataclass(frozen=True)
+class Saved:
+    """What a weights file that finetune wrote says of itself.
+
+    Attributes:
+        preprocess: What its model expects of an image.
+        classes: Its class names in the order of the logits.
+    """
+
+    preprocess: Preprocess | None = None
+    classes: list[str] | None = None
+
+
+def read_saved(path: Path | None) -> Saved:
+    """The metadata of a file of ours; empty for other people's files, and for none."""
+    if path is None or path.suffix != ".safetensors":
+        return Saved()
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "preprocess" not in metadata:
-        return None
-    values = json.loads(metadata["preprocess"])
-    return Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        metadata = {
+            key: json.loads(value) for key, value in (file.metadata() or {}).items() if key in ("preprocess", "classes")
+        }
+    preprocess = None
+    if "preprocess" in metadata:
+        values = metadata["preprocess"]
+        preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    return Saved(preprocess, metadata.get("classes"))

@@ -48,6 +48,8 @@ def layers_of(tower: nn.Module) -> list[Layer]:
     net: Any = tower
     # What a variant does without is None (or, in OpenAI's own class, not there at all), and so in neither list.
     there = {name for name, _ in net.named_children()} | {name for name, _ in net.named_parameters(recurse=False)}
+    # open_clip's own trainer, like timm's, keeps the final norm with the last block.
+    steps = {name: 1 for name, _ in net.named_parameters() if name.startswith("ln_post.")}
     blocks = [
         Layer(f"block.{index + 1}", (f"transformer.resblocks.{index}",), partial(_run_block, index=index))
         for index in range(len(net.transformer.resblocks))
@@ -55,7 +57,7 @@ def layers_of(tower: nn.Module) -> list[Layer]:
     return [
         Layer("stem", tuple(name for name in STEM if name in there), _run_stem),
         *blocks,
-        Layer("readout", tuple(name for name in READOUT if name in there), _run_readout),
+        Layer("readout", tuple(name for name in READOUT if name in there), _run_readout, steps),
     ]
 
 
@@ -87,7 +89,8 @@ def _run_head(net: ClipClassifier, h: Tensor) -> Tensor:
 
 def _inside_visual(layer: Layer) -> Layer:
     owns = tuple(f"visual.{name}" for name in layer.owns)
-    return Layer(layer.name, owns, None if layer.run is None else partial(_run_visual, run=layer.run))
+    steps = {f"visual.{name}": count for name, count in layer.timm_steps.items()}
+    return Layer(layer.name, owns, None if layer.run is None else partial(_run_visual, run=layer.run), steps)
 
 
 def _run_visual(net: ClipClassifier, h: Tensor, *, run: Any) -> Tensor:

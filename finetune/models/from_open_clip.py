@@ -8,20 +8,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.config import HeadKind, ModelConf, nearest
 from finetune.models import glyphs, weights
-from finetune.models.built import BuiltModel, head_kind, layered, saved_preprocess, square
+from finetune.models.built import (
+    BuiltModel,
+    check_patches,
+    head_kind,
+    layered,
+    path_of,
+    read_saved,
+    square,
+    unknown_tag,
+)
 from finetune.models.clip import ClipClassifier, classifier_layers
 from finetune.models.heads import Head, Tokenizer, zeroshot_head
-from finetune.models.towers import layers_of
+from finetune.models.layering import open_clip_layers
 from finetune.preprocess import Preprocess
 
 RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
@@ -72,7 +84,8 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     origin = locate(conf, load=load)
     reads_text = kind == HeadKind.zeroshot and load
     tokenizer = origin.tokenizer() if reads_text else None  # first: it may be missing, and what follows takes long
-    clip = _construct(origin.model_cfg, conf.image_size, whole=reads_text, device=device)
+    whole = reads_text or (load and is_big_vision(origin))
+    clip = _construct(origin.model_cfg, conf.image_size, whole=whole, device=device)
     if load and origin.weights is not None:
         _load(clip, origin)
     _set_size(clip, conf.image_size)
@@ -86,7 +99,7 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
             )
     visual: Any = clip.visual
     net = ClipClassifier(visual, head)
-    model = layered(net, classifier_layers(layers_of(visual))).to(device)
+    model = layered(net, classifier_layers(open_clip_layers(visual))).to(device)
     preprocess = _preprocess(origin, conf)
     return BuiltModel(model.train(), preprocess, _describe(origin, preprocess), has_zeroshot=reads_text)
 
@@ -116,7 +129,7 @@ def _bundled(conf: ModelConf) -> Origin:
             " for an open_clip model say its name too, such as model.name=ViT-B-16 model.pretrained=openai"
         )
     files: dict[str, Path | None] = {"bundled": bundle.weights, "none": None}
-    path = files[conf.pretrained] if conf.pretrained in files else _path(conf.pretrained)
+    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained)
     length = cfg["text_cfg"]["context_length"]
     label = str(path or "random weights")
     return Origin(conf.name, cfg, bundle.config["preprocess_cfg"], path, label, lambda: glyphs.clip_tokenizer(length))
@@ -138,7 +151,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> Origin:
     elif open_clip.pretrained.is_pretrained_cfg(name, conf.pretrained):
         preprocess = get_pretrained_cfg(name, conf.pretrained)
         # The name alone does not tell: OpenAI's weights under ViT-B-16 need it, LAION's under the same name do not.
-        cfg["quick_gelu"] = preprocess.get("quick_gelu", False)
+        cfg["quick_gelu"] = cfg.get("quick_gelu", False) or preprocess.get("quick_gelu", False)
         if load:
             with weights.downloads(f"weights '{conf.pretrained}' of {name}"):
                 path = Path(download_pretrained(preprocess))
@@ -149,9 +162,11 @@ def _built_in(conf: ModelConf, *, load: bool) -> Origin:
             with weights.downloads(f"weights of {repository}"):
                 path = Path(download_pretrained_from_hf(repository))
     elif weights.is_path(conf.pretrained):
-        path = _path(conf.pretrained)
+        path = path_of(conf.pretrained)
+        # OpenAI's own archives, which are TorchScript, were all trained with the quick GELU; other files do not tell.
+        cfg["quick_gelu"] = cfg.get("quick_gelu", False) or weights.is_torchscript(path)
     else:
-        raise ValueError(_unknown_tag(conf, tags))
+        raise ValueError(unknown_tag(conf, conf.pretrained, [*tags, "hf-hub:OWNER/NAME"]))
     return Origin(conf.name, cfg, preprocess, path, label, _tokenizer_of(name))
 
 
@@ -170,7 +185,7 @@ def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
             )
         label = conf.pretrained if conf.pretrained != "bundled" else repository
         if conf.pretrained != "bundled":
-            path = _path(conf.pretrained)
+            path = path_of(conf.pretrained)
         elif load:
             with weights.downloads(f"weights of {repository}"):
                 path = Path(download_pretrained_from_hf(repository))
@@ -191,7 +206,9 @@ def _from_folder(conf: ModelConf) -> Origin:
     path = None
     if conf.pretrained != "none":
         with weights.quiet_upstream():
-            found = str(_path(conf.pretrained)) if weights.is_path(conf.pretrained) else _find_checkpoint_in_dir(folder)
+            found = (
+                str(path_of(conf.pretrained)) if weights.is_path(conf.pretrained) else _find_checkpoint_in_dir(folder)
+            )
         if found is None:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
@@ -210,13 +227,6 @@ def _read_hub_config(repository: str) -> dict[str, Any]:
     if "model_cfg" not in config:
         raise ValueError(f"{repository}: its {HUB_CONFIG} has no model_cfg, so this is no open_clip model")
     return {"preprocess_cfg": {}, **config}
-
-
-def _path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"model.pretrained={text}: no such file")
-    return path
 
 
 def _tokenizer_of(name: str) -> Callable[[], Tokenizer]:
@@ -247,14 +257,6 @@ def _unknown_name(name: str, names: list[str]) -> str:
     )
 
 
-def _unknown_tag(conf: ModelConf, tags: list[str]) -> str:
-    if conf.pretrained == "bundled":
-        problem = f"model.pretrained=bundled: only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
-    else:
-        problem = f"model.pretrained={conf.pretrained}: {conf.name} has no such weights{nearest(conf.pretrained, tags)}"
-    return f"{problem}; expected {', '.join([*tags, 'none (random)', 'hf-hub:OWNER/NAME'])} or a path"
-
-
 def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool, device: torch.device) -> nn.Module:
     """The model with random weights: both towers where `whole`, else the image tower alone as `visual`."""
     from open_clip.coca_model import CoCa
@@ -263,11 +265,8 @@ def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool, device: tor
     cfg = copy.deepcopy(cfg)
     vision = CLIPVisionCfg(**cfg["vision_cfg"])
     if image_size:
-        if not vision.timm_model_name and isinstance(vision.layers, int) and image_size % vision.patch_size:
-            raise ValueError(
-                f"model.image_size={image_size} must be a multiple of the patch size, {vision.patch_size}:"
-                f" {image_size // vision.patch_size * vision.patch_size or vision.patch_size} is"
-            )
+        if not vision.timm_model_name and isinstance(vision.layers, int):
+            check_patches(image_size, vision.patch_size)
         vision.image_size = cfg["vision_cfg"]["image_size"] = image_size
     square(vision.image_size, "this model")
     vision.output_tokens = cfg["vision_cfg"]["output_tokens"] = False  # CoCa's token outputs would make tuples
@@ -283,9 +282,22 @@ def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool, device: tor
         return kind(**cfg)  # type: ignore[no-any-return]
 
 
+def is_big_vision(origin: Origin) -> bool:
+    """Whether the weights are a JAX archive of both towers, as Google publishes SigLIP."""
+    return origin.weights is not None and origin.weights.suffix in (".npz", ".npy")
+
+
 def _load(clip: nn.Module, origin: Origin) -> None:
     """Read the weights; names and shapes must be exactly those of the model."""
+    from open_clip.convert import load_big_vision_weights
+
     assert origin.weights is not None
+    if is_big_vision(origin):
+        try:
+            load_big_vision_weights(clip, str(origin.weights))
+        except (KeyError, ValueError, OSError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{origin.label} is no big_vision archive of {origin.name}: {error}") from error
+        return
     state = weights.read_state_dict(origin.weights)
     state = _as_open_clip(clip, state, origin.label)
     weights.load_strictly(clip, state, source=origin.label)
@@ -301,6 +313,7 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
 
     own = {name for name, _ in clip.named_children()}
     state = convert_state_dict(clip, state)
+    _resize_attention_pool(state, clip)
     with weights.quiet_upstream():
         resize_pos_embed(state, clip)
         if own == {"visual"}:
@@ -320,6 +333,20 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
     return state
 
 
+def _resize_attention_pool(state: dict[str, Tensor], clip: nn.Module) -> None:
+    """CLIP's ResNets keep position embeddings in their pooling, which open_clip does not resize: bicubic, as for ViTs."""
+    name = "visual.attnpool.positional_embedding"
+    wanted = dict(clip.named_parameters()).get(name)
+    if wanted is None or name not in state or state[name].shape[1:] != wanted.shape[1:]:
+        return
+    old, new = (math.isqrt(len(table) - 1) for table in (state[name], wanted))
+    mean, grid = state[name][:1], state[name][1:]
+    if old != new and old * old == len(grid):
+        square_grid = grid.T.reshape(1, -1, old, old)
+        resized = F.interpolate(square_grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+        state[name] = torch.cat([mean, resized.flatten(2)[0].T])
+
+
 def _set_size(clip: nn.Module, image_size: int) -> None:
     """Towers built by timm take their size after the weights, and resize their own position embeddings."""
     from open_clip.timm_model import TimmModel
@@ -332,7 +359,7 @@ def _preprocess(origin: Origin, conf: ModelConf) -> Preprocess:
     from open_clip.model import CLIPVisionCfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    saved = None if origin.weights is None else saved_preprocess(origin.weights)
+    saved = read_saved(origin.weights).preprocess
     size = conf.image_size or square(CLIPVisionCfg(**origin.model_cfg["vision_cfg"]).image_size, conf.name)
     if saved is not None:
         return dataclasses.replace(saved, size=size)

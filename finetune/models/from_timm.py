@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from finetune.config import ModelConf, nearest
-from finetune.layers import Layer
+from finetune.config import HeadKind, ModelConf, nearest
 from finetune.models import glyphs, weights
-from finetune.models.built import BuiltModel, head_kind, layered, saved_preprocess, square
-from finetune.models.heads import Head
-from finetune.models.towers import classifier_names, layers_of
+from finetune.models.built import (
+    BuiltModel,
+    Saved,
+    check_patches,
+    head_kind,
+    keep_head,
+    layered,
+    path_of,
+    put_head,
+    read_saved,
+    square,
+    unknown_tag,
+)
+from finetune.models.layering import classifier_names, timm_layers
 from finetune.preprocess import Preprocess
 
 RESIZE = {"center": "crop", "border": "pad", "squash": "squash"}
+BUNDLED_RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Upstream:
+    """A timm network with its weights and its own classifier.
+
+    Attributes:
+        net: The network.
+        preprocess: What its weights expect of an image.
+        description: The plain line that a run starts with.
+        classes: The class names that the weights were trained with, where they say them.
+    """
+
+    net: nn.Module
+    preprocess: Preprocess
+    description: str
+    classes: Sequence[str] | None = None
 
 
 def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.device) -> BuiltModel:
@@ -37,44 +64,26 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
         ValueError: A setting that does not fit this model, or weights that do not.
         FileNotFoundError: Weights that are nowhere to be found.
     """
-    head_kind(conf, has_text=False)
+    kind = head_kind(conf, has_text=False)
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        net, preprocess, label = _bundled(conf, load=load) if conf.name == glyphs.VIT else _upstream(conf, load=load)
-        tower_layers = layers_of(net)
-        names = put_head(net, len(classes), dropout=conf.head_dropout)
-    chain = tower_layers[-1].run is not None and len(names) == 1
-    head = Layer("head", names, partial(_run_head, name=names[0]) if chain else None)
-    model = layered(net, [*tower_layers, head]).to(device)
-    return BuiltModel(model.train(), preprocess, label, has_zeroshot=False)
+        found = _bundled(conf, load=load) if conf.name == glyphs.VIT else _from_registry(conf, load=load)
+        net: Any = found.net
+        if kind == HeadKind.keep and load:
+            (name,) = classifier_names(net)
+            keep_head(net, name, classes, dropout=conf.head_dropout, known=found.classes)
+        else:
+            net.reset_classifier(len(classes))
+            for name in classifier_names(net):
+                put_head(net, name, len(classes), dropout=conf.head_dropout)
+    model = layered(net, timm_layers(net)).to(device)
+    if model.layers[-1].name != "head":
+        raise ValueError(
+            f"model.name={conf.name} is a network without a classifier, so it cannot be fine-tuned to classify"
+        )
+    return BuiltModel(model.train(), found.preprocess, found.description, has_zeroshot=False)
 
 
-def _run_head(net: nn.Module, h: Tensor, *, name: str) -> Tensor:
-    logits: Tensor = net.get_submodule(name)(h)
-    return logits
-
-
-def put_head(net: nn.Module, num_classes: int, *, dropout: float) -> tuple[str, ...]:
-    """Put a new random classifier in the place of upstream's; its name in the network.
-
-    Raises:
-        ValueError: `dropout` would be ignored, because this classifier is no plain linear layer.
-    """
-    upstream: Any = net
-    upstream.reset_classifier(num_classes)
-    names = classifier_names(net)
-    for name in names:
-        old = net.get_submodule(name)
-        if type(old) is nn.Linear:
-            net.set_submodule(name, Head(old.in_features, num_classes, dropout=dropout))
-        elif dropout:
-            raise ValueError(
-                f"model.head_dropout={dropout} would be ignored: the classifier of {type(net).__name__} is no linear layer"
-            )
-    return names
-
-
-def _bundled(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str]:
-    """The bundled ViT, its preprocessing and description."""
+def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     if conf.pretrained not in ("bundled", "none") and not weights.is_path(conf.pretrained):
@@ -87,74 +96,75 @@ def _bundled(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str
     if conf.image_size:
         check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
+    files = {"bundled": bundle.weights, "none": None}
+    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained)
+    state = weights.read_state_dict(path) if load and path is not None else {}
+    if "head.weight" in state:
+        args["num_classes"] = len(state["head.weight"])
     net = VisionTransformer(**args, drop_path_rate=conf.drop_path)
-    path = (
-        None
-        if conf.pretrained == "none"
-        else bundle.weights
-        if conf.pretrained == "bundled"
-        else _path(conf.pretrained)
-    )
-    if load and path is not None:
-        state = checkpoint_filter_fn(weights.read_state_dict(path), net)
-        weights.load_strictly(net, state, source=str(path), optional=("head.",))
+    if state:
+        weights.load_strictly(net, checkpoint_filter_fn(state, net), source=str(path), optional=("head.",))
+    saved = Saved(None, list(bundle.config["classes"])) if conf.pretrained == "bundled" else read_saved(path)
     cfg = bundle.config["preprocess_cfg"]
-    size = conf.image_size or square(args["img_size"], conf.name)
-    resize = {"shortest": "crop", "longest": "pad", "squash": "squash"}[cfg["resize_mode"]]
-    saved = saved_preprocess(path) if path is not None else None
-    preprocess = dataclasses.replace(
-        saved or Preprocess(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize), size=size
+    preprocess = saved.preprocess or Preprocess(
+        args["img_size"],
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cfg["interpolation"],
+        BUNDLED_RESIZE[cfg["resize_mode"]],
     )
-    if conf.pretrained == "bundled":
-        return net, preprocess, glyphs.DESCRIPTIONS[glyphs.VIT]
-    return net, preprocess, f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
+    preprocess = dataclasses.replace(preprocess, size=square(args["img_size"], conf.name))
+    text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
+    return Upstream(net, preprocess, glyphs.DESCRIPTIONS[glyphs.VIT] if path == bundle.weights else text, saved.classes)
 
 
-def _upstream(conf: ModelConf, *, load: bool) -> tuple[nn.Module, Preprocess, str]:
-    """A model of timm's registry, hub or folder, its preprocessing and description."""
+def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
+    """A model of timm's registry, of a hub or of a folder."""
     import timm
     from timm.layers.patch_embed import PatchEmbed
 
-    name, tag = _name_and_tag(conf)
+    name, path = locate(conf)
+    wants_weights = load and conf.pretrained != "none"
+    source = str(path) if path else "random" if conf.pretrained == "none" else name
     args: dict[str, Any] = {"drop_path_rate": conf.drop_path} if conf.drop_path else {}
-    path = (
-        _path(conf.pretrained)
-        if tag is None and conf.pretrained != "none" and not name.startswith((*HUB, FOLDER))
-        else None
-    )
-    if tag is not None:
-        name = f"{name}.{tag}"
     if conf.image_size:
         args |= _size_args(name, conf.image_size)
-    wants_weights = load and conf.pretrained != "none"
-    source = str(path or conf.pretrained if conf.pretrained != "bundled" else name)
+    settings = ", ".join(args)
     if wants_weights and path is not None:
         args |= _file_args(name, path)
-    fetches = wants_weights and path is None
+    fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
-        with weights.downloads(f"weights '{source}' of {conf.name}") if fetches else weights.quiet_upstream():
+        with weights.downloads(f"weights of {source}") if fetches else weights.quiet_upstream():
             net = timm.create_model(name, pretrained=wants_weights, **args)
     except TypeError as error:
-        raise ValueError(
-            f"model.name={conf.name} does not take {', '.join(args)} ({error}); leave these settings out"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit {conf.name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"model.name={conf.name} does not take {settings} ({error}); leave it out") from error
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{source} does not fit model.name={conf.name}: {' '.join(str(error).split())}") from error
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:
             check_patches(conf.image_size, module.patch_size[0])
+    saved = read_saved(path)
     preprocess = _preprocess(net, conf)
-    saved = saved_preprocess(path) if path is not None else None
-    if saved is not None:
-        preprocess = dataclasses.replace(saved, size=preprocess.size)
-    return net, preprocess, f"{conf.name}: a model of timm, weights {source}, images of {preprocess.size} pixels a side"
+    if saved.preprocess is not None:
+        preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
+    text = f"{conf.name}: a model of timm, weights {source}, images of {preprocess.size} pixels a side"
+    return Upstream(net, preprocess, text + _normalisation_note(preprocess, path, saved), saved.classes)
 
 
-def _name_and_tag(conf: ModelConf) -> tuple[str, str | None]:
-    """timm's name of the architecture, and the tag of its weights where `model.pretrained` is one.
+def _normalisation_note(preprocess: Preprocess, path: Path | None, saved: Saved) -> str:
+    """A foreign file says nothing of its preprocessing: tell what is assumed."""
+    if path is None or saved.preprocess is not None:
+        return ""
+    mean = ", ".join(f"{value:g}" for value in preprocess.mean)
+    return f"; the file does not say its preprocessing, so that of the architecture's own weights is used (mean {mean})"
+
+
+def locate(conf: ModelConf) -> tuple[str, Path | None]:
+    """timm's name of the model, with the tag of its weights where there is one, and the file to read where one is named.
 
     Raises:
         ValueError: A name or tag that timm does not know; says which it does.
+        FileNotFoundError: No such file.
     """
     import timm
 
@@ -169,18 +179,20 @@ def _name_and_tag(conf: ModelConf) -> tuple[str, str | None]:
     if not timm.is_model(name):
         raise ValueError(_unknown_name(conf.name))
     tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise ValueError(unknown_tag(dataclasses.replace(conf, name=name), tag, tags))
     wanted = tag if conf.pretrained == "bundled" and tag else conf.pretrained
-    if tag and conf.pretrained not in ("bundled", "none", tag):
-        raise ValueError(
-            f"model.name={conf.name} and model.pretrained={conf.pretrained} name different weights: leave one out"
-        )
-    if wanted == "none" or (weights.is_path(wanted) and wanted not in tags):
-        return name, None
+    if wanted == "none":
+        return conf.name, None
+    if wanted not in tags and weights.is_path(wanted):
+        return conf.name, path_of(wanted)
+    if tag not in ("", wanted):
+        raise ValueError(f"model.name={conf.name} and model.pretrained={wanted} name different weights: leave one out")
     if wanted.startswith(HUB):
         raise ValueError(f"model.pretrained={wanted}: for timm a hub id is the name itself: model.name={wanted}")
     if wanted not in tags:
-        raise ValueError(_unknown_tag(conf, wanted, tags))
-    return name, wanted
+        raise ValueError(unknown_tag(conf, wanted, tags))
+    return f"{name}.{wanted}", None
 
 
 def _unknown_name(name: str) -> str:
@@ -191,24 +203,9 @@ def _unknown_name(name: str) -> str:
         return f"model.name={name} is a CLIP: use model=clip model.name={name}"
     names = timm.list_models()
     return (
-        f"model.name={name}: timm knows no such model{nearest(name, [*names, glyphs.VIT])};"
-        f" it knows {len(names)}: timm.list_models('vit*') and the like list them"
+        f"model.name={name}: neither timm nor torchvision knows such a model{nearest(name, [*names, glyphs.VIT])};"
+        f" timm knows {len(names)}, which timm.list_models('vit*') and the like list"
     )
-
-
-def _unknown_tag(conf: ModelConf, wanted: str, tags: list[str]) -> str:
-    if wanted == "bundled":
-        problem = f"model.pretrained=bundled: only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
-    else:
-        problem = f"model.pretrained={wanted}: {conf.name} has no such weights{nearest(wanted, tags)}"
-    return f"{problem}; expected {', '.join([*tags, 'none (random)'])} or a path"
-
-
-def _path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"model.pretrained={text}: no such file")
-    return path
 
 
 def _size_args(name: str, image_size: int) -> dict[str, Any]:
@@ -219,19 +216,6 @@ def _size_args(name: str, image_size: int) -> dict[str, Any]:
     return {"img_size": image_size} if config is None or config.fixed_input_size else {}
 
 
-def check_patches(image_size: int, patch_size: int) -> None:
-    """Refuse an image size that would leave pixels at the edge unseen.
-
-    Raises:
-        ValueError: It is no multiple of the patch size.
-    """
-    if image_size % patch_size:
-        fitting = image_size // patch_size * patch_size or patch_size
-        raise ValueError(
-            f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}: {fitting} is"
-        )
-
-
 def _file_args(name: str, path: Path) -> dict[str, Any]:
     """What makes timm read a file instead of a hub, with its own conversions and as strictly as its own weights."""
     import timm
@@ -240,12 +224,12 @@ def _file_args(name: str, path: Path) -> dict[str, Any]:
     if path.suffix in (".npz", ".npy"):
         return {"pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}
     state = weights.read_state_dict(path)
-    names = config.classifier if config is not None else None
-    first = names if isinstance(names, str) or names is None else names[0]
-    key = f"{first}.weight"
-    num_classes = state[key].shape[0] if key in state else 0
+    named = config.classifier if config is not None else None
+    first = named if isinstance(named, str) or named is None else named[0]
     # A checkpoint's own number of classes, so that timm loads it strictly; ours comes after.
-    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
+    key = f"{first}.weight"
+    num_classes = len(state[key]) if key in state else 0
+    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0, "custom_load": False}
     return {"pretrained_cfg_overlay": overlay, "num_classes": num_classes}
 
 

@@ -1,4 +1,4 @@
-"""Classifiers on top of an image tower, and how they start: from class names, or at random.
+"""Classifiers on top of an image tower, and how they start: from class names, at random, or from upstream.
 
 A random head draws its first values from torch's global generator. `finetune.run` seeds that with `seed` just before
 `build_model`, so the same seed gives the same head.
@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.config import TemplateSet
+
+# The prompts that `model.templates` is without a word from the user.
+DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")
 # How many prompts the text tower reads at once; bounds memory, changes nothing else.
 PROMPTS_AT_ONCE = 256
 
@@ -60,9 +64,39 @@ class Head(nn.Linear):
         features = F.dropout(features, self.dropout, self.training)
         return super().forward(features)
 
+    @torch.no_grad()
+    def set(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take over a classifier's tensors. (classes, in_features), (classes) or None
+
+        Raises:
+            ValueError: Shapes differ, or there is a bias on one side only.
+        """
+        theirs = (tuple(weight.shape), None if bias is None else tuple(bias.shape))
+        ours = (tuple(self.weight.shape), None if self.bias is None else tuple(self.bias.shape))
+        if theirs != ours:
+            raise ValueError(f"a classifier of weight and bias {theirs} does not fit a head of {ours}")
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+
     def extra_repr(self) -> str:
         """As `nn.Linear` shows itself, with what this head adds."""
         return f"{super().extra_repr()}, normalize={self.normalize}, dropout={self.dropout}"
+
+
+def expand_templates(templates: Sequence[str]) -> list[str]:
+    """Prompts, with the names of sets replaced by what they stand for.
+
+    `imagenet` are the 80 prompts that OpenAI published with CLIP, `simple` the 7 of them that do almost as well.
+    """
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    sets: dict[str, Sequence[str]] = {
+        TemplateSet.default: DEFAULT_TEMPLATES,
+        TemplateSet.simple: [fill("{}") for fill in SIMPLE_IMAGENET_TEMPLATES],
+        TemplateSet.imagenet: [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES],
+    }
+    return list(dict.fromkeys(prompt for template in templates for prompt in sets.get(template, [template])))
 
 
 def class_prompts(classes: Sequence[str]) -> list[str]:
@@ -92,11 +126,12 @@ def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str
         clip: A whole open_clip model, with `encode_text` and `logit_scale`.
         tokenizer: Its own tokenizer.
         classes: Class names in the order of the labels.
-        templates: Prompts, each with `{}` where the class name goes.
+        templates: Prompts, each with `{}` where the class name goes, or names of sets of them.
 
     Raises:
         ValueError: Class names that a text tower cannot tell apart.
     """
+    templates = expand_templates(templates)
     prompts = [template.replace("{}", name) for name in class_prompts(classes) for template in templates]
     device = next(clip.parameters()).device
     clip.eval()
@@ -127,6 +162,20 @@ def zeroshot_head(
     """
     weight = zeroshot_weight(clip, tokenizer, classes, templates)
     head = Head(weight.shape[1], weight.shape[0], bias=False, normalize=True, dropout=dropout)
-    with torch.no_grad():
-        head.weight.copy_(weight)
+    head.set(weight, None)
     return head
+
+
+def find_head(net: nn.Module) -> Head:
+    """The one head of a network.
+
+    Raises:
+        ValueError: Its classifier is no linear layer, or it has two (a distilled ViT).
+    """
+    heads = [module for module in net.modules() if isinstance(module, Head)]
+    if len(heads) != 1:
+        raise ValueError(
+            f"{type(net).__name__} has {len(heads) or 'no'} linear classifier{'s' * (len(heads) != 1)}, not one:"
+            " model.head=linear_probe needs exactly one; use model.head=random"
+        )
+    return heads[0]

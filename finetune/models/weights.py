@@ -62,7 +62,7 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
     if path.suffix == ".safetensors":
         return _clean(_read_safetensors(path), path)
-    return _clean(_read_torchscript(path) if _is_torchscript(path) else _read_pickle(path), path)
+    return _clean(_read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -75,7 +75,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} is damaged or incomplete ({error}): fetch it again") from error
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI published CLIP."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
