@@ -8,8 +8,8 @@ Read this file and `loop.py`, and you have read a training step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ class Layer:
         owns: Names of modules and parameters of the network; a module's name stands for everything inside it.
         run: `run(net, h) -> h`, a pure function of the network and the activations so far, so that a copied network
             takes its layers along. None where the architecture is no plain chain: such a model runs only whole.
+        timm_steps: Parameter name to its distance from the output as timm counts it, where that differs from the
+            layer's own; read by `optim.layer_rule=timm` only.
     """
 
     name: str
     owns: tuple[str, ...]
     run: Callable[[Any, Tensor], Tensor] | None
+    timm_steps: Mapping[str, int] = field(default_factory=dict)
 
 
 class LayeredModel(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import OptimConf
+from finetune.config import LayerRule, OptimConf
 from finetune.layers import LayeredModel
 
 Group = dict[str, Any]
@@ -40,17 +40,37 @@ def layer_scale(layer_id: int, num_blocks: int, layer_decay: float) -> float:
     return layer_decay ** (num_blocks + 1 - min(layer_id, num_blocks + 1))
 
 
-def is_decayed(name: str, parameter: nn.Parameter, spared: Iterable[str]) -> bool:
+def steps_to_output(model: LayeredModel, name: str, rule: LayerRule) -> int:
+    """The exponent of a parameter's rate under `optim.layer_rule`: how many layers it stands below the output.
+
+    Args:
+        model: Whose layers are counted.
+        name: Of a parameter of `model.net`.
+        rule: beit: all of a layer alike, 0 for readout and head. timm: as timm's `param_groups_layer_decay` counts
+            (timm.optim), which keeps the final norm with the last block; the layers themselves stay as they are.
+    """
+    layer_id, top = model.layer_ids[name], model.num_blocks + 1
+    steps = top - min(layer_id, top)
+    return model.layers[layer_id].timm_steps.get(name, steps) if rule == LayerRule.timm else steps
+
+
+def is_decayed(name: str, parameter: nn.Parameter, spared: Iterable[str], *, decay_embeddings: bool = False) -> bool:
     """Whether weight decay applies: matrices and kernels, but no bias, norm, token, position or spared name.
 
     Args:
         name: As `named_parameters` gives it.
         parameter: Its tensor; 0-D (`logit_scale`) and 1-D (biases, norms, layer scale) are never decayed.
         spared: Globs; a name that matches one is not decayed.
+        decay_embeddings: Decay tokens and position embeddings like any matrix, as MKT does.
     """
-    if parameter.ndim <= 1 or name.rpartition(".")[2] in EMBEDDINGS:
+    if parameter.ndim <= 1 or (is_embedding(name) and not decay_embeddings):
         return False
     return not any(fnmatchcase(name, glob) for glob in spared)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a parameter's name, or glob, is that of a token, a position embedding or a temperature."""
+    return name.rpartition(".")[2] in EMBEDDINGS
 
 
 def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
@@ -68,20 +88,25 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
             raise ValueError(
                 f"optim.no_weight_decay: '{glob}' matches no parameter; names look like {names[0]}, {names[-1]}"
             )
-    spared = [*conf.no_weight_decay, *model.no_weight_decay]
+    upstream = [glob for glob in model.no_weight_decay if not (conf.decay_embeddings and is_embedding(glob))]
+    spared = [*conf.no_weight_decay, *upstream]
 
-    groups: dict[tuple[int, bool], Group] = {}
+    groups: dict[tuple[int, int, bool], Group] = {}
     for name, parameter in model.net.named_parameters():
         if not parameter.requires_grad:
             continue
         layer_id = model.layer_ids[name]
-        decayed = is_decayed(name, parameter, spared)
-        group = groups.get((layer_id, decayed))
+        steps = steps_to_output(model, name, conf.layer_rule)
+        decayed = is_decayed(name, parameter, spared, decay_embeddings=conf.decay_embeddings)
+        key = (layer_id, -steps, decayed)
+        group = groups.get(key)
         if group is None:
             layer = model.layers[layer_id].name
-            scale = layer_scale(layer_id, model.num_blocks, conf.layer_decay)
-            group = groups[layer_id, decayed] = {
-                "name": f"{layer}.{'decay' if decayed else 'no_decay'}",
+            scale = conf.layer_decay**steps
+            # timm's rule may cut a layer in two: `readout.1.no_decay` is the part that it counts one step lower.
+            part = layer if steps == steps_to_output(model, name, LayerRule.beit) else f"{layer}.{steps}"
+            group = groups[key] = {
+                "name": f"{part}.{'decay' if decayed else 'no_decay'}",
                 "layer": layer,
                 "layer_id": layer_id,
                 "scale": scale,
@@ -93,7 +118,7 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
         group["params"].append(parameter)
         group["param_names"].append(name)
     # From the stem up, decayed first: the order that the table shows and that a resumed optimizer meets again.
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+    return [groups[key] for key in sorted(groups, key=lambda key: (*key[:2], not key[2]))]
 
 
 def build_optimizer(model: LayeredModel, conf: OptimConf) -> torch.optim.AdamW:

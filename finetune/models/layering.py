@@ -51,6 +51,8 @@ MATCHERS: dict[str, Matcher] = {
 }  # fmt: skip
 # `norm_pre` as CLIP has it, ahead of the blocks. In ConvNeXt and its kin the same name is the norm behind them.
 PRE_NORM = ("VisionTransformer", "VisionTransformerDistilled", "VisionTransformerSAM", "NaFlexVit", "Eva")
+# Here `head` is timm's name for the last block of convolutions, and the classifier is called `fc`.
+HEAD_IS_BLOCK = ("SelecSls",)
 # The learned mixture of a network's several classifiers is part of the classifier.
 MIXED_HEADS = ("EfficientViM", "EfficientViMDistilled")
 
@@ -70,7 +72,7 @@ def timm_layers(net: nn.Module) -> list[Layer]:
         Rule(
             matcher=matcher,
             head=_exactly(classifier_names(net)) + (r"|weights(_dist)?$" if kind in MIXED_HEADS else ""),
-            readout=READOUT,
+            readout=r"global_pool(\.|$)" if kind in HEAD_IS_BLOCK else READOUT,
             stem=STEM + (NORM_PRE if kind in PRE_NORM else ""),
         ),
     )
@@ -178,9 +180,9 @@ def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:
     matcher = _own_matcher(net)
     keys = {name: group_key(name, matcher) for name, _ in net.named_parameters()}
     groups: dict[Any, int] = {}
-    for key in sorted({key for key in keys.values() if key is not None}):
+    for found_key in sorted({key for key in keys.values() if key is not None}):
         number = max(groups.values(), default=-1)
-        groups[key] = number if key[-1] == WITH_PREVIOUS and number >= 0 else number + 1
+        groups[found_key] = number if found_key[-1] == WITH_PREVIOUS and number >= 0 else number + 1
     has_top = layers[-1].name != "head" or None in keys.values()
     top = max(groups.values()) + has_top
     ours = assign_layers(net, layers)

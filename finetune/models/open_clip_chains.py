@@ -17,7 +17,7 @@ from finetune.models.placing import Rule
 Run = Callable[[Any, Tensor], Tensor]
 
 MODIFIED_RESNET = Rule(
-    matcher={"stem": r"(conv|bn|act)[123](\.|$)|avgpool", "blocks": r"layer(\d+)\.(\d+)"},
+    matcher={"stem": r"(?:conv|bn|act)[123](?:\.|$)|avgpool", "blocks": r"layer(\d+)\.(\d+)"},
     # Attention over positions, their embedding and the projection: CLIP's ResNet has no norm or proj apart from them.
     readout=r"attnpool",
 )

@@ -111,8 +111,8 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
         ids = {name: min(number, top) for name, number in ids.items()}
     owned = covering(net, ids)
     layers = [Layer(name, tuple(owned.get(number, ())), None) for number, name in enumerate(names)]
-    below = {name: 1 for name, _ in net.named_parameters() if ids[name] == top and re.match(rule.below, name)}
-    layers[top] = dataclasses.replace(layers[top], timm_steps=below)
+    lower = {name: 1 for name, _ in net.named_parameters() if ids[name] == top and re.match(rule.below, name)}
+    layers[top] = dataclasses.replace(layers[top], timm_steps=lower)
     return layers
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.layers import Layer
-from finetune.models.placing import WITH_PREVIOUS, Key, Rule
+from finetune.models.placing import WITH_PREVIOUS, Key, Matcher, Rule
 
 Run = Callable[[Any, Tensor], Tensor]
 
@@ -40,14 +40,15 @@ def _stages_and_merges(name: str) -> Key:
 # timm trains it with the last block.
 _CONV_TENSOR = r"\.\d+(\.(weight|bias|running_mean|running_var|num_batches_tracked))?$"
 _LAST_CONV = rf"features\.[1-9]\d*{_CONV_TENSOR}"
+_FLAT: Matcher = {"stem": r"features\.0(?:\.|$)", "blocks": r"features\.(\d+)"}
 _RESIDUAL_STAGES = r"layer(\d+)\.(\d+)"
 
 RULES: dict[str, Rule] = {
-    "AlexNet": Rule({"stem": r"features\.0$|features\.0\.", "blocks": r"features\.(\d+)"}, r"classifier\.6", r"avgpool|classifier"),
+    "AlexNet": Rule(_FLAT, r"classifier\.6", r"avgpool|classifier"),
     "ConvNeXt": Rule(_stages_and_merges, r"classifier\.2", r"avgpool|classifier"),
     "DenseNet": Rule(
         {
-            "stem": r"features\.(conv|norm|relu|pool)0",
+            "stem": r"features\.(?:conv|norm|relu|pool)0",
             "blocks": [
                 (r"features\.denseblock(\d+)\.denselayer(\d+)", None),
                 (r"features\.transition(\d+)", (WITH_PREVIOUS,)),
@@ -63,49 +64,46 @@ RULES: dict[str, Rule] = {
         below=_LAST_CONV,
     ),
     "GoogLeNet": Rule(
-        _in_order(r"conv1", r"maxpool1|conv[23]", r"maxpool2|inception3a", "inception3b", r"maxpool3|inception4a", "inception4b",
-                  "inception4c", "inception4d", "inception4e", r"maxpool4|inception5a", "inception5b"),
+        _in_order(
+            *(r"conv1", r"maxpool1|conv[23]", r"maxpool2|inception3a", r"inception3b", r"maxpool3|inception4a"),
+            *(r"inception4b", r"inception4c", r"inception4d", r"inception4e", r"maxpool4|inception5a", r"inception5b"),
+        ),
         r"fc|aux[12]",
         r"avgpool|dropout",
     ),
     "Inception3": Rule(
-        _in_order(r"Conv2d_[12]|maxpool1", r"Conv2d_[34]", r"maxpool2|Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b",
-                  "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"),
+        _in_order(
+            *(r"Conv2d_[12]|maxpool1", r"Conv2d_[34]", r"maxpool2|Mixed_5b", r"Mixed_5c", r"Mixed_5d", r"Mixed_6a"),
+            *(r"Mixed_6b", r"Mixed_6c", r"Mixed_6d", r"Mixed_6e", r"Mixed_7a", r"Mixed_7b", r"Mixed_7c"),
+        ),
         r"fc|AuxLogits",
         r"avgpool|dropout",
     ),
     "MNASNet": Rule(
-        {"stem": r"layers\.[0-7](\.|$)", "blocks": r"layers\.(\d+)\.(\d+)\."},
+        {"stem": r"layers\.[0-7](?:\.|$)", "blocks": r"layers\.(\d+)\.(\d+)\."},
         r"classifier\.1",
         r"layers\.1[456](\.|$)|classifier",
         below=r"layers\.1[45]\.",
     ),
     "MaxVit": Rule({"stem": r"stem", "blocks": r"blocks\.(\d+)\.layers\.(\d+)"}, r"classifier\.5", r"classifier"),
-    "MobileNetV2": Rule(
-        {"stem": r"features\.0\.", "blocks": r"features\.(\d+)\."},
-        r"classifier\.1",
-        rf"{_LAST_CONV}|classifier",
-        below=_LAST_CONV,
-    ),
-    "MobileNetV3": Rule(
-        {"stem": r"features\.0\.", "blocks": r"features\.(\d+)\."}, r"classifier\.3", rf"{_LAST_CONV}|avgpool|classifier"
-    ),
+    "MobileNetV2": Rule(_FLAT, r"classifier\.1", rf"{_LAST_CONV}|classifier", below=_LAST_CONV),
+    "MobileNetV3": Rule(_FLAT, r"classifier\.3", rf"{_LAST_CONV}|avgpool|classifier"),
     "RegNet": Rule({"stem": r"stem", "blocks": r"trunk_output\.block(\d+)\.block\d+-(\d+)"}, r"fc", r"avgpool"),
     "ResNet": Rule({"stem": r"conv1|bn1|relu|maxpool", "blocks": _RESIDUAL_STAGES}, r"fc", r"avgpool"),
     "ShuffleNetV2": Rule({"stem": r"conv1|maxpool", "blocks": r"stage(\d+)\.(\d+)"}, r"fc", r"conv5"),
-    "SqueezeNet": Rule({"stem": r"features\.0(\.|$)", "blocks": r"features\.(\d+)"}, r"classifier\.[123]", r"classifier\.0"),
+    "SqueezeNet": Rule(_FLAT, r"classifier\.[123]", r"classifier\.0"),
     "SwinTransformer": Rule(_stages_and_merges, r"head", r"norm|permute|avgpool|flatten", below=r"norm\."),
-    "VGG": Rule({"stem": r"features\.0(\.|$)", "blocks": r"features\.(\d+)"}, r"classifier\.6", r"avgpool|classifier"),
+    "VGG": Rule(_FLAT, r"classifier\.6", r"avgpool|classifier"),
     "VisionTransformer": Rule(
         {
-            "stem": r"conv_proj|class_token|encoder\.(pos_embedding|dropout)",
+            "stem": r"conv_proj|class_token|encoder\.(?:pos_embedding|dropout)",
             "blocks": r"encoder\.layers\.encoder_layer_(\d+)",
         },
         r"heads\.head",
         r"encoder\.ln|heads",
         below=r"encoder\.ln",
     ),
-}  # fmt: skip
+}
 
 
 def runs(net: nn.Module, layers: Sequence[Layer]) -> list[Run] | None:
