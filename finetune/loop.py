@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import Interval, TrainConf
 from finetune.layers import LayeredModel
-from finetune.metrics import Sums, cross_entropy, top1, top5
+from finetune.losses import Criterion, cross_entropy
+from finetune.metrics import LabelMeter, Meter, Sums, top1
 
-# Normalised images (batch, 3, size, size) and labels (batch,) on the device, and on the host the images' numbers
-# (batch,) in their split, by which a bad batch is named.
+# Normalised images (batch, 3, size, size) and targets on the device, and on the host the images' numbers (batch,) in
+# their split, by which a bad batch is named. Targets are labels (batch,), or shares of every class (batch, classes):
+# several labels an image, or the mixtures of MixUp and CutMix.
 Batch = tuple[Tensor, Tensor, Tensor]
 Row = dict[str, object]
 
@@ -48,6 +50,15 @@ class NotFiniteError(FloatingPointError):
 
 
 @dataclass
+class Task:
+    """What the model learns by, and what it is judged by."""
+
+    criterion: Criterion = cross_entropy
+    meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))  # holds the latest validation
+    monitor: str = "val/top1"  # what `train.monitor=auto` is
+
+
+@dataclass
 class TrainState:
     """All that changes while training, and so all that a checkpoint holds."""
 
@@ -58,6 +69,7 @@ class TrainState:
     sums: Sums  # of the current epoch's training batches
     not_finite: Tensor  # on the device: 1.0 from the first step that was not finite; masks every later update
     first_bad_step: Tensor  # on the device: number of that step, 0 while there is none
+    task: Task = field(default_factory=Task)
     epoch: int = 0  # epochs finished
     batch: int = 0  # micro-batches of the current epoch already learned from
     step: int = 0  # optimizer steps taken since the start
@@ -109,16 +121,16 @@ def train_step(
         conf: Clipping and label smoothing.
         autocast: Context of the forward pass, reusable.
     """
-    num_images = sum(len(labels) for _, labels, _ in window)
+    num_images = sum(len(ids) for _, _, ids in window)
     window_loss = torch.zeros((), device=state.device)
-    for images, labels, _ in window:
+    for images, targets, _ in window:
         with autocast:
             logits = state.model(images)
-        losses = cross_entropy(logits, labels, conf.label_smoothing)
+        losses = state.task.criterion(logits, targets, conf.label_smoothing)
         loss = losses.sum() / num_images
         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         window_loss += loss.detach()
-        state.sums.add(loss=losses, top1=top1(logits.detach(), labels))
+        state.sums.add(loss=losses, top1=top1(logits.detach(), targets))
     _update(state, window_loss, conf.clip_grad)
     state.step += 1
     state.batch += len(window)
@@ -215,25 +227,29 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(
-    model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object]
+    model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object], meter: Meter | None = None
 ) -> dict[str, float]:
-    """Exact means of loss, top1 and top5 over `batches`, in eval mode."""
+    """Exact numbers over `batches`, in eval mode: those of `meter`, by default the means of loss, top1 and top5."""
     model.eval()
-    sums = Sums(next(model.parameters()).device)
-    for images, labels, _ in batches:
+    meter = meter or LabelMeter(cross_entropy)
+    meter.reset()
+    for images, targets, _ in batches:
         with autocast:
             logits = model(images)
-        sums.add(loss=cross_entropy(logits, labels), top1=top1(logits, labels), top5=top5(logits, labels))
-    return sums.means()
+        meter.add(logits, targets)
+    return meter.results()
 
 
 def is_better(score: float, best: float, monitor: str) -> bool:
-    """Whether `score` beats `best` (NaN: none yet); a monitor that ends in `loss` is minimised. NaN never wins."""
+    """Whether `score` beats `best` (NaN: none yet); a monitor that ends in `loss` or `ece` is minimised.
+
+    NaN never wins.
+    """
     if math.isnan(score):
         return False
     if math.isnan(best):
         return True
-    return score < best if monitor.endswith("loss") else score > best
+    return score < best if monitor.endswith(("loss", "ece")) else score > best
 
 
 def fit(
@@ -277,13 +293,14 @@ def fit(
             return False
         row: Row = {"epoch": state.epoch + 1}
         row |= {f"train/{name}": value for name, value in state.sums.means().items()}
-        row |= {f"val/{name}": v for name, v in validate(state.model, val_batches(state.epoch), autocast).items()}
+        scores = validate(state.model, val_batches(state.epoch), autocast, state.task.meter)
+        row |= {f"val/{name}": value for name, value in scores.items()}
         row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
         if interval == Interval.epoch:
             state.scheduler.step()
         state.epoch += 1
         state.batch = 0
-        _keep_best(state, row, conf.monitor)
+        _keep_best(state, row, state.task.monitor if conf.monitor == "auto" else conf.monitor)
         row["seconds"] = time.perf_counter() - began
         state.seconds += time.perf_counter() - began
         on_epoch_end(state, row)

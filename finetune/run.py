@@ -1,7 +1,7 @@
 """One run, in the order in which things happen: the only module that sees everything.
 
 The run directory that it leaves: `config.yaml`, `run.log`, `history.jsonl`, `rates.json`, `result.json`, `lr.png`,
-`curves.png` and `checkpoints/`.
+`curves.png`, `metrics.json`, the confusion matrices and `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import yaml
 
-from finetune import checkpoint, report
-from finetune.config import MONITORS, Conf, Interval, as_dict
+from finetune import checkpoint, report, scores
+from finetune.config import Conf, Interval, as_dict, measured_metrics
 from finetune.data import Loader, Source, open_source
 from finetune.device import autocast, make_deterministic, pick_device, pick_precision
 from finetune.files import write_text
 from finetune.layers import LayeredModel, freeze
 from finetune.log import Bar, History, epoch_line, start_log, stop_log, table, write_json
-from finetune.loop import Batch, NotFiniteError, Row, TrainState, fit, validate
+from finetune.loop import Batch, NotFiniteError, Row, Task, TrainState, fit, validate
+from finetune.losses import build_criterion
+from finetune.metrics import Meter, build_meter
 from finetune.models import BuiltModel, build_model
 from finetune.optim import build_optimizer
 from finetune.plan import layer_rows, planned_rates
@@ -143,11 +145,18 @@ class _Parts:
     built: BuiltModel
     device: torch.device
     dtype: torch.dtype
+    metrics: tuple[str, ...]
+    monitor: str
 
     @property
     def model(self) -> LayeredModel:
         """The model that learns."""
         return self.built.model
+
+    @property
+    def headlines(self) -> list[str]:
+        """The metrics that a zero-shot model is judged by: top1 and what picks the best epoch."""
+        return list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
 
     @property
     def checkpoints(self) -> Path:
@@ -157,6 +166,27 @@ class _Parts:
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
         return autocast(self.dtype, self.device)
+
+    def meter(self, threshold: float | None = None) -> Meter:
+        """A fresh meter; its loss is that of training without smoothing and class weights."""
+        is_multilabel = self.source.is_multilabel
+        losses = build_criterion(self.conf.train, is_multilabel=is_multilabel)
+        return build_meter(
+            lambda logits, targets: losses(logits, targets, 0.0),
+            self.metrics,
+            is_multilabel=is_multilabel,
+            threshold=threshold,
+        )
+
+    def task(self) -> Task:
+        """What the model learns by, and what picks the best epoch."""
+        weights = self.source.class_weights
+        criterion = build_criterion(
+            self.conf.train,
+            is_multilabel=self.source.is_multilabel,
+            class_weights=None if weights is None else weights.to(self.device),
+        )
+        return Task(criterion, self.meter(), self.monitor)
 
     def loader(self, split: str, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and plain."""
@@ -181,18 +211,21 @@ def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> 
     device = pick_device(conf.device)
     dtype = pick_precision(conf.precision, device)
     source = open_source(conf.data)
+    metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(conf.model, source.classes)
     built.model.to(device)
-    parts = _Parts(conf, run_dir, source, built, device, dtype)
+    parts = _Parts(conf, run_dir, source, built, device, dtype, metrics, monitor)
     logger.info("model: %s", built.description)
     logger.info("data: %s", source.description)
     logger.info("computing on %s in %s; this run: %s", device, str(dtype).removeprefix("torch."), run_dir)
 
     train, val = parts.loader("train", train=True), parts.loader("val", train=False)
     if built.has_zeroshot:
-        result["zeroshot/top1"] = _evaluate(parts, val, "zero-shot", stop)["top1"]
-        logger.info("zero-shot, before any training: val/top1 %.4f", result["zeroshot/top1"])
+        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter())
+        result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
+        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
+        logger.info("zero-shot, before any training: %s", shown)
     state = _start(parts, len(train))
     _write_plan(parts, state, steps_per_epoch=-(-len(train) // conf.train.accumulate))
     _resume(parts, state, result)
@@ -221,7 +254,9 @@ def _start(parts: _Parts, batches_per_epoch: int) -> TrainState:
     parts.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.
     torch.manual_seed(conf.seed)
-    return TrainState.start(model, optimizer, scheduler, scaler)
+    state = TrainState.start(model, optimizer, scheduler, scaler)
+    state.task = parts.task()
+    return state
 
 
 def _write_plan(parts: _Parts, state: TrainState, steps_per_epoch: int) -> None:
@@ -272,10 +307,11 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
     def on_epoch_end(state: TrainState, row: Row) -> None:
         history.append(row)
         best = None if math.isnan(state.best_score) else state.best_score
-        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=conf.train.monitor)
+        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
         logger.info("%s", line)
         if state.best_epoch == state.epoch:
             checkpoint.save_weights(parts.checkpoints / "best.safetensors", state.model, parts.metadata())
+            _write_scores(parts, "val", state.task.meter)
         checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
         checkpoint.save_state(parts.checkpoints / "last.pt", state)
         stop.check()
@@ -305,7 +341,8 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         raise
     finally:
         result |= {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
-        result |= {name: row[name] for row in history.rows()[state.best_epoch - 1 :][:1] for name in MONITORS}
+        best_row = history.rows()[state.best_epoch - 1] if state.best_epoch else {}
+        result |= {name: value for name, value in best_row.items() if name.startswith("val/")}
 
 
 def _name_bad_batch(error: NotFiniteError, parts: _Parts, state: TrainState) -> str:
@@ -327,11 +364,18 @@ def _stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
 
 
 def _evaluate(
-    parts: _Parts, loader: Loader, title: str, stop: StopSignals, model: LayeredModel | None = None
+    parts: _Parts, loader: Loader, title: str, stop: StopSignals, *, meter: Meter, model: LayeredModel | None = None
 ) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split."""
     bar = Bar(title, total=len(loader), images=loader.num_images)
-    return validate(model or parts.model, _stoppable(bar.wrap(loader.epoch(0)), stop), parts.autocast())
+    return validate(model or parts.model, _stoppable(bar.wrap(loader.epoch(0)), stop), parts.autocast(), meter)
+
+
+def _write_scores(parts: _Parts, split: str, meter: Meter) -> None:
+    """What `meter` has measured on a split, class by class, to the run directory."""
+    scores.write_scores(
+        parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes
+    )
 
 
 def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -> None:
@@ -340,13 +384,17 @@ def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -
     try:
         if state.best_epoch:
             checkpoint.load_weights(parts.checkpoints / "best.safetensors", parts.model)
-        test = _evaluate(parts, loader, "test", stop)
-        result |= {"test/top1": test["top1"], "test/loss": test["loss"]}
+        # The threshold that validation chose: one chosen on the test set would flatter it.
+        meter = parts.meter(scores.chosen_threshold(parts.run_dir))
+        test = _evaluate(parts, loader, "test", stop, meter=meter)
+        result |= {f"test/{name}": value for name, value in test.items()}
+        _write_scores(parts, "test", meter)
         if parts.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
             torch.manual_seed(parts.conf.seed)
             untrained = build_model(parts.conf.model, parts.source.classes).model.to(parts.device)
-            result["test/zeroshot/top1"] = _evaluate(parts, loader, "test zero-shot", stop, untrained)["top1"]
+            zeroshot = _evaluate(parts, loader, "test zero-shot", stop, meter=parts.meter(), model=untrained)
+            result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
     finally:
         loader.close()
 
@@ -360,6 +408,7 @@ def _log_close(run_dir: Path, result: Result) -> None:
     logger.info(scores, *(result[name] for name in names))
     logger.info("run directory: %s", run_dir)
     logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
+    logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")
     logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
     words = " ".join(result["overrides"])
     logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)

@@ -21,9 +21,9 @@ LEVELS = {
     "run": 5,
     "__main__": 6, "__init__": 6, "describe": 6, "check_data": 6, "evaluate": 6, "predict": 6, "export": 6,
     # No torch in these: they read what runs have left.
-    "figure": 1, "rates_figure": 2, "sweep_figure": 2, "sweep": 3, "report": 4,
+    "figure": 1, "scores": 2, "rates_figure": 2, "sweep_figure": 2, "sweep": 3, "report": 4,
 }  # fmt: skip
-DRAWERS = ("figure", "rates_figure", "sweep_figure", "sweep", "report")
+DRAWERS = ("figure", "scores", "rates_figure", "sweep_figure", "sweep", "report")
 ENTRIES = {name for name, level in LEVELS.items() if level == 6}
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -6,7 +6,7 @@ Normalising comes after the trip to the device: four times fewer bytes travel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from finetune.config import AugmentConf, Recipe
+from finetune.data.recipes import build_crop_recipe
 from finetune.preprocess import Preprocess
 
 # A strip longer than this is cut to its middle ahead of a `crop` resize, or a 20 x 20,000 image would grow to gigabytes
@@ -158,9 +159,19 @@ class Transform:
         return torch.cat([warp(squares[i : i + at_once], views[i : i + at_once]) for i in starts])
 
 
-def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> Transform:
-    """The transform of training (`augment`) or of evaluation (None, or the recipe `none`)."""
+Shower = Callable[[Sequence[Tensor], Iterable[torch.Generator]], Tensor]
+
+
+def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> Shower:
+    """The transform of training (`augment`) or of evaluation (None, or the recipe `none`).
+
+    Returns:
+        A function of images, uint8 (3, height, width) each, and of a generator for each, which gives uint8
+        (batch, 3, size, size). A `Transform` starts with `fit_square`; a `CropRecipe` starts from the whole image.
+    """
     if augment is None or augment.recipe == Recipe.none:
         return Transform(preprocess, None)
+    if augment.recipe == Recipe.crop:
+        return build_crop_recipe(preprocess, augment)
     assert augment.recipe == Recipe.light, augment.recipe
     return Transform(preprocess, Light(augment.degrees, augment.translate, augment.zoom, augment.flip))

@@ -1,28 +1,16 @@
-"""Metrics per example and their exact means: an uneven last batch, or none, changes nothing."""
+"""Exact means over examples: an uneven last batch, or none, changes nothing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Negative log-likelihood of the right class in fp32. (batch, classes), (batch,) -> (batch,)"""
-    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
-
-
-def top1(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the arg-max class is right. (batch, classes), (batch,) -> (batch,)"""
-    return (logits.argmax(dim=1) == labels).float()
-
-
-def top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,)"""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(dim=1).float()
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums are kept in: float64 holds a sum of ImageNet's losses exactly enough; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Sums:
@@ -31,8 +19,7 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         """Start empty on `device`."""
         self.device = device
-        # float64 holds a sum of ImageNet's losses exactly enough; MPS has no float64.
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.dtype = sum_dtype(device)
         self.totals: dict[str, Tensor] = {}
         self.count = 0
 

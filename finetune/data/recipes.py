@@ -1,0 +1,252 @@
+"""Random resized crops and what follows them: published augmentation, each image by a generator of its own.
+
+Everything is torchvision's `v2` on uint8. Its operations draw from torch's global CPU generator, so that one is lent
+out, image by image (`drawing_from`), and handed back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from finetune.config import AugmentConf, Policy
+from finetune.preprocess import Preprocess
+
+ImageStep = Callable[[Tensor], Tensor]
+Fill = list[float]
+
+BILINEAR = InterpolationMode.BILINEAR
+
+
+@contextlib.contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Let whatever draws from torch's global CPU generator draw from `generator`, and leave no trace.
+
+    Not `torch.manual_seed`, which would seed the GPU's generator too, and with it the training process's dropout.
+    """
+    before = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@dataclass(frozen=True)
+class CropRecipe:
+    """One image after the other: crop, mirror, policy, colour jitter, erasing, in this order.
+
+    Attributes:
+        steps: uint8 (3, height, width) -> uint8 (3, size, size), each drawing from torch's global generator.
+    """
+
+    steps: tuple[ImageStep, ...]
+
+    def __call__(self, images: Sequence[Tensor], generators: Iterable[torch.Generator]) -> Tensor:
+        """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
+        return torch.stack([self._one(image, by) for image, by in zip(images, generators, strict=True)])
+
+    def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        with drawing_from(generator):
+            for step in self.steps:
+                image = step(image)
+        return image
+
+
+def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecipe:
+    """The steps that the settings ask for; what is off is not there and draws nothing.
+
+    Shifted, sheared and turned images are filled with the colour that normalises to zero.
+    """
+    fill = [round(255 * value) for value in preprocess.mean]
+    crop = v2.RandomResizedCrop(
+        preprocess.size,
+        scale=tuple(augment.crop_scale),
+        ratio=tuple(augment.crop_ratio),
+        interpolation=InterpolationMode(preprocess.interpolation),
+        antialias=True,
+    )
+    steps: list[ImageStep] = [crop]
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip(augment.flip))
+    if augment.policy == Policy.randaug:
+        steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, fill))
+    elif augment.policy == Policy.trivial:
+        steps.append(v2.TrivialAugmentWide(interpolation=BILINEAR, fill=fill))
+    elif augment.policy == Policy.augmix:
+        steps.append(v2.AugMix(interpolation=BILINEAR, fill=fill))
+    elif augment.policy == Policy.three_augment:
+        steps.append(three_augment(preprocess.size))
+    if augment.jitter:
+        steps.append(v2.ColorJitter(augment.jitter, augment.jitter, augment.jitter))
+    if augment.erasing:
+        steps.append(Erasing(augment.erasing, preprocess.mean, preprocess.std))
+    return CropRecipe(tuple(steps))
+
+
+def three_augment(size: int) -> ImageStep:
+    """DeiT III's 3-Augment: grey, solarised or blurred, one of the three (Touvron et al., arXiv:2204.07118, sec. 3.3).
+
+    Solarised from the middle of the range up; blurred with a standard deviation of 0.1 to 2 pixels.
+    """
+    width = min(13, size - 1 + size % 2)  # three standard deviations either way, where the image is that large
+    return v2.RandomChoice([
+        v2.Grayscale(num_output_channels=3),
+        v2.RandomSolarize(threshold=128, p=1.0),
+        v2.GaussianBlur(width, sigma=(0.1, 2.0)),
+    ])  # fmt: skip
+
+
+def _uniform(low: float = 0.0, high: float = 1.0) -> float:
+    return float(torch.rand((), dtype=torch.float64)) * (high - low) + low
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """RandAugment (Cubuk et al., arXiv:1909.13719) in the variant that timm calls `rand-m9-mstd0.5-inc1`.
+
+    It is what BEiT, MAE, DeiT and FT-CLIP were trained with. For each of `ops` operations: one of fifteen, evenly and
+    with replacement, happens with probability 0.5 at a strength from N(magnitude, std) cut to [0, 10]. All grow with
+    the strength ("inc1"). torchvision's own RandAugment is another recipe: fourteen operations, each always applied, at
+    9 of 30 instead of 9 of 10. Unlike timm, which draws between bilinear and bicubic, shears and turns are bilinear.
+
+    Attributes:
+        ops: How many operations.
+        magnitude: Mean strength, 0 to 10.
+        std: Standard deviation of the strength.
+        fill: Colour of what comes in from outside, (red, green, blue), 0 to 255.
+    """
+
+    ops: int
+    magnitude: float
+    std: float
+    fill: Fill
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back."""
+        for _ in range(self.ops):
+            operation = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
+            happens, noise, sign = _uniform() < 0.5, float(torch.randn(())), 1.0 if _uniform() < 0.5 else -1.0
+            strength = min(10.0, max(0.0, self.magnitude + self.std * noise)) / 10
+            if happens:
+                image = operation(image, strength, sign, self.fill)
+        return image
+
+
+# image, strength in [0, 1], sign -1 or 1, fill
+Operation = Callable[[Tensor, float, float, Fill], Tensor]
+
+
+def _shear_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, shear=[math.degrees(math.atan(0.3 * strength * sign)), 0.0])
+
+
+def _shear_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, shear=[0.0, math.degrees(math.atan(0.3 * strength * sign))])
+
+
+def _translate_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, translate=[0.45 * strength * sign * image.shape[-1], 0.0])
+
+
+def _translate_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, translate=[0.0, 0.45 * strength * sign * image.shape[-2]])
+
+
+def _rotate(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, angle=30 * strength * sign)
+
+
+def _affine(
+    image: Tensor,
+    fill: Fill,
+    *,
+    angle: float = 0.0,
+    translate: Sequence[float] = (0.0, 0.0),
+    shear: Sequence[float] = (0.0, 0.0),
+) -> Tensor:
+    # PIL, which timm and so the published recipes use, shears from the top left corner and turns around the centre.
+    return F.affine(
+        image,
+        angle=angle,
+        translate=list(translate),
+        scale=1.0,
+        shear=list(shear),
+        interpolation=BILINEAR,
+        fill=fill,
+        center=[0.0, 0.0] if any(shear) else None,
+    )
+
+
+def _factor(strength: float, sign: float) -> float:
+    """Of an enhancement that 1 leaves alone: up to 0.9 less or more."""
+    return max(0.1, 1 + 0.9 * strength * sign)
+
+
+def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    """What is darker than the middle grows brighter by up to 110."""
+    brighter = image.int().add_(int(110 * strength)).clamp_(max=255).to(torch.uint8)
+    return torch.where(image < 128, brighter, image)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    lambda image, strength, sign, fill: F.autocontrast(image),
+    lambda image, strength, sign, fill: F.equalize(image),
+    lambda image, strength, sign, fill: F.invert(image),
+    _rotate,
+    lambda image, strength, sign, fill: F.posterize(image, 4 - int(4 * strength)),
+    lambda image, strength, sign, fill: F.solarize(image, 256 - int(256 * strength)),
+    _solarize_add,
+    lambda image, strength, sign, fill: F.adjust_saturation(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_contrast(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_brightness(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_sharpness(image, _factor(strength, sign)),
+    _shear_x,
+    _shear_y,
+    _translate_x,
+    _translate_y,
+)
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Random erasing (Zhong et al., arXiv:1708.04896) as timm's mode `pixel`: one rectangle of noise.
+
+    Its area is 2 % to a third of the image, its height over width 0.3 to 1/0.3; ten tries to fit it in. The noise is
+    normal after normalisation, up to what 0 to 255 can hold: timm erases behind the normalisation, this ahead of it.
+
+    Attributes:
+        prob: How often.
+        mean: Of the normalisation.
+        std: Of the normalisation.
+    """
+
+    prob: float
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back; the image itself is left alone."""
+        height, width = image.shape[-2:]
+        if _uniform() >= self.prob:
+            return image
+        for _ in range(10):
+            area = _uniform(0.02, 1 / 3) * height * width
+            aspect = math.exp(_uniform(math.log(0.3), math.log(1 / 0.3)))
+            tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if tall < height and wide < width:
+                top, left = (int(torch.randint(free + 1, ())) for free in (height - tall, width - wide))
+                return F.erase(image, top, left, tall, wide, self._noise(tall, wide))
+        return image
+
+    def _noise(self, tall: int, wide: int) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        noise = torch.randn(3, tall, wide) * std + mean
+        return (noise * 255).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,38 @@
+"""Whether the right class is among the best scored, image by image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top1(logits: Tensor, targets: Tensor) -> Tensor:
+    """1.0 where the class with the highest score is right. (batch, classes), targets -> (batch,)
+
+    Args:
+        logits: Of equal scores the first class counts as the highest.
+        targets: Class indices, int64 (batch,); or shares, (batch, classes): right is a class with the largest share,
+            so any of several labels, and of two mixed images the one that weighs more. Never where there is no label.
+    """
+    best = logits.argmax(dim=1)
+    if targets.ndim == 1:
+        return (best == targets).float()
+    share, largest = targets.gather(1, best[:, None])[:, 0], targets.amax(dim=1)
+    return ((share == largest) & (largest > 0)).float()
+
+
+def top5(logits: Tensor, labels: Tensor) -> Tensor:
+    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,)"""
+    return among_top(logits, labels, 5)
+
+
+def among_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """1.0 where the right class is among the `k` highest. (batch, classes), (batch,) -> (batch,)
+
+    Of equal scores the class that comes first counts as higher, as `argmax` has it: `topk` leaves their order open, and
+    in bfloat16 equal scores are common. A score that is NaN is never among them.
+    """
+    score = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    ahead = (logits > score) | ((logits == score) & earlier)
+    return ((ahead.sum(dim=1) < k) & ~score[:, 0].isnan()).float()
