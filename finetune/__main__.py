@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             _say(problem)
         return error.code
+    except BrokenPipeError:  # `finetune --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except MISTAKES as error:
         _say(str(error))
         return 1
