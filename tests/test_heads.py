@@ -1,14 +1,19 @@
-"""Heads: what CLIP's own text tower says, with the logit scale folded in once; and random ones."""
+"""Heads: what CLIP's own text tower says, with the logit scale folded in once; random, kept and fitted ones."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.config import HeadKind, ModelConf
+from finetune.config import Conf, Family, HeadKind, ModelConf, validate
 from finetune.models import build_model
 from finetune.models.clip import ClipClassifier
-from finetune.models.heads import Head, class_prompts, zeroshot_head, zeroshot_weight
+from finetune.models.heads import Head, class_prompts, expand_templates, zeroshot_head, zeroshot_weight
+from finetune.models.probe import STRENGTHS, features_of, linear_probe, set_head
 
 TEMPLATES = ["{}", "a photo of a {}.", "the {}"]
 CLASSES = ["a_cat", "dog", "7"]
@@ -120,3 +125,146 @@ def test_class_names_of_the_bundled_clip_move_its_head() -> None:
     first = build_model(ModelConf(), ["0", "1"]).model.net.head.weight
     second = build_model(ModelConf(), ["1", "0"]).model.net.head.weight
     torch.testing.assert_close(first, second.flip(0))
+
+
+# Named sets of prompts.
+
+
+def test_templates_are_prompts_or_sets_of_them_by_name() -> None:
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+    imagenet = expand_templates(["imagenet"])
+    assert len(imagenet) == 80 and imagenet == [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
+    assert len(expand_templates(["simple"])) == 7
+    assert expand_templates(["default", "a {}", "{}"]) == ["{}", "a photo of a {}.", "a photo of the {}.", "a {}"]
+    assert ModelConf().templates == ["default"]
+
+
+def test_an_unknown_set_is_a_problem_that_names_the_nearest() -> None:
+    conf = Conf(model=ModelConf(templates=["imagnet"]))
+    (problem,) = validate(conf)
+    assert "did you mean 'imagenet'" in problem
+    assert validate(Conf(model=ModelConf(templates=["imagenet", "a {}"]))) == []
+
+
+# A classifier that the weights bring.
+
+
+def vit_file(folder: Path, classes: list[str] | None) -> Path:
+    built = build_model(ModelConf(family=Family.vit, name="glyph_vit"), ["a", "b", "c"])
+    path = folder / "w.safetensors"
+    save_file(
+        built.model.net.state_dict(), path, metadata={"classes": json.dumps(classes)} if classes else {"format": "pt"}
+    )
+    return path
+
+
+@pytest.mark.parametrize("known", [None, ["a", "b", "c"]])
+def test_a_kept_head_classifies_as_it_did(known: list[str] | None, tmp_path: Path) -> None:
+    path = vit_file(tmp_path, known)
+    conf = ModelConf(family=Family.vit, name="glyph_vit", pretrained=str(path), head=HeadKind.keep, head_dropout=0.2)
+    head = build_model(conf, ["a", "b", "c"]).model.net.head
+    state = load_file(path)
+    assert torch.equal(head.weight, state["head.weight"]) and torch.equal(head.bias, state["head.bias"])
+    assert head.dropout == 0.2
+
+
+def test_a_kept_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    conf = ModelConf(
+        family=Family.vit, name="glyph_vit", pretrained=str(vit_file(tmp_path, ["a", "b", "c"])), head=HeadKind.keep
+    )
+    with pytest.raises(ValueError, match=r"classify into 3 classes and the data has 2"):
+        build_model(conf, ["a", "b"])
+    with pytest.raises(ValueError, match=r"other classes than the data, such as 'b' for 'x'"):
+        build_model(conf, ["a", "x", "c"])
+    with pytest.raises(ValueError, match=r"a CLIP has no classifier to keep"):
+        build_model(ModelConf(head=HeadKind.keep), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"a model without weights has no classifier"):
+        build_model(ModelConf(family=Family.vit, name="glyph_vit", pretrained="none", head=HeadKind.keep), ["a"])
+
+
+def test_the_bundled_vits_own_62_characters_are_kept() -> None:
+    characters = list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    conf = ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.keep)
+    assert build_model(conf, characters).model.net.head.out_features == 62
+    with pytest.raises(ValueError, match="62 classes"):
+        build_model(conf, characters[:10])
+
+
+# The linear probe.
+
+
+def blobs(count: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Three classes in 20 dimensions that overlap a little, on features of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    centres = torch.randn(3, 20, generator=torch.Generator().manual_seed(9))
+    sizes = torch.logspace(-2, 2, 20) * scale
+    return (centres[labels] + 1.5 * torch.randn(count, 20, generator=generator)) * sizes + 3, labels
+
+
+def test_a_probe_reaches_what_scikit_learn_reaches_at_the_same_strength() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    (x, y), (val_x, val_y) = blobs(300, 0), blobs(200, 1)
+    probe = linear_probe(x, y, val_x, val_y, 3)
+    assert probe.strength in STRENGTHS
+    scaler = StandardScaler().fit(x.numpy())
+    reference = LogisticRegression(C=1 / (probe.strength * len(x)), max_iter=2000, tol=1e-8)
+    reference.fit(scaler.transform(x.numpy()), y.numpy())
+    expected = torch.from_numpy(reference.predict_proba(scaler.transform(val_x.numpy()))).float()
+    got = (val_x @ probe.weight.T + probe.bias).softmax(dim=1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+    assert probe.val_top1 == pytest.approx((got.argmax(1) == val_y).float().mean().item())
+
+
+def test_the_strength_is_picked_on_validation() -> None:
+    (x, y), (val_x, val_y) = blobs(60, 0), blobs(400, 1)
+    probe = linear_probe(x, y, val_x, val_y, 3)
+    swapped = linear_probe(x, y, x, y, 3)  # validating on what was fitted asks for no penalty
+    assert swapped.strength < probe.strength
+    assert torch.equal(linear_probe(x, y, val_x, val_y, 3).weight, probe.weight)  # and nothing is random
+
+
+def test_a_probe_does_not_feel_the_scale_of_the_features() -> None:
+    (x, y), (val_x, val_y) = blobs(300, 0), blobs(200, 1)
+    small, large = linear_probe(x, y, val_x, val_y, 3), linear_probe(100 * x, y, 100 * val_x, val_y, 3)
+    assert small.strength == large.strength
+    torch.testing.assert_close(small.weight, 100 * large.weight, rtol=1e-2, atol=1e-4)
+
+
+def test_a_probe_of_nothing_or_of_nan_is_refused() -> None:
+    x, y = blobs(10, 0)
+    with pytest.raises(ValueError, match="needs images"):
+        linear_probe(x[:0], y[:0], x, y, 3)
+    with pytest.raises(ValueError, match="finite"):
+        linear_probe(x / 0, y, x, y, 3)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        ModelConf(head=HeadKind.linear_probe),
+        ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.linear_probe),
+        ModelConf(family=Family.vit, name="regnetx_002", pretrained="none", head=HeadKind.linear_probe),  # no chain
+    ],
+)
+def test_a_fitted_head_gives_the_probes_logits(conf: ModelConf) -> None:
+    torch.manual_seed(0)
+    model = build_model(conf, ["a", "b", "c"]).model.eval()
+    images = torch.randn(12, 3, 32, 32)
+    labels = torch.arange(12) % 3
+    features = features_of(model, images)
+    probe = linear_probe(features, labels, features, labels, 3)
+    set_head(model, probe)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), features @ probe.weight.T + probe.bias, rtol=1e-3, atol=1e-3)
+    assert probe.val_top1 == 1.0
+
+
+def test_two_classifiers_cannot_be_probed() -> None:
+    conf = ModelConf(family=Family.vit, name="deit_tiny_distilled_patch16_224", pretrained="none", image_size=32)
+    model = build_model(conf, ["a", "b"]).model
+    with pytest.raises(ValueError, match="2 linear classifiers, not one"):
+        features_of(model, torch.randn(1, 3, 32, 32))

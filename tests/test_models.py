@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.config import Family, HeadKind, ModelConf
+from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.layers import LayeredModel, freeze
 from finetune.models import build_model
 from finetune.models.built import layered
@@ -350,3 +350,83 @@ def test_a_wrong_setting_ends_in_one_line_that_says_what_to_do(settings, words, 
         build_model(ModelConf(**settings), CLASSES)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# Other families, and which library a name belongs to.
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("timm", "convnext_atto"),
+        ("timm", "resnet10t"),
+        ("timm", "deit_tiny_distilled_patch16_224"),
+        ("timm", "tf_efficientnet_lite0"),
+        ("torchvision", "squeezenet1_1"),
+        ("torchvision", "shufflenet_v2_x0_5"),
+        ("torchvision", "googlenet"),
+    ],
+)
+def test_other_families_classify_train_and_freeze(library: str, name: str) -> None:
+    conf = ModelConf(family=Family.vit, library=Library(library), name=name, pretrained="none", image_size=64)
+    built = build_model(conf, CLASSES)
+    model = built.model
+    freeze(model, model.num_blocks)
+    model.train()
+    logits = model(torch.randn(4, 3, 64, 64))
+    assert isinstance(logits, Tensor) and logits.shape == (4, 10)
+    logits.sum().backward()
+    learning = {parameter for parameter in model.parameters() if parameter.grad is not None}
+    assert learning <= {parameter for parameter in model.parameters() if parameter.requires_grad}
+    assert built.preprocess.size == 64 and library in built.description
+
+
+@pytest.mark.parametrize(
+    "name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "ViT-L-14-CLIPA", "EVA02-B-16", "convnext_base"]
+)
+def test_other_towers_of_open_clip_build_without_their_text_tower(name: str) -> None:
+    built = build_model(ModelConf(name=name, pretrained="none", head=HeadKind.random), CLASSES, device="meta")
+    assert all(key.startswith(("visual.", "head.")) for key in built.model.net.state_dict())
+    size = built.preprocess.size
+    assert built.model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
+
+
+def test_what_upstream_holds_fixed_stays_fixed() -> None:
+    model, tower = clip_model(pos_embed_type="sin_cos_2d")
+    freeze(model, 0)
+    freeze(model, -1)
+    assert "visual.positional_embedding" not in dict(model.net.named_parameters())
+    assert "visual.positional_embedding" in model.net.state_dict()
+    assert tower.positional_embedding.abs().sum() > 0
+
+
+LIBRARIES = [
+    ({"name": "resnet18", "pretrained": "none"}, "say model.library=timm or torchvision"),
+    ({"name": "vit_b_16", "pretrained": "IMAGENET1K_V9"}, "did you mean 'IMAGENET1K_V1'"),
+    ({"name": "vit_b_16"}, "IMAGENET1K_V1, IMAGENET1K_SWAG_E2E_V1"),
+    ({"name": "vit_b_16", "library": Library.timm}, "torchvision does: leave model.library out"),
+    ({"name": "vit_tiny_patch16_224", "library": Library.open_clip}, "model=clip"),
+    ({"name": "ViT-B-16", "library": Library.timm, "family": Family.clip}, "expected open_clip"),
+    ({"name": "vit_b_16", "pretrained": "none", "drop_path": 0.1}, "would be ignored"),
+    ({"name": "vit_b_16", "pretrained": "none", "image_size": 50}, "multiple of the patch size, 16: 48 is"),
+    (
+        {"name": "resnet18", "library": Library.timm, "pretrained": "none", "head": HeadKind.keep},
+        "no classifier to keep",
+    ),
+    ({"name": "squeezenet1_0", "pretrained": "none", "head_dropout": 0.1}, "is a Conv2d"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), LIBRARIES)
+def test_a_name_that_several_libraries_know_is_the_users_to_decide(settings, words) -> None:
+    with pytest.raises(ValueError) as caught:
+        build_model(ModelConf(**{"family": Family.vit, **settings}), CLASSES, device="meta")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_says_itself_where_only_one_knows_the_name() -> None:
+    conf = ModelConf(family=Family.vit, name="vit_b_16", pretrained="none", image_size=32)
+    built = build_model(conf, CLASSES, device="meta")
+    assert "torchvision" in built.description and built.model.is_chain
+    assert built.preprocess.mean == pytest.approx((0.485, 0.456, 0.406)) and built.preprocess.size == 32

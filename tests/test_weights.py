@@ -1,17 +1,19 @@
 """Weights from files of every kind: read whole, or refused with a line that says why; never run."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.config import Family, HeadKind, ModelConf
+from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model, weights
 from finetune.models.weights import downloads, load_strictly, read_state_dict
 
@@ -32,6 +34,7 @@ def same(state: dict, expected: dict = STATE) -> bool:
         STATE,
         {"state_dict": STATE},
         {"model": STATE, "optimizer": {"lr": 1.0}, "epoch": 3, "args": argparse.Namespace(lr=1)},
+        {"state_dict": STATE, "best_top1": np.float64(0.5), "epoch": np.int64(3)},
         {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},
         {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in STATE.items()}, "epoch": 1},
         {"state_dict": {name: torch.zeros_like(t) for name, t in STATE.items()}, "state_dict_ema": STATE},
@@ -100,7 +103,9 @@ def test_a_truncated_file_is_said_to_be_damaged(keep: int, suffix: str, tmp_path
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>not found</html>", "web page"),
-        (pickle.dumps([1, 2]), "damaged|not a dictionary"),
+        (pickle.dumps([1, 2], protocol=2), "damaged|not a dictionary"),
+        (b"any other text", "no weights file"),
+        (b"\x80\x02a(.", "damaged"),
     ],
 )
 def test_what_is_no_weights_file_is_named(content: bytes, words: str, tmp_path: Path) -> None:
@@ -218,6 +223,242 @@ def test_openais_activation_comes_with_openais_weights(tmp_path: Path, monkeypat
         built = build_model(ModelConf(name="ViT-B-32", pretrained=tag, head=HeadKind.random), CLASSES)
         kinds = [type(module) for module in built.model.modules()]
         assert (QuickGELU in kinds) == quick, tag
+
+
+# Every kind of checkpoint layout, written and loaded.
+
+CLIP_CFG = {
+    "embed_dim": 24,
+    "vision_cfg": {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+PREPROCESS_CFG = {
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.4, 0.5, 0.6],
+    "interpolation": "bilinear",
+    "resize_mode": "longest",
+}
+
+
+@pytest.fixture
+def upstream_clip(monkeypatch) -> nn.Module:
+    """A tiny CLIP that open_clip is made to know as ViT-B-32."""
+    import copy
+
+    import open_clip
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(
+        open_clip, "get_model_config", lambda name: copy.deepcopy(CLIP_CFG) if name == "ViT-B-32" else None
+    )
+    return open_clip.CLIP(**CLIP_CFG)
+
+
+def assert_tower(model: nn.Module, upstream: nn.Module) -> None:
+    for name, parameter in upstream.visual.named_parameters():
+        assert torch.equal(model.net.get_parameter(f"visual.{name}"), parameter), name
+
+
+def assert_zeroshot(built, upstream: nn.Module) -> None:
+    """The classifier scores as upstream's two towers do."""
+    from open_clip import get_tokenizer
+
+    tokens = get_tokenizer("ViT-B-32")(["a", "b", "c"])
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        expected, _ = upstream.eval().get_logits(images, tokens)
+        got = built.model.eval()(images)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "half", "state_dict", "module", "trainer", "torchscript"])
+def test_every_layout_of_an_open_clip_file(layout: str, upstream_clip: nn.Module, tmp_path: Path) -> None:
+    from open_clip.transformer import QuickGELU
+
+    state = upstream_clip.state_dict()
+    path = tmp_path / ("w.safetensors" if layout in ("safetensors", "half") else "w.pt")
+    if layout == "safetensors":
+        save_file(state, path)
+    elif layout == "half":
+        upstream_clip.half().float()
+        state = upstream_clip.state_dict()
+        save_file({name: tensor.half() for name, tensor in state.items()}, path)
+    elif layout == "state_dict":
+        torch.save(state, path)
+    elif layout == "module":
+        torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    elif layout == "trainer":
+        inner = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 3, "name": "run", "state_dict": inner, "optimizer": {}}, path)
+    else:
+        holder = nn.Module()
+        for name, tensor in state.items():
+            owner = holder
+            *parts, last = name.split(".")
+            for part in parts:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_buffer(last, tensor.half())
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            holder.register_buffer(name, torch.tensor(1))
+        torch.jit.script(holder).save(str(path))
+    built = build_model(ModelConf(name="ViT-B-32", pretrained=str(path), templates=["{}"]), CLASSES)
+    if layout == "torchscript":  # OpenAI's kind: half precision, quick GELU
+        assert QuickGELU in [type(module) for module in built.model.modules()]
+        return
+    assert_tower(built.model, upstream_clip)
+    assert_zeroshot(built, upstream_clip)
+    assert built.preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+
+
+def test_a_hub_folder_of_open_clip_brings_its_preprocessing(tmp_path: Path) -> None:
+    import open_clip
+
+    upstream = open_clip.CLIP(**CLIP_CFG)
+    config = {"model_cfg": CLIP_CFG, "preprocess_cfg": PREPROCESS_CFG}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    conf = ModelConf(name=f"local-dir:{tmp_path}", templates=["{}"])
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors"):
+        build_model(conf, CLASSES)
+    save_file(upstream.state_dict(), tmp_path / "open_clip_model.safetensors")
+    built = build_model(conf, CLASSES)
+    assert_tower(built.model, upstream)
+    assert (built.preprocess.mean, built.preprocess.interpolation, built.preprocess.resize) == (
+        (0.1, 0.2, 0.3),
+        "bilinear",
+        "pad",
+    )
+    with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json not found"):
+        build_model(ModelConf(name=f"local-dir:{tmp_path / 'nothing'}"), CLASSES)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path: Path) -> Path:
+    """A hub cache as huggingface_hub lays it out, with one repository of open_clip and one of timm; no network."""
+    import open_clip
+    import timm
+    from huggingface_hub import constants
+
+    def repository(name: str) -> Path:
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        return folder / "snapshots" / ("0" * 40)
+
+    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    folder = repository("somebody/clip")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CFG, "preprocess_cfg": PREPROCESS_CFG}))
+    save_file(open_clip.CLIP(**CLIP_CFG).state_dict(), folder / "open_clip_model.safetensors")
+    folder = repository("somebody/vit")
+    args = {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
+    pretrained_cfg = {"mean": [0.1, 0.2, 0.3], "num_classes": 3, "input_size": [3, 32, 32], "classifier": "head"}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "pretrained_cfg": pretrained_cfg,
+        "model_args": args,
+        "num_classes": 3,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return tmp_path
+
+
+def test_cached_hub_repositories_work_without_a_network(hub: Path) -> None:
+    clip = build_model(ModelConf(name="hf-hub:somebody/clip", head=HeadKind.random), CLASSES)
+    assert clip.preprocess.mean == (0.1, 0.2, 0.3) and clip.preprocess.size == 16
+    for name in ("hf-hub:somebody/vit", "hf_hub:somebody/vit"):
+        vit = build_model(ModelConf(family=Family.vit, name=name, head=HeadKind.keep), CLASSES)
+        assert vit.preprocess.mean == (0.1, 0.2, 0.3) and vit.preprocess.size == 32
+    assert torch.equal(
+        vit.model.net.head.weight,
+        build_model(ModelConf(family=Family.vit, name=name, head=HeadKind.keep), CLASSES).model.net.head.weight,
+    )
+
+
+def test_weights_of_a_hub_repository_for_a_built_in_name(hub: Path, upstream_clip: nn.Module) -> None:
+    built = build_model(ModelConf(name="ViT-B-32", pretrained="hf-hub:somebody/clip", templates=["{}"]), CLASSES)
+    assert_tower(built.model, upstream_clip)
+    assert_zeroshot(built, upstream_clip)
+
+
+def test_a_timm_folder(hub: Path) -> None:
+    folder = hub / "models--somebody--vit" / "snapshots" / ("0" * 40)
+    built = build_model(ModelConf(family=Family.vit, name=f"local-dir:{folder}"), CLASSES)
+    assert built.preprocess.mean == (0.1, 0.2, 0.3) and built.preprocess.size == 32
+
+
+def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
+    """The layout in which Google published ViT: parameters of one block apart, heads split."""
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    arrays = {}
+    width, heads = net.embed_dim, 3
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        arrays[name] = tensor.detach().numpy()
+
+    put("embedding/kernel", net.patch_embed.proj.weight.permute(2, 3, 1, 0))
+    put("embedding/bias", net.patch_embed.proj.bias)
+    put("cls", net.cls_token)
+    put("Transformer/posembed_input/pos_embedding", net.pos_embed)
+    put("Transformer/encoder_norm/scale", net.norm.weight)
+    put("Transformer/encoder_norm/bias", net.norm.bias)
+    put("head/kernel", net.head.weight.T)
+    put("head/bias", net.head.bias)
+    for index, block in enumerate(net.blocks):
+        prefix = f"Transformer/encoderblock_{index}/"
+        mha = prefix + "MultiHeadDotProductAttention_1/"
+        for number, norm in ((0, block.norm1), (2, block.norm2)):
+            put(f"{prefix}LayerNorm_{number}/scale", norm.weight)
+            put(f"{prefix}LayerNorm_{number}/bias", norm.bias)
+        for part, weight, bias in zip(
+            ("query", "key", "value"), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True
+        ):
+            put(f"{mha}{part}/kernel", weight.T.reshape(width, heads, -1))
+            put(f"{mha}{part}/bias", bias.reshape(heads, -1))
+        put(f"{mha}out/kernel", block.attn.proj.weight.T.reshape(heads, -1, width))
+        put(f"{mha}out/bias", block.attn.proj.bias)
+        for number, layer in ((0, block.mlp.fc1), (1, block.mlp.fc2)):
+            put(f"{prefix}MlpBlock_3/Dense_{number}/kernel", layer.weight.T)
+            put(f"{prefix}MlpBlock_3/Dense_{number}/bias", layer.bias)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    conf = ModelConf(
+        family=Family.vit, name="vit_tiny_patch16_224", pretrained=str(tmp_path / "vit.npz"), image_size=32
+    )
+    built = build_model(conf, CLASSES)
+    for name, tensor in net.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(built.model.net.state_dict()[name], tensor), name
+    (tmp_path / "vit.npz").write_bytes((tmp_path / "vit.npz").read_bytes()[:1000])
+    with pytest.raises(ValueError) as caught:
+        build_model(conf, CLASSES)
+    assert "vit.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_torchvision_files_and_names(tmp_path: Path) -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    upstream = models.resnet18(num_classes=3)
+    torch.save(upstream.state_dict(), tmp_path / "resnet18-abc.pth")
+    conf = ModelConf(
+        family=Family.vit, library=Library.torchvision, name="resnet18", pretrained=str(tmp_path / "resnet18-abc.pth")
+    )
+    built = build_model(conf, ["x", "y"])
+    for name, tensor in upstream.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(built.model.net.state_dict()[name], tensor), name
+    assert (built.preprocess.resize, built.preprocess.crop_fraction) == ("crop", 224 / 256)
+    kept = build_model(dataclasses.replace(conf, head=HeadKind.keep), CLASSES)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(kept.model.eval()(images), upstream.eval()(images))
 
 
 # Without a network.

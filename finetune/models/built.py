@@ -53,7 +53,7 @@ def spared_names(net: nn.Module) -> frozenset[str]:
 
 
 def layered(net: nn.Module, layers: Sequence[Layer]) -> LayeredModel:
-    """A `LayeredModel` that spares from weight decay what upstream spares, and holds fixed what upstream holds fixed."""
+    """A `LayeredModel` that spares from weight decay what upstream spares, and holds fixed what it holds fixed."""
     for module in list(net.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad:
@@ -73,7 +73,8 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
         return HeadKind.zeroshot if has_text else HeadKind.random
     if conf.head == HeadKind.zeroshot and not has_text:
         raise ValueError(
-            f"model.head=zeroshot needs a text tower, and {conf.name} has none: use model.head=random, or a CLIP (model=clip)"
+            f"model.head=zeroshot needs a text tower, and {conf.name} has none:"
+            " use model.head=random, or a CLIP (model=clip)"
         )
     if conf.head == HeadKind.keep and (has_text or conf.pretrained == "none"):
         why = "a CLIP" if has_text else "a model without weights"
@@ -153,7 +154,8 @@ def path_of(text: str) -> Path:
 def unknown_tag(conf: ModelConf, wanted: str, options: Sequence[str]) -> str:
     """What to say of weights that a model does not have."""
     if wanted == "bundled":
-        problem = f"model.pretrained=bundled: only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
+        bundled = f"{glyphs.CLIP} and {glyphs.VIT}"
+        problem = f"model.pretrained=bundled: only {bundled} are bundled, so say which weights of {conf.name}"
     else:
         problem = f"model.pretrained={wanted}: {conf.name} has no such weights{nearest(wanted, options)}"
     return f"{problem}; expected {', '.join([*options, 'none (random)'])} or a path"

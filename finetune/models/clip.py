@@ -34,7 +34,7 @@ class ClipClassifier(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits. (batch, 3, height, width) -> (batch, classes)"""
+        """Logits. (batch, 3, height, width) -> (batch, classes)."""
         logits: Tensor = self.head(self.visual(images))
         return logits
 

@@ -293,6 +293,7 @@ def _load(clip: nn.Module, origin: Origin) -> None:
 
     assert origin.weights is not None
     if is_big_vision(origin):
+        weights.check_npz(origin.weights)
         try:
             load_big_vision_weights(clip, str(origin.weights))
         except (KeyError, ValueError, OSError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
@@ -334,7 +335,7 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
 
 
 def _resize_attention_pool(state: dict[str, Tensor], clip: nn.Module) -> None:
-    """CLIP's ResNets keep position embeddings in their pooling, which open_clip does not resize: bicubic, as for ViTs."""
+    """Bicubic, as for ViTs: CLIP's ResNets have position embeddings in their pooling, which open_clip leaves alone."""
     name = "visual.attnpool.positional_embedding"
     wanted = dict(clip.named_parameters()).get(name)
     if wanted is None or name not in state or state[name].shape[1:] != wanted.shape[1:]:

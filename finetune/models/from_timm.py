@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
             net = timm.create_model(name, pretrained=wants_weights, **args)
     except TypeError as error:
         raise ValueError(f"model.name={conf.name} does not take {settings} ({error}); leave it out") from error
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, AssertionError, zipfile.BadZipFile) as error:
         raise ValueError(f"{source} does not fit model.name={conf.name}: {' '.join(str(error).split())}") from error
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:
@@ -160,7 +161,7 @@ def _normalisation_note(preprocess: Preprocess, path: Path | None, saved: Saved)
 
 
 def locate(conf: ModelConf) -> tuple[str, Path | None]:
-    """timm's name of the model, with the tag of its weights where there is one, and the file to read where one is named.
+    """The model as timm names it, with the tag of its weights where there is one, and the file where one is named.
 
     Raises:
         ValueError: A name or tag that timm does not know; says which it does.
@@ -222,6 +223,7 @@ def _file_args(name: str, path: Path) -> dict[str, Any]:
 
     config = timm.get_pretrained_cfg(name)
     if path.suffix in (".npz", ".npy"):
+        weights.check_npz(path)
         return {"pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}
     state = weights.read_state_dict(path)
     named = config.classifier if config is not None else None

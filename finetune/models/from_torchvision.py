@@ -1,4 +1,4 @@
-"""torchvision's classification models, with their own weights or a file's, and our classifier in the place of theirs."""
+"""torchvision's classification models, with their weights or a file's, and our classifier in the place of theirs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
 
 def names() -> list[str]:
-    """torchvision's classification models."""
+    """All of torchvision's classification models."""
     from torchvision import models
 
     found: list[str] = models.list_models(module=models)
@@ -96,7 +96,7 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         with weights.downloads(f"weights {chosen.name} of {conf.name}"):
             state = dict(chosen.get_state_dict(progress=True, check_hash=True))
     args: dict[str, Any] = {}
-    if conf.name == "inception_v3":
+    if conf.name in ("inception_v3", "googlenet"):
         args["init_weights"] = False  # seconds of work, all of it overwritten or, without weights, torch's own will do
     if conf.name in ("inception_v3", "googlenet") and chosen is not None:
         args["transform_input"] = True  # their weights were trained on another normalisation

@@ -51,7 +51,7 @@ class Head(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits. (batch, in_features) -> (batch, classes)
+        """Logits. (batch, in_features) -> (batch, classes).
 
         Towers that do not pool (open_clip's `pool_type='none'`, its cascaded and parallel attentional pools) give
         (batch, tokens, in_features): their tokens are averaged.
@@ -66,7 +66,7 @@ class Head(nn.Linear):
 
     @torch.no_grad()
     def set(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take over a classifier's tensors. (classes, in_features), (classes) or None
+        """Take over a classifier's tensors. (classes, in_features), (classes) or None.
 
         Raises:
             ValueError: Shapes differ, or there is a bias on one side only.
@@ -116,7 +116,7 @@ def class_prompts(classes: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """The classifier that CLIP's text tower describes. -> (classes, embedding), float32
+    """The classifier that CLIP's text tower describes. -> (classes, embedding), float32.
 
     For each class the mean over templates of normalised text features, normalised again, times the logit scale
     (Radford et al., arXiv:2103.00020, section 3.1.4). The scale is folded in here, once: without it the logits of a

@@ -94,7 +94,7 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
 
 @torch.no_grad()
 def features_of(model: LayeredModel, images: Tensor) -> Tensor:
-    """What reaches the classifier. (batch, 3, height, width) -> (batch, features), float32
+    """What reaches the classifier. (batch, 3, height, width) -> (batch, features), float32.
 
     Works on every architecture with one linear classifier, plain chain or not. Put the model in eval mode first.
 

@@ -1,4 +1,4 @@
-"""timm's Vision Transformer as an ordered list of layers. The network is timm's own, with our classifier in its place."""
+"""timm's Vision Transformer as an ordered list of layers: the network is timm's own, the classifier is ours."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def _run_readout(net: Any, h: Tensor) -> Tensor:
 
 
 def run_head(net: Any, h: Tensor) -> Tensor:
-    """The classifier, where a timm network keeps it as `head`. (batch, features) -> (batch, classes)"""
+    """The classifier, where a timm network keeps it as `head`. (batch, features) -> (batch, classes)."""
     logits: Tensor = net.head(h)
     return logits

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import socket
+import struct
 import urllib.request
 import warnings
 import zipfile
@@ -35,6 +36,18 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # Long enough for a slow link, short enough that a machine without a network answers at once.
 CONNECT_TIMEOUT_S = 3.0
+# What torch's reader raises on bytes that are not what they seem.
+UNREADABLE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 # How many names an error lists of each kind.
 NAMES_SHOWN = 5
 
@@ -62,6 +75,10 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
     if path.suffix == ".safetensors":
         return _clean(_read_safetensors(path), path)
+    if start and not start.startswith((b"PK", b"\x80")):
+        raise ValueError(
+            f"{path} is no weights file: expected what torch.save or safetensors wrote; it may be a damaged download"
+        )
     return _clean(_read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
 
 
@@ -97,24 +114,31 @@ def _read_torchscript(path: Path) -> Mapping[str, Any]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        # timm's and MAE's training programs save their command line as a Namespace, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise ValueError(
-                f"{path} is no weights file that torch can read, or is damaged ({_first_line(error)})"
-            ) from error
+            raise ValueError(f"{path} is damaged, or no weights file that torch can read: fetch it again") from error
         raise ValueError(
-            f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any program;"
-            " save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
+            f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any"
+            " program; save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
         ) from error
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")  # noqa: TRY004
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
     return content
+
+
+def _harmless() -> list[Any]:
+    """What training programs save beside the weights, and what runs nothing: a command line, NumPy numbers."""
+    import numpy as np
+
+    make_scalar = np.float64(0).__reduce__()[0]  # a function whose home moved in NumPy 2
+    homes = [(make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "b1")]
+    return [argparse.Namespace, np.dtype, *kinds, *homes]
 
 
 def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
@@ -140,6 +164,23 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
                 tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
                 stripped = True
     return tensors
+
+
+def check_npz(path: Path) -> None:
+    """Refuse a `.npz` file that NumPy cannot open; pickled arrays in it are never read.
+
+    Raises:
+        ValueError: It is damaged, or no archive of arrays.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+    if not names:
+        raise ValueError(f"{path} holds no arrays")
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()) -> None:
@@ -188,7 +229,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_upstream() -> Iterator[None]:
-    """Hold back upstream's chatter on the root logger, whose first use would also install a handler of its own there."""
+    """Hold back upstream's chatter on the root logger, whose first use would also install a handler there."""
     root, handler, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)
     logging.disable(logging.CRITICAL)
@@ -256,8 +297,8 @@ def _not_found(what: str, error: OSError, *, reachable: bool, offline: bool) -> 
         )
     return (
         f"{what}: not in the cache, and {why}. Looked in {constants.HF_HUB_CACHE} (HF_HOME) and {torch.hub.get_dir()}"
-        " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine and set"
-        " HF_HOME to it; or give a file, model.pretrained=PATH"
+        " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine"
+        " and set HF_HOME to it; or give a file, model.pretrained=PATH"
     )
 
 
