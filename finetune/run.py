@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import yaml
 
-from finetune import checkpoint, report, scores
-from finetune.config import Conf, Interval, as_dict, measured_metrics
+from finetune import checkpoint, recipe, report, scores
+from finetune.config import Conf, as_dict, measured_metrics
 from finetune.data import Loader, Source, open_source
+from finetune.data.mix import Mixer
 from finetune.device import autocast, make_deterministic, pick_device, pick_precision
+from finetune.ema import Ema
 from finetune.files import write_text
 from finetune.layers import LayeredModel, freeze
 from finetune.log import Bar, History, epoch_line, start_log, stop_log, table, write_json
@@ -186,7 +188,7 @@ class _Parts:
             is_multilabel=self.source.is_multilabel,
             class_weights=None if weights is None else weights.to(self.device),
         )
-        return Task(criterion, self.meter(), self.monitor)
+        return Task(criterion, self.meter(), self.monitor, ema_meter=self.meter())
 
     def loader(self, split: str, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and plain."""
@@ -227,7 +229,10 @@ def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> 
         shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
         logger.info("zero-shot, before any training: %s", shown)
     state = _start(parts, len(train))
-    _write_plan(parts, state, steps_per_epoch=-(-len(train) // conf.train.accumulate))
+    _write_plan(parts, state, steps_per_epoch=recipe.steps_per_epoch(conf, len(train)))
+    notice = recipe.batch_notice(conf)
+    if notice is not None:
+        logger.warning("%s", notice)
     _resume(parts, state, result)
     stop.check()
     try:
@@ -245,17 +250,17 @@ def _start(parts: _Parts, batches_per_epoch: int) -> TrainState:
     """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`)."""
     conf, model = parts.conf, parts.model
     freeze(model, conf.optim.fix_layer)
-    optimizer = build_optimizer(model, conf.optim)
-    num_steps = conf.train.epochs
-    if conf.sched.interval == Interval.step:
-        num_steps *= -(-batches_per_epoch // conf.train.accumulate)
-    scheduler = create_scheduler(conf.sched, optimizer, num_steps)
+    optimizer = build_optimizer(model, recipe.scaled_optim(conf))
+    steps = recipe.steps_per_epoch(conf, batches_per_epoch)
+    scheduler = create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
     parts.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.
     torch.manual_seed(conf.seed)
     state = TrainState.start(model, optimizer, scheduler, scaler)
     state.task = parts.task()
+    if conf.train.ema:
+        state.ema = Ema(model, conf.train.ema, warmup=conf.train.ema_warmup)
     return state
 
 
@@ -287,11 +292,12 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
     """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
     conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
     bar = Bar("", total=0, images=0)
+    mixer = Mixer(conf.augment, num_classes=len(parts.source.classes), seed=conf.seed)
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
-        return bar.wrap(train.epoch(epoch, skip))
+        return mixer.wrap(bar.wrap(train.epoch(epoch, skip)), epoch, skip)
 
     def val_batches(epoch: int) -> Iterator[Batch]:
         return _stoppable(Bar("validate", total=len(val), images=val.num_images).wrap(val.epoch(0)), stop)
@@ -310,8 +316,7 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
         logger.info("%s", line)
         if state.best_epoch == state.epoch:
-            checkpoint.save_weights(parts.checkpoints / "best.safetensors", state.model, parts.metadata())
-            _write_scores(parts, "val", state.task.meter)
+            _save_best(parts, state)
         checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
         checkpoint.save_state(parts.checkpoints / "last.pt", state)
         stop.check()
@@ -342,7 +347,20 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
     finally:
         result |= {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
         best_row = history.rows()[state.best_epoch - 1] if state.best_epoch else {}
-        result |= {name: value for name, value in best_row.items() if name.startswith("val/")}
+        prefix = "val_ema/" if state.best_is_ema else "val/"
+        result |= {
+            name.replace(prefix, "val/", 1): value for name, value in best_row.items() if name.startswith(prefix)
+        }
+        if state.ema is not None:
+            result["best_weights"] = "ema" if state.best_is_ema else "raw"
+
+
+def _save_best(parts: _Parts, state: TrainState) -> None:
+    """Keep what the best epoch was scored with: the weights, or their averages."""
+    swapped = state.ema.swapped_in() if state.ema is not None and state.best_is_ema else nullcontext()
+    with swapped:
+        checkpoint.save_weights(parts.checkpoints / "best.safetensors", state.model, parts.metadata())
+    _write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
 
 
 def _name_bad_batch(error: NotFiniteError, parts: _Parts, state: TrainState) -> str:

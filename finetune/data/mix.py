@@ -1,0 +1,91 @@
+"""MixUp and CutMix: images of a batch mixed in pairs, on the device, and their labels with them.
+
+What is mixed, and how, is drawn on the host from (seed, epoch, micro-batch): a resumed epoch mixes as a straight one,
+whatever was drawn elsewhere. The device never has to answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import AugmentConf
+from finetune.data.streams import mix
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Mixture(NamedTuple):
+    """How one batch is mixed.
+
+    Attributes:
+        shift: Image i is mixed with image i + shift, counted in a circle: never with itself but in a batch of one.
+        share: Weight of image i, in [0, 1]; the other has the rest.
+        box: CutMix's rectangle, (top, bottom, left, right) in pixels, which comes from the other image; None: MixUp.
+    """
+
+    shift: int
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+class Mixer:
+    """MixUp (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899), one draw a batch."""
+
+    def __init__(self, augment: AugmentConf, *, num_classes: int, seed: int) -> None:
+        """Mix as `augment` says, under the run's `seed`."""
+        self._augment = augment
+        self._num_classes = num_classes
+        self._seed = seed
+
+    def wrap(self, batches: Iterable[Batch], epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from micro-batch `skip` on, mixed; the very same ones where there is nothing to mix."""
+        if not (self._augment.mixup or self._augment.cutmix):
+            yield from batches
+            return
+        for index, (images, labels, ids) in enumerate(batches, start=skip):
+            yield (*self._mixed(images, labels, epoch, index), ids)
+
+    def draw(self, epoch: int, index: int, *, batch: int, height: int, width: int) -> Mixture | None:
+        """The mixture of micro-batch `index` of an epoch, of `batch` images; None where it stays as it is."""
+        # RandomState, the one generator whose numbers numpy has promised never to change; a Beta is not easily made.
+        random = np.random.RandomState(np.random.PCG64(mix("mix", self._seed, epoch, index)))
+        mixes, switch, vertical, horizontal = random.random_sample(4)
+        augment = self._augment
+        if mixes >= augment.mix_prob:
+            return None
+        cuts = bool(augment.cutmix) and (not augment.mixup or switch < augment.mix_switch)
+        shift = int(random.randint(1, batch)) if batch > 1 else 0
+        alpha = augment.cutmix if cuts else augment.mixup
+        share = float(random.beta(alpha, alpha))
+        if not cuts:
+            return Mixture(shift, share, None)
+        # The rectangle has the image's shape and 1 - share of its area, around a pixel anywhere; what sticks out is
+        # cut off, so the share is counted anew.
+        tall, wide = (int(side * (1 - share) ** 0.5) for side in (height, width))
+        y, x = int(vertical * height), int(horizontal * width)
+        top, bottom = max(0, y - tall // 2), min(height, y + tall // 2)
+        left, right = max(0, x - wide // 2), min(width, x + wide // 2)
+        area = (bottom - top) * (right - left)
+        return Mixture(shift, 1 - area / (height * width), (top, bottom, left, right))
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Images float (batch, 3, height, width) and targets float32 (batch, classes), also where nothing was mixed."""
+        shares = F.one_hot(labels, self._num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        height, width = images.shape[-2:]
+        mixture = self.draw(epoch, index, batch=len(images), height=height, width=width)
+        if mixture is None:
+            return images, shares
+        others = images.roll(-mixture.shift, dims=0)
+        if mixture.box is None:
+            images = torch.lerp(others, images, mixture.share)
+        else:
+            top, bottom, left, right = mixture.box
+            images = images.clone()
+            images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        return images, torch.lerp(shares.roll(-mixture.shift, dims=0), shares, mixture.share)
