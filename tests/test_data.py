@@ -398,7 +398,7 @@ def save(path: Path, image: Image.Image, **options: object) -> Tensor:
 
 
 def colour(image: Tensor, y: int = 0, x: int = 0) -> list[int]:
-    assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.is_contiguous()
+    assert image.dtype == torch.uint8 and image.shape[0] == 3
     return [int(value) for value in image[:, y, x]]
 
 

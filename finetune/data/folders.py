@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
-from finetune.config import nearest
-from finetune.data.images import EXTENSIONS, PackedStrings, natural_key, read_image
+from finetune.config import DataConf, nearest
+from finetune.data.filestore import FileStore
+from finetune.data.images import EXTENSIONS, natural_key
+from finetune.data.packed import PackedStrings
+from finetune.data.split import SPLITS, Found
 
 LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
 SPLIT_FOLDERS = {
@@ -21,23 +24,6 @@ SPLIT_FOLDERS = {
 
 # Left behind by systems and tools, some of them with small copies of the images inside; names with a dot in front too.
 _LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
-
-
-class FileStore:
-    """Image files under one root, decoded when asked for."""
-
-    def __init__(self, root: str, names: Sequence[str]) -> None:
-        """Hold `names`, relative to `root`, with `/` between folders."""
-        self._root = root
-        self._names = PackedStrings(names)
-
-    def load(self, row: int) -> Tensor:
-        """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        return read_image(self.name_of(row))
-
-    def name_of(self, row: int) -> str:
-        """Its path."""
-        return os.path.join(self._root, self._names[row])
 
 
 @dataclass(frozen=True)
@@ -59,6 +45,31 @@ class Listing:
     labels: list[int]
     splits: list[str]
     left_out: str
+
+
+def find_folder(conf: DataConf) -> Found:
+    """One folder of images a class under `data.root`; or such folders under `train/`, `val/` and `test/`.
+
+    Where there is a `train/` without one of the others, that one is cut from `train/` by its share.
+
+    Raises:
+        ValueError: The layout is not one of these.
+        FileNotFoundError: `data.root` is missing.
+    """
+    listing = list_root(conf.root or "")
+    names = PackedStrings(listing.names)
+    return Found(
+        kind="folder",
+        store=FileStore(listing.root, names),
+        names=names,
+        classes=listing.classes,
+        labels=torch.tensor(listing.labels, dtype=torch.int64),
+        given=torch.tensor([SPLITS.index(split) for split in listing.splits], dtype=torch.uint8),
+        place=f"data.root={listing.root}",
+        title=f"folder {listing.root}",
+        note=listing.left_out,
+        location=os.path.abspath(listing.root),
+    )
 
 
 def list_root(root: str) -> Listing:

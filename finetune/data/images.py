@@ -1,31 +1,39 @@
-"""From an image file, however odd, to uint8 RGB; and the lists of such files."""
+"""From an image file, however odd, to uint8 RGB."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision means to leave decoding to torchcodec one day: then Pillow does it all
+    decode_jpeg = None
 
 # In lower case; what Pillow reads without further libraries.
 _WORDS = "avif bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
 EXTENSIONS = frozenset(f".{word}" for word in _WORDS.split())
 
 _ORIENTATION = 0x0112  # EXIF tag; its values are how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
 
+# Pillow's own limit. Its warning at half of that is left out: such images are read.
+MAX_PIXELS = 178_956_970
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
+
+MISSING = "there is no such file, or it is a broken link"
 
 Levels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -55,60 +63,141 @@ def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], text
 
 
-class PackedStrings(Sequence[str]):
-    """An immutable list of file names in two arrays.
+class Header(NamedTuple):
+    """What the first bytes of an image file say.
 
-    A Python list of millions of strings is copied page by page into every forked worker, because reading an object
-    writes its reference count (pytorch#13246); these two arrays stay shared.
+    Attributes:
+        height: Pixels, as stored: ahead of a turn by the EXIF tag.
+        width: Pixels, as stored.
+        mode: In Pillow's words, such as `RGB`, `L`, `P`, `CMYK`, `I;16`.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        """Copy `strings`."""
-        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
-        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._bytes = b"".join(encoded)
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self._ends)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overload for slices is refused below
-        """The string at `index`, from 0."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index}: expected 0 to {len(self) - 1}")
-        start = int(self._ends[index - 1]) if index else 0
-        return self._bytes[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+    height: int
+    width: int
+    mode: str
 
 
 def read_image(path: str) -> Tensor:
     """Decode a file: upright by its EXIF tag, transparency on white, 16 bits scaled to 8, the first of many frames.
 
     Returns:
-        uint8 (3, height, width), RGB.
+        uint8 (3, height, width), RGB; not always contiguous.
 
     Raises:
         ImageError: The file is missing, damaged, no image, or of a kind whose range of values is unknown.
     """
+    return decode(read_file(path), path)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file; raises ImageError where there are none to read."""
     try:
-        with Image.open(path) as image:
-            return _to_tensor(image)
+        with open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError as error:
-        raise ImageError(path, "there is no such file, or it is a broken link") from error
+        raise ImageError(path, MISSING) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise ImageError(path, _words(error)) from error
+
+
+def read_header(path: str) -> Header:
+    """Size and mode, from the first bytes only; raises ImageError."""
+    try:
+        with open(path, "rb") as file, _opened(file, path) as image:
+            return Header(image.height, image.width, image.mode)
+    except FileNotFoundError as error:
+        raise ImageError(path, MISSING) from error
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, ImageError) else ImageError(path, _words(error)) from error
+
+
+def header_of(data: bytes, name: str) -> Header:
+    """Size and mode of an encoded image called `name`; raises ImageError."""
+    with _opened(io.BytesIO(data), name) as image:
+        return Header(image.height, image.width, image.mode)
+
+
+def decode(data: bytes, name: str) -> Tensor:
+    """As `read_image`, from the bytes of a file called `name`.
+
+    Plain JPEGs go through torchvision's reader: it is built on the same library as Pillow's and gives the same pixels
+    in two thirds of the time. What it refuses, Pillow has the last word on.
+
+    Returns:
+        uint8 (3, height, width), RGB; not always contiguous.
+
+    Raises:
+        ImageError: As `read_image`.
+    """
+    with _opened(io.BytesIO(data), name) as image:
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            turn = _turn(image)
+            pixels = _decode_jpeg(data)
+            if pixels is not None and pixels.shape[1:] == (image.height, image.width):
+                return pixels if turn is None else _turned(pixels, turn)
+        return pixels_of(image)
+
+
+def _decode_jpeg(data: bytes) -> Tensor | None:
+    if decode_jpeg is None:
+        return None
+    try:
+        # A bytearray because torch warns of memory that may not be written.
+        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    return pixels
+
+
+@contextlib.contextmanager
+def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+    """An image as Pillow sees it; whatever goes wrong, also later while it is decoded, is an ImageError."""
+    # Other libraries set this for the whole process, and half an image would be learned from as if it were whole.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            yield image
     except UnidentifiedImageError as error:
-        raise ImageError(path, "not an image" if os.path.getsize(path) else "the file is empty") from error
+        empty = file.seek(0, os.SEEK_END) == 0
+        raise ImageError(name, "the file is empty" if empty else "not an image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, f"more than {MAX_PIXELS:,} pixels: a decompression bomb?") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes; it is passed on with the file's name
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(path, reason) from error
+        raise ImageError(name, _words(error)) from error
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """What is tried on a file, whatever its name: never formats that Pillow hands to other programs (EPS)."""
+    Image.init()
+    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+
+
+def _words(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()) or type(error).__name__
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """An open Pillow image as uint8 (3, height, width), RGB, by the rules of `read_image`; not always contiguous."""
     image.load()  # ahead of the EXIF tag: some formats turn the image, and drop the tag, while they decode
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    rgb = _to_rgb(image)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    pixels = torch.from_numpy(np.array(rgb, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).contiguous()
+    turn = _turn(image)
+    pixels = torch.from_numpy(np.array(_to_rgb(image), dtype=np.uint8)).permute(2, 0, 1)
+    return pixels if turn is None else _turned(pixels, turn)
+
+
+def _turn(image: Image.Image) -> int | None:
+    """The EXIF orientation, where the stored image is not upright."""
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if value in range(2, 9) else None
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """Upright: the eight orientations are a transposition and two mirrors."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    mirrored = [axis for axis, which in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in which]
+    return pixels.flip(mirrored) if mirrored else pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

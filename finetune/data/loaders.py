@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import AugmentConf, Balance, DataConf
 from finetune.data.images import ImageError
-from finetune.data.sources import Split
 from finetune.data.order import Showings, epoch_order
+from finetune.data.sources import Split
 from finetune.data.streams import augment_generator, view_of
 from finetune.data.transforms import Shower, build_transform
 from finetune.preprocess import Preprocess
@@ -71,18 +71,19 @@ class Plan(Sampler[Key]):
     def __init__(self, batch_size: int) -> None:
         """Nothing to do yet; `set` says what."""
         self._batch_size = batch_size
-        self._order = self._occurrences = torch.empty(0, dtype=torch.int64)
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._showings = Showings(nothing, nothing)
         self._view = 0
 
-    def set(self, order: Tensor, occurrences: Tensor, view: int) -> None:
-        """Ask for `order`, int64 (n,), in the view `view`; `occurrences` counts a sample's earlier showings."""
-        self._order, self._occurrences, self._view = order, occurrences, view
+    def set(self, showings: Showings, view: int) -> None:
+        """Ask for `showings` in the view `view`."""
+        self._showings, self._view = showings, view
 
     def __iter__(self) -> Iterator[Key]:
         """Each batch in turn; the last may be short."""
-        view = self._view
-        parts = zip(self._order.split(self._batch_size), self._occurrences.split(self._batch_size), strict=True)
-        return (Key(part.tolist(), before.tolist(), view) for part, before in parts if len(part))
+        (samples, occurrences), view, size = self._showings, self._view, self._batch_size
+        starts = range(0, len(samples), size)
+        return (Key(samples[i : i + size].tolist(), occurrences[i : i + size].tolist(), view) for i in starts)
 
 
 class Loader:
@@ -114,6 +115,7 @@ class Loader:
         """
         self._repeats = 1 if augment is None else augment.repeats
         self.num_images = len(split) * self._repeats
+        self._split = split
         self._maker = Maker(split, build_transform(preprocess, augment), seed)
         self._conf = conf
         self._augment = augment
@@ -162,24 +164,20 @@ class Loader:
         self._loader = None
 
     def _start(self, epoch: int, skip: int) -> None:
-        count = self.num_images // self._repeats
-        order = torch.arange(count) if self._augment is None else shuffled(count, self._seed, epoch)
-        # Side by side, so that a batch shows several views of an image (Hoffer et al., arXiv:1901.09335).
-        order, occurrences = order.repeat_interleave(self._repeats), torch.arange(self._repeats).repeat(count)
-        first = skip * self._conf.batch_size
-        self._plan.set(order[first:], occurrences[first:], view_of(epoch, self._augment))
+        self._plan.set(self._showings(epoch).after(skip * self._conf.batch_size), view_of(epoch, self._augment))
         self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
         if self._loader is None:
             self._loader = self._build()
         with _signals_held():
             self._batches = iter(self._loader)
 
-    def _order(self, epoch: int) -> Showings:
+    def _showings(self, epoch: int) -> Showings:
         if self._augment is None:
             everything = torch.arange(self.num_images)
             return Showings(everything, torch.zeros_like(everything))
         balanced = self._conf.balance == Balance.sampling
-        return epoch_order(self._split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
+        order = epoch_order(self._split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
+        return order.repeated(self._repeats)
 
     def _build(self) -> DataLoader[Batch | ImageError]:
         workers = 0 if self._conf.workers == "auto" else int(self._conf.workers)

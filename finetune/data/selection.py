@@ -1,0 +1,242 @@
+"""Which images take part, and in which split: classes, splits, folds, shots, weights."""
+
+Pure functions of names and seeds.
+
+Every choice ranks images by a hash of their names: nothing moves when other images come or go, one shot is among the
+two shots of the same seed, and the order of the files plays no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.config import Balance, DataConf, nearest
+from finetune.data.split import SPLITS, Found, Source, Split, class_counts
+from finetune.data.streams import Ranks, ranks
+
+Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def split_up(found: Found, conf: DataConf) -> Source:
+    """Choose classes, cut the splits that the data does not come with, then draw from `train`.
+
+    Raises:
+        ValueError: A class that does not exist, too few images, or a setting that does not fit several labels an image.
+    """
+    found, rows = _choose_classes(found, conf.classes)
+    several = found.labels.ndim == 2
+    if several and conf.balance != Balance.none:
+        raise ValueError(f"data.balance={conf.balance} works with one label an image; {found.place} has several")
+    strata = _strata(found.labels)
+    parts, how = _cut_all(found, rows, strata, conf)
+    parts["train"], drawn = _draw(found, parts["train"], strata, conf)
+    splits = {}
+    for name in SPLITS:
+        chosen = torch.from_numpy(np.sort(parts[name]))
+        splits[name] = Split(found.store, chosen, found.labels[chosen])
+    _check_train(found, splits)
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    labels = " (several labels an image)" if several else ""
+    text = f"{found.title}: {len(rows):,} images in {len(found.classes)} classes{labels}; {counts}{how}{drawn}"
+    weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
+    return Source(
+        found.kind,
+        found.classes,
+        splits,
+        text + found.note,
+        is_multilabel=several,
+        class_weights=weights,
+        location=found.location,
+        warnings=(*found.warnings, *_empty_classes(found.classes, splits)),
+    )
+
+
+def _choose_classes(found: Found, names: Sequence[str]) -> tuple[Found, Rows]:
+    """The classes that `data.classes` names, in the data's own order, and the rows that have one of them.
+
+    Labels of the rows that fall out keep no meaning.
+    """
+    if not names:
+        return found, np.arange(len(found.labels))
+    for name in names:
+        if name not in found.classes:
+            known = ", ".join(found.classes[:20]) + (" ..." if len(found.classes) > 20 else "")
+            raise ValueError(
+                f"data.classes: there is no class {name!r}{nearest(name, found.classes)}; {found.place} has {known}"
+            )
+    kept = [label for label, name in enumerate(found.classes) if name in names]
+    classes = tuple(found.classes[label] for label in kept)
+    if found.labels.ndim == 2:
+        labels = found.labels[:, kept]
+        rows = torch.nonzero(labels.any(1)).flatten()
+    else:
+        place = torch.full((len(found.classes),), -1, dtype=torch.int64)
+        place[kept] = torch.arange(len(kept))
+        labels = place[found.labels]
+        rows = torch.nonzero(labels >= 0).flatten()
+    return replace(found, classes=classes, labels=labels), rows.numpy()
+
+
+def _strata(labels: Tensor) -> Rows:
+    """What a split keeps the proportions of: the class, or of several labels the rarest. int64 (n,)."""
+    if labels.ndim == 1:
+        return labels.numpy()
+    rarity = 1 / labels.sum(0).clamp(min=1)
+    score, rarest = (labels * rarity).max(dim=1)
+    rarest[score == 0] = labels.shape[1]  # images without a label are a stratum of their own
+    return rarest.numpy()
+
+
+def _cut_all(found: Found, rows: Rows, strata: Rows, conf: DataConf) -> tuple[dict[str, Rows], str]:
+    """The rows of each split, and how they came about as ` (val cut by ...)`."""
+    given = found.given.numpy()[rows]
+    parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
+    shares = {"val": conf.val_fraction, "test": conf.test_fraction}
+    if conf.folds:
+        parts["train"], parts["val"] = np.sort(np.concatenate([parts["train"], parts["val"]])), rows[:0]
+        del shares["val"]
+    missing = {name: share for name, share in shares.items() if not len(parts[name])}
+    if not len(parts["train"]):
+        raise ValueError(f"{found.place}: no training images")
+    needed = ["train", *(["val"] if conf.folds else []), *missing]
+    _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed)
+    train = parts["train"]
+    order = _ranked(found.names, train, "split", conf.split_seed) if missing or conf.folds else None
+    if order is not None and missing:
+        parts |= {name: train[part] for name, part in cut(order, strata[train], shares=missing).items()}
+    if order is not None and conf.folds:
+        left = np.isin(train, parts["train"], assume_unique=True)
+        inside = in_fold(order[left], strata[train[left]], folds=conf.folds, fold=conf.fold)
+        parts["train"], parts["val"] = train[left][~inside], train[left][inside]
+    how = f" ({' and '.join(missing)} cut by data.split_seed={conf.split_seed})" if missing else ""
+    how += f" (val is fold {conf.fold} of {conf.folds})" if conf.folds else ""
+    return parts, how
+
+
+def _check_sizes(found: Found, counts: Tensor, needed: Sequence[str]) -> None:
+    """Each class needs an image for each split that is cut; with several labels an image nothing can be promised."""
+    if found.labels.ndim == 2 or len(needed) == 1:
+        return
+    pairs = zip(found.classes, counts.tolist(), strict=True)
+    small = [f"{name} ({n})" for name, n in pairs if n < len(needed)]
+    if small:
+        shown = ", ".join(small[:20]) + (f" and {len(small) - 20} more" if len(small) > 20 else "")
+        raise ValueError(
+            f"{found.place}: too few images to give one to each of {', '.join(needed)} in class {shown};"
+            " add images or move the class away (data.classes names those to use)"
+        )
+
+
+def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks:
+    """The hash of each row's name, uint64 (len(rows),)."""
+    if len(rows) == len(names):
+        return ranks(stream, seed, names)
+    chosen = np.zeros(len(names), dtype=bool)
+    chosen[rows] = True
+    return ranks(stream, seed, (name for name, wanted in zip(names, chosen.tolist(), strict=True) if wanted))
+
+
+def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str, Rows]:
+    """Split stratum by stratum: every split of `shares` gets its share, at least one image, and `train` the rest.
+
+    A stratum that cannot give one image to each goes to `train` as a whole.
+
+    Args:
+        order: The images' ranks (n,).
+        strata: int64 (n,).
+        shares: Of each stratum, for the splits that are cut off, such as `{"val": 0.1, "test": 0.3}`.
+
+    Returns:
+        For `train` and each name in `shares` the ascending positions, int64.
+    """
+    taken: dict[str, list[Rows]] = {split: [] for split in ("train", *shares)}
+    for rows in _groups(order, strata):
+        start = 0
+        for place, (split, share) in enumerate(shares.items()):
+            others = len(shares) - place  # the splits still to come, train among them, need an image each
+            count = max(0, min(max(1, int(len(rows) * share + 0.5)), len(rows) - start - others))
+            if len(rows) > len(shares):
+                taken[split].append(rows[start : start + count])
+                start += count
+        taken["train"].append(rows[start:])
+    return {
+        split: np.sort(np.concatenate(parts)) if parts else order[:0].astype(np.int64) for split, parts in taken.items()
+    }
+
+
+def in_fold(order: Ranks, strata: Rows, *, folds: int, fold: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Whether each image belongs to fold number `fold`: every stratum is dealt out like cards, in the order of ranks."""
+    inside = np.zeros(len(order), dtype=bool)
+    dealt = 0
+    for rows in _groups(order, strata):
+        inside[rows[(fold - dealt) % folds :: folds]] = True
+        dealt += len(rows)  # the next stratum goes on where this one ended, or the first folds would be the largest
+    return inside
+
+
+def _groups(order: Ranks, strata: Rows) -> Iterable[Rows]:
+    """The positions of each stratum, by rank."""
+    by_rank = np.lexsort((order, strata))
+    ends = np.flatnonzero(np.diff(strata[by_rank])) + 1
+    return np.split(by_rank, ends)
+
+
+def _draw(found: Found, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows, str]:
+    """What `data.shots` or `data.fraction` leaves of the training rows, and words for it."""
+    if not conf.shots and conf.fraction == 1:
+        return train, ""
+    order = _ranked(found.names, train, "shots", conf.shots_seed)
+    if conf.shots and found.labels.ndim == 2:
+        by_rank = np.argsort(order, kind="stable")
+        columns = found.labels[train].numpy()[by_rank] > 0
+        firsts = [by_rank[np.flatnonzero(column)[: conf.shots]] for column in columns.T]
+        kept = np.unique(np.concatenate(firsts))
+    elif conf.shots:
+        kept = np.concatenate([rows[: conf.shots] for rows in _groups(order, strata[train])])
+    else:
+        groups = _groups(order, strata[train])
+        kept = np.concatenate([rows[: max(1, int(len(rows) * conf.fraction + 0.5))] for rows in groups])
+    what = f"data.shots={conf.shots}" if conf.shots else f"data.fraction={conf.fraction:g}"
+    return train[kept], f" (train drawn by {what}, data.shots_seed={conf.shots_seed})"
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """n / (classes * images of the class): rare classes weigh more, mean 1 over the images. float32 (num_classes,)."""
+    counts = class_counts(labels, num_classes).to(torch.float64)
+    return (len(labels) / (num_classes * counts)).to(torch.float32)
+
+
+def _check_train(found: Found, splits: Mapping[str, Split]) -> None:
+    """A class that is tested but never learned is a mistake of the data."""
+    if len(found.classes) < 2:
+        only = ", ".join(found.classes)
+        raise ValueError(f"{found.place}: only one class, {only}, so there is nothing to tell apart")
+    counts = {name: class_counts(split.labels, len(found.classes)) for name, split in splits.items()}
+    for name in ("val", "test"):
+        lost = torch.nonzero((counts[name] > 0) & (counts["train"] == 0)).flatten().tolist()
+        if lost and found.labels.ndim == 1:
+            words = ", ".join(found.classes[label] for label in lost[:20])
+            raise ValueError(f"{found.place}: {name} has class {words}, which train has not: the splits differ")
+        if not len(splits[name]):
+            raise ValueError(f"{found.place}: no images left for {name}; there are too few")
+    unseen = torch.nonzero(counts["train"] == 0).flatten().tolist()
+    if unseen and found.labels.ndim == 1:
+        words = ", ".join(found.classes[label] for label in unseen[:20])
+        raise ValueError(
+            f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes"
+        )
+
+
+def _empty_classes(classes: Sequence[str], splits: Mapping[str, Split]) -> tuple[str, ...]:
+    lines = []
+    for name, split in splits.items():
+        empty = torch.nonzero(class_counts(split.labels, len(classes)) == 0).flatten().tolist()
+        if empty:
+            shown = ", ".join(classes[label] for label in empty[:10]) + (" ..." if len(empty) > 10 else "")
+            lines.append(f"{name} has no image of {len(empty)} of {len(classes)} classes: {shown}")
+    return tuple(lines)
