@@ -19,7 +19,7 @@ from finetune.layers import LayeredModel
 from finetune.loop import TrainState
 from finetune.preprocess import Preprocess
 
-FORMAT = 1
+FORMAT = 2
 
 
 def weights_metadata(classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any]) -> dict[str, str]:
@@ -90,13 +90,14 @@ def save_state(path: Path, state: TrainState) -> None:
         "scaler": state.scaler.state_dict(),
         "sums": state.sums.state_dict(),
         "random": random_state(),
+        "ema": None if state.ema is None else state.ema.state_dict(),
         "rates": state.rates,
         "counters": {name: getattr(state, name) for name in COUNTERS},
     }
     write_atomic(path, lambda temporary: torch.save(content, temporary))
 
 
-COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "seconds")
+COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
 
 
 def load_state(path: Path, state: TrainState) -> None:
@@ -120,6 +121,10 @@ def load_state(path: Path, state: TrainState) -> None:
     state.scheduler.load_state_dict(content["scheduler"])
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])
+    if (content["ema"] is None) != (state.ema is None):
+        raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
+    if state.ema is not None:
+        state.ema.load_state_dict(content["ema"])
     state.rates = content["rates"]
     for name in COUNTERS:
         setattr(state, name, content["counters"][name])

@@ -74,6 +74,13 @@ class TemplateSet(Choice):
     imagenet = "imagenet"
 
 
+class Pool(Choice):
+    """What the classifier sees of the tokens behind the last block."""
+
+    auto = "auto"
+    mean = "mean"
+
+
 class LayerRule(Choice):
     """How `layer_decay` counts a layer's distance from the output; never what `fix_layer` freezes."""
 
@@ -140,13 +147,25 @@ class ModelConf:
         0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1
     )
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", at_least=0, below=1)
+    head_scale: float = setting(
+        1.0, "head=random: its first values times this; MAE, BEiT and FT-CLIP start at 0.001", above=0, at_most=1
+    )
+    pool: Pool = setting(
+        Pool.auto, "auto: as the weights were trained; mean: the mean of all patches under a new norm (CLIP and ViT)"
+    )
 
 
 @dataclass
 class OptimConf:
     """AdamW with layer-wise rate decay and a frozen prefix."""
 
-    lr: float = setting(1e-3, "peak rate of the head, absolute", above=0)
+    lr: float = setting(1e-3, "peak rate of the head; absolute unless lr_base_batch says otherwise", above=0)
+    lr_base_batch: int = setting(
+        0, "0: off; B: the peak rate is lr * (batch_size * accumulate) / B, as MAE's blr with 256", at_least=0
+    )
+    recipe_batch: int = setting(
+        0, "images an optimizer step that lr was tuned for; a run with another number says so; 0: unknown", at_least=0
+    )
     layer_decay: float = setting(
         0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
     )
@@ -182,6 +201,9 @@ class SchedulerConf:
         Interval.epoch, "epoch: step once after train and validate; step: once an optimizer step"
     )
     warmup: int = setting(0, "units ahead of the curve in which the factor rises as (t + 1) / (warmup + 1)", at_least=0)
+    warmup_epochs: float = setting(
+        0.0, "interval=step: the same warmup in epochs, which need not be whole; 0: as `warmup` says", at_least=0
+    )
     past_cycle: PastCycle = setting(
         PastCycle.mirror, "past the cycle: mirror (back up), restart (from the top) or hold (at the floor)"
     )
@@ -213,6 +235,12 @@ class TrainConf:
         " where images have several labels",
     )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
+    ema: float = setting(
+        0.0, "decay of a moving average of the weights; scored beside them, the better kept; 0: off", at_least=0, below=1
+    )
+    ema_warmup: bool = setting(
+        True, "ema: forget faster in the first steps, decay min(ema, (1 + step) / (10 + step)); false: never"
+    )
     save_every_steps: int = setting(
         0, "save within an epoch each so many optimizer steps; 0: at the end of epochs only", at_least=0
     )
@@ -346,6 +374,8 @@ def _train_problems(conf: Conf) -> list[str]:
         problems.append(
             f"train.monitor={train.monitor}: expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
         )
+    if not train.ema and not train.ema_warmup:
+        problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
     if train.loss != Loss.asl:
         fresh = TrainConf()
         for name in ("asl_gamma_pos", "asl_gamma_neg", "asl_shift"):
@@ -380,6 +410,19 @@ def _schedule_problems(conf: Conf) -> list[str]:
     sched = conf.sched
     # In units of steps the length of the run depends on the data; create_scheduler checks it again there.
     length = sched.cycle or (conf.train.epochs if sched.interval == Interval.epoch else 0)
+    if sched.warmup_epochs and sched.interval == Interval.epoch:
+        return [
+            f"sched.warmup_epochs={sched.warmup_epochs:g}: with sched.interval=epoch say sched.warmup, in whole epochs;"
+            " or use sched.interval=step"
+        ]
+    if sched.warmup_epochs and sched.warmup:
+        return [
+            f"sched.warmup={sched.warmup} and sched.warmup_epochs={sched.warmup_epochs:g} say the same: leave one out"
+        ]
+    if sched.warmup_epochs >= conf.train.epochs and not sched.cycle:
+        return [
+            f"sched.warmup_epochs={sched.warmup_epochs:g}: must be less than the run, train.epochs={conf.train.epochs}"
+        ]
     if length > 0 and sched.warmup >= length:
         return [f"sched.warmup={sched.warmup}: must be less than the length of the curve, {length} {sched.interval}s"]
     return []

@@ -356,7 +356,8 @@ def epoch_line(
         monitor: The metric that picks the best epoch; shown beside loss and top1 where it is another.
     """
     head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
-    shown = list(dict.fromkeys(["train/loss", "val/top1", monitor]))
+    averaged = monitor.replace("val/", "val_ema/", 1)  # the moving average of the weights, where a run keeps one
+    shown = list(dict.fromkeys(["train/loss", "val/top1", monitor, *([averaged] if averaged in row else [])]))
     parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {_rate(head_rate)}"]
     for name in shown:
         note = f" (best {_metric(best)} @ {best_epoch})" if name == monitor and best is not None else ""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import Interval, TrainConf
+from finetune.ema import Ema
 from finetune.layers import LayeredModel
 from finetune.losses import Criterion, cross_entropy
 from finetune.metrics import LabelMeter, Meter, Sums, top1
@@ -56,6 +57,7 @@ class Task:
     criterion: Criterion = cross_entropy
     meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))  # holds the latest validation
     monitor: str = "val/top1"  # what `train.monitor=auto` is
+    ema_meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))  # the same of the averaged weights
 
 
 @dataclass
@@ -70,6 +72,7 @@ class TrainState:
     not_finite: Tensor  # on the device: 1.0 from the first step that was not finite; masks every later update
     first_bad_step: Tensor  # on the device: number of that step, 0 while there is none
     task: Task = field(default_factory=Task)
+    ema: Ema | None = None  # averages of the weights, where `train.ema` asks for them
     epoch: int = 0  # epochs finished
     batch: int = 0  # micro-batches of the current epoch already learned from
     step: int = 0  # optimizer steps taken since the start
@@ -77,6 +80,7 @@ class TrainState:
     rates: dict[str, float] = field(default_factory=dict)  # what each group's rate was as the current epoch began
     best_score: float = math.nan
     best_epoch: int = 0
+    best_is_ema: bool = False  # whether the best epoch's averages, not its weights, had that score
     seconds: float = 0.0  # of training and validation, over all sessions of a resumed run
     recent: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=CHECK_EVERY + 1))
 
@@ -133,6 +137,8 @@ def train_step(
         state.sums.add(loss=losses, top1=top1(logits.detach(), targets))
     _update(state, window_loss, conf.clip_grad)
     state.step += 1
+    if state.ema is not None:
+        state.ema.update(state.step)
     state.batch += len(window)
     state.recent.append((state.step, torch.cat([ids for _, _, ids in window])))
 
@@ -295,6 +301,10 @@ def fit(
         row |= {f"train/{name}": value for name, value in state.sums.means().items()}
         scores = validate(state.model, val_batches(state.epoch), autocast, state.task.meter)
         row |= {f"val/{name}": value for name, value in scores.items()}
+        if state.ema is not None:
+            with state.ema.swapped_in():
+                scores = validate(state.model, val_batches(state.epoch), autocast, state.task.ema_meter)
+            row |= {f"val_ema/{name}": value for name, value in scores.items()}
         row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
         if interval == Interval.epoch:
             state.scheduler.step()
@@ -308,13 +318,14 @@ def fit(
 
 
 def _keep_best(state: TrainState, row: Row, monitor: str) -> None:
-    """Note whether the epoch just finished is the best so far."""
-    score = row.get(monitor)
-    if not isinstance(score, float):
-        names = ", ".join(name for name in row if name.startswith("val/"))
-        raise ValueError(f"train.monitor={monitor}: validation gives {names}")
-    if is_better(score, state.best_score, monitor):
-        state.best_score, state.best_epoch = score, state.epoch
+    """Note whether the epoch just finished, by its weights or by their averages, is the best so far."""
+    for name in [monitor] if state.ema is None else [monitor, monitor.replace("val/", "val_ema/", 1)]:
+        score = row.get(name)
+        if not isinstance(score, float):
+            names = ", ".join(name for name in row if name.startswith("val/"))
+            raise ValueError(f"train.monitor={monitor}: validation gives {names}")
+        if is_better(score, state.best_score, monitor):
+            state.best_score, state.best_epoch, state.best_is_ema = score, state.epoch, name != monitor
 
 
 def _is_patience_over(state: TrainState, conf: TrainConf) -> bool:

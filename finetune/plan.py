@@ -7,6 +7,7 @@ from typing import Any
 from finetune.config import Conf, Interval
 from finetune.layers import LayeredModel
 from finetune.optim import layer_scale
+from finetune.recipe import num_units, peak_lr, timed_sched
 from finetune.sched import lr_factor
 
 # Most points of a planned curve: enough for a picture, and little enough for a file.
@@ -41,7 +42,7 @@ def layer_rows(model: LayeredModel, conf: Conf) -> list[LayerRow]:
 def peak_rates(model: LayeredModel, conf: Conf) -> list[float]:
     """Each layer's rate where the schedule's factor is 1; 0.0 where it is frozen."""
     scales = [layer_scale(index, model.num_blocks, conf.optim.layer_decay) for index in range(len(model.layers))]
-    return [conf.optim.lr * scale if index >= model.num_frozen else 0.0 for index, scale in enumerate(scales)]
+    return [peak_lr(conf) * scale if index >= model.num_frozen else 0.0 for index, scale in enumerate(scales)]
 
 
 def planned_rates(model: LayeredModel, conf: Conf, steps_per_epoch: int) -> dict[str, Any]:
@@ -56,9 +57,10 @@ def planned_rates(model: LayeredModel, conf: Conf, steps_per_epoch: int) -> dict
         `unit` (of x), `interval` (of the scheduler), `x` (epochs), `layers` (name to rates at x) and `frozen` (names).
     """
     per_epoch = steps_per_epoch if conf.sched.interval == Interval.step else 1
-    num_steps = conf.train.epochs * per_epoch
+    num_steps = num_units(conf, steps_per_epoch)
+    sched = timed_sched(conf.sched, steps_per_epoch)
     times = range(0, num_steps, max(1, num_steps // MAX_POINTS))
-    factors = [lr_factor(t, conf.sched, num_steps) for t in times]
+    factors = [lr_factor(t, sched, num_steps) for t in times]
     peaks = peak_rates(model, conf)
     learning = list(zip(model.layers, peaks, strict=True))[model.num_frozen :]
     return {

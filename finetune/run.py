@@ -345,14 +345,18 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         error.args = (_name_bad_batch(error, parts, state),)
         raise
     finally:
-        result |= {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
-        best_row = history.rows()[state.best_epoch - 1] if state.best_epoch else {}
-        prefix = "val_ema/" if state.best_is_ema else "val/"
-        result |= {
-            name.replace(prefix, "val/", 1): value for name, value in best_row.items() if name.startswith(prefix)
-        }
-        if state.ema is not None:
-            result["best_weights"] = "ema" if state.best_is_ema else "raw"
+        result |= _best_scores(state, history.rows())
+
+
+def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
+    """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
+    found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
+    row = rows[state.best_epoch - 1] if state.best_epoch else {}
+    prefix = "val_ema/" if state.best_is_ema else "val/"
+    found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
+    if state.ema is not None:
+        found["best_weights"] = "ema" if state.best_is_ema else "raw"
+    return found
 
 
 def _save_best(parts: _Parts, state: TrainState) -> None:

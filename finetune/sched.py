@@ -71,6 +71,11 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
         raise ValueError(f"sched.cycle={cfg.cycle}: must be 0 (the whole run) or more")
     if not 0 <= cfg.scale_min <= 1:
         raise ValueError(f"sched.scale_min={cfg.scale_min}: must be between 0 and 1")
+    if cfg.warmup_epochs:
+        raise ValueError(
+            f"sched.warmup_epochs={cfg.warmup_epochs:g}: only a run knows its steps an epoch;"
+            f" give `warmup`, in {cfg.interval}s"
+        )
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
         raise ValueError(
