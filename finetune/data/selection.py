@@ -1,8 +1,6 @@
-"""Which images take part, and in which split: classes, splits, folds, shots, weights."""
+"""Which images take part, and in which split: classes, splits, folds, shots, weights.
 
-Pure functions of names and seeds.
-
-Every choice ranks images by a hash of their names: nothing moves when other images come or go, one shot is among the
+Pure functions of names and seeds. Every choice ranks images by a hash of their names: nothing moves when other images come or go, one shot is among the
 two shots of the same seed, and the order of the files plays no part.
 """
 
