@@ -51,7 +51,9 @@ class AugmentConf:
     erasing: float = setting(
         0.0, "crop: probability of filling a random rectangle with noise, after all else", at_least=0, at_most=1
     )
-    mixup: float = setting(0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", at_least=0)
+    mixup: float = setting(
+        0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", at_least=0
+    )
     cutmix: float = setting(0.0, "CutMix's alpha: a rectangle comes from another image; 0: off", at_least=0)
     mix_prob: float = setting(1.0, "probability that a batch is mixed at all", above=0, at_most=1)
     mix_switch: float = setting(
@@ -91,7 +93,9 @@ def augment_problems(augment: AugmentConf) -> list[str]:
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
         low, high = getattr(augment, name)
         if not 0 < low <= high <= most:
-            problems.append(f"augment.{name}=[{low:g}, {high:g}]: expected least, greatest in (0, {most:g}], in this order")
+            problems.append(
+                f"augment.{name}=[{low:g}, {high:g}]: expected least, greatest in (0, {most:g}], in this order"
+            )
     return problems
 
 

@@ -395,9 +395,7 @@ def _evaluate(
 
 def _write_scores(parts: _Parts, split: str, meter: Meter) -> None:
     """What `meter` has measured on a split, class by class, to the run directory."""
-    scores.write_scores(
-        parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes
-    )
+    scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)
 
 
 def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -> None:

@@ -74,7 +74,7 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
         figure = _draw_matrix(matrix, classes)
     else:
         figure = _draw_pairs(matrix, classes)
-        subtitle = f"{right:,} of {total:,} test images right; the pairs of classes most often confused, by share and count"
+        subtitle = f"{right:,} of {total:,} test images right; the pairs of classes most often confused"
     headline(figure, "Confusion", subtitle)
     save_figure(figure, path)
 
