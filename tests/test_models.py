@@ -391,6 +391,18 @@ def test_other_towers_of_open_clip_build_without_their_text_tower(name: str) -> 
     assert built.model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
 
 
+def test_torchvisions_regnet_builds_without_memory() -> None:
+    conf = ModelConf(family=Family.vit, name="regnet_y_400mf", pretrained="none")
+    model = build_model(conf, CLASSES, device="meta").model
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def test_a_model_for_a_checkpoint_that_follows_needs_no_file_of_its_own() -> None:
+    for conf in (ModelConf(), ModelConf(family=Family.vit, name="glyph_vit")):
+        conf.pretrained = "gone.safetensors"
+        assert build_model(conf, CLASSES, load=False).model.num_blocks == 6
+
+
 def test_what_upstream_holds_fixed_stays_fixed() -> None:
     model, tower = clip_model(pos_embed_type="sin_cos_2d")
     freeze(model, 0)

@@ -52,6 +52,7 @@ def test_safetensors_and_half_precision(tmp_path: Path) -> None:
     assert same(state) and state["conv.bias"].dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_torchscript_archive_gives_its_tensors(tmp_path: Path) -> None:
     class Clip(nn.Module):
         def __init__(self) -> None:
@@ -248,9 +249,8 @@ def upstream_clip(monkeypatch) -> nn.Module:
     import open_clip
 
     torch.manual_seed(0)
-    monkeypatch.setattr(
-        open_clip, "get_model_config", lambda name: copy.deepcopy(CLIP_CFG) if name == "ViT-B-32" else None
-    )
+    configs = {"ViT-B-32": CLIP_CFG, "ViT-B-32-quickgelu": {**CLIP_CFG, "quick_gelu": True}}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: copy.deepcopy(configs.get(name)))
     return open_clip.CLIP(**CLIP_CFG)
 
 
@@ -271,6 +271,7 @@ def assert_zeroshot(built, upstream: nn.Module) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("layout", ["safetensors", "half", "state_dict", "module", "trainer", "torchscript"])
 def test_every_layout_of_an_open_clip_file(layout: str, upstream_clip: nn.Module, tmp_path: Path) -> None:
     from open_clip.transformer import QuickGELU
@@ -303,10 +304,16 @@ def test_every_layout_of_an_open_clip_file(layout: str, upstream_clip: nn.Module
         for name in ("input_resolution", "context_length", "vocab_size"):
             holder.register_buffer(name, torch.tensor(1))
         torch.jit.script(holder).save(str(path))
-    built = build_model(ModelConf(name="ViT-B-32", pretrained=str(path), templates=["{}"]), CLASSES)
+    conf = ModelConf(name="ViT-B-32", pretrained=str(path), templates=["{}"])
     if layout == "torchscript":  # OpenAI's kind: half precision, quick GELU
+        with pytest.raises(ValueError, match=r"quick GELU: model\.name=ViT-B-32-quickgelu"):
+            build_model(conf, CLASSES)
+        built = build_model(dataclasses.replace(conf, name="ViT-B-32-quickgelu"), CLASSES)
         assert QuickGELU in [type(module) for module in built.model.modules()]
+        weight = built.model.net.visual.conv1.weight
+        assert torch.equal(weight, upstream_clip.visual.conv1.weight.half().float()) and weight.dtype == torch.float32
         return
+    built = build_model(conf, CLASSES)
     assert_tower(built.model, upstream_clip)
     assert_zeroshot(built, upstream_clip)
     assert built.preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))

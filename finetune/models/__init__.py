@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from finetune.config import Family, Library, ModelConf
+from finetune.config import Family, Library, ModelConf, Pool
+from finetune.layers import LayeredModel
 from finetune.models import from_open_clip, from_timm, from_torchvision, glyphs
 from finetune.models.built import BuiltModel
 
@@ -38,7 +39,21 @@ def build_model(
         FileNotFoundError: Weights that are neither here nor to be fetched.
     """
     target = torch.device(device)
-    return BUILDERS[library_of(conf)](conf, classes, load=load and target.type != "meta", device=target)
+    library = library_of(conf)
+    if library == Library.torchvision and conf.pool != Pool.auto:
+        raise ValueError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
+    built = BUILDERS[library](conf, classes, load=load and target.type != "meta", device=target)
+    if conf.head_scale != 1:
+        scale_head(built.model, conf.head_scale)
+    return built
+
+
+@torch.no_grad()
+def scale_head(model: LayeredModel, factor: float) -> None:
+    """Multiply the classifier's first values, as MAE and BEiT do (`init_scale`), so that it starts close to indifferent."""
+    for name, parameter in model.net.named_parameters():
+        if model.layer_ids[name] == len(model.layers) - 1:
+            parameter.mul_(factor)
 
 
 def library_of(conf: ModelConf) -> Library:

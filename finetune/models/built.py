@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from finetune.config import HeadKind, ModelConf, nearest
+from finetune.config import HeadKind, ModelConf, Pool, nearest
 from finetune.layers import Layer, LayeredModel
 from finetune.models import glyphs
 from finetune.models.heads import Head
@@ -70,7 +70,7 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
         ValueError: A zero-shot head without a text tower, or a kept one where weights never have one.
     """
     if conf.head == HeadKind.auto:
-        return HeadKind.zeroshot if has_text else HeadKind.random
+        return HeadKind.zeroshot if has_text and conf.pool == Pool.auto else HeadKind.random
     if conf.head == HeadKind.zeroshot and not has_text:
         raise ValueError(
             f"model.head=zeroshot needs a text tower, and {conf.name} has none:"

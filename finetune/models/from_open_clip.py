@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.config import HeadKind, ModelConf, nearest
+from finetune.config import HeadKind, ModelConf, Pool, nearest
 from finetune.models import glyphs, weights
 from finetune.models.built import (
     BuiltModel,
@@ -34,6 +34,7 @@ from finetune.models.built import (
 from finetune.models.clip import ClipClassifier, classifier_layers
 from finetune.models.heads import Head, Tokenizer, zeroshot_head
 from finetune.models.layering import open_clip_layers
+from finetune.models.pooling import mean_pool_open_clip
 from finetune.preprocess import Preprocess
 
 RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
@@ -89,15 +90,18 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     if load and origin.weights is not None:
         _load(clip, origin)
     _set_size(clip, conf.image_size)
+    visual: Any = clip.visual
     if tokenizer is not None:
         head = zeroshot_head(clip.to(device), tokenizer, classes, conf.templates, dropout=conf.head_dropout)
     else:
         plain = kind != HeadKind.zeroshot
         with torch.device("meta" if device.type == "meta" else "cpu"):
+            width = origin.model_cfg["embed_dim"]
+            if conf.pool == Pool.mean:
+                width = mean_pool_open_clip(visual, conf.name)
             head = Head(
-                origin.model_cfg["embed_dim"], len(classes), bias=plain, normalize=not plain, dropout=conf.head_dropout
+                width, len(classes), bias=plain, normalize=not plain, dropout=conf.head_dropout
             )
-    visual: Any = clip.visual
     net = ClipClassifier(visual, head)
     model = layered(net, classifier_layers(open_clip_layers(visual))).to(device)
     preprocess = _preprocess(origin, conf)
@@ -112,15 +116,15 @@ def locate(conf: ModelConf, *, load: bool) -> Origin:
         FileNotFoundError: What cannot be found or downloaded.
     """
     if conf.name == glyphs.CLIP:
-        return _bundled(conf)
+        return _bundled(conf, load=load)
     if conf.name.startswith(HUB):
         return _from_hub(conf, load=load)
     if conf.name.startswith(FOLDER):
-        return _from_folder(conf)
+        return _from_folder(conf, load=load)
     return _built_in(conf, load=load)
 
 
-def _bundled(conf: ModelConf) -> Origin:
+def _bundled(conf: ModelConf, *, load: bool) -> Origin:
     bundle = glyphs.read_bundle(glyphs.CLIP)
     cfg = bundle.config["model_cfg"]
     if conf.pretrained not in ("bundled", "none") and not weights.is_path(conf.pretrained):
@@ -129,9 +133,9 @@ def _bundled(conf: ModelConf) -> Origin:
             " for an open_clip model say its name too, such as model.name=ViT-B-16 model.pretrained=openai"
         )
     files: dict[str, Path | None] = {"bundled": bundle.weights, "none": None}
-    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained)
+    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained) if load else None
     length = cfg["text_cfg"]["context_length"]
-    label = str(path or "random weights")
+    label = str(path or "random")
     return Origin(conf.name, cfg, bundle.config["preprocess_cfg"], path, label, lambda: glyphs.clip_tokenizer(length))
 
 
@@ -147,7 +151,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> Origin:
     preprocess: dict[str, Any] = get_pretrained_cfg(name, tags[0]) if tags else {}
     path, label = None, conf.pretrained
     if conf.pretrained == "none":
-        label = "random weights"
+        label = "random"
     elif open_clip.pretrained.is_pretrained_cfg(name, conf.pretrained):
         preprocess = get_pretrained_cfg(name, conf.pretrained)
         # The name alone does not tell: OpenAI's weights under ViT-B-16 need it, LAION's under the same name do not.
@@ -162,9 +166,12 @@ def _built_in(conf: ModelConf, *, load: bool) -> Origin:
             with weights.downloads(f"weights of {repository}"):
                 path = Path(download_pretrained_from_hf(repository))
     elif weights.is_path(conf.pretrained):
-        path = path_of(conf.pretrained)
-        # OpenAI's own archives, which are TorchScript, were all trained with the quick GELU; other files do not tell.
-        cfg["quick_gelu"] = cfg.get("quick_gelu", False) or weights.is_torchscript(path)
+        path = path_of(conf.pretrained) if load else None
+        if path is not None and weights.is_torchscript(path) and not cfg.get("quick_gelu", False):
+            # Said and not done in silence: the name must tell the same model when the file has gone.
+            raise ValueError(
+                f"{path} is one of OpenAI's own archives, whose models use the quick GELU: model.name={name}-quickgelu"
+            )
     else:
         raise ValueError(unknown_tag(conf, conf.pretrained, [*tags, "hf-hub:OWNER/NAME"]))
     return Origin(conf.name, cfg, preprocess, path, label, _tokenizer_of(name))
@@ -175,7 +182,7 @@ def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
 
     repository = conf.name.partition(":")[2]
     config = _read_hub_config(repository)
-    path, label = None, "random weights"
+    path, label = None, "random"
     if conf.pretrained != "none":
         # The name says which weights; `bundled` is what an unset model.pretrained reads as.
         if conf.pretrained != "bundled" and not weights.is_path(conf.pretrained):
@@ -184,7 +191,7 @@ def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
                 " leave it out, or use none or a path"
             )
         label = conf.pretrained if conf.pretrained != "bundled" else repository
-        if conf.pretrained != "bundled":
+        if load and conf.pretrained != "bundled":
             path = path_of(conf.pretrained)
         elif load:
             with weights.downloads(f"weights of {repository}"):
@@ -194,7 +201,7 @@ def _from_hub(conf: ModelConf, *, load: bool) -> Origin:
     )
 
 
-def _from_folder(conf: ModelConf) -> Origin:
+def _from_folder(conf: ModelConf, *, load: bool) -> Origin:
     from open_clip.factory import _find_checkpoint_in_dir
 
     folder = Path(conf.name.partition(":")[2]).expanduser()
@@ -204,7 +211,7 @@ def _from_folder(conf: ModelConf) -> Origin:
         )
     config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
     path = None
-    if conf.pretrained != "none":
+    if load and conf.pretrained != "none":
         with weights.quiet_upstream():
             found = (
                 str(path_of(conf.pretrained)) if weights.is_path(conf.pretrained) else _find_checkpoint_in_dir(folder)
@@ -212,7 +219,7 @@ def _from_folder(conf: ModelConf) -> Origin:
         if found is None:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
-    label = str(path or "random weights")
+    label = str(path or "random")
     return Origin(
         conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(f"{FOLDER}{folder}")
     )

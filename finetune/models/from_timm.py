@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import HeadKind, ModelConf, nearest
+from finetune.config import HeadKind, ModelConf, Pool, nearest
 from finetune.models import glyphs, weights
 from finetune.models.built import (
     BuiltModel,
@@ -27,6 +27,7 @@ from finetune.models.built import (
     unknown_tag,
 )
 from finetune.models.layering import classifier_names, timm_layers
+from finetune.models.pooling import mean_pool_timm
 from finetune.preprocess import Preprocess
 
 RESIZE = {"center": "crop", "border": "pad", "squash": "squash"}
@@ -69,6 +70,8 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     with torch.device("meta" if device.type == "meta" else "cpu"):
         found = _bundled(conf, load=load) if conf.name == glyphs.VIT else _from_registry(conf, load=load)
         net: Any = found.net
+        if conf.pool == Pool.mean:
+            mean_pool_timm(net, conf.name)
         if kind == HeadKind.keep and load:
             (name,) = classifier_names(net)
             keep_head(net, name, classes, dropout=conf.head_dropout, known=found.classes)
@@ -98,7 +101,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
         check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
     files = {"bundled": bundle.weights, "none": None}
-    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained)
+    path = files[conf.pretrained] if conf.pretrained in files else path_of(conf.pretrained) if load else None
     state = weights.read_state_dict(path) if load and path is not None else {}
     if "head.weight" in state:
         args["num_classes"] = len(state["head.weight"])
@@ -124,9 +127,9 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     import timm
     from timm.layers.patch_embed import PatchEmbed
 
-    name, path = locate(conf)
+    name, path = locate(conf, load=load)
     wants_weights = load and conf.pretrained != "none"
-    source = str(path) if path else "random" if conf.pretrained == "none" else name
+    source = str(path) if path else name if wants_weights else "random"
     args: dict[str, Any] = {"drop_path_rate": conf.drop_path} if conf.drop_path else {}
     if conf.image_size:
         args |= _size_args(name, conf.image_size)
@@ -160,7 +163,7 @@ def _normalisation_note(preprocess: Preprocess, path: Path | None, saved: Saved)
     return f"; the file does not say its preprocessing, so that of the architecture's own weights is used (mean {mean})"
 
 
-def locate(conf: ModelConf) -> tuple[str, Path | None]:
+def locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
     """The model as timm names it, with the tag of its weights where there is one, and the file where one is named.
 
     Raises:
@@ -186,7 +189,7 @@ def locate(conf: ModelConf) -> tuple[str, Path | None]:
     if wanted == "none":
         return conf.name, None
     if wanted not in tags and weights.is_path(wanted):
-        return conf.name, path_of(wanted)
+        return conf.name, path_of(wanted) if load else None
     if tag not in ("", wanted):
         raise ValueError(f"model.name={conf.name} and model.pretrained={wanted} name different weights: leave one out")
     if wanted.startswith(HUB):

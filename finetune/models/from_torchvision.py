@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from finetune.config import HeadKind, ModelConf
 from finetune.models import weights
@@ -66,9 +67,9 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     if conf.pretrained not in (*tags, "none"):
         if not weights.is_path(conf.pretrained):
             raise ValueError(unknown_tag(conf, conf.pretrained, tags))
-        path = path_of(conf.pretrained)
+        path = path_of(conf.pretrained) if load else None
     chosen = options[conf.pretrained] if conf.pretrained in tags else None
-    with torch.device("meta" if device.type == "meta" else "cpu"):
+    with torch.device("meta" if device.type == "meta" else "cpu"), _RealNumbers():
         net = _construct(conf, chosen, path, load=load)
         name = _classifier_name(net)
         saved = read_saved(path)
@@ -84,6 +85,16 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     label = path or (chosen.name if chosen else "random")
     text = f"{conf.name}: a model of torchvision, weights {label}, images of {preprocess.size} pixels a side"
     return BuiltModel(model.train(), preprocess, text, has_zeroshot=False)
+
+
+class _RealNumbers(TorchFunctionMode):
+    """Tensors made of known numbers are real on the meta device too: RegNet computes its widths with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.arange, torch.tensor):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> nn.Module:
