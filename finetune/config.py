@@ -29,6 +29,13 @@ from finetune.schema import Choice as Choice
 from finetune.schema import choose as choose
 from finetune.schema import nearest as nearest
 from finetune.schema import setting as setting
+from finetune.train_settings import LABEL_METRICS as LABEL_METRICS
+from finetune.train_settings import MULTILABEL_METRICS as MULTILABEL_METRICS
+from finetune.train_settings import Loss as Loss
+from finetune.train_settings import OnNonfinite as OnNonfinite
+from finetune.train_settings import TrainConf as TrainConf
+from finetune.train_settings import measured_metrics as measured_metrics
+from finetune.train_settings import train_problems
 
 
 class Precision(Choice):
@@ -111,15 +118,6 @@ class PastCycle(Choice):
     hold = "hold"
 
 
-class Loss(Choice):
-    """What the model learns by."""
-
-    auto = "auto"
-    ce = "ce"
-    bce = "bce"
-    asl = "asl"
-
-
 @dataclass
 class ModelConf:
     """Which pretrained model, and which classifier on top of it."""
@@ -170,7 +168,8 @@ class OptimConf:
         0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
     )
     layer_rule: LayerRule = setting(
-        LayerRule.beit, "beit (also MAE, MKT, FT-CLIP): the final norm learns at the head's rate; timm: at the last block's"
+        LayerRule.beit,
+        "beit (also MAE, MKT, FT-CLIP): the final norm learns at the head's rate; timm: at the last block's",
     )
     fix_layer: int = setting(
         -1,
@@ -210,43 +209,6 @@ class SchedulerConf:
 
 
 @dataclass
-class TrainConf:
-    """The epoch loop."""
-
-    epochs: int = setting(15, "passes over the training images", at_least=1)
-    accumulate: int = setting(1, "micro-batches that make one optimizer step", at_least=1)
-    clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
-    label_smoothing: float = setting(0.0, "share of each label spread over all classes", at_least=0, below=1)
-    loss: Loss = setting(
-        Loss.auto, "ce: one right class; bce: a yes or no for each class; asl: bce that forgets easy negatives;"
-        " auto: ce, or bce where images have several labels"
-    )
-    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of labels that are there", at_least=0)
-    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of labels that are not", at_least=0)
-    asl_shift: float = setting(
-        0.05, "loss=asl: probability under which an absent label costs nothing", at_least=0, below=1
-    )
-    metrics: list[str] = setting(
-        ["auto"], "measured on val and test beside loss and top1; auto: all that suit the labels (docs/metrics.md)"
-    )
-    monitor: str = setting(
-        "auto",
-        "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
-        " where images have several labels",
-    )
-    patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
-    ema: float = setting(
-        0.0, "decay of a moving average of the weights; scored beside them, the better kept; 0: off", at_least=0, below=1
-    )
-    ema_warmup: bool = setting(
-        True, "ema: forget faster in the first steps, decay min(ema, (1 + step) / (10 + step)); false: never"
-    )
-    save_every_steps: int = setting(
-        0, "save within an epoch each so many optimizer steps; 0: at the end of epochs only", at_least=0
-    )
-
-
-@dataclass
 class Conf:
     """One run."""
 
@@ -255,21 +217,13 @@ class Conf:
     precision: Precision = setting(Precision.auto, "auto: bf16 where the GPU has it, else fp32")
     deterministic: bool = setting(False, "on CUDA: only kernels that give the same bits every time (slower)")
     resume: str | None = setting(None, "a run directory to continue, or `latest`")
+    resume_force: bool = setting(False, "with resume: go on although settings differ that change what comes out")
     model: ModelConf = field(default_factory=ModelConf)
     data: DataConf = field(default_factory=DataConf)
     optim: OptimConf = field(default_factory=OptimConf)
     sched: SchedulerConf = field(default_factory=SchedulerConf)
     augment: AugmentConf = field(default_factory=AugmentConf)
     train: TrainConf = field(default_factory=TrainConf)
-
-
-
-# What `train.metrics` can name: for one label an image, and for several.
-LABEL_METRICS = ("top1", "top5", "balanced_accuracy", "macro_f1", "ece")
-MULTILABEL_METRICS = (
-    *("top1", "map", "f1_micro", "f1_macro"),
-    *("precision_at_3", "recall_at_3", "f1_at_3", "precision_at_5", "recall_at_5", "f1_at_5"),
-)
 
 
 def as_dict(conf: object) -> dict[str, Any]:
@@ -327,7 +281,7 @@ def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
     rules = [
         (("data",), _source_problems),
         (("augment",), lambda conf: augment_problems(conf.augment)),
-        (("train",), _train_problems),
+        (("train",), lambda conf: train_problems(conf.train)),
         (("sched", "train"), _schedule_problems),
     ]
     for groups, rule in rules:
@@ -347,7 +301,10 @@ def _word_problems(conf: Conf) -> list[str]:
         if template in named:
             continue
         if template.count("{}") != 1 or re.sub(r"\{\}", "", template).count("{"):
-            problems.append(f"model.templates: {template!r} must hold {{}} once, where the class name goes, or be one of {', '.join(named)}{nearest(template, named)}")
+            problems.append(
+                f"model.templates: {template!r} must hold {{}} once, where the class name goes, or be one of {', '.join(named)}{nearest(template, named)}"
+            )
+    problems += _head_problems(conf.model)
     if not conf.model.templates:
         problems.append("model.templates is empty: give at least one prompt, such as 'a photo of a {}.'")
     if not all(0 <= beta < 1 for beta in conf.optim.betas):
@@ -355,55 +312,24 @@ def _word_problems(conf: Conf) -> list[str]:
     return problems
 
 
-def _source_problems(conf: Conf) -> list[str]:
-    return data_problems(conf.data)
-
-
-def _train_problems(conf: Conf) -> list[str]:
-    train = conf.train
+def _head_problems(model: ModelConf) -> list[str]:
+    """Settings of the head that do not go together."""
     problems = []
-    known = dict.fromkeys([*LABEL_METRICS, *MULTILABEL_METRICS])
-    for word in train.metrics:
-        if word not in known and [word] != ["auto"]:
-            problems.append(f"train.metrics: {word}: expected auto, or any of {', '.join(known)}{nearest(word, known)}")
-    if "auto" in train.metrics and len(train.metrics) > 1:
-        problems.append(f"train.metrics={train.metrics}: auto stands alone: it measures all that suits the labels")
-    measured = ["loss", "top1", *(known if train.metrics == ["auto"] else train.metrics)]
-    monitors = dict.fromkeys(["auto", *(f"val/{name}" for name in measured)])
-    if train.monitor not in monitors and not problems:
+    if model.pool == Pool.mean and model.head in (HeadKind.zeroshot, HeadKind.keep):
         problems.append(
-            f"train.monitor={train.monitor}: expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
+            f"model.head={model.head} needs the pooling of the weights: use model.head=random or model.pool=auto"
         )
-    if not train.ema and not train.ema_warmup:
-        problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
-    if train.loss != Loss.asl:
-        fresh = TrainConf()
-        for name in ("asl_gamma_pos", "asl_gamma_neg", "asl_shift"):
-            if getattr(train, name) != getattr(fresh, name):
-                problems.append(f"train.{name}={getattr(train, name)} would be ignored: it needs train.loss=asl")
+    is_zeroshot = model.family == Family.clip and model.head == HeadKind.auto and model.pool == Pool.auto
+    if model.head_scale != 1 and (is_zeroshot or model.head not in (HeadKind.auto, HeadKind.random)):
+        kind = HeadKind.zeroshot if is_zeroshot else model.head
+        problems.append(
+            f"model.head_scale={model.head_scale:g} is for a random head, and this one is {kind}: add model.head=random"
+        )
     return problems
 
 
-def measured_metrics(train: TrainConf, *, is_multilabel: bool) -> tuple[tuple[str, ...], str]:
-    """What `auto` in `train.metrics` and `train.monitor` comes to once the labels are known: (names, monitor).
-
-    Raises:
-        ValueError: A metric of the other kind of labels.
-    """
-    suitable = MULTILABEL_METRICS if is_multilabel else LABEL_METRICS
-    names = suitable if train.metrics == ["auto"] else tuple(train.metrics)
-    monitor = train.monitor
-    if monitor == "auto":
-        monitor = "val/map" if is_multilabel else "val/top1"
-        names = tuple(dict.fromkeys([*names, monitor.removeprefix("val/")]))
-    wrong = [name for name in (*names, monitor.removeprefix("val/")) if name not in (*suitable, "loss")]
-    if wrong:
-        kind = "several labels" if is_multilabel else "one label"
-        raise ValueError(
-            f"{wrong[0]} is no metric for images with {kind}: train.metrics and train.monitor can name"
-            f" {', '.join(suitable)}{nearest(wrong[0], suitable)}"
-        )
-    return names, monitor
+def _source_problems(conf: Conf) -> list[str]:
+    return data_problems(conf.data)
 
 
 def _schedule_problems(conf: Conf) -> list[str]:

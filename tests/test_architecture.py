@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 # A module imports finetune's modules only from levels below its own; within a package siblings may import each other.
 LEVELS = {
     # The configuration: `config` is the page that everybody reads, the other two are parts of it.
-    "schema": -2, "data_settings": -1, "augment_settings": -1,
+    "schema": -2, "data_settings": -1, "augment_settings": -1, "train_settings": -1,
     "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": 0, "signals": 0,
     "compose": 1, "losses": 1, "ema": 1, "recipe": 1, "sched": 1, "optim": 1, "distributed": 1, "models": 1, "data": 1, "log": 1, "device": 1,
     "loop": 2, "prefix": 2, "lrd": 2, "plan": 2,
@@ -80,11 +80,11 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
         if module.startswith("torch.distributed"):
             assert own in ("distributed", "checkpoint"), f"{path} imports {module}"
         if root in ("torch", "torchvision", "timm", "open_clip", "numpy"):
-            assert own not in ("schema", "data_settings", "augment_settings", "config", "compose", "preprocess", "files", "signals", "log", *DRAWERS), (
+            assert own not in ("schema", "data_settings", "augment_settings", "train_settings", "config", "compose", "preprocess", "files", "signals", "log", *DRAWERS), (
                 f"{path} imports {module}"
             )
             assert own != "__main__", f"{path} imports {module}: the entry answers before torch is there"
-        if own in ("schema", "data_settings", "augment_settings", "config", "preprocess", "files", "signals"):
+        if own in ("schema", "data_settings", "augment_settings", "train_settings", "config", "preprocess", "files", "signals"):
             assert root not in ("yaml", "tqdm"), f"{path} imports {module}: standard library only"
 
 
