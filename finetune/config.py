@@ -301,8 +301,9 @@ def _word_problems(conf: Conf) -> list[str]:
         if template in named:
             continue
         if template.count("{}") != 1 or re.sub(r"\{\}", "", template).count("{"):
+            sets = f"{', '.join(named)}{nearest(template, named)}"
             problems.append(
-                f"model.templates: {template!r} must hold {{}} once, where the class name goes, or be one of {', '.join(named)}{nearest(template, named)}"
+                f"model.templates: {template!r} must hold {{}} once, where the class name goes, or be one of {sets}"
             )
     problems += _head_problems(conf.model)
     if not conf.model.templates:
