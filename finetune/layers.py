@@ -8,7 +8,8 @@ Read this file and `loop.py`, and you have read a training step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +105,15 @@ class LayeredModel(nn.Module):
             if self.recompute and index >= self.num_frozen and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant kind loses every gradient when its input needs none, as after a
                 # frozen prefix.
-                x = checkpoint(run, self.net, x, use_reentrant=False)
+                x = checkpoint(run, self.net, x, use_reentrant=False, **self._recompute_options(index))
             else:
                 x = run(self.net, x)
         return x
+
+    def _recompute_options(self, index: int) -> dict[str, Any]:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        owned = [b for name, b in self.net.named_buffers() if self.layer_ids[name] == index and name.endswith(names)]
+        return {"context_fn": lambda: (nullcontext(), _held(owned))} if owned else {}
 
     def train(self, mode: bool = True) -> LayeredModel:
         """As `nn.Module.train`, but frozen layers stay in eval mode: no dropout, no drop path, no BatchNorm drift."""
@@ -116,6 +122,18 @@ class LayeredModel(nn.Module):
             for module in owned_modules(self.net, layer):
                 module.eval()
         return self
+
+
+@contextmanager
+def _held(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """While a forward pass is computed again for its gradients: BatchNorm has counted this batch already."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, values, strict=True):
+            # Past autograd, which has saved these for the backward pass to come and would call this a change of them.
+            buffer.data.copy_(value)
 
 
 def owned_modules(net: nn.Module, layer: Layer) -> list[nn.Module]:

@@ -1,0 +1,99 @@
+"""In which order a forward pass first touches each tensor of a network; works on the meta device, where it is cheap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.layers import Layer, assign_layers
+from finetune.optim import EMBEDDINGS
+
+# What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention,
+# tables are shared by all blocks of a stage; a side branch (one head per stage, a second head) runs beside the main line.
+LATE = re.compile(r"(.*\.)?(" + "|".join(EMBEDDINGS) + r")$|(.*\.)?(rope|shared_rel_pos|rel_pos_bias|crpe\d)\.")
+SIDE = {
+    "EfficientViM": r"norm\.",
+    "EfficientViMDistilled": r"norm\.",
+    "LevitDistilled": r"head_dist\.",
+    "RepVit": r"head\.head_dist\.",
+    "IFormer": r"head\.head_dist\.",
+    "GoogLeNet": r"aux",
+    "Inception3": r"AuxLogits",
+}
+
+
+class FirstUse(TorchDispatchMode):
+    """While active, `names` grows by each parameter and buffer of `net` the first time that an operation reads it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        # Kept alive: a freed buffer's id could be another tensor's.
+        self.tensors = [*net.named_parameters(), *net.named_buffers()]
+        self.by_id = {id(tensor): name for name, tensor in self.tensors}
+        self.names: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs or {})):
+            if isinstance(value, Tensor) and id(value) in self.by_id:
+                self.names.setdefault(self.by_id[id(value)])
+        return func(*args, **(kwargs or {}))
+
+
+def first_use(net: nn.Module, images: Tensor) -> list[str]:
+    """Names of parameters and buffers in the order in which a forward pass in eval mode first reads them."""
+    with torch.no_grad(), FirstUse(net.eval()) as seen:
+        net(images)
+    return list(seen.names)
+
+
+def out_of_order(net: nn.Module, ids: Mapping[str, int], images: Tensor) -> list[str]:
+    """Names that the forward pass first reads after a layer above their own, known cases left out."""
+    side = SIDE.get(type(net).__name__, r"(?!)")
+    late, highest = [], -1
+    for name in first_use(net, images):
+        if LATE.match(name.removeprefix("trunk.")) or re.match(side, name):
+            continue
+        if ids[name] < highest:
+            late.append(f"{name} (layer {ids[name]} after {highest})")
+        highest = max(highest, ids[name])
+    return late
+
+
+def check_layers(net: nn.Module, layers: list[Layer]) -> dict[str, int]:
+    """The layer ids, with the laws that hold for every architecture."""
+    ids = assign_layers(net, layers)  # every tensor and leaf module has exactly one owner
+    names = [layer.name for layer in layers]
+    tail = ["readout"] if names[-1] == "readout" else ["readout", "head"]
+    blocks = len(names) - 1 - len(tail)
+    assert names == ["stem", *(f"block.{number + 1}" for number in range(blocks)), *tail]
+    assert blocks > 0
+    held = {ids[name] for name, _ in net.named_parameters()}
+    # Without gaps; a readout that only pools has nothing to train.
+    assert set(range(len(layers))) - held <= {blocks + 1}
+    return ids
+
+
+@contextmanager
+def torchvision_on_meta() -> Iterator[None]:
+    """Build torchvision's models without memory: RegNet reads numbers out of tensors that it makes, so those are real."""
+    from torchvision.models.regnet import BlockParams
+
+    original = BlockParams.__dict__["from_init_params"]
+
+    def on_cpu(cls: type, *args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return original.__func__(cls, *args, **kwargs)
+
+    BlockParams.from_init_params = classmethod(on_cpu)  # type: ignore[method-assign,assignment]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        BlockParams.from_init_params = original  # type: ignore[method-assign]
