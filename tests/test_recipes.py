@@ -1,0 +1,119 @@
+"""Recipes: the rate for this batch, the warmup in this run's steps, pooling and heads as published; presets compose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, validate
+from finetune.models import build_model
+from finetune.recipe import batch_notice, num_units, peak_lr, scaled_optim, timed_sched
+
+NAMES = ["a", "b", "c"]
+
+
+def test_the_rate_follows_the_batch_and_the_conf_stays() -> None:
+    conf = Conf(data=DataConf(batch_size=128))
+    conf.optim.lr, conf.optim.lr_base_batch, conf.train.accumulate = 5e-4, 256, 8
+    assert peak_lr(conf) == pytest.approx(5e-4 * 1024 / 256)  # MAE's blr at its own batch
+    assert scaled_optim(conf).lr == peak_lr(conf)
+    assert scaled_optim(conf).lr_base_batch == 0
+    assert conf.optim.lr == 5e-4
+    conf.optim.lr_base_batch = 0
+    assert peak_lr(conf) == 5e-4
+
+
+def test_another_batch_than_the_recipes_is_said_with_the_scaled_rate() -> None:
+    conf = Conf(data=DataConf(batch_size=32))
+    conf.optim.lr = 6e-4
+    assert batch_notice(conf) is None
+    conf.optim.recipe_batch = 2048
+    notice = batch_notice(conf)
+    assert notice is not None
+    for words in ("32 images a step", "2048", "still 0.0006", "optim.lr_base_batch=2048", "9.37e-06", "accumulate=64"):
+        assert words in notice
+    conf.optim.lr_base_batch = 2048
+    notice = batch_notice(conf)
+    assert notice is not None and "peak 9.37e-06" in notice
+    conf.train.accumulate = 64
+    assert batch_notice(conf) is None
+
+
+def test_a_warmup_in_epochs_counts_the_steps_of_this_run() -> None:
+    sched = SchedulerConf(interval=Interval.step, warmup_epochs=2.5)
+    assert timed_sched(sched, 7) == SchedulerConf(interval=Interval.step, warmup=round(2.5 * 7))
+    assert sched.warmup_epochs == 2.5
+    conf = Conf(sched=sched)
+    conf.train.epochs = 4
+    assert num_units(conf, 7) == 28
+    conf.sched = SchedulerConf()
+    assert num_units(conf, 7) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sched.warmup_epochs": 2.0}, "sched.interval=step"),
+        ({"sched.warmup_epochs": 2.0, "sched.interval": Interval.step, "sched.warmup": 3}, "leave one out"),
+        ({"sched.warmup_epochs": 15.0, "sched.interval": Interval.step}, "less than the run"),
+        ({"train.ema_warmup": False}, "needs train.ema"),
+        ({"model.head_scale": 0.001}, "this one is zeroshot"),
+        ({"model.head_scale": 0.001, "model.head": HeadKind.keep}, "this one is keep"),
+        ({"model.pool": Pool.mean, "model.head": HeadKind.zeroshot}, "model.head=random"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_errors(change: dict[str, object], words: str) -> None:
+    conf = Conf()
+    for key, value in change.items():
+        part, _, name = key.partition(".")
+        setattr(getattr(conf, part), name, value)
+    (problem,) = validate(conf)
+    assert words in problem
+
+
+@pytest.mark.parametrize("family", ["clip", "vit"])
+def test_mean_pooling_reads_the_patches_under_a_new_norm(family: str) -> None:
+    """Logits = head(norm(mean of the patch tokens behind the last block)), and nothing else of the readout is left."""
+    torch.manual_seed(0)
+    conf = ModelConf(family=Family(family), name=f"glyph_{family}", pool=Pool.mean, head_scale=0.001)
+    built = build_model(conf, NAMES)
+    model = built.model.eval()
+    assert not built.has_zeroshot
+    images = torch.randn(2, 3, built.preprocess.size, built.preprocess.size)
+    tokens = model(images, stop=model.num_blocks + 1)
+    net: nn.Module = model.net
+    norm = net.get_submodule("visual.ln_post" if family == "clip" else "fc_norm")
+    assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+    expected = net.get_submodule("head")(norm(tokens[:, 1:].mean(dim=1)))
+    torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(net(images), expected)
+    readout = [name for name, _ in net.named_parameters() if model.layer_ids[name] == model.num_blocks + 1]
+    assert len(readout) == 2
+    head = net.get_submodule("head").weight
+    assert 1.2e-5 < head.std().item() < 2.8e-5  # MAE's trunc_normal_(std=2e-5)
+
+
+def test_mean_pooling_needs_a_plain_vit() -> None:
+    siglip = ModelConf(name="ViT-B-16-SigLIP", pretrained="none", pool=Pool.mean)
+    resnet = ModelConf(family=Family.vit, name="resnet18.a1_in1k", pretrained="none", pool=Pool.mean)
+    vit = ModelConf(family=Family.vit, name="vit_b_16", pretrained="none", pool=Pool.mean)
+    for conf in (siglip, resnet, vit):
+        with pytest.raises(ValueError, match=r"model\.pool"):
+            build_model(conf, NAMES, device="meta")
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224.mae", "beit_base_patch16_224.in22k_ft_in22k", "eva02_tiny_patch14_224"]
+)
+def test_mean_pooling_of_timm_equals_timms_own(name: str) -> None:
+    import timm
+
+    built = build_model(
+        ModelConf(family=Family.vit, name=name, pretrained="none", pool=Pool.mean), NAMES, device="meta"
+    )
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=3, global_pool="avg")
+    assert {n: p.shape for n, p in built.model.net.named_parameters()} == {
+        n: p.shape for n, p in theirs.named_parameters()
+    }
