@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import Interval, TrainConf
 from finetune.ema import Ema
+from finetune.finite import FiniteGuard, Seen
+from finetune.finite import NotFiniteError as NotFiniteError
 from finetune.layers import LayeredModel
 from finetune.losses import Criterion, cross_entropy
 from finetune.metrics import LabelMeter, Meter, Sums, top1
@@ -32,22 +33,6 @@ Row = dict[str, object]
 
 # On a GPU the host looks for a loss that is not finite this often (steps): a look waits for the device.
 CHECK_EVERY = 50
-
-
-class NotFiniteError(FloatingPointError):
-    """A loss or gradient norm was NaN or infinite; the weights are those before that step.
-
-    Attributes:
-        step: The optimizer step, from 1, over the whole run.
-        ids: Numbers of the training images that the step would have learned from.
-    """
-
-    def __init__(self, epoch: int, step: int, ids: list[int]) -> None:
-        """Name the batch."""
-        super().__init__(f"the loss or the gradient norm was not finite in epoch {epoch}, step {step}")
-        self.epoch = epoch
-        self.step = step
-        self.ids = ids
 
 
 @dataclass
@@ -69,8 +54,7 @@ class TrainState:
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     sums: Sums  # of the current epoch's training batches
-    not_finite: Tensor  # on the device: 1.0 from the first step that was not finite; masks every later update
-    first_bad_step: Tensor  # on the device: number of that step, 0 while there is none
+    guard: FiniteGuard  # keeps a step that is not finite from changing anything
     task: Task = field(default_factory=Task)
     ema: Ema | None = None  # averages of the weights, where `train.ema` asks for them
     epoch: int = 0  # epochs finished
@@ -82,7 +66,6 @@ class TrainState:
     best_epoch: int = 0
     best_is_ema: bool = False  # whether the best epoch's averages, not its weights, had that score
     seconds: float = 0.0  # of training and validation, over all sessions of a resumed run
-    recent: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=CHECK_EVERY + 1))
 
     @classmethod
     def start(
@@ -96,8 +79,7 @@ class TrainState:
             scheduler=scheduler,
             scaler=scaler,
             sums=Sums(device),
-            not_finite=torch.zeros((), device=device),
-            first_bad_step=torch.zeros((), dtype=torch.int64, device=device),
+            guard=FiniteGuard(model, device),
         )
 
     @property
@@ -127,6 +109,7 @@ def train_step(
     """
     num_images = sum(len(ids) for _, _, ids in window)
     window_loss = torch.zeros((), device=state.device)
+    state.guard.begin()
     for images, targets, _ in window:
         with autocast:
             logits = state.model(images)
@@ -135,15 +118,15 @@ def train_step(
         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         window_loss += loss.detach()
         state.sums.add(loss=losses, top1=top1(logits.detach(), targets))
-    _update(state, window_loss, conf.clip_grad)
+    seen = Seen(state.epoch, state.step + 1, state.batch, torch.cat([ids for _, _, ids in window]))
+    _update(state, window_loss, conf.clip_grad, seen)
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.step)
     state.batch += len(window)
-    state.recent.append((state.step, torch.cat([ids for _, _, ids in window])))
 
 
-def _update(state: TrainState, loss: Tensor, clip_grad: float) -> None:
+def _update(state: TrainState, loss: Tensor, clip_grad: float, seen: Seen) -> None:
     """Unscale, clip, and step, unless loss or gradients are not finite. No wait for the device but with fp16."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
@@ -151,37 +134,18 @@ def _update(state: TrainState, loss: Tensor, clip_grad: float) -> None:
     norm = torch.nn.utils.clip_grad_norm_(learning, clip_grad if clip_grad > 0 else math.inf)
     if scaler.is_enabled():
         # An infinite gradient is the scaler's own business (it skips the step and halves its scale); a loss is not.
-        _mark(state, torch.isfinite(loss))
-        raise_if_not_finite(state)
+        state.guard.judge(torch.isfinite(loss), seen)
+        state.guard.look()
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         state.skipped += scaler.get_scale() < scale
     else:
-        _mark(state, torch.isfinite(loss) & torch.isfinite(norm))
+        state.guard.judge(torch.isfinite(loss) & torch.isfinite(norm), seen)
         # The fused kernel reads this flag on the device and leaves weights and moments alone where it is 1.
-        optimizer.found_inf = state.not_finite  # type: ignore[attr-defined]
+        optimizer.found_inf = state.guard.mask  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _mark(state: TrainState, is_finite: Tensor) -> None:
-    """Remember the first step that was not finite, on the device; sticky, so no later step learns from its ruins."""
-    is_first = ~is_finite & (state.not_finite == 0)
-    state.first_bad_step.copy_(torch.where(is_first, state.step + 1, state.first_bad_step))
-    state.not_finite.copy_(torch.where(is_finite, state.not_finite, torch.ones_like(state.not_finite)))
-
-
-def raise_if_not_finite(state: TrainState) -> None:
-    """Look at the sticky flag. Waits for the device.
-
-    Raises:
-        NotFiniteError: Names the step and its images.
-    """
-    bad_step = int(state.first_bad_step.item())
-    if bad_step:
-        ids = [i for step, batch_ids in state.recent if step == bad_step for i in batch_ids.tolist()]
-        raise NotFiniteError(state.epoch + 1, bad_step, ids)
 
 
 def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -221,13 +185,13 @@ def train_one_epoch(
     for window in windows(batches, conf.accumulate):
         train_step(state, window, conf, autocast)
         if state.step % look_every == 0:
-            raise_if_not_finite(state)
+            state.guard.look()
         if interval == Interval.step:
             state.scheduler.step()
         if on_step_end(state):
-            raise_if_not_finite(state)
+            state.guard.look()
             return False
-    raise_if_not_finite(state)
+    state.guard.look()
     return True
 
 

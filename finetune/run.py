@@ -20,7 +20,7 @@ import yaml
 
 from finetune import checkpoint, recipe, report, scores
 from finetune.config import Conf, as_dict, measured_metrics
-from finetune.data import Loader, Source, open_source
+from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.mix import Mixer
 from finetune.device import autocast, make_deterministic, pick_device, pick_precision
 from finetune.ema import Ema
@@ -199,6 +199,7 @@ class _Parts:
             augment=self.conf.augment if train else None,
             seed=self.conf.seed,
             device=self.device,
+            on_skip=SkippedList(self.run_dir).add,
         )
 
     def metadata(self) -> dict[str, str]:
@@ -212,7 +213,7 @@ def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> 
         make_deterministic()
     device = pick_device(conf.device)
     dtype = pick_precision(conf.precision, device)
-    source = open_source(conf.data)
+    source = check_at_start(open_source(conf.data), conf.data, run_dir)
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(conf.model, source.classes)
@@ -340,6 +341,10 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
             "stopped at step %d; the same command with hydra.run.dir=%s continues it", state.step, parts.run_dir
         )
         raise
+    except ImageError as error:  # a file that went bad since the check
+        checkpoint.save_state(parts.checkpoints / "last.pt", state)
+        again = f"the same command with hydra.run.dir={parts.run_dir} continues at step {state.step}"
+        raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
     except NotFiniteError as error:
         checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
         error.args = (_name_bad_batch(error, parts, state),)

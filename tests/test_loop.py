@@ -172,7 +172,35 @@ def test_later_steps_do_not_learn_either_before_the_host_has_looked() -> None:
     train_step(state, batches[2:3], TrainConf(), CPU32)
     for name, value in before.items():
         assert torch.equal(value, model.state_dict()[name]), name
-    assert int(state.first_bad_step) == 2
+    with pytest.raises(NotFiniteError) as error:
+        state.guard.look()
+    assert error.value.step == 2
+
+
+def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
+    """As if the bad batch had not been there, running statistics of BatchNorm included."""
+    model = tiny_model(batch_norm=True)
+    state, straight = start(model), start(copy.deepcopy(model))
+    state.guard.limit = 1
+    batches = tiny_batches(SIZES)
+    for batch in (batches[0], batches[2]):
+        train_step(straight, [batch], TrainConf(), CPU32)
+    bad = (batches[1][0] * float("nan"), *batches[1][1:])
+    for batch in (batches[0], bad, batches[2]):
+        train_step(state, [batch], TrainConf(), CPU32)
+    state.guard.look()
+    (found,) = state.guard.take()
+    assert (found.epoch, found.step, found.batch, found.ids.tolist()) == (0, 2, 1, list(range(8, 16)))
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+
+    train_step(state, [bad], TrainConf(), CPU32)
+    train_step(state, [batches[3]], TrainConf(), CPU32)
+    with pytest.raises(NotFiniteError, match="after 1 such") as error:
+        state.guard.look()
+    assert error.value.step == 4
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 5, 11, 12])
