@@ -127,6 +127,12 @@ def test_class_names_of_the_bundled_clip_move_its_head() -> None:
     torch.testing.assert_close(first, second.flip(0))
 
 
+def test_random_weights_get_a_random_head_unless_asked_otherwise() -> None:
+    built = build_model(ModelConf(pretrained="none"), ["zero", "one"])
+    assert not built.has_zeroshot and built.model.net.head.bias is not None
+    assert build_model(ModelConf(pretrained="none", head=HeadKind.zeroshot), ["zero", "one"]).has_zeroshot
+
+
 # Named sets of prompts.
 
 

@@ -70,7 +70,9 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
         ValueError: A zero-shot head without a text tower, or a kept one where weights never have one.
     """
     if conf.head == HeadKind.auto:
-        return HeadKind.zeroshot if has_text and conf.pool == Pool.auto else HeadKind.random
+        # Random weights have nothing to say about class names, and another pooling speaks another language.
+        reads_names = has_text and conf.pretrained != "none" and conf.pool == Pool.auto
+        return HeadKind.zeroshot if reads_names else HeadKind.random
     if conf.head == HeadKind.zeroshot and not has_text:
         raise ValueError(
             f"model.head=zeroshot needs a text tower, and {conf.name} has none:"
