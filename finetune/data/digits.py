@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
+from finetune.data.images import Header
 from finetune.data.split import Found, no_split
 
 
 class DigitStore:
     """Handwritten digits in memory: white ink on black."""
+
+    encoded = False
 
     def __init__(self, images: Tensor) -> None:
         """Hold `images`, uint8 (n, 8, 8)."""
@@ -20,6 +23,11 @@ class DigitStore:
     def load(self, row: int) -> Tensor:
         """The digit, uint8 (3, 8, 8), the same in all three channels."""
         return self._images[row].expand(3, -1, -1)
+
+    def header(self, row: int) -> Header:
+        """Grey, 8 by 8."""
+        height, width = self._images[row].shape
+        return Header(height, width, "L")
 
     def read(self, row: int) -> bytes:
         """Its pixels."""

@@ -6,12 +6,14 @@ import os
 
 from torch import Tensor
 
-from finetune.data.images import MISSING, ImageError, decode, read_file
+from finetune.data.images import MISSING, Header, ImageError, decode, read_file, read_header
 from finetune.data.packed import PackedStrings
 
 
 class FileStore:
     """Image files under one root, decoded when asked for."""
+
+    encoded = True
 
     def __init__(self, root: str, names: PackedStrings) -> None:
         """Hold `names`, relative to `root`, with `/` between folders; absolute ones stay what they are."""
@@ -21,6 +23,10 @@ class FileStore:
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
         return decode(self.read(row), self.name_of(row))
+
+    def header(self, row: int) -> Header:
+        """Size and mode, from the first bytes of the file; raises ImageError."""
+        return read_header(self.name_of(row))
 
     def read(self, row: int) -> bytes:
         """The file; raises ImageError."""

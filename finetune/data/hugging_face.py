@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
-from finetune.data.images import ImageError, decode, natural_key, read_file
+from finetune.data.images import Header, ImageError, decode, header_of, natural_key, read_file
 from finetune.data.split import SPLITS, Found
 from finetune.data.tables import SPLIT_WORDS
 
@@ -20,6 +20,8 @@ MARKS = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 class HuggingFaceStore:
     """The image columns of a data set's parts, undecoded, one behind the other."""
+
+    encoded = True
 
     def __init__(self, name: str, parts: Sequence[tuple[str, Any]]) -> None:
         """Hold (split, column of undecoded images with its fingerprint) pairs of the data set `name`."""
@@ -35,6 +37,10 @@ class HuggingFaceStore:
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
         return decode(self.read(row), self.name_of(row))
+
+    def header(self, row: int) -> Header:
+        """Size and mode; raises ImageError."""
+        return header_of(self.read(row), self.name_of(row))
 
     def read(self, row: int) -> bytes:
         """The image file; raises ImageError."""

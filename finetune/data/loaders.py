@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetune.config import AugmentConf, Balance, DataConf
+from finetune.config import AugmentConf, Balance, DataConf, OnError
 from finetune.data.images import ImageError
 from finetune.data.order import Showings, epoch_order
 from finetune.data.sources import Split
@@ -41,28 +41,58 @@ class Key(NamedTuple):
     view: int
 
 
-class Maker(Dataset["Batch | ImageError"]):
+class Made(NamedTuple):
+    """A micro-batch as it leaves a worker.
+
+    Attributes:
+        images: uint8 (batch, 3, size, size).
+        labels: int64 (batch,), or float32 (batch, classes).
+        ids: int64 (batch,).
+        left_out: What could not be read, and so is not in it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    left_out: list[ImageError]
+
+
+class Maker(Dataset["Made | ImageError"]):
     """Makes the batch of a key, in the training process or in a worker; small to pickle."""
 
-    def __init__(self, split: Split, transform: Shower, seed: int) -> None:
-        """Draw views of the images of `split` by `transform`, under the run's `seed`."""
+    def __init__(self, split: Split, transform: Shower, seed: int, *, skip: bool = False) -> None:
+        """Draw views of the images of `split` by `transform`, under the run's `seed`; `skip`: leave out what is bad."""
+        self._skip = skip
         self._split = split
         self._transform = transform
         self._seed = seed
 
-    def __getitem__(self, key: Key) -> Batch | ImageError:
-        """Images uint8 (batch, 3, size, size), labels int64 (batch,), ids int64 (batch,).
+    def __getitem__(self, key: Key) -> Made | ImageError:
+        """The micro-batch of `key`.
 
         A file that cannot be read comes back as a value: raised in a worker, it would arrive with a page of traceback.
+        Where it is skipped, the batch is that much smaller. No other image takes its place: so every other image stays
+        in its batch and in its view, for any number of workers and whenever the file went bad. A batch of which
+        nothing is left ends the run: then it is not a file that is broken.
         """
-        try:
-            images = [self._split.load(sample) for sample in key.samples]
-        except ImageError as error:
-            return error
-        shown = zip(key.samples, key.occurrences, strict=True)
+        images, samples, occurrences, left_out = [], [], [], []
+        for sample, occurrence in zip(key.samples, key.occurrences, strict=True):
+            try:
+                images.append(self._load(sample))
+            except ImageError as error:
+                left_out.append(error)
+                continue
+            samples.append(sample)
+            occurrences.append(occurrence)
+        if left_out and not (self._skip and images):
+            return left_out[0]
+        shown = zip(samples, occurrences, strict=True)
         generators = (augment_generator(self._seed, key.view, sample, occurrence) for sample, occurrence in shown)
-        ids = torch.tensor(key.samples, dtype=torch.int64)
-        return self._transform(images, generators), self._split.labels[ids], ids
+        ids = torch.tensor(samples, dtype=torch.int64)
+        return Made(self._transform(images, generators), self._split.labels[ids], ids, left_out)
+
+    def _load(self, sample: int) -> Tensor:
+        return self._split.load(sample)
 
 
 class Plan(Sampler[Key]):
@@ -102,6 +132,7 @@ class Loader:
         augment: AugmentConf | None,
         seed: int,
         device: torch.device,
+        on_skip: Callable[[ImageError], None] | None = None,
     ) -> None:
         """Prepare; workers start with the first epoch.
 
@@ -112,11 +143,14 @@ class Loader:
             augment: For training: shuffled, augmented. None is evaluation: in order, as they are.
             seed: The run's.
             device: Where batches go.
+            on_skip: Told of each image that was left out of a batch, with `data.on_error=skip`; None: nobody is.
         """
         self._repeats = 1 if augment is None else augment.repeats
         self.num_images = len(split) * self._repeats
         self._split = split
-        self._maker = Maker(split, build_transform(preprocess, augment), seed)
+        self._on_skip = on_skip or (lambda error: None)
+        skip = conf.on_error == OnError.skip
+        self._maker = Maker(split, build_transform(preprocess, augment), seed, skip=skip)
         self._conf = conf
         self._augment = augment
         self._seed = seed
@@ -124,8 +158,8 @@ class Loader:
         self._mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=device)[:, None, None]
         self._std = torch.tensor(preprocess.std, dtype=torch.float32, device=device)[:, None, None]
         self._plan = Plan(conf.batch_size)
-        self._loader: DataLoader[Batch | ImageError] | None = None
-        self._batches: Iterator[Batch | ImageError] = iter(())
+        self._loader: DataLoader[Made | ImageError] | None = None
+        self._batches: Iterator[Made | ImageError] = iter(())
         self._turn = 0
 
     def __len__(self) -> int:
@@ -154,6 +188,8 @@ class Loader:
         while (batch := next(self._batches, None)) is not None:
             if isinstance(batch, ImageError):
                 raise batch
+            for error in batch.left_out:
+                self._on_skip(error)
             yield self._deliver(batch)
             assert turn == self._turn, "another epoch of this loader was begun before this one ended"
 
@@ -179,7 +215,7 @@ class Loader:
         order = epoch_order(self._split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
         return order.repeated(self._repeats)
 
-    def _build(self) -> DataLoader[Batch | ImageError]:
+    def _build(self) -> DataLoader[Made | ImageError]:
         workers = 0 if self._conf.workers == "auto" else int(self._conf.workers)
         return DataLoader(
             self._maker,
@@ -196,8 +232,8 @@ class Loader:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
 
-    def _deliver(self, batch: Batch) -> Batch:
-        images, labels, ids = batch
+    def _deliver(self, batch: Made) -> Batch:
+        images, labels, ids, _ = batch
         early = self._device.type == "cuda"  # out of pinned memory, while the device is still busy
         pixels = images.to(self._device, non_blocking=early).to(torch.float32)
         normalised = pixels.div_(255).sub_(self._mean).div_(self._std)

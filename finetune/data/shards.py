@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images import EXTENSIONS, MISSING, ImageError, decode, natural_key
+from finetune.data.images import EXTENSIONS, MISSING, Header, ImageError, decode, header_of, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.split import Found
 from finetune.data.tables import SPLIT_WORDS
@@ -33,6 +33,8 @@ LAYOUT = "expected .tar shards with pairs such as 0001.jpg and 0001.cls (a class
 class ShardStore:
     """Images inside tar files, found by shard, offset and size; opened for each read, so that workers share nothing."""
 
+    encoded = True
+
     def __init__(self, shards: Sequence[str], keys: PackedStrings, places: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """Hold the paths of the shards, the images' keys, and (shard, offset, size) of each, int64 (n, 3)."""
         self._shards = list(shards)
@@ -42,6 +44,10 @@ class ShardStore:
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
         return decode(self.read(row), self.name_of(row))
+
+    def header(self, row: int) -> Header:
+        """Size and mode; raises ImageError."""
+        return header_of(self.read(row), self.name_of(row))
 
     def read(self, row: int) -> bytes:
         """The image file; raises ImageError."""

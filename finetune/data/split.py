@@ -10,14 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.images import Header
+
 SPLITS = ("train", "val", "test")
 
 
 class Store(Protocol):
     """All the images of a source, before they are split. Small to pickle: it travels to every worker."""
 
+    @property
+    def encoded(self) -> bool:
+        """Whether `read` gives an image file, which `decode` turns into what `load` gives."""
+
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
+
+    def header(self, row: int) -> Header:
+        """Size and mode, with as little reading as can be; raises ImageError."""
 
     def read(self, row: int) -> bytes:
         """What is stored, undecoded: two images with the same bytes are the same image; raises ImageError."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.data.filestore import FileStore
-from finetune.data.images import ImageError, natural_key
+from finetune.data.images import Header, ImageError, decode, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.split import SPLITS, Found
 from finetune.data.streams import ranks
@@ -47,6 +47,20 @@ class TableStore(FileStore):
         """The file; raises ImageError."""
         try:
             return super().read(row)
+        except ImageError as error:
+            raise self._with_row(error, row) from error
+
+    def header(self, row: int) -> Header:
+        """Size and mode, from the first bytes of the file; raises ImageError."""
+        try:
+            return super().header(row)
+        except ImageError as error:
+            raise self._with_row(error, row) from error
+
+    def load(self, row: int) -> Tensor:
+        """The image, uint8 (3, height, width), RGB; raises ImageError."""
+        try:
+            return decode(super().read(row), self.name_of(row))
         except ImageError as error:
             raise self._with_row(error, row) from error
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
-from finetune.data.images import ImageError, pixels_of
+from finetune.data.images import Header, ImageError, pixels_of
 from finetune.data.split import Found
 
 # What `split=` is called for each of our splits, the first that a data set knows is taken.
@@ -26,8 +26,11 @@ _LABEL_NAMES = ("targets", "labels", "_labels", "y", "_samples", "samples")
 class TorchvisionStore:
     """The parts of a data set, one behind the other."""
 
-    def __init__(self, name: str, parts: Sequence[tuple[str, Any]]) -> None:
-        """Hold (split word, data set) pairs of the data set `name`."""
+    encoded = False
+
+    def __init__(self, name: str, root: str, parts: Sequence[tuple[str, Any]]) -> None:
+        """Hold (split word, data set) pairs of the data set `name` in the folder `root`."""
+        self._root = os.path.abspath(root)
         self._name = name
         self._parts = list(parts)
         self._ends = np.cumsum([len(part) for _, part in parts])
@@ -48,14 +51,20 @@ class TorchvisionStore:
             raise ImageError(self.name_of(row), " ".join(str(error).split()) or type(error).__name__) from error
         raise ImageError(self.name_of(row), f"expected a picture, got {type(image).__name__}")
 
+    def header(self, row: int) -> Header:
+        """Its size; torchvision shows nothing of its files, so it is decoded."""
+        _, height, width = self.load(row).shape
+        return Header(height, width, "RGB")
+
     def read(self, row: int) -> bytes:
         """Its pixels: torchvision shows nothing of its files."""
         pixels = self.load(row)
         return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
 
     def stamp(self, row: int) -> str:
-        """Nothing."""
-        return ""
+        """Place and number: what is downloaded under a name never changes, and its check sums were compared."""
+        word, part, index = self._find(row)
+        return f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
 
     def name_of(self, row: int) -> str:
         """Data set, split and number."""
@@ -75,7 +84,7 @@ def find_torchvision(conf: DataConf) -> Found:
     parts = _open_parts(_kind(name), name, root, download=conf.download)
     labels = [_labels(name, part) for _, part in parts.values()]
     classes = _classes(parts["train"][1], labels)
-    store = TorchvisionStore(name, list(parts.values()))
+    store = TorchvisionStore(name, root, list(parts.values()))
     sizes = [len(part) for part in labels]
     given = np.repeat(np.array([("train", "val", "test").index(split) for split in parts], dtype=np.uint8), sizes)
     return Found(
