@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from finetune.layers import Layer, assign_layers
 from finetune.optim import EMBEDDINGS
 
-# What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention,
-# tables are shared by all blocks of a stage; a side branch (one head per stage, a second head) runs beside the main line.
+# What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention;
+# tables are shared by all blocks of a stage; a side branch (a head per stage, a second head) runs beside the main line.
 LATE = re.compile(r"(.*\.)?(" + "|".join(EMBEDDINGS) + r")$|(.*\.)?(rope|shared_rel_pos|rel_pos_bias|crpe\d)\.")
 SIDE = {
     "EfficientViM": r"norm\.",
@@ -82,7 +82,7 @@ def check_layers(net: nn.Module, layers: list[Layer]) -> dict[str, int]:
 
 @contextmanager
 def torchvision_on_meta() -> Iterator[None]:
-    """Build torchvision's models without memory: RegNet reads numbers out of tensors that it makes, so those are real."""
+    """Build torchvision's models without memory; RegNet reads numbers out of tensors that it makes: those are real."""
     from torchvision.models.regnet import BlockParams
 
     original = BlockParams.__dict__["from_init_params"]

@@ -117,7 +117,7 @@ ALL = {**CHAINS, **WHOLE}
 
 
 def small_model(name: str, seed: int = 0) -> LayeredModel:
-    """With every parameter moved off its first value, so that no zero holds back the gradient of what stands before it."""
+    """Every parameter is moved off its first value: no zero holds back the gradient of what stands before it."""
     torch.manual_seed(seed)
     model = ALL[name][0]()
     with torch.no_grad():

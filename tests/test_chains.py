@@ -1,4 +1,4 @@
-"""Layer by layer is the same network: bit-equal to upstream whole and split, trained and not; frozen parts do not move."""
+"""Layer by layer is the same network: bit-equal to upstream whole and split, in both modes; frozen parts stay put."""
 
 from __future__ import annotations
 

@@ -47,14 +47,18 @@ MATCHERS: dict[str, Matcher] = {
         ],
     },
     # timm gives the class-attention blocks the ids of the last patch blocks, which run before them.
-    "Cait": {"stem": r"cls_token|pos_embed|patch_embed|pos_drop", "blocks": r"blocks\.(\d+)", "cls": r"blocks_token_only\.(\d+)"},
-}  # fmt: skip
+    "Cait": {
+        "stem": r"cls_token|pos_embed|patch_embed|pos_drop",
+        "blocks": r"blocks\.(\d+)",
+        "class_blocks": r"blocks_token_only\.(\d+)",
+    },
+}
 # `norm_pre` as CLIP has it, ahead of the blocks. In ConvNeXt and its kin the same name is the norm behind them.
-PRE_NORM = ("VisionTransformer", "VisionTransformerDistilled", "VisionTransformerSAM", "NaFlexVit", "Eva")
+PRE_NORM = {"VisionTransformer", "VisionTransformerDistilled", "VisionTransformerSAM", "NaFlexVit", "Eva"}
 # Here `head` is timm's name for the last block of convolutions, and the classifier is called `fc`.
-HEAD_IS_BLOCK = ("SelecSls",)
+HEAD_IS_BLOCK = {"SelecSls"}
 # The learned mixture of a network's several classifiers is part of the classifier.
-MIXED_HEADS = ("EfficientViM", "EfficientViMDistilled")
+MIXED_HEADS = {"EfficientViM", "EfficientViMDistilled"}
 
 
 def timm_layers(net: nn.Module) -> list[Layer]:
@@ -65,15 +69,15 @@ def timm_layers(net: nn.Module) -> list[Layer]:
     Raises:
         ValueError: A parameter that no rule places.
     """
-    kind = type(net).__name__
-    matcher = MATCHERS.get(kind) or _own_matcher(net)
+    kinds = _kinds(net)
+    matcher = next((MATCHERS[kind] for kind in kinds if kind in MATCHERS), None) or _own_matcher(net)
     layers = ordered_layers(
         net,
         Rule(
             matcher=matcher,
-            head=_exactly(classifier_names(net)) + (r"|weights(_dist)?$" if kind in MIXED_HEADS else ""),
-            readout=r"global_pool(\.|$)" if kind in HEAD_IS_BLOCK else READOUT,
-            stem=STEM + (NORM_PRE if kind in PRE_NORM else ""),
+            head=_exactly(classifier_names(net)) + (r"|weights(_dist)?$" if kinds & MIXED_HEADS else ""),
+            readout=r"global_pool(\.|$)" if kinds & HEAD_IS_BLOCK else READOUT,
+            stem=STEM + (NORM_PRE if kinds & PRE_NORM else ""),
         ),
     )
     return with_runs(_with_timm_steps(net, layers), timm_chains.runs(net, layers))
@@ -85,18 +89,22 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
     Raises:
         ValueError: A tower of another kind, or the whole CLIP instead of its image tower.
     """
-    kind = type(visual).__name__
-    if kind == "TimmModel":
-        return _timm_tower_layers(visual)
-    if kind == "ModifiedResNet":
-        return with_runs(
-            ordered_layers(visual, open_clip_chains.MODIFIED_RESNET), open_clip_chains.modified_resnet_runs(visual)
+    kinds = _kinds(visual)
+    if "TimmModel" in kinds:
+        layers = _timm_tower_layers(visual)
+    elif "ModifiedResNet" in kinds:
+        layers = ordered_layers(visual, open_clip_chains.MODIFIED_RESNET)
+        layers = with_runs(layers, open_clip_chains.modified_resnet_runs(visual))
+    elif "VisionTransformer" in kinds:
+        layers = clip.layers_of(visual)
+    else:
+        raise ValueError(
+            f"{type(visual).__name__} is no image tower of open_clip: expected model.visual,"
+            " a VisionTransformer, ModifiedResNet or TimmModel"
         )
-    if kind == "VisionTransformer":
-        return clip.layers_of(visual)
-    raise ValueError(
-        f"{kind} is no image tower of open_clip: expected model.visual, a VisionTransformer, ModifiedResNet or TimmModel"
-    )
+    # A class of somebody else's (a subclass, OpenAI's own package) has the names, but perhaps another forward pass.
+    upstream = type(visual).__module__.startswith("open_clip.")
+    return layers if upstream else [dataclasses.replace(layer, run=None) for layer in layers]
 
 
 def torchvision_layers(net: nn.Module) -> list[Layer]:
@@ -105,14 +113,19 @@ def torchvision_layers(net: nn.Module) -> list[Layer]:
     Raises:
         ValueError: A network that is none of them.
     """
-    kind = type(net).__name__
-    rule = torchvision_chains.RULES.get(kind)
+    rules = torchvision_chains.RULES
+    rule = next((rules[kind] for kind in rules if kind in _kinds(net)), None)
     if rule is None:
         raise ValueError(
-            f"{kind} is no classification model of torchvision: expected one of {', '.join(torchvision_chains.RULES)}"
+            f"{type(net).__name__} is no classification model of torchvision: expected one of {', '.join(rules)}"
         )
     layers = ordered_layers(net, rule)
     return with_runs(layers, torchvision_chains.runs(net, layers))
+
+
+def _kinds(net: nn.Module) -> set[str]:
+    """The names of a network's class and of those it descends from: a subclass keeps its parent's names."""
+    return {kind.__name__ for kind in type(net).__mro__}
 
 
 def with_runs(layers: Sequence[Layer], runs: Sequence[Any] | None) -> list[Layer]:
@@ -171,11 +184,10 @@ def _inside_trunk(layer: Layer) -> Layer:
 def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:
     """Note in each layer which of its parameters timm trains at another distance from the output.
 
-    timm's `param_groups_layer_decay` gives a parameter `decay ** (top - group)`; a name that its matcher leaves out is at
-    the top. A bare tower counts as if a classifier followed, as one does here.
+    timm's `param_groups_layer_decay` gives a parameter `decay ** (top - group)`; a name that its matcher leaves out is
+    at the top. A bare tower counts as if a classifier followed, as one does here.
     """
-    kind = type(net).__name__
-    if kind in MATCHERS and kind != "Cait":
+    if _kinds(net) & (MATCHERS.keys() - {"Cait"}):
         return layers  # no matcher, so timm has no rule that one could follow
     matcher = _own_matcher(net)
     keys = {name: group_key(name, matcher) for name, _ in net.named_parameters()}

@@ -79,7 +79,7 @@ def place(name: str, rule: Rule) -> Key | None:
     found = group_key(name, rule.matcher)
     if found is None:
         return None
-    if found == (0,):
+    if len(found) == 1 and found[0] == 0:
         return STEM
     # `norm` with the suffix of the last block and no number of its own: it follows all blocks. timm trains it at the
     # last block's rate; here the readout holds it, with BEiT, MAE and DINO.
@@ -102,8 +102,7 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
             ids[name] = {STEM: 0, READOUT: top, HEAD: top + 1}[key]
         else:
             # An activation with an index of its own (VGG's) has no parameters, so no layer: it joins the one below it.
-            below = [number for other, number in blocks.items() if other <= key]
-            ids[name] = blocks.get(key, max(below, default=0))
+            ids[name] = blocks.get(key) or max((number for other, number in blocks.items() if other <= key), default=0)
     names = ["stem", *(f"block.{number}" for number in range(1, top)), "readout", "head"]
     if not any(key == HEAD for name, key in keys.items() if name in tensors):
         # A bare tower: an Identity in the classifier's place is the end of the readout.

@@ -101,8 +101,8 @@ def _eva(net: Any, with_head: bool) -> list[Run] | None:
 def _eva_stem(net: Any, h: Tensor) -> Tensor:
     if net.rope is not None and net.dynamic_img_size and h.shape[-1] != h.shape[-2]:
         raise ValueError(
-            f"images of {h.shape[-1]} x {h.shape[-2]} pixels: with rotary positions and a free image size, layers run one"
-            " by one see only the number of tokens, so images must be square"
+            f"images of {h.shape[-1]} x {h.shape[-2]} pixels: with rotary positions and a free image size, layers run"
+            " one by one see only the number of tokens, so images must be square"
         )
     tokens: Tensor = net.norm_pre(net._pos_embed(net.patch_embed(h))[0])
     return tokens
