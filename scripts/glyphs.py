@@ -106,7 +106,7 @@ def find_fonts(folders: list[Path]) -> list[Path]:
 
 
 def fit_ink(picture: Image.Image) -> np.ndarray | None:
-    """Crop to the ink and scale it into the middle box; None where there is no ink. -> uint8 (GLYPH_SIZE,) * 2"""
+    """Crop to the ink and scale it into the middle box; None where there is no ink. -> uint8 (GLYPH_SIZE,) * 2."""
     box = picture.getbbox()
     if box is None or max(box[2] - box[0], box[3] - box[1]) < 16:
         return None
@@ -146,7 +146,7 @@ def draw_text(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
 
 
 def smooth_curve(points: np.ndarray, steps: int = 12) -> np.ndarray:
-    """Catmull-Rom spline through the points; a point given twice stays a corner. (n, 2) -> ((n - 1) * steps + 1, 2)
+    """Catmull-Rom spline through the points; a point given twice stays a corner. (n, 2) -> ((n - 1) * steps + 1, 2).
 
     Source: Catmull and Rom, "A class of local interpolating splines", 1974; the uniform form with tension 1/2.
     """
@@ -239,7 +239,7 @@ class GlyphSampler:
         )[0, :, :, 0].T  # (GLYPH_SIZE, 4)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1], white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)"""
+        """Images in [0, 1], white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)."""
         is_digit = self.uniform(size) < self.digit_share
         digits = torch.randint(0, 10, (size,), generator=self.generator)
         letters = torch.randint(10, len(CHARACTERS), (size,), generator=self.generator)
@@ -250,11 +250,11 @@ class GlyphSampler:
         return self.degrade(boxed).clamp(0, 1), labels
 
     def uniform(self, size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Independent uniform numbers. -> (size,)"""
+        """Independent uniform numbers. -> (size,)."""
         return torch.rand(size, generator=self.generator) * (high - low) + low
 
     def normal(self, size: int, std: float) -> Tensor:
-        """Independent normal numbers with mean 0. -> (size,)"""
+        """Independent normal numbers with mean 0. -> (size,)."""
         return torch.randn(size, generator=self.generator) * std
 
     def vary_thickness(self, glyphs: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def dilate(images: Tensor) -> Tensor:
 
 
 def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last edge of the ink along one axis, in the [-1, 1] of `grid_sample`. (batch, n) -> 2 x (batch,)"""
+    """First and last edge of the ink along one axis, in the [-1, 1] of `grid_sample`. (batch, n) -> 2 x (batch,)."""
     has_ink = profile > 0.4 * profile.amax(1, keepdim=True)
     n = profile.shape[1]
     position = torch.arange(n)
@@ -340,7 +340,7 @@ def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_bitmap(images: Tensor, threshold: Tensor) -> Tensor:
-    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged again. (batch, 1, 32, 32) -> same
+    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged again. (batch, 1, 32, 32) -> same.
 
     The published preparation of the "Optical Recognition of Handwritten Digits" set (Alpaydin and Kaynak, UCI, 1998).
     """

@@ -198,7 +198,7 @@ class ClipTask:
         self.tokens = [self.tokenizer(texts) for texts in captions()]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Scaled cosine similarities with one drawn caption a character. (batch, 3, 32, 32) -> (batch, 62)"""
+        """Scaled cosine similarities with one drawn caption a character. (batch, 3, 32, 32) -> (batch, 62)."""
         drawn = torch.stack([tokens[torch.randint(len(tokens), ())] for tokens in self.tokens])
         text = F.normalize(self.model.encode_text(drawn), dim=-1)
         image = F.normalize(self.model.encode_image(images), dim=-1)
@@ -216,7 +216,7 @@ class VitTask:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Grey images in [0, 1] as the models take them: three equal channels, normalised. (b, 1, h, w) -> (b, 3, h, w)"""
+    """Grey images in [0, 1] as the models take them: three equal channels, normalised. (b, 1, h, w) -> (b, 3, h, w)."""
     return ((images - MEAN) / STD).expand(-1, 3, -1, -1)
 
 
