@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+# What asks for a stop: Ctrl-C, schedulers' SIGTERM, and the warnings ahead of a time limit (SLURM --signal, submitit).
+STOPPING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+if sys.platform != "win32":
+    STOPPING += (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(SystemExit):
     """The run was asked to stop, and its state is saved. Ends the program with 128 + the signal's number."""
 
     def __init__(self, signum: int) -> None:
-        """Exit code 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code 130 for Ctrl-C, 143 for SIGTERM, 138 and 140 for SIGUSR1 and SIGUSR2 on Linux."""
         super().__init__(128 + signum)
         self.signal_name = signal.Signals(signum).name
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop instead of ending the process where it stands.
+    """While entered, these signals ask for a stop instead of ending the process where it stands.
 
-    A second Ctrl-C leaves at once, unsaved. An earlier handler of SIGTERM (a cluster's launcher) is called on. Outside
+    The first one decides the exit code. A second Ctrl-C leaves at once, unsaved. An earlier handler (a launcher's, such
+    as submitit's, which asks for the job to be queued again) is called by `pass_on`, once everything is saved. Outside
     the main thread signals cannot be caught, and nothing changes.
     """
 
     def __init__(self) -> None:
         """No signal seen yet."""
         self.signum: int | None = None
+        self._frame: FrameType | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOPPING:
                 self._before[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -46,10 +56,8 @@ class StopSignals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
-        earlier = self._before[signum]
-        if signum != signal.SIGINT and callable(earlier):
-            earlier(signum, frame)
+        if self.signum is None or signum == signal.SIGINT:
+            self.signum, self._frame = signum, frame
 
     @property
     def is_set(self) -> bool:
@@ -64,3 +72,32 @@ class StopSignals:
         """
         if self.signum is not None:
             raise Interrupted(self.signum)
+
+    def pass_on(self) -> None:
+        """Call the handler that was there before ours, if a signal came that had one; it may end the program."""
+        frame, self._frame = self._frame, None
+        if self.signum is None or self.signum == signal.SIGINT:
+            return  # Python's own handler of Ctrl-C has nothing to add
+        earlier = self._before.get(self.signum)
+        if callable(earlier):
+            earlier(self.signum, frame)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Outside a run too, SIGTERM ends the program with exit code 143 and without a trace."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [signum for signum in STOPPING if signum != signal.SIGINT and signal.getsignal(signum) == signal.SIG_DFL]
+    for signum in ours:
+        signal.signal(signum, leave)
+    try:
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)

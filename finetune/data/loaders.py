@@ -23,6 +23,7 @@ from finetune.data.sources import Split
 from finetune.data.streams import augment_generator, view_of
 from finetune.data.transforms import Shower, build_transform
 from finetune.preprocess import Preprocess
+from finetune.signals import STOPPING
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -249,10 +250,10 @@ def _start_worker(worker: int) -> None:
 
     A terminal or a scheduler signals the whole group, and a run whose workers die first has nothing left to save with.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 @contextlib.contextmanager
@@ -264,7 +265,7 @@ def _signals_held() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
