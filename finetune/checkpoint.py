@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import pickle
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,14 @@ from finetune.layers import LayeredModel
 from finetune.loop import TrainState
 from finetune.preprocess import Preprocess
 
-FORMAT = 2
+FORMAT = 3
+
+# What `copied` copies: a tree of plain types and tensors.
+Content = dict[str, Any]
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or that is not what was written."""
 
 
 def weights_metadata(classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any]) -> dict[str, str]:
@@ -38,26 +49,78 @@ def save_weights(path: Path, model: LayeredModel, metadata: dict[str, str]) -> N
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
+    write_weights(path, copied_weights(model), metadata)
+
+
+def copied_weights(model: LayeredModel) -> dict[str, Tensor]:
+    """The network's tensors as they are now, in host memory."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.net.state_dict().items()}
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors of `copied_weights` and `metadata`, with the checksum of the tensors in it; atomic.
+
+    Raises:
+        OSError: The disk is full; an older file at `path` is untouched.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.net.state_dict().items()}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    whole = {**metadata, "sha256": checksum(tensors)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=whole)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"writing failed: {error}", str(path)) from error
+
+    write_atomic(path, write)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(path: Path, model: LayeredModel) -> None:
-    """Read `path` into the network; every name must match.
+    """Read `path` into the network; every name must match, and the checksum where the file has one.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or holds another network's tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    tensors, _ = read_weights(path)
     try:
-        tensors = load_file(path)
         model.net.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{path} does not fit {type(model.net).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a weights file, its checksum compared where it has one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedError: It cannot be read, or its checksum differs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if "sha256" in metadata and metadata["sha256"] != checksum(tensors):
+        raise DamagedError(f"{path} is damaged: its checksum differs from what was written")
+    return tensors, metadata
 
 
 def random_state() -> dict[str, Tensor]:
@@ -76,13 +139,21 @@ def set_random_state(state: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
 
 
-def save_state(path: Path, state: TrainState) -> None:
-    """Write everything that an exact resume needs; atomic.
+COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
+
+
+def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Content:
+    """Everything that an exact resume needs, copied to host memory: training may go on at once.
+
+    Args:
+        state: Between two steps.
+        notes: Words that travel along, such as machine and versions; `read_state` gives them back.
 
     Raises:
-        OSError: The disk is full; an older file at `path` is untouched.
+        NotFiniteError: A step since the last look was not finite; its ruins are not saved.
     """
-    content = {
+    state.guard.look()
+    content: Content = {
         "format": FORMAT,
         "model": state.model.net.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -91,13 +162,79 @@ def save_state(path: Path, state: TrainState) -> None:
         "sums": state.sums.state_dict(),
         "random": random_state(),
         "ema": None if state.ema is None else state.ema.state_dict(),
+        "guard": state.guard.state_dict(),
         "rates": state.rates,
         "counters": {name: getattr(state, name) for name in COUNTERS},
+        "notes": dict(notes or {}),
     }
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
+    plain: Content = copied(content)
+    return plain
 
 
-COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
+def copied(tree: Any) -> Any:
+    """Dicts, lists and tuples anew, tensors cloned to host memory, everything else as it is."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone() if tree.device.type == "cpu" else tree.detach().cpu()
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied(value) for value in tree)
+    return tree
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Write everything that an exact resume needs; atomic.
+
+    Raises:
+        OSError: The disk is full; an older file at `path` is untouched.
+    """
+    write_state(path, snapshot(state))
+
+
+def write_state(path: Path, content: Content, *, aside: Path | None = None) -> None:
+    """Write a snapshot; atomic. torch keeps a CRC-32 of every record, which `read_state` compares.
+
+    Args:
+        path: The file to make or replace.
+        content: Of `snapshot`.
+        aside: Where the file that was at `path` is kept.
+
+    Raises:
+        OSError: The disk is full; an older file at `path` is untouched.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
+
+    write_atomic(path, write, aside=aside)
+
+
+def read_state(path: Path) -> Content:
+    """A snapshot from a file, every byte of it compared with its checksum.
+
+    Raises:
+        DamagedError: The file cannot be read, or is not what was written.
+        ValueError: It is no checkpoint of this version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DamagedError(
+            f"{path} was refused: it holds more than numbers and plain types, and loading it could run code"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this version of finetune (format {FORMAT})")
+    return content
 
 
 def load_state(path: Path, state: TrainState) -> None:
@@ -106,23 +243,30 @@ def load_state(path: Path, state: TrainState) -> None:
     Raises:
         ValueError: The file is damaged, of another format, or of another model or optimizer.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content["format"] != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version of finetune (format {FORMAT})")
+    restore(read_state(path), state, str(path))
+
+
+def restore(content: Content, state: TrainState, path: str) -> None:
+    """`load_state` from what `read_state` gave; `path` names it in errors.
+
+    Raises:
+        ValueError: It is of another model or optimizer.
+    """
     names = [group["name"] for group in state.optimizer.param_groups]
     saved = [group["name"] for group in content["optimizer"]["param_groups"]]
     if names != saved:
         raise ValueError(f"{path} has other parameter groups: {', '.join(saved)}; this run has {', '.join(names)}")
-    state.model.net.load_state_dict(content["model"])
+    if (content["ema"] is None) != (state.ema is None):
+        raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
+    try:
+        state.model.net.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another model: {' '.join(str(error).split())}") from error
     state.optimizer.load_state_dict(content["optimizer"])
     state.scheduler.load_state_dict(content["scheduler"])
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])
-    if (content["ema"] is None) != (state.ema is None):
-        raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
+    state.guard.load_state_dict(content["guard"])
     if state.ema is not None:
         state.ema.load_state_dict(content["ema"])
     state.rates = content["rates"]

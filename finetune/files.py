@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | None = None) -> None:
     """Let `write(temporary)` make a file, then put it in the place of `path` in one move.
 
     A kill, a full disk or an error leaves the old file as it was.
@@ -16,6 +16,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: The file to make or replace.
         write: Writes the whole content to the path that it is given.
+        aside: Where the old file is kept, once the new one is whole and on the disk.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
@@ -25,6 +26,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if aside is not None and path.exists():
+            _put_aside(path, aside)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -32,9 +35,25 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     _sync_folder(path.parent)
 
 
+def _put_aside(path: Path, aside: Path) -> None:
+    """Give the file a second name, so that it never lacks one; where the file system cannot, rename it."""
+    second = aside.with_name(f".{aside.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, second)
+    except OSError:
+        os.replace(path, aside)
+    else:
+        os.replace(second, aside)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed have left half done in `folder`; only for who works in it alone."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_atomic` of a UTF-8 text."""
-
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
