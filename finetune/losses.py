@@ -22,7 +22,7 @@ Criterion = Callable[[Tensor, Tensor, float], Tensor]
 def cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Negative log-likelihood of the right class. (batch, classes), targets -> (batch,)
+    """Negative log-likelihood of the right class. (batch, classes), targets -> (batch,).
 
     Args:
         logits: Any floating type.
@@ -39,7 +39,7 @@ def cross_entropy(
 def binary_cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    """A yes-or-no question for each class, averaged over classes. (batch, classes), targets -> (batch,)
+    """A yes-or-no question for each class, averaged over classes. (batch, classes), targets -> (batch,).
 
     Args:
         logits: Any floating type.
@@ -61,9 +61,9 @@ def asymmetric_loss(
     shift: float,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Binary cross entropy that forgets easy negatives. (batch, classes), targets -> (batch,)
+    """Binary cross entropy that forgets easy negatives. (batch, classes), targets -> (batch,).
 
-    Ridnik et al., arXiv:2009.14119, equations 4 to 7: with p the sigmoid of a logit and q = max(p - shift, 0), a label
+    Ridnik et al., arXiv:2009.14119: with p the sigmoid of a logit and q = max(p - shift, 0), a label
     costs -(1 - p)^gamma_pos log p and its absence -q^gamma_neg log(1 - q). Averaged over classes, where the paper sums:
     AdamW does not feel the factor, gradient clipping does.
 

@@ -44,7 +44,7 @@ class Mixer:
         self._seed = seed
 
     def wrap(self, batches: Iterable[Batch], epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from micro-batch `skip` on, mixed; the very same ones where there is nothing to mix."""
+        """The batches of an epoch from micro-batch `skip` on, mixed; the very same where there is nothing to mix."""
         if not (self._augment.mixup or self._augment.cutmix):
             yield from batches
             return
@@ -60,9 +60,9 @@ class Mixer:
         if mixes >= augment.mix_prob:
             return None
         cuts = bool(augment.cutmix) and (not augment.mixup or switch < augment.mix_switch)
-        shift = int(random.randint(1, batch)) if batch > 1 else 0
         alpha = augment.cutmix if cuts else augment.mixup
         share = float(random.beta(alpha, alpha))
+        shift = int(random.randint(1, batch)) if batch > 1 else 0
         if not cuts:
             return Mixture(shift, share, None)
         # The rectangle has the image's shape and 1 - share of its area, around a pixel anywhere; what sticks out is

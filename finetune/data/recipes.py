@@ -20,7 +20,7 @@ from finetune.config import AugmentConf, Policy
 from finetune.preprocess import Preprocess
 
 ImageStep = Callable[[Tensor], Tensor]
-Fill = list[float]
+Fill = list[int]
 
 BILINEAR = InterpolationMode.BILINEAR
 
@@ -92,16 +92,17 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
 
 
 def three_augment(size: int) -> ImageStep:
-    """DeiT III's 3-Augment: grey, solarised or blurred, one of the three (Touvron et al., arXiv:2204.07118, sec. 3.3).
+    """DeiT III's 3-Augment: grey, solarised or blurred, one of the three (Touvron et al., arXiv:2204.07118).
 
     Solarised from the middle of the range up; blurred with a standard deviation of 0.1 to 2 pixels.
     """
     width = min(13, size - 1 + size % 2)  # three standard deviations either way, where the image is that large
-    return v2.RandomChoice([
+    choice: ImageStep = v2.RandomChoice([
         v2.Grayscale(num_output_channels=3),
         v2.RandomSolarize(threshold=128, p=1.0),
         v2.GaussianBlur(width, sigma=(0.1, 2.0)),
     ])  # fmt: skip
+    return choice
 
 
 def _uniform(low: float = 0.0, high: float = 1.0) -> float:
@@ -153,15 +154,15 @@ def _shear_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
 
 
 def _translate_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, translate=[0.45 * strength * sign * image.shape[-1], 0.0])
+    return _affine(image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0.0])
 
 
 def _translate_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, translate=[0.0, 0.45 * strength * sign * image.shape[-2]])
+    return _affine(image, fill, translate=[0.0, -0.45 * strength * sign * image.shape[-2]])
 
 
 def _rotate(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, angle=30 * strength * sign)
+    return _affine(image, fill, angle=-30 * strength * sign)  # PIL counts against the clock
 
 
 def _affine(
@@ -173,7 +174,7 @@ def _affine(
     shear: Sequence[float] = (0.0, 0.0),
 ) -> Tensor:
     # PIL, which timm and so the published recipes use, shears from the top left corner and turns around the centre.
-    return F.affine(
+    moved: Tensor = F.affine(
         image,
         angle=angle,
         translate=list(translate),
@@ -183,11 +184,17 @@ def _affine(
         fill=fill,
         center=[0.0, 0.0] if any(shear) else None,
     )
+    return moved
 
 
 def _factor(strength: float, sign: float) -> float:
     """Of an enhancement that 1 leaves alone: up to 0.9 less or more."""
     return max(0.1, 1 + 0.9 * strength * sign)
+
+
+def _solarize(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    """What is brighter than a threshold, 256 at no strength, is inverted."""
+    return torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image)
 
 
 def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
@@ -201,8 +208,8 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, sign, fill: F.equalize(image),
     lambda image, strength, sign, fill: F.invert(image),
     _rotate,
-    lambda image, strength, sign, fill: F.posterize(image, 4 - int(4 * strength)),
-    lambda image, strength, sign, fill: F.solarize(image, 256 - int(256 * strength)),
+    lambda image, strength, sign, fill: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits: black
+    _solarize,
     _solarize_add,
     lambda image, strength, sign, fill: F.adjust_saturation(image, _factor(strength, sign)),
     lambda image, strength, sign, fill: F.adjust_contrast(image, _factor(strength, sign)),
@@ -243,7 +250,8 @@ class Erasing:
             tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if tall < height and wide < width:
                 top, left = (int(torch.randint(free + 1, ())) for free in (height - tall, width - wide))
-                return F.erase(image, top, left, tall, wide, self._noise(tall, wide))
+                erased: Tensor = F.erase(image, top, left, tall, wide, self._noise(tall, wide))
+                return erased
         return image
 
     def _noise(self, tall: int, wide: int) -> Tensor:

@@ -43,15 +43,15 @@ class ClassCounts:
             self.matrix.view(-1).index_add_(0, labels * len(self.matrix) + predictions, ones)
 
     def recall(self) -> Tensor:
-        """Share of each class's images that are given to it: its accuracy. NaN where it has none. float (classes,)"""
+        """Share of each class's images that are given to it: its accuracy. NaN where it has none. float (classes,)."""
         return _ratio(self.right, self.present)
 
     def precision(self) -> Tensor:
-        """Share of the images given to a class that are of it; NaN where none is. float (classes,)"""
+        """Share of the images given to a class that are of it; NaN where none is. float (classes,)."""
         return _ratio(self.right, self.predicted)
 
     def f1(self) -> Tensor:
-        """Twice the hits over present plus predicted; NaN where both are 0. float (classes,)"""
+        """Twice the hits over present plus predicted; NaN where both are 0. float (classes,)."""
         return _ratio(2 * self.right, self.present + self.predicted)
 
 
@@ -84,4 +84,5 @@ class Calibration:
     def error(self) -> Tensor:
         """The expected calibration error, in [0, 1]; a 0-D tensor."""
         images, confidences, hits = self._sums
-        return (hits - confidences).abs().sum() / images.sum()
+        error: Tensor = (hits - confidences).abs().sum() / images.sum()
+        return error

@@ -90,7 +90,7 @@ class LabelMeter:
 
 
 class MultilabelMeter:
-    """Any number of labels an image: `map`, `f1_micro`, `f1_macro`, and `precision`, `recall`, `f1` `_at_3` and `_at_5`.
+    """Any number of labels an image: `map`, `f1_micro`, `f1_macro`; `precision`, `recall`, `f1` `_at_3` and `_at_5`.
 
     `top1` is the share of images whose best scored class is one of their labels. `map` is the mean of
     `average_precision` over the classes that occur. Both F1 claim the labels whose sigmoid reaches one threshold for

@@ -15,13 +15,13 @@ SORTED_AT_ONCE = 2**24
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """Average precision of each class. (n, classes), bool (n, classes) -> float (classes,)
+    """Average precision of each class. (n, classes), bool (n, classes) -> float (classes,).
 
     The sum over thresholds of (recall - recall before) times precision, as scikit-learn has it: images of equal score
     stand or fall together, nothing is interpolated. NaN for a class that no image has (scikit-learn says 0).
     """
     width = max(1, SORTED_AT_ONCE // max(1, len(scores)))
-    parts = zip(scores.split(width, dim=1), labels.split(width, dim=1), strict=True)
+    parts = zip(torch.split(scores, width, dim=1), torch.split(labels, width, dim=1), strict=True)
     return torch.cat([_average_precision(*part) for part in parts])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def top1(logits: Tensor, targets: Tensor) -> Tensor:
-    """1.0 where the class with the highest score is right. (batch, classes), targets -> (batch,)
+    """1.0 where the class with the highest score is right. (batch, classes), targets -> (batch,).
 
     Args:
         logits: Of equal scores the first class counts as the highest.
@@ -22,12 +22,12 @@ def top1(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,)"""
+    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,)."""
     return among_top(logits, labels, 5)
 
 
 def among_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """1.0 where the right class is among the `k` highest. (batch, classes), (batch,) -> (batch,)
+    """1.0 where the right class is among the `k` highest. (batch, classes), (batch,) -> (batch,).
 
     Of equal scores the class that comes first counts as higher, as `argmax` has it: `topk` leaves their order open, and
     in bfloat16 equal scores are common. A score that is NaN is never among them.
