@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from finetune.data.images import ImageError, decode, header_of
 from finetune.data.cores import cores
+from finetune.data.images import ImageError, decode, header_of
 from finetune.data.split import SPLITS, Source, Store
 from finetune.data.streams import ranks, shuffled
 from finetune.data.verdicts import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, Records, Verdicts
@@ -60,8 +60,10 @@ class Findings:
     remembered: int = 0
 
     def count(self, depth: int) -> int:
-        """How many images were looked at this far, and no further."""
-        return sum(int((records["depth"] == depth).sum()) for records in self.records.values())
+        """How many good images were looked at this far, and no further."""
+        return sum(
+            int(((records["depth"] == depth) & (records["bad"] == 0)).sum()) for records in self.records.values()
+        )
 
     @property
     def coverage(self) -> str:
@@ -77,6 +79,7 @@ class Findings:
             )
             if self.count(depth)
         ]
+        parts += [f"{len(self.bad):,} unreadable"] * bool(self.bad)
         known = f" ({self.remembered:,} of them known from an earlier look)" if self.remembered else ""
         return f"{total:,} images checked: {', '.join(parts)}{known}"
 

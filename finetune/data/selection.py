@@ -1,7 +1,7 @@
 """Which images take part, and in which split: classes, splits, folds, shots, weights.
 
-Pure functions of names and seeds. Every choice ranks images by a hash of their names: nothing moves when other images come or go, one shot is among the
-two shots of the same seed, and the order of the files plays no part.
+Pure functions of names and seeds. Every choice ranks images by a hash of their names: nothing moves when other images
+come or go, one shot is among the two shots of the same seed, and the order of the files plays no part.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _draw(found: Found, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """n / (classes * images of the class): rare classes weigh more, mean 1 over the images. float32 (num_classes,)."""
+    """N / (classes * images of the class): rare classes weigh more, mean 1 over the images. float32 (num_classes,)."""
     counts = class_counts(labels, num_classes).to(torch.float64)
     return (len(labels) / (num_classes * counts)).to(torch.float32)
 

@@ -115,16 +115,9 @@ def _leave_out(source: Source, bad: Sequence[Bad], skipped: SkippedList) -> Sour
 
 def _warn_of_duplicates(source: Source, findings: Findings, run_dir: Path) -> None:
     """The same image in two splits makes a test that was learned by heart; under two labels one label is wrong."""
-    groups = list(duplicates(source, findings))
-    if not groups:
+    lines = duplicate_lines(source, findings)
+    if not lines:
         return
-    lines = [
-        " = ".join(
-            f"{source.splits[split].name_of(index)} [{split}, {label_of(source, split, index)}]"
-            for split, index in group
-        )
-        for group in groups
-    ]
     path = run_dir / "duplicates.txt"
     write_text(
         path, "".join(line.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") + "\n" for line in lines)
@@ -134,6 +127,17 @@ def _warn_of_duplicates(source: Source, findings: Findings, run_dir: Path) -> No
         "%d images come more than once, to the last byte, in several splits or classes (all in %s): %s%s",
         len(lines), path, "; ".join(islice(lines, 3)), more,
     )  # fmt: skip
+
+
+def duplicate_lines(source: Source, findings: Findings) -> list[str]:
+    """Each group of the same images in a line, with the split and the class of each."""
+    return [
+        " = ".join(
+            f"{source.splits[split].name_of(index)} [{split}, {label_of(source, split, index)}]"
+            for split, index in group
+        )
+        for group in duplicates(source, findings)
+    ]
 
 
 def label_of(source: Source, split: str, index: int) -> str:
