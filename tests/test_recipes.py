@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from finetune.compose import compose
 from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, validate
+from finetune.layers import freeze
 from finetune.models import build_model
-from finetune.recipe import batch_notice, num_units, peak_lr, scaled_optim, timed_sched
+from finetune.optim import param_groups
+from finetune.recipe import batch_notice, num_units, peak_lr, scaled_optim, steps_per_epoch, timed_sched
+from finetune.sched import lr_factor
 
 NAMES = ["a", "b", "c"]
 
@@ -117,3 +123,57 @@ def test_mean_pooling_of_timm_equals_timms_own(name: str) -> None:
     assert {n: p.shape for n, p in built.model.net.named_parameters()} == {
         n: p.shape for n, p in theirs.named_parameters()
     }
+
+
+CONF = Path(__file__).parent.parent / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+PUBLISHED = ["beitv2_b16", "eva02_l", "ft_clip_b16", "ft_clip_l14", "lp_ft", "mae_b16", "mkt", "wise_ft"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_builds_at_its_own_batch(name: str) -> None:
+    conf = compose([f"experiment={name}"])
+    assert batch_notice(conf) is None
+    model = build_model(conf.model, NAMES, device="meta").model
+    freeze(model, conf.optim.fix_layer)
+    assert param_groups(model, scaled_optim(conf))
+    header = (CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert f"python -m finetune experiment={name}" in header
+    if name in PUBLISHED:
+        assert conf.optim.recipe_batch > 0
+        for word in ("Source: ", "arXiv:", "Hardware: "):
+            assert word in header, word
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_preset_builds_with_weights_that_exist(name: str) -> None:
+    conf = compose([f"model={name}"])
+    built = build_model(conf.model, NAMES, device="meta")  # looks the tag up, fetches nothing
+    assert built.model.is_chain
+    assert all(p.device.type == "meta" for p in built.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "least", "steps"),
+    [
+        # On ImageNet-1k's 1,281,167 images: peak rate, rate at the end, optimizer steps of warmup.
+        ("ft_clip_b16", 6e-4, 1e-6, 6260),
+        ("ft_clip_l14", 4e-4, 1e-6, 3130),
+        ("mae_b16", 2e-3, 1e-6, 6260),
+        ("beitv2_b16", 5e-5, 1e-6, 25040),
+        ("eva02_l", 2e-5, 0.0, 5006),
+        ("wise_ft", 3e-5, 0.0, 500),
+        ("mkt", 1e-3, 1e-6, 40038),
+    ],
+)
+def test_rates_of_the_published_recipes(name: str, peak: float, least: float, steps: int) -> None:
+    conf = compose([f"experiment={name}"])
+    assert peak_lr(conf) == pytest.approx(peak)
+    assert peak_lr(conf) * conf.sched.scale_min == pytest.approx(least, rel=1e-3)
+    batches = -(-1_281_167 // conf.data.batch_size)
+    per_epoch = steps_per_epoch(conf, batches)
+    assert timed_sched(conf.sched, per_epoch).warmup == steps
+    factors = [lr_factor(t, timed_sched(conf.sched, per_epoch), num_units(conf, per_epoch)) for t in (0, steps)]
+    assert factors[0] < 0.01
+    assert factors[1] == pytest.approx(1.0)
