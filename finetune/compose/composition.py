@@ -42,7 +42,7 @@ from finetune.compose.keys import KEYS, PATH_KEYS, SECTIONS, build, convert, des
 from finetune.compose.yamlfiles import SCHEMA_NAME, builtin_folder, folders, primary_file
 from finetune.config import Conf, validate
 
-PRIMARY_NAME = "finetune_config"
+PRIMARY_NAME = "finetune_primary_config"
 VERSION_BASE = "1.3"
 SIGNS = {
     OverrideType.CHANGE: "",
@@ -117,7 +117,11 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def _hydra_problems(parsed: Sequence[Override]) -> list[str]:
     """What Hydra says about its own settings, where mistakes elsewhere keep the whole from being composed."""
-    own = [override.safe for override in parsed if override.is_hydra and not override.sweep]
+    own = [
+        override.safe
+        for override in parsed
+        if override.is_hydra and not override.sweep and override.key != "hydra.searchpath"
+    ]
     if not own:
         return []
     try:
@@ -215,7 +219,8 @@ def _own(text: str, parsed: HydraOverride) -> Override:
         raise ValueError("nothing in front of the =")
     key = parsed.key_or_group if parsed.package is None else f"{parsed.key_or_group}@{parsed.package}"
     assert parsed.type is not None
-    sign, value = SIGNS[parsed.type], parsed.value()
+    sign = SIGNS[parsed.type]
+    value: Any = parsed.value()
     if isinstance(value, ChoiceSweep):
         return Override(text, key, sign, tuple(_unquoted(item) for item in value.list), "choice")
     if isinstance(value, Glob):
@@ -287,6 +292,20 @@ def one_line(error: BaseException) -> str:
     return ": ".join(parts) or type(error).__name__
 
 
+# Hydra meets odd input with whatever its own code runs into, not with its own exceptions alone.
+_ANY_OF_HYDRA = (
+    HydraException,
+    OmegaConfBaseException,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """What Hydra and OmegaConf raise becomes a ConfigError of one line.
@@ -296,7 +315,9 @@ def readable_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except _ANY_OF_HYDRA as error:
         raise ConfigError([one_line(error)]) from error
 
 

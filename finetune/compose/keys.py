@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from finetune.config import Conf, nearest
@@ -206,5 +206,5 @@ def nearest_key(name: str, groups: Iterable[str] = ()) -> str:
 
 
 def path_as_typed(text: str) -> str:
-    """`~` and `~name` at the start become the home folder; everything else stays."""
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    """`~` and `~name` at the start become the home folder; everything else, and an unknown name, stays."""
+    return os.path.expanduser(text)  # pathlib raises where the name is unknown
