@@ -58,10 +58,15 @@ def _tv_convnext() -> nn.Module:
     )
 
 
-def _tv_swin() -> nn.Module:
+def _tv_swin(**args: Any) -> nn.Module:
     return swin_transformer.SwinTransformer(
-        [4, 4], 24, [2, 2], [2, 4], [4, 4], dropout=0.1, stochastic_depth_prob=0.3, num_classes=CLASSES
+        [4, 4], 24, [2, 2], [2, 4], [4, 4], dropout=0.1, stochastic_depth_prob=0.3, num_classes=CLASSES, **args
     )
+
+
+def _tv_swin_v2() -> nn.Module:
+    parts = {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+    return _tv_swin(**parts)
 
 
 def _tv_vit(**args: Any) -> nn.Module:
@@ -98,6 +103,7 @@ CHAINS: dict[str, tuple[Build, int]] = {
     "tv-convnext": (lambda: _torchvision(_tv_convnext()), 32),
     "tv-resnet": (lambda: _torchvision(resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=CLASSES)), 64),
     "tv-swin": (lambda: _torchvision(_tv_swin()), 64),
+    "tv-swin-v2": (lambda: _torchvision(_tv_swin_v2()), 64),
     "clip-vit": (functools.partial(_clip, patch_dropout=0.3), 32),
     "clip-resnet": (lambda: _tower(ModifiedResNet([1, 2, 1, 1], 16, 2, image_size=64, width=8), 16), 64),
     "clip-timm-vit": (functools.partial(_wrapped, "test_vit", "", "linear", drop_path=0.3), 160),

@@ -161,7 +161,7 @@ def report(capsys: pytest.CaptureFixture[str], text: str, start: float) -> None:
         print(f"\n{text} ({time.monotonic() - start:.0f} s)")
 
 
-# Real weights, and modules rather than tensors: the order in which leaf modules run, those without parameters among them.
+# Real weights, and modules rather than tensors: leaf modules run in order, those without parameters among them.
 
 
 @pytest.mark.parametrize("name", [*timm.list_models("test_*"), "resnet18", "levit_128s"])
