@@ -375,9 +375,10 @@ def _check_cells(plan: _Plan, reader: Reader) -> None:
             trees[key] = reader.tree(chosen)
             plan.findings.add(*trees[key].problems)
         tree = trees[key]
-        unread = tree.unread | plan.unread
         conf = build({**tree.values, **{name: by_name[name] for name in plan.settings}})
-        plan.findings.add(*validate(conf, SECTIONS if "" in unread else unread))
+        alone = validate(conf, SECTIONS)  # each setting by itself
+        unread = tree.unread | plan.unread | {line.partition("=")[0].partition(".")[0] for line in alone}
+        plan.findings.add(*alone, *validate(conf, SECTIONS if "" in unread else unread))
 
 
 def _cells(axes: list[list[Any]]) -> Iterator[tuple[Any, ...]]:
