@@ -29,6 +29,9 @@ class Meter(Protocol):
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes), and labels int64 (batch,) or 0 and 1 for every class (batch, classes)."""
 
+    def running(self) -> dict[str, float]:
+        """Means of `loss` and `top1` over the batches so far, for a progress bar. Waits for the device."""
+
     def results(self) -> dict[str, float]:
         """Exact over all images so far: `loss`, `top1` and what else was asked for. Waits for the device."""
 
@@ -67,6 +70,11 @@ class LabelMeter:
         self._counts.add(logits.argmax(dim=1), targets)
         if "ece" in self._names:
             self._calibration.add(logits, right)
+
+    def running(self) -> dict[str, float]:
+        """See `Meter`."""
+        means = {} if self._sums is None else self._sums.means()
+        return {name: means[name] for name in ("loss", "top1") if name in means}
 
     def results(self) -> dict[str, float]:
         """See `Meter`."""
@@ -127,6 +135,11 @@ class MultilabelMeter:
             # Upcast only where they are sorted: half the memory in bfloat16.
             self._scores.append(logits.detach())
             self._labels.append(labels)
+
+    def running(self) -> dict[str, float]:
+        """See `Meter`."""
+        means = {} if self._sums is None else self._sums.means()
+        return {name: means[name] for name in ("loss", "top1") if name in means}
 
     def results(self) -> dict[str, float]:
         """See `Meter`."""
