@@ -141,12 +141,18 @@ class ModelConf:
     templates: list[str] = setting(
         ["default"], "prompts of the zero-shot head, {} is the class name; or sets: default, simple (7), imagenet (80)"
     )
+    class_names: str | None = setting(
+        None, "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes' own"
+    )
     drop_path: float = setting(
         0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1
     )
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", at_least=0, below=1)
     head_scale: float = setting(
         1.0, "head=random: its first values times this; MAE, BEiT and FT-CLIP start at 0.001", above=0, at_most=1
+    )
+    head_bias: bool = setting(
+        False, "zero-shot head: an offset for each class, learned too; always there where images have several labels"
     )
     pool: Pool = setting(
         Pool.auto, "auto: as the weights were trained; mean: the mean of all patches under a new norm (CLIP and ViT)"
@@ -320,7 +326,11 @@ def _head_problems(model: ModelConf) -> list[str]:
         problems.append(
             f"model.head={model.head} needs the pooling of the weights: use model.head=random or model.pool=auto"
         )
+    if model.head_bias and (model.family != Family.clip or model.head not in (HeadKind.auto, HeadKind.zeroshot)):
+        problems.append("model.head_bias=true would be ignored: every other head than the zero-shot one has offsets")
     is_zeroshot = model.family == Family.clip and model.head == HeadKind.auto and model.pool == Pool.auto
+    if model.class_names is not None and not is_zeroshot and model.head != HeadKind.zeroshot:
+        problems.append(f"model.class_names={model.class_names} would be ignored: only a zero-shot head reads names")
     if model.head_scale != 1 and (is_zeroshot or model.head not in (HeadKind.auto, HeadKind.random)):
         kind = HeadKind.zeroshot if is_zeroshot else model.head
         problems.append(

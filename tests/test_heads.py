@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from finetune.config import Conf, Family, HeadKind, ModelConf, validate
 from finetune.models import build_model
 from finetune.models.clip import ClipClassifier
-from finetune.models.heads import Head, class_prompts, expand_templates, zeroshot_head, zeroshot_weight
+from finetune.models.heads import (
+    Head,
+    class_prompts,
+    expand_templates,
+    read_class_names,
+    zeroshot_head,
+    zeroshot_weight,
+)
 from finetune.models.probe import STRENGTHS, features_of, linear_probe, set_head
 
 TEMPLATES = ["{}", "a photo of a {}.", "the {}"]
@@ -131,6 +138,39 @@ def test_random_weights_get_a_random_head_unless_asked_otherwise() -> None:
     built = build_model(ModelConf(pretrained="none"), ["zero", "one"])
     assert not built.has_zeroshot and built.model.net.head.bias is not None
     assert build_model(ModelConf(pretrained="none", head=HeadKind.zeroshot), ["zero", "one"]).has_zeroshot
+
+
+def test_a_file_may_name_the_classes(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("zero\n\none \n")
+    own, named = (
+        build_model(ModelConf(class_names=name), ["0", "1"]).model.net.head.weight for name in (None, str(path))
+    )
+    expected = build_model(ModelConf(), ["zero", "one"]).model.net.head.weight
+    assert torch.equal(named, expected) and not torch.equal(named, own)
+    path.write_text("1\tthe one\n")
+    assert read_class_names(path, ["0", "1"]) == ["0", "the one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("zero\none\ntwo\n", "holds 3 names and the data has 2 classes"),
+        ("", "holds 0 names"),
+        ("n01\ttench\n", r"names 'n01', no class of the data \(did you mean 'n0"),
+    ],
+)
+def test_names_that_do_not_fit_the_classes_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        build_model(ModelConf(class_names=str(tmp_path / "names.txt")), ["n02", "n03"])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        build_model(ModelConf(class_names=str(tmp_path / "nothing.txt")), ["n02", "n03"])
+
+
+def test_names_for_a_head_that_reads_none_are_a_problem() -> None:
+    conf = Conf(model=ModelConf(class_names="names.txt", head=HeadKind.random))
+    assert any("class_names=names.txt would be ignored" in problem for problem in validate(conf))
 
 
 # Named sets of prompts.

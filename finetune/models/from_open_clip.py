@@ -32,7 +32,7 @@ from finetune.models.built import (
     unknown_tag,
 )
 from finetune.models.clip import ClipClassifier, classifier_layers
-from finetune.models.heads import Head, Tokenizer, zeroshot_head
+from finetune.models.heads import Head, Tokenizer, read_class_names, zeroshot_head
 from finetune.models.layering import open_clip_layers
 from finetune.models.pooling import mean_pool_open_clip
 from finetune.preprocess import Preprocess
@@ -84,6 +84,8 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     kind = head_kind(conf, has_text=True)
     origin = locate(conf, load=load)
     reads_text = kind == HeadKind.zeroshot and load
+    names_file = Path(conf.class_names).expanduser() if conf.class_names and reads_text else None
+    names = read_class_names(names_file, classes)
     tokenizer = origin.tokenizer() if reads_text else None  # first: it may be missing, and what follows takes long
     whole = reads_text or (load and is_big_vision(origin))
     clip = _construct(origin.model_cfg, conf.image_size, whole=whole, device=device)
@@ -92,7 +94,9 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     _set_size(clip, conf.image_size)
     visual: Any = clip.visual
     if tokenizer is not None:
-        head = zeroshot_head(clip.to(device), tokenizer, classes, conf.templates, dropout=conf.head_dropout)
+        head = zeroshot_head(
+            clip.to(device), tokenizer, names, conf.templates, dropout=conf.head_dropout, bias=conf.head_bias
+        )
     else:
         plain = kind != HeadKind.zeroshot
         with torch.device("meta" if device.type == "meta" else "cpu"):
@@ -100,7 +104,7 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
             if conf.pool == Pool.mean:
                 width = mean_pool_open_clip(visual, conf.name)
             head = Head(
-                width, len(classes), bias=plain, normalize=not plain, dropout=conf.head_dropout
+                width, len(classes), bias=plain or conf.head_bias, normalize=not plain, dropout=conf.head_dropout
             )
     net = ClipClassifier(visual, head)
     model = layered(net, classifier_layers(open_clip_layers(visual))).to(device)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.config import TemplateSet
+from finetune.config import TemplateSet, nearest
 
 # The prompts that `model.templates` is without a word from the user.
 DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")
@@ -99,6 +100,39 @@ def expand_templates(templates: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt for template in templates for prompt in sets.get(template, [template])))
 
 
+def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
+    """What prompts call the classes: their own names, or those of a file.
+
+    Args:
+        path: A text file, UTF-8: a name a line in the order of the classes, or `CLASS<tab>NAME` in any order, where a
+            class without a line keeps its own name. None for no file.
+        classes: The data's own names in the order of the labels.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another number of names than classes, or a class that the data lacks.
+    """
+    if path is None:
+        return list(classes)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.class_names={path}: no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if lines and all("\t" in line for line in lines):
+        named = dict(line.split("\t", 1) for line in lines)
+        unknown = [name for name in named if name not in classes]
+        if unknown:
+            raise ValueError(
+                f"model.class_names={path} names {unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
+            )
+        return [named.get(name, name) for name in classes]
+    if len(lines) != len(classes):
+        raise ValueError(
+            f"model.class_names={path} holds {len(lines)} names and the data has {len(classes)} classes:"
+            " give one name a line in class order, or CLASS<tab>NAME for some"
+        )
+    return lines
+
+
 def class_prompts(classes: Sequence[str]) -> list[str]:
     """Class names as a sentence holds them: underscores of folder names become spaces.
 
@@ -146,9 +180,15 @@ def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str
 
 
 def zeroshot_head(
-    clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, dropout: float = 0.0
+    clip: nn.Module,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    *,
+    dropout: float = 0.0,
+    bias: bool = False,
 ) -> Head:
-    """A head that scores images as CLIP does, ready to be trained on: normalised features, no bias.
+    """A head that scores images as CLIP does, ready to be trained on: normalised features, no bias unless asked for.
 
     Args:
         clip: See `zeroshot_weight`, as for the next three.
@@ -156,13 +196,14 @@ def zeroshot_head(
         classes: Class names in the order of the labels.
         templates: Prompts.
         dropout: Probability of dropping a feature while training.
+        bias: Whether each class has an offset that learns, 0 at first.
 
     Raises:
         ValueError: Class names that a text tower cannot tell apart.
     """
     weight = zeroshot_weight(clip, tokenizer, classes, templates)
-    head = Head(weight.shape[1], weight.shape[0], bias=False, normalize=True, dropout=dropout)
-    head.set(weight, None)
+    head = Head(weight.shape[1], weight.shape[0], bias=bias, normalize=True, dropout=dropout)
+    head.set(weight, torch.zeros(len(weight)) if bias else None)
     return head
 
 
