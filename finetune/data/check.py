@@ -26,6 +26,7 @@ from finetune.data.verdicts import DECODED, HEADER, MODES, PRESENT, RECORD, UNSE
 CHUNK = 4096  # files looked for between two looks at the clock
 BATCH = 64  # files decoded between two looks at the clock
 MAX_THREADS = 16
+MAX_BAD = 100_000  # missing files, from which on no more are looked for: the folder is another one
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _Look:
     def find_all(self, deadline: float) -> None:
         """Stamp every image until the time is up; take over what is known of it."""
         for start in range(0, len(self.rows), CHUNK):
-            if start and time.monotonic() > deadline:
+            if (start and time.monotonic() > deadline) or len(self.bad) > MAX_BAD:
                 return
             stamps = [self._stamp(position) for position in range(start, min(start + CHUNK, len(self.rows)))]
             part = self.records[start : start + CHUNK]

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetune.config import AugmentConf, Balance, DataConf, OnError
+from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
 from finetune.data.images import ImageError
 from finetune.data.order import Showings, epoch_order
+from finetune.data.pixel_cache import FirstStep, PixelCache, first_step, open_cache
 from finetune.data.sources import Split
 from finetune.data.streams import augment_generator, view_of
 from finetune.data.transforms import Shower, build_transform
+from finetune.data.workers import Stopwatch, choose_workers
 from finetune.preprocess import Preprocess
 from finetune.signals import STOPPING
 
@@ -64,6 +66,8 @@ class Maker(Dataset["Made | ImageError"]):
     def __init__(self, split: Split, transform: Shower, seed: int, *, skip: bool = False) -> None:
         """Draw views of the images of `split` by `transform`, under the run's `seed`; `skip`: leave out what is bad."""
         self._skip = skip
+        self._cache: PixelCache | None = None
+        self._step: FirstStep | None = None
         self._split = split
         self._transform = transform
         self._seed = seed
@@ -92,8 +96,15 @@ class Maker(Dataset["Made | ImageError"]):
         ids = torch.tensor(samples, dtype=torch.int64)
         return Made(self._transform(images, generators), self._split.labels[ids], ids, left_out)
 
+    def use(self, cache: PixelCache, step: FirstStep) -> None:
+        """Take images out of `cache`, in which they are as after `step`."""
+        self._cache, self._step = cache, step
+
     def _load(self, sample: int) -> Tensor:
-        return self._split.load(sample)
+        if self._cache is None or self._step is None:
+            return self._split.load(sample)
+        kept = self._cache.load(sample)
+        return self._step(self._split.load(sample)) if kept is None else kept
 
 
 class Plan(Sampler[Key]):
@@ -151,7 +162,10 @@ class Loader:
         self._split = split
         self._on_skip = on_skip or (lambda error: None)
         skip = conf.on_error == OnError.skip
-        self._maker = Maker(split, build_transform(preprocess, augment), seed, skip=skip)
+        self._step = first_step(preprocess, augment)
+        self._is_cached = conf.cache != CacheKind.none
+        start = self._step.rest if self._is_cached else preprocess
+        self._maker = Maker(split, build_transform(start, augment), seed, skip=skip)
         self._conf = conf
         self._augment = augment
         self._seed = seed
@@ -216,8 +230,20 @@ class Loader:
         order = epoch_order(self._split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
         return order.repeated(self._repeats)
 
+    def _measured(self) -> int:
+        """Workers by the time that the first images take here; what is made is thrown away."""
+        watch = Stopwatch()
+        for sample in range(min(self._conf.batch_size, len(self._split))):
+            self._maker[Key([sample], [0], 0)]
+            if watch.lap(1):
+                break
+        return choose_workers(watch.cost_s, self._device)
+
     def _build(self) -> DataLoader[Made | ImageError]:
-        workers = 0 if self._conf.workers == "auto" else int(self._conf.workers)
+        if self._is_cached:
+            self._maker.use(open_cache(self._split, self._step, self._conf), self._step)
+            self._is_cached = False  # opened once, also when workers are started again
+        workers = self._measured() if self._conf.workers == "auto" else int(self._conf.workers)
         return DataLoader(
             self._maker,
             batch_size=None,  # a key is a batch already

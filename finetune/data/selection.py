@@ -168,7 +168,7 @@ def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str,
 
 
 def in_fold(order: Ranks, strata: Rows, *, folds: int, fold: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Whether each image belongs to fold number `fold`: every stratum is dealt out like cards, in the order of ranks."""
+    """Whether each image belongs to fold number `fold`: every stratum is dealt out like cards, by rank."""
     inside = np.zeros(len(order), dtype=bool)
     dealt = 0
     for rows in _groups(order, strata):

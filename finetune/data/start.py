@@ -102,8 +102,8 @@ def _leave_out(source: Source, bad: Sequence[Bad], skipped: SkippedList) -> Sour
     moved = moved or [item for item in bad if source.splits[item.split].name_of(item.index) != item.name]
     if moved:
         raise ValueError(
-            f"{skipped.path} lists {moved[0].name} as number {moved[0].index} of {moved[0].split}, where another image is"
-            " now: the data has changed since this run was started; start a new run"
+            f"{skipped.path} lists {moved[0].name} as number {moved[0].index} of {moved[0].split}, where another image"
+            " is now: the data has changed since this run was started; start a new run"
         )
     if not bad:
         return source
@@ -131,13 +131,11 @@ def _warn_of_duplicates(source: Source, findings: Findings, run_dir: Path) -> No
 
 def duplicate_lines(source: Source, findings: Findings) -> list[str]:
     """Each group of the same images in a line, with the split and the class of each."""
-    return [
-        " = ".join(
-            f"{source.splits[split].name_of(index)} [{split}, {label_of(source, split, index)}]"
-            for split, index in group
-        )
-        for group in duplicates(source, findings)
-    ]
+    lines = []
+    for group in duplicates(source, findings):
+        words = [f"{source.splits[name].name_of(i)} [{name}, {label_of(source, name, i)}]" for name, i in group]
+        lines.append(" = ".join(words).replace("\n", "\\n"))
+    return lines
 
 
 def label_of(source: Source, split: str, index: int) -> str:

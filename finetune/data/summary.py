@@ -43,7 +43,7 @@ def _sizes(findings: Findings) -> list[str]:
     lines = []
     for word, values in (("width", seen["width"]), ("height", seen["height"])):
         low, middle, high = np.percentile(values, (0, 50, 100)).astype(int).tolist()
-        lines.append(f"{word}: {low:,} to {high:,} pixels, half of them below {middle:,}")
+        lines.append(f"{word}: {low:,} to {high:,} pixels, median {middle:,}")
     return lines
 
 
@@ -58,7 +58,8 @@ def _modes(findings: Findings) -> list[str]:
 def _seen(findings: Findings) -> Records:
     """The records of images whose size is known."""
     records: Records = np.concatenate(list(findings.records.values()))
-    return records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
+    chosen: Records = records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
+    return chosen
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -240,10 +240,8 @@ def _rows(path: str, conf: DataConf) -> Iterator[tuple[int, Sequence[Any]]]:
     if ending not in FORMATS:
         raise ValueError(f"data.table={path}: expected a name that ends in {' '.join(FORMATS)}; .gz may follow")
     wanted = [conf.path_column, conf.label_column, *([conf.split_column] if conf.split_column else [])]
-    if ending in (".parquet", ".pq"):
-        rows = _parquet_rows(path, wanted)
-    else:
-        rows = _text_rows(path, wanted, FORMATS[ending])
+    in_parquet = ending in (".parquet", ".pq")
+    rows = _parquet_rows(path, wanted) if in_parquet else _text_rows(path, wanted, FORMATS[ending])
     for number, cells in rows:
         yield number, cells if len(cells) == 3 else (*cells, None)
 
