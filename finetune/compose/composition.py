@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,7 +44,8 @@ from finetune.compose.yamlfiles import SCHEMA_NAME, builtin_folder, folders, pri
 from finetune.config import Conf, validate
 
 PRIMARY_NAME = "finetune_primary_config"
-VERSION_BASE = "1.3"
+# Hydra 1.4 warns when it is told which version's defaults to use, 1.3 when it is not.
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 SIGNS = {
     OverrideType.CHANGE: "",
     OverrideType.ADD: "+",
@@ -111,7 +113,7 @@ def prepare(line: CommandLine) -> Prepared:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(builtin_folder()), version_base=VERSION_BASE, job_name="finetune"):
+    with hydra.initialize_config_dir(str(builtin_folder()), job_name="finetune", **VERSION_BASE):
         return hydra.compose(PRIMARY_NAME, overrides, return_hydra_config=True)
 
 
@@ -136,8 +138,10 @@ def register(searched: Sequence[Path]) -> None:
     """Tell Hydra the schema, the primary configuration and the folders."""
     primary = OmegaConf.load(primary_file(searched))
     store = ConfigStore.instance()
-    store.store(name=SCHEMA_NAME, node=Conf)
-    store.store(name=PRIMARY_NAME, node=primary)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
+        store.store(name=SCHEMA_NAME, node=Conf)
+        store.store(name=PRIMARY_NAME, node=primary)
     _Folders.searched = tuple(folder for folder in searched if folder != builtin_folder())
     Plugins.instance().register(_Folders)
 
@@ -340,7 +344,7 @@ def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with readable_errors():
-            main = hydra.main(version_base=VERSION_BASE, config_path=str(builtin_folder()), config_name=PRIMARY_NAME)
+            main = hydra.main(config_path=str(builtin_folder()), config_name=PRIMARY_NAME, **VERSION_BASE)
             main(task)()
     finally:
         sys.argv = program
