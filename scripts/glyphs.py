@@ -340,7 +340,7 @@ def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_bitmap(images: Tensor, threshold: Tensor) -> Tensor:
-    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged again. (batch, 1, 32, 32) -> same.
+    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged. (batch, 1, 32, 32) -> same.
 
     The published preparation of the "Optical Recognition of Handwritten Digits" set (Alpaydin and Kaynak, UCI, 1998).
     """
