@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config import HeadKind, ModelConf, Pool, nearest
 from finetune.models import glyphs, weights
@@ -26,6 +27,8 @@ from finetune.models.built import (
     square,
     unknown_tag,
 )
+from finetune.models.clip import ClipClassifier, classifier_layers
+from finetune.models.heads import Head
 from finetune.models.layering import classifier_names, timm_layers
 from finetune.models.pooling import mean_pool_timm
 from finetune.preprocess import Preprocess
@@ -69,22 +72,43 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     kind = head_kind(conf, has_text=False)
     with torch.device("meta" if device.type == "meta" else "cpu"):
         found = _bundled(conf, load=load) if conf.name == glyphs.VIT else _from_registry(conf, load=load)
-        net: Any = found.net
+        net = found.net
         if conf.pool == Pool.mean:
             mean_pool_timm(net, conf.name)
         if kind == HeadKind.keep and load:
-            (name,) = classifier_names(net)
-            keep_head(net, name, classes, dropout=conf.head_dropout, known=found.classes)
-        else:
+            names = classifier_names(net)
+            if len(names) != 1:
+                raise ValueError(
+                    f"model.head=keep: {conf.name} has {len(names)} classifiers, not one; use model.head=random"
+                )
+            keep_head(net, names[0], classes, dropout=conf.head_dropout, known=found.classes)
+        elif isinstance(net, Classifies):
             net.reset_classifier(len(classes))
             for name in classifier_names(net):
                 put_head(net, name, len(classes), dropout=conf.head_dropout)
-    model = layered(net, timm_layers(net)).to(device)
-    if model.layers[-1].name != "head":
-        raise ValueError(
-            f"model.name={conf.name} is a network without a classifier, so it cannot be fine-tuned to classify"
-        )
+        else:
+            # An encoder of a language model: the mean of what it tells that model is classified.
+            net = ClipClassifier(net, Head(_width(net, found), len(classes), dropout=conf.head_dropout))
+    encoder = net.visual if isinstance(net, ClipClassifier) else None
+    layers = timm_layers(net) if encoder is None else classifier_layers(timm_layers(encoder))
+    model = layered(net, layers).to(device)
     return BuiltModel(model.train(), found.preprocess, found.description, has_zeroshot=False)
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """A timm network that can be given another number of classes."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new classifier in the place of the old one."""
+
+
+@torch.no_grad()
+def _width(encoder: nn.Module, found: Upstream) -> int:
+    """How many numbers an encoder says of each place: what it calls its width is not always that, so an image asks."""
+    size = found.preprocess.size
+    out: Tensor = copy.deepcopy(encoder).to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    return out.shape[1] if out.ndim == 4 else out.shape[-1]
 
 
 def _bundled(conf: ModelConf, *, load: bool) -> Upstream:

@@ -54,9 +54,11 @@ class Head(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """Logits. (batch, in_features) -> (batch, classes).
 
-        Towers that do not pool (open_clip's `pool_type='none'`, its cascaded and parallel attentional pools) give
-        (batch, tokens, in_features): their tokens are averaged.
+        Towers that do not pool (open_clip's `pool_type='none'`, its cascaded and parallel attentional pools, timm's
+        encoders) give (batch, tokens, in_features) or (batch, in_features, height, width): places are averaged.
         """
+        if features.ndim == 4:
+            features = features.mean(dim=(2, 3))
         if features.ndim == 3:
             features = features.mean(dim=1)
         if self.normalize:

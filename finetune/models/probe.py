@@ -109,6 +109,7 @@ def features_of(model: LayeredModel, images: Tensor) -> Tensor:
     finally:
         handle.remove()
     features = seen[0].float()
+    features = features.mean(dim=(2, 3)) if features.ndim == 4 else features
     features = features.mean(dim=1) if features.ndim == 3 else features
     return F.normalize(features, dim=-1) if head.normalize else features
 
