@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.config import Conf, Interval
 from finetune.layers import LayeredModel
-from finetune.optim import layer_scale
+from finetune.optim import layer_scale, steps_to_output
 from finetune.recipe import num_units, peak_lr, timed_sched
 from finetune.sched import lr_factor
 
@@ -40,9 +40,21 @@ def layer_rows(model: LayeredModel, conf: Conf) -> list[LayerRow]:
 
 
 def peak_rates(model: LayeredModel, conf: Conf) -> list[float]:
-    """Each layer's rate where the schedule's factor is 1; 0.0 where it is frozen."""
+    """Each layer's rate where the schedule's factor is 1; 0.0 where it is frozen.
+
+    Of a layer whose parts `optim.layer_rule=timm` counts at different distances, the highest.
+    """
     scales = [layer_scale(index, model.num_blocks, conf.optim.layer_decay) for index in range(len(model.layers))]
-    return [peak_lr(conf) * scale if index >= model.num_frozen else 0.0 for index, scale in enumerate(scales)]
+    peaks = [peak_lr(conf) * scale if index >= model.num_frozen else 0.0 for index, scale in enumerate(scales)]
+    for index in range(model.num_frozen, len(model.layers)):
+        steps = [
+            steps_to_output(model, name, conf.optim.layer_rule)
+            for name, _ in model.net.named_parameters()
+            if model.layer_ids[name] == index
+        ]
+        if steps:
+            peaks[index] = peak_lr(conf) * conf.optim.layer_decay ** min(steps)
+    return peaks
 
 
 def planned_rates(model: LayeredModel, conf: Conf, steps_per_epoch: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LEVELS = {
     "schema": -2, "data_settings": -1, "augment_settings": -1, "train_settings": -1,
     "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": 0, "signals": 0,
     "compose": 1, "losses": 1, "finite": 1, "ema": 1, "recipe": 1, "sched": 1, "optim": 1, "distributed": 1, "models": 1, "data": 1, "log": 1, "device": 1,
-    "loop": 2, "prefix": 2, "lrd": 2, "plan": 2,
+    "loop": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2,
     "checkpoint": 3,
     "run": 5,
     "__main__": 6, "__init__": 6, "describe": 6, "check_data": 6, "evaluate": 6, "predict": 6, "export": 6,

@@ -54,4 +54,4 @@ def mean_pool_timm(net: nn.Module, name: str) -> None:
 def _fresh(norm: nn.Module, width: int) -> nn.Module:
     """A new norm of the same class and epsilon: weight 1, bias 0."""
     old: Any = norm
-    return type(norm)(width, eps=old.eps)  # type: ignore[call-arg]
+    return type(norm)(width, eps=old.eps)
