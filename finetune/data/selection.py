@@ -95,23 +95,23 @@ def _cut_all(found: Found, rows: Rows, strata: Rows, conf: DataConf) -> tuple[di
     given = found.given.numpy()[rows]
     parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
     shares = {"val": conf.val_fraction, "test": conf.test_fraction}
-    if conf.folds:
-        parts["train"], parts["val"] = np.sort(np.concatenate([parts["train"], parts["val"]])), rows[:0]
-        del shares["val"]
     missing = {name: share for name, share in shares.items() if not len(parts[name])}
     if not len(parts["train"]):
         raise ValueError(f"{found.place}: no training images")
-    needed = ["train", *(["val"] if conf.folds else []), *missing]
+    needed = ["train", *missing]
     _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed)
     train = parts["train"]
-    order = _ranked(found.names, train, "split", conf.split_seed) if missing or conf.folds else None
-    if order is not None and missing:
+    if missing:
+        order = _ranked(found.names, train, "split", conf.split_seed)
         parts |= {name: train[part] for name, part in cut(order, strata[train], shares=missing).items()}
-    if order is not None and conf.folds:
-        left = np.isin(train, parts["train"], assume_unique=True)
-        inside = in_fold(order[left], strata[train[left]], folds=conf.folds, fold=conf.fold)
-        parts["train"], parts["val"] = train[left][~inside], train[left][inside]
-    how = f" ({' and '.join(missing)} cut by data.split_seed={conf.split_seed})" if missing else ""
+    if conf.folds:  # after the test images are out, so that these are the same with folds and without
+        both = np.sort(np.concatenate([parts["train"], parts["val"]]))
+        _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"])
+        order = _ranked(found.names, both, "fold", conf.split_seed)
+        inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold)
+        parts["train"], parts["val"] = both[~inside], both[inside]
+    cut_off = [name for name in missing if not (conf.folds and name == "val")]
+    how = f" ({' and '.join(cut_off)} cut by data.split_seed={conf.split_seed})" if cut_off else ""
     how += f" (val is fold {conf.fold} of {conf.folds})" if conf.folds else ""
     return parts, how
 

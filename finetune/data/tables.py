@@ -149,9 +149,9 @@ def _paths(path: str, conf: DataConf, columns: _Columns) -> Iterator[str]:
         if not isinstance(name, str) or not name.strip():
             columns.refuse(number, f"has no {conf.path_column}")
             continue
-        words = _words_of(label, conf.label_separator, columns)
+        words = _words_of(label, conf, columns)
         if isinstance(words, str):
-            columns.refuse(number, words.format(column=conf.label_column))
+            columns.refuse(number, words)
             continue
         where = 0
         if conf.split_column is not None:
@@ -167,15 +167,16 @@ def _paths(path: str, conf: DataConf, columns: _Columns) -> Iterator[str]:
         yield name.strip()
 
 
-def _words_of(label: Any, separator: str | None, columns: _Columns) -> Sequence[str] | str:
-    """The labels of a cell; or what is wrong with it, as a text with `{column}` in it."""
+def _words_of(label: Any, conf: DataConf, columns: _Columns) -> Sequence[str] | str:
+    """The labels of a cell; or what is wrong with it, as a text."""
+    separator, column = conf.label_separator, conf.label_column
     several = isinstance(label, list)
     if columns.several is None:
         columns.several = several
     if several and separator:
-        return "has a list in {column}: leave data.label_separator out"
+        return f"has a list in {column}: leave data.label_separator out"
     if several != (columns.several and not separator):
-        return "has one label in {column} where others have lists" if not several else "has a list in {column}"
+        return f"has one label in {column} where others have lists" if not several else f"has a list in {column}"
     if separator:
         cells: list[Any] = str(label).split(separator) if label is not None else []
         cells = [cell for cell in cells if cell.strip()]  # no label at all is an answer, too
@@ -186,7 +187,7 @@ def _words_of(label: Any, separator: str | None, columns: _Columns) -> Sequence[
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # a column of whole numbers with gaps comes as 3.0
         if cell is None or isinstance(cell, (float, dict, list)) or not str(cell).strip():
-            return "has no {column}" if cell is None or cell == "" else f"has {{column}}={str(cell)[:40]!r}"
+            return f"has no {column}" if cell is None or not str(cell).strip() else f"has {column}={str(cell)[:40]!r}"
         words.append(str(cell).strip())
     return list(dict.fromkeys(words))
 
