@@ -1,7 +1,7 @@
 """Draw what a command printed as a picture of a terminal, for the README.
 
-    python -m finetune model=clip sched.mode=cosine_pi > run.txt
-    python scripts/terminal_picture.py run.txt docs/run.svg --title "python -m finetune model=clip sched.mode=cosine_pi"
+python -m finetune model=clip sched.mode=cosine_pi > run.txt
+python scripts/terminal_picture.py run.txt docs/run.svg --title "python -m finetune model=clip sched.mode=cosine_pi"
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def draw(lines: list[str], title: str) -> str:
     rows = [f"$ {title}", *lines]
     width = max(len(row) for row in rows) * CHAR_W + 2 * PAD
     height = len(rows) * LINE_H + 2 * PAD + BAR_H
-    dots = "".join(
-        f'<circle cx="{20 + 18 * i}" cy="17" r="5.5" fill="{colour}"/>' for i, colour in enumerate(("#ff5f57", "#febc2e", "#28c840"))
-    )
+    lights = enumerate(("#ff5f57", "#febc2e", "#28c840"))
+    dots = "".join(f'<circle cx="{20 + 18 * i}" cy="17" r="5.5" fill="{colour}"/>' for i, colour in lights)
     texts = []
     for number, row in enumerate(rows):
-        colour = "#7ee787" if number == 0 else "#ffa657" if row.startswith(("zero-shot", "fine-tuned")) else "#e6edf3"
+        is_score = row.startswith(("zero-shot", "fine-tuned"))
+        colour = "#7ee787" if number == 0 else "#ffa657" if is_score else "#e6edf3"
         y = BAR_H + PAD + number * LINE_H + 12
         texts.append(f'<text x="{PAD}" y="{y}" fill="{colour}" xml:space="preserve">{escape(row)}</text>')
     return (
