@@ -83,7 +83,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -227,8 +227,7 @@ def read_state(path: Path) -> Content:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedError(
-            f"{path} was refused: it holds more than numbers and plain types, and loading it could run code"
-            f" ({str(error).splitlines()[0]})"
+            f"{path} was refused: it holds more than numbers, texts and tensors, and loading such a file can run code"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
@@ -244,6 +243,24 @@ def load_state(path: Path, state: TrainState) -> None:
         ValueError: The file is damaged, of another format, or of another model or optimizer.
     """
     restore(read_state(path), state, str(path))
+
+
+def _restore_rates(content: Content, state: TrainState) -> None:
+    """Moments and position from the file; rates and decay as this run's settings have them.
+
+    They are the saved ones, to the last bit, unless a person changed the settings (`train.epochs` may grow): then the
+    rate is the new curve's at this place, at once and not only from the scheduler's next step on.
+    """
+    optimizer, scheduler = state.optimizer, state.scheduler
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    peaks = list(scheduler.base_lrs)
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict(content["scheduler"])
+    scheduler.base_lrs = peaks
+    for group, settings, peak, factor in zip(optimizer.param_groups, own, peaks, scheduler.lr_lambdas, strict=True):
+        group.update(settings)
+        group["lr"] = peak * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def restore(content: Content, state: TrainState, path: str) -> None:
@@ -262,8 +279,7 @@ def restore(content: Content, state: TrainState, path: str) -> None:
         state.model.net.load_state_dict(content["model"])
     except RuntimeError as error:
         raise ValueError(f"{path} is of another model: {' '.join(str(error).split())}") from error
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scheduler.load_state_dict(content["scheduler"])
+    _restore_rates(content, state)
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])
     state.guard.load_state_dict(content["guard"])

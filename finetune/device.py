@@ -60,3 +60,32 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the last bits of a computation depend on beside program and settings, in words."""
+    import platform
+    from importlib.metadata import version
+
+    import finetune
+
+    processor = f"{_processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "finetune": finetune.__version__,
+        "torch": str(torch.__version__),
+        "pillow": version("pillow"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it; empty elsewhere."""
+    from pathlib import Path
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -36,6 +36,7 @@ class NotFiniteError(FloatingPointError):
 
     Attributes:
         seen: The step that ended the run.
+        limit: How many bad steps were to be skipped.
     """
 
     def __init__(self, seen: Seen, limit: int) -> None:
@@ -45,6 +46,7 @@ class NotFiniteError(FloatingPointError):
             f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}{many}"
         )
         self.seen = seen
+        self.limit = limit
 
     @property
     def step(self) -> int:

@@ -6,41 +6,42 @@ The run directory that it leaves: `config.yaml`, `run.log`, `history.jsonl`, `ra
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from finetune import checkpoint, recipe, report, scores
-from finetune.config import Conf, as_dict, measured_metrics
-from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source
-from finetune.data.mix import Mixer
-from finetune.device import autocast, make_deterministic, pick_device, pick_precision
+from finetune import bad_batch, checkpoint, recipe, report, scores
+from finetune.claim import Holding, Result, inspect
+from finetune.config import Conf, HeadKind, OnNonfinite, TrainConf, as_dict
+from finetune.data import ImageError, Loader
+from finetune.device import make_deterministic
 from finetune.ema import Ema
 from finetune.files import write_text
+from finetune.finite import NotFiniteError, Seen
 from finetune.layers import LayeredModel, freeze
+from finetune.lock import Lock
 from finetune.log import Bar, History, epoch_line, start_log, stop_log, table, write_json
-from finetune.loop import Batch, NotFiniteError, Row, Task, TrainState, fit, validate
-from finetune.losses import build_criterion
-from finetune.metrics import Meter, build_meter
-from finetune.models import BuiltModel, build_model
+from finetune.loop import Batch, Row, TrainState, fit, validate
+from finetune.metrics import Meter
+from finetune.models import build_model
+from finetune.multilabel import set_offsets
 from finetune.optim import build_optimizer
-from finetune.plan import layer_rows, planned_rates
+from finetune.parts import Parts, build_parts
+from finetune.plan import layer_rows
+from finetune.resume import first_promise, notes_of, plan_of, resume, say_changes
+from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
 
 logger = logging.getLogger("finetune")
-Result = dict[str, Any]
-
-# Files by which a folder is known to hold a run.
-OWN_FILES = ("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints")
 
 
 def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) -> Result:
@@ -59,25 +60,46 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
         NotFiniteError: Training diverged; `result.json` says `diverged`.
         Interrupted: A signal asked for a stop; the state is saved.
     """
-    earlier = _claim(run_dir, conf)
-    if earlier is not None and earlier["status"] == "finished":
-        print(
-            f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}"
-        )
-        return earlier
-    start_log(run_dir, quiet=quiet)
-    result: Result = {
+    holding = inspect(run_dir, conf)
+    if not holding.is_finished:
+        with Lock(run_dir) as lock:
+            holding = inspect(run_dir, conf)  # again, now that nobody else can change it
+            if not holding.is_finished:
+                return _run(conf, run_dir, _Session(overrides, holding, quiet, lock.taken_over))
+    assert holding.earlier is not None
+    print(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
+    return holding.earlier
+
+
+@dataclass
+class _Session:
+    """What one start of a run knows beside its configuration."""
+
+    overrides: list[str]
+    holding: Holding
+    quiet: bool
+    taken_over: str  # whose stale lock was in the way
+    result: Result = field(default_factory=dict)
+
+
+def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
+    """`run`, in a folder that this process alone works in."""
+    start_log(run_dir, quiet=session.quiet)
+    result, stop = session.result, StopSignals()
+    result |= {
         "status": "running",
         "error": None,
-        "overrides": overrides,
+        "overrides": session.overrides,
         "seed": conf.seed,
-        "resumed_at": earlier["resumed_at"] if earlier else [],
+        "resumed_at": session.holding.resumed_at,
     }
     try:
-        write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(conf), sort_keys=False, allow_unicode=True))
+        _announce(conf, run_dir, session)
+        own = dataclasses.replace(conf, resume=None, resume_force=False)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
         write_json(run_dir / "result.json", result)
-        with StopSignals() as stop:
-            _fine_tune(conf, run_dir, result, stop)
+        with stop:
+            _fine_tune(conf, run_dir, session, stop)
         result["status"] = "finished"
         _log_close(run_dir, result)
     except BaseException as error:
@@ -85,45 +107,33 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
         logger.debug("the run ended early", exc_info=error)
         raise
     finally:
-        write_json(run_dir / "result.json", result)
+        _write_result(run_dir, result)
         stop_log()
+        stop.pass_on()
+    stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
     return result
 
 
-def _claim(run_dir: Path, conf: Conf) -> Result | None:
-    """What an earlier start of this same run left as its result, or None in a fresh folder.
-
-    Raises:
-        ValueError: The folder holds a run of another configuration, or files that a run would overwrite.
-    """
-    config_path, result_path = run_dir / "config.yaml", run_dir / "result.json"
-    found = [name for name in OWN_FILES if (run_dir / name).exists()]
-    if not found:
-        return None
-    if not config_path.exists():
-        raise ValueError(
-            f"{run_dir} has {', '.join(found)} but no config.yaml, so it is no run of finetune: choose another folder"
-        )
-    before, now = yaml.safe_load(config_path.read_text(encoding="utf-8")), as_dict(conf)
-    differences = list(_differences(before, now))
-    if differences:
-        raise ValueError(
-            f"{run_dir} holds a run of another configuration ({'; '.join(differences)});"
-            " nothing was changed: choose another folder, or start with the same settings to continue it"
-        )
-    if not result_path.exists():
-        return {"status": "interrupted", "resumed_at": []}
-    earlier: Result = json.loads(result_path.read_text(encoding="utf-8"))
-    return earlier
+def _announce(conf: Conf, run_dir: Path, session: _Session) -> None:
+    """The first lines of a run that is continued."""
+    if session.taken_over:
+        logger.warning("took over from %s, which is dead", session.taken_over)
+    if session.holding.earlier is None:
+        return
+    logger.info("continuing the run in %s, so far %s", run_dir, session.holding.earlier["status"])
+    if session.holding.changes:
+        logger.info("changed beside resume=%s:", run_dir)
+        say_changes(session.holding.changes)
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """`key: old -> new` for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif before != now:
-        yield f"{key}: {before} -> {now}"
+def _write_result(run_dir: Path, result: Result) -> None:
+    """The last word of a run. A disk too full for it must not hide what went wrong before."""
+    try:
+        write_json(run_dir / "result.json", result)
+    except OSError as error:
+        if result["status"] == "finished":
+            raise
+        logger.error("result.json could not be written: %s", error)
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:
@@ -137,91 +147,17 @@ def _outcome(error: BaseException) -> tuple[str, str]:
     return "failed", f"{error}" or type(error).__name__
 
 
-@dataclass
-class _Parts:
-    """What a run is made of, once built."""
-
-    conf: Conf
-    run_dir: Path
-    source: Source
-    built: BuiltModel
-    device: torch.device
-    dtype: torch.dtype
-    metrics: tuple[str, ...]
-    monitor: str
-
-    @property
-    def model(self) -> LayeredModel:
-        """The model that learns."""
-        return self.built.model
-
-    @property
-    def headlines(self) -> list[str]:
-        """The metrics that a zero-shot model is judged by: top1 and what picks the best epoch."""
-        return list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where weights and states go."""
-        return self.run_dir / "checkpoints"
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
-        return autocast(self.dtype, self.device)
-
-    def meter(self, threshold: float | None = None) -> Meter:
-        """A fresh meter; its loss is that of training without smoothing and class weights."""
-        is_multilabel = self.source.is_multilabel
-        losses = build_criterion(self.conf.train, is_multilabel=is_multilabel)
-        return build_meter(
-            lambda logits, targets: losses(logits, targets, 0.0),
-            self.metrics,
-            is_multilabel=is_multilabel,
-            threshold=threshold,
-        )
-
-    def task(self) -> Task:
-        """What the model learns by, and what picks the best epoch."""
-        weights = self.source.class_weights
-        criterion = build_criterion(
-            self.conf.train,
-            is_multilabel=self.source.is_multilabel,
-            class_weights=None if weights is None else weights.to(self.device),
-        )
-        return Task(criterion, self.meter(), self.monitor, ema_meter=self.meter())
-
-    def loader(self, split: str, *, train: bool) -> Loader:
-        """Batches of a split: shuffled and augmented, or in order and plain."""
-        return Loader(
-            self.source.splits[split],
-            self.built.preprocess,
-            conf=self.conf.data,
-            augment=self.conf.augment if train else None,
-            seed=self.conf.seed,
-            device=self.device,
-            on_skip=SkippedList(self.run_dir).add,
-        )
-
-    def metadata(self) -> dict[str, str]:
-        """What travels with the weights."""
-        return checkpoint.weights_metadata(self.source.classes, self.built.preprocess, as_dict(self.conf.model))
-
-
-def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> None:
-    """Build, train, test, draw; fills `result`."""
+def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) -> None:
+    """Build, train, test, draw; fills the result."""
     if conf.deterministic:
         make_deterministic()
-    device = pick_device(conf.device)
-    dtype = pick_precision(conf.precision, device)
-    source = check_at_start(open_source(conf.data), conf.data, run_dir)
-    metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
-    torch.manual_seed(conf.seed)
-    built = build_model(conf.model, source.classes)
-    built.model.to(device)
-    parts = _Parts(conf, run_dir, source, built, device, dtype, metrics, monitor)
+    result = session.result
+    parts = build_parts(conf, run_dir)
+    built, device = parts.built, parts.device
+    promise = first_promise(conf, device, session.holding)
     logger.info("model: %s", built.description)
-    logger.info("data: %s", source.description)
-    logger.info("computing on %s in %s; this run: %s", device, str(dtype).removeprefix("torch."), run_dir)
+    logger.info("data: %s", parts.source.description)
+    logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
 
     train, val = parts.loader("train", train=True), parts.loader("val", train=False)
     if built.has_zeroshot:
@@ -229,12 +165,19 @@ def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> 
         result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
         shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
         logger.info("zero-shot, before any training: %s", shown)
+    if parts.source.is_multilabel and conf.model.head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
+        set_offsets(built.model, train.epoch(0), parts.source.splits["train"].labels, parts.autocast())
     state = _start(parts, len(train))
-    _write_plan(parts, state, steps_per_epoch=recipe.steps_per_epoch(conf, len(train)))
+    steps = recipe.steps_per_epoch(conf, len(train))
+    _write_plan(parts, state, plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json"))
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
-    _resume(parts, state, result)
+    if resume(parts, state, session.holding, promise, steps_per_epoch=steps):
+        result["resumed_at"] = [*result["resumed_at"], state.step]
+    result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
+    logger.info("resume promise: %s", promise)
+    write_json(run_dir / "result.json", result)
     stop.check()
     try:
         _train(parts, state, train, val, result, stop)
@@ -245,9 +188,10 @@ def _fine_tune(conf: Conf, run_dir: Path, result: Result, stop: StopSignals) -> 
     report.plot_rates(run_dir)
     write_json(run_dir / "result.json", {**result, "status": "finished"})
     report.plot_curves(run_dir)
+    tidy(parts.checkpoints)
 
 
-def _start(parts: _Parts, batches_per_epoch: int) -> TrainState:
+def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
     """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`)."""
     conf, model = parts.conf, parts.model
     freeze(model, conf.optim.fix_layer)
@@ -260,12 +204,14 @@ def _start(parts: _Parts, batches_per_epoch: int) -> TrainState:
     torch.manual_seed(conf.seed)
     state = TrainState.start(model, optimizer, scheduler, scaler)
     state.task = parts.task()
+    if conf.train.on_nonfinite == OnNonfinite.skip:
+        state.guard.limit = conf.train.max_nonfinite
     if conf.train.ema:
         state.ema = Ema(model, conf.train.ema, warmup=conf.train.ema_warmup)
     return state
 
 
-def _write_plan(parts: _Parts, state: TrainState, steps_per_epoch: int) -> None:
+def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
     """Print the table of layers, and write every layer's planned rate."""
     rows = layer_rows(parts.model, parts.conf)
     logger.info("%s", table(rows, columns=list(rows[0])))
@@ -276,24 +222,14 @@ def _write_plan(parts: _Parts, state: TrainState, steps_per_epoch: int) -> None:
         f"{sum(row['parameters'] for row in rows):,}",
         len(state.optimizer.param_groups),
     )
-    write_json(parts.run_dir / "rates.json", planned_rates(parts.model, parts.conf, steps_per_epoch))
+    write_json(parts.run_dir / "rates.json", plan)
 
 
-def _resume(parts: _Parts, state: TrainState, result: Result) -> None:
-    """Continue from `last.pt` where there is one, with the history cut back to it."""
-    path = parts.checkpoints / "last.pt"
-    if path.exists():
-        checkpoint.load_state(path, state)
-        result["resumed_at"] = [*result["resumed_at"], state.step]
-        logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
-    History(parts.run_dir / "history.jsonl").cut(state.epoch)
-
-
-def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result: Result, stop: StopSignals) -> None:
+def _train(parts: Parts, state: TrainState, train: Loader, val: Loader, result: Result, stop: StopSignals) -> None:
     """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
     conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
-    bar = Bar("", total=0, images=0)
-    mixer = Mixer(conf.augment, num_classes=len(parts.source.classes), seed=conf.seed)
+    bar, mixer = Bar("", total=0, images=0), parts.mixer()
+    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
@@ -301,14 +237,18 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         return mixer.wrap(bar.wrap(train.epoch(epoch, skip)), epoch, skip)
 
     def val_batches(epoch: int) -> Iterator[Batch]:
+        saver.wait()  # the first validation forks workers: not while another thread holds who knows what
         return _stoppable(Bar("validate", total=len(val), images=val.num_images).wrap(val.epoch(0)), stop)
 
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
             head = state.optimizer.param_groups[-1]
             bar.set(**state.sums.means(), lr=head["lr"])
-        if conf.train.save_every_steps and state.step % conf.train.save_every_steps == 0:
-            checkpoint.save_state(parts.checkpoints / "last.pt", state)
+        for seen in state.guard.take():
+            logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
+        saver.check()
+        if _is_save_due(conf.train, state, saver):
+            saver.save(state)
         return stop.is_set
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
@@ -317,12 +257,11 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
         logger.info("%s", line)
         if state.best_epoch == state.epoch:
-            _save_best(parts, state)
-        checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
-        checkpoint.save_state(parts.checkpoints / "last.pt", state)
+            _write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
+        saver.save_epoch(state, history.rows(), _ranked_by(parts))
         stop.check()
 
-    try:
+    with _way_out(parts, state, saver, result):
         finished = fit(
             state,
             conf.train,
@@ -335,22 +274,43 @@ def _train(parts: _Parts, state: TrainState, train: Loader, val: Loader, result:
         )
         if not finished:
             stop.check()
+
+
+@contextmanager
+def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
+    """However training ends: what can be saved is saved, and the result says how far it came."""
+    try:
+        yield
+        saver.wait()
     except Interrupted:
-        checkpoint.save_state(parts.checkpoints / "last.pt", state)
-        logger.info(
-            "stopped at step %d; the same command with hydra.run.dir=%s continues it", state.step, parts.run_dir
-        )
+        saver.save(state)
+        saver.wait()
+        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
         raise
     except ImageError as error:  # a file that went bad since the check
-        checkpoint.save_state(parts.checkpoints / "last.pt", state)
-        again = f"the same command with hydra.run.dir={parts.run_dir} continues at step {state.step}"
+        saver.save(state)
+        saver.wait()
+        again = f"continue at step {state.step} with resume={parts.run_dir}"
         raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
     except NotFiniteError as error:
-        checkpoint.save_weights(parts.checkpoints / "last.safetensors", state.model, parts.metadata())
-        error.args = (_name_bad_batch(error, parts, state),)
+        saver.save_weights(state)
+        error.args = (_not_finite(error, parts, state),)
         raise
     finally:
-        result |= _best_scores(state, history.rows())
+        result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
+        result["seconds_saving"] = round(saver.stalled_s, 3)
+
+
+def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
+    """Whether to save in the middle of an epoch."""
+    by_steps = train.save_every_steps > 0 and state.step % train.save_every_steps == 0
+    return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
+
+
+def _ranked_by(parts: Parts) -> str:
+    """The metric that picks the best epochs."""
+    monitor = parts.conf.train.monitor
+    return parts.monitor if monitor == "auto" else monitor
 
 
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
@@ -364,22 +324,27 @@ def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
     return found
 
 
-def _save_best(parts: _Parts, state: TrainState) -> None:
-    """Keep what the best epoch was scored with: the weights, or their averages."""
-    swapped = state.ema.swapped_in() if state.ema is not None and state.best_is_ema else nullcontext()
-    with swapped:
-        checkpoint.save_weights(parts.checkpoints / "best.safetensors", state.model, parts.metadata())
-    _write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
-
-
-def _name_bad_batch(error: NotFiniteError, parts: _Parts, state: TrainState) -> str:
-    """What a person needs to find the cause: the batch, by its files, and the rates."""
-    names = [parts.source.splits["train"].name_of(index) for index in error.ids]
-    rates = [group["lr"] for group in state.optimizer.param_groups]
+def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
+    """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
+    names = [parts.source.splits["train"].name_of(int(index)) for index in seen.ids]
+    rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    path = bad_batch.store(parts.run_dir, seen, parts.window(seen.epoch, seen.batch), names=names, rates=rates)
+    logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
+    where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
     return (
-        f"{error}, rates {min(rates):.3g} to {max(rates):.3g}. The update was not applied: checkpoints/last.safetensors"
-        f" holds the weights from before it. Its images: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        " (all in run.log). Lower optim.lr, add sched.warmup, or look at these images"
+        f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}, rates"
+        f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
+    )
+
+
+def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
+    """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
+    texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
+    limit = f" {error.seen.step}: more than train.max_nonfinite={error.limit} such steps." if error.limit else ""
+    return (
+        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the weights"
+        f" from before it. Lower optim.lr, add sched.warmup, or look at these images: python -m finetune.replay"
+        f" {parts.run_dir}"
     )
 
 
@@ -391,19 +356,19 @@ def _stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
 
 
 def _evaluate(
-    parts: _Parts, loader: Loader, title: str, stop: StopSignals, *, meter: Meter, model: LayeredModel | None = None
+    parts: Parts, loader: Loader, title: str, stop: StopSignals, *, meter: Meter, model: LayeredModel | None = None
 ) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split."""
     bar = Bar(title, total=len(loader), images=loader.num_images)
     return validate(model or parts.model, _stoppable(bar.wrap(loader.epoch(0)), stop), parts.autocast(), meter)
 
 
-def _write_scores(parts: _Parts, split: str, meter: Meter) -> None:
+def _write_scores(parts: Parts, split: str, meter: Meter) -> None:
     """What `meter` has measured on a split, class by class, to the run directory."""
     scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)
 
 
-def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -> None:
+def _test(parts: Parts, state: TrainState, result: Result, stop: StopSignals) -> None:
     """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
     loader = parts.loader("test", train=False)
     try:
@@ -417,7 +382,7 @@ def _test(parts: _Parts, state: TrainState, result: Result, stop: StopSignals) -
         if parts.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
             torch.manual_seed(parts.conf.seed)
-            untrained = build_model(parts.conf.model, parts.source.classes).model.to(parts.device)
+            untrained = build_model(parts.model_conf, parts.source.classes).model.to(parts.device)
             zeroshot = _evaluate(parts, loader, "test zero-shot", stop, meter=parts.meter(), model=untrained)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
     finally:

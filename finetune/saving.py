@@ -250,7 +250,9 @@ def latest_state(folder: Path) -> tuple[Content, Path] | None:
             return read_state(last), last
         except DamagedError as error:
             if not previous.exists():
-                raise ValueError(f"{error}; there is none before it: remove {folder} to start from the beginning") from error
+                raise ValueError(
+                    f"{error}; there is none before it: remove {folder} to start from the beginning"
+                ) from error
             content = read_state(previous)
             logger.warning(
                 "%s. Falling back to the checkpoint before it, of step %d; the damaged file is now damaged.pt",
