@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from pathlib import Path
@@ -11,13 +12,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn import metrics as sk
 from torch import Tensor
 
-from finetune.config import LABEL_METRICS, MULTILABEL_METRICS, Conf, Loss, TrainConf, measured_metrics, validate
+from finetune.checkpoint import load_weights
+from finetune.config import (
+    LABEL_METRICS,
+    MULTILABEL_METRICS,
+    AugmentConf,
+    Conf,
+    DataConf,
+    Loss,
+    SourceKind,
+    TrainConf,
+    measured_metrics,
+    validate,
+)
 from finetune.losses import asymmetric_loss, binary_cross_entropy, build_criterion, cross_entropy
 from finetune.metrics import LabelMeter, MultilabelMeter, average_precision, top1, top5
 from finetune.metrics import classes as classes_module
+from finetune.models import build_model
+from finetune.multilabel import model_settings, offsets
+from finetune.run import run
 from finetune.scores import chosen_threshold, draw_confusion, write_scores
 
 SIZES = (1, 7, 8, 9, 33)
@@ -319,3 +336,55 @@ def test_confusions_are_drawn_for_any_number_of_classes(tmp_path: Path, num_clas
         draw_confusion(tmp_path / "one.png", matrix, [f"class {i}" for i in range(num_classes)])
         matrix[0] = [0] * num_classes  # a class without test images
         draw_confusion(tmp_path / "two.png", matrix, [f"class {i}" for i in range(num_classes)])
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_answer_yes_as_often_as_the_labels_do() -> None:
+    logits = random_scores(500, 4, 0, ties=False).double() * torch.tensor([1, 3, 10, 0.1]) + 25
+    labels = (
+        torch.rand(900, 4, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.5, 0.1, 0.9, 0.3])
+    ).float()
+    labels[:, 3] = 0
+    moved = logits + offsets(logits, labels)
+    torch.testing.assert_close(moved.sigmoid().mean(0), (labels.double().sum(0) + 1) / 902, rtol=0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 images that are bright on the left, at the top, both or neither, and their table."""
+    folder = tmp_path_factory.mktemp("tagged")
+    random = np.random.default_rng(0)
+    lines = ["path,label"]
+    for index in range(120):
+        tags = [name for bit, name in ((1, "left"), (2, "top")) if index & bit] + ["any"]
+        pixels = random.integers(0, 60, size=(32, 32))
+        pixels[:, :16] += 150 * ("left" in tags)
+        pixels[:16] += 40 * ("top" in tags)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{'|'.join(tags)}")
+    (folder / "table.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": Loss.asl, "metrics": ["f1_micro"], "monitor": "val/f1_micro"}])
+def test_a_run_with_several_labels_an_image(tagged: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    conf = Conf(data=DataConf(source=SourceKind.table, table=str(tagged / "table.csv"), label_separator="|"))
+    conf.data.batch_size = 16
+    conf.train = TrainConf(epochs=3, label_smoothing=0.05, **changes)  # type: ignore[arg-type]
+    conf.augment = AugmentConf(mixup=0.2)
+    assert validate(conf) == []
+    result = run(conf, tmp_path, [], quiet=True)
+    monitor = "f1_micro" if changes else "map"
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert result[f"val/{monitor}"] == max(row[f"val/{monitor}"] for row in rows) > 0.75
+    assert result[f"test/{monitor}"] > 0.75 and 0 <= result["zeroshot/top1"] <= 1
+    assert result[f"test/zeroshot/{monitor}"] > 0 and ("val/map" in result) == (not changes)
+    assert rows[0]["train/loss"] < 1.5  # not the 20 of scores that no offset has brought down
+    known = json.loads((tmp_path / "metrics.json").read_text())
+    assert known["test"]["threshold"] == known["val"]["threshold"]
+    assert list(known["test"]["classes"]) == ["any", "left", "top"]
+    assert not (tmp_path / "confusion.csv").exists()
+    model = build_model(model_settings(conf.model, is_multilabel=True), ["any", "left", "top"], load=False).model
+    load_weights(tmp_path / "checkpoints" / "best.safetensors", model)
