@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import finetune
+from finetune.claim import RefusedError
 from finetune.compose import CommandLine, ConfigError, parse_command_line
 from finetune.compose.commandline import hydra_flags, quote
 from finetune.compose.folders import record_failure, run_folder
 from finetune.compose.usage import help_page
 from finetune.compose.yamlfiles import folders
+from finetune.lock import HeldError
+from finetune.signals import exit_codes
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from finetune.compose.composition import Prepared
+    from finetune.config import Conf
 
 # Flags that Hydra answers by itself; nothing is run.
 HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
@@ -33,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
-        return _answer(line)
+        with exit_codes():
+            return _answer(line)
     except ConfigError as error:
         for problem in error.problems:
             _say(problem)
@@ -85,6 +91,8 @@ def _single(line: CommandLine, prepared: Prepared) -> int:
     """One run; what goes wrong in it is one line and exit code 1."""
     from finetune.compose.composition import launch
 
+    if prepared.conf.resume is not None and prepared.run_dir is not None:
+        return _finish(prepared.conf, prepared.run_dir, prepared.overrides)
     codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=False) as folder:
         arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
@@ -118,16 +126,29 @@ def _job(cfg: DictConfig) -> int:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         conf = to_conf(cfg)
-        from finetune.run import run  # only now: it imports torch
-
-        run(conf, job.folder, job.overrides)
     except MISTAKES as error:
         record_failure(job.folder, job.overrides, error)
         _say(str(error))
         return 1
+    return _finish(conf, job.folder, job.overrides)
+
+
+def _finish(conf: Conf, folder: Path, overrides: list[str]) -> int:
+    """Run to the end in `folder`; 0, or 1 if it failed, which is on record there."""
+    try:
+        from finetune.run import run  # only now: it imports torch
+
+        run(conf, folder, overrides)
+    except (RefusedError, HeldError) as error:  # somebody else's folder: not even a record is left there
+        _say(str(error))
+        return 1
+    except MISTAKES as error:
+        record_failure(folder, overrides, error)
+        _say(str(error))
+        return 1
     except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
-        record_failure(job.folder, job.overrides, error)
-        _say(f"{type(error).__name__}: {error} (the traceback is in {job.folder / 'run.log'})")
+        record_failure(folder, overrides, error)
+        _say(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
         return 1
     return 0
 

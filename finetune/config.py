@@ -314,6 +314,8 @@ def _word_problems(conf: Conf) -> list[str]:
     problems += _head_problems(conf.model)
     if not conf.model.templates:
         problems.append("model.templates is empty: give at least one prompt, such as 'a photo of a {}.'")
+    if conf.resume_force and conf.resume is None:
+        problems.append("resume_force=True would be ignored: it goes with resume=PATH, or resume=latest")
     if not all(0 <= beta < 1 for beta in conf.optim.betas):
         problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
     return problems

@@ -316,7 +316,7 @@ def _ranked_by(parts: Parts) -> str:
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
     """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
     found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
-    row = rows[state.best_epoch - 1] if state.best_epoch else {}
+    row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
     prefix = "val_ema/" if state.best_is_ema else "val/"
     found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
     if state.ema is not None:

@@ -58,10 +58,12 @@ class Findings:
     Attributes:
         problems: One line each, without repetition.
         jobs: How many runs the command line asks for.
+        values: Dotted key to value, of the first of them.
     """
 
     problems: list[str] = field(default_factory=list)
     jobs: int = 1
+    values: dict[str, Any] = field(default_factory=dict)
 
     def add(self, *problems: str) -> None:
         """Keep those that are not there yet."""
@@ -86,7 +88,13 @@ class Tree:
 
 
 class Reader:
-    """Reads and merges the yaml files of `searched`; each file once."""
+    """Reads and merges the yaml files of `searched`; each file once.
+
+    Attributes:
+        searched: The folders.
+        own: Settings of a run that is continued, dotted key to value: they take the place of all files but those
+            chosen on the command line. Empty for a new run.
+    """
 
     def __init__(self, searched: Sequence[Path]) -> None:
         """Find the primary configuration.
@@ -95,6 +103,7 @@ class Reader:
             FileNotFoundError: There is none.
         """
         self.searched = list(searched)
+        self.own: dict[str, Any] = {}
         self._files: dict[tuple[Path, str], YamlFile] = {}
         self.primary = self._read(primary_file(searched), "")
         entries = [e for e in self.primary.defaults if e.group and not e.override]
@@ -112,6 +121,8 @@ class Reader:
 
     def tree(self, chosen: dict[str, list[str]]) -> Tree:
         """The files that take part where the command line chose `chosen` (group to options)."""
+        if self.own:
+            return Tree({**self.own, **self._set_by(chosen)})
         choices = dict(chosen)
         # What an experiment overrides is known only once it is read; the command line wins over it.
         for entry, file in self._walk(self.primary, "", chosen, ()):
@@ -122,6 +133,19 @@ class Reader:
         for group in chosen.keys() - self.defaults.keys():  # +group=choice: a group of the user's own
             self._merge_options(Entry(group, chosen[group]), "", self.primary, chosen, (), tree)
         return tree
+
+    def _set_by(self, chosen: dict[str, list[str]]) -> dict[str, Any]:
+        """What the files of these choices set, with the choices that they make in turn."""
+        tree = Tree()
+        for group, names in chosen.items():
+            for path in (find_option(self.searched, group, name) for name in names):
+                if path is not None:
+                    file = self._read(path, group.replace("/", "."))
+                    for entry in file.defaults:
+                        if entry.override and entry.group:
+                            tree.values |= self._set_by({entry.group.lstrip("/"): entry.options})
+                    self._merge(file, group, {}, (path,), tree)
+        return tree.values
 
     def _children(
         self, entry: Entry, group: str, parent: YamlFile, choices: dict[str, list[str]]
@@ -375,7 +399,9 @@ def _check_cells(plan: _Plan, reader: Reader) -> None:
             trees[key] = reader.tree(chosen)
             plan.findings.add(*trees[key].problems)
         tree = trees[key]
-        conf = build({**tree.values, **{name: by_name[name] for name in plan.settings}})
+        values = {**tree.values, **{name: by_name[name] for name in plan.settings}}
+        plan.findings.values = plan.findings.values or values
+        conf = build(values)
         alone = validate(conf, SECTIONS)  # each setting by itself
         unread = tree.unread | plan.unread | {line.partition("=")[0].partition(".")[0] for line in alone}
         plan.findings.add(*alone, *validate(conf, SECTIONS if "" in unread else unread))

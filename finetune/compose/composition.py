@@ -40,8 +40,9 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.compose.check import MAX_JOBS, Override, Reader, check
 from finetune.compose.commandline import CommandLine, ConfigError, quote, quote_override
 from finetune.compose.keys import KEYS, PATH_KEYS, SECTIONS, build, convert, describe_kind, path_as_typed, show
+from finetune.compose.own import find_run, read_values
 from finetune.compose.yamlfiles import SCHEMA_NAME, builtin_folder, folders, primary_file
-from finetune.config import Conf, validate
+from finetune.config import Conf, as_dict, validate
 
 PRIMARY_NAME = "finetune_primary_config"
 # Hydra 1.4 warns when it is told which version's defaults to use, 1.3 when it is not.
@@ -98,6 +99,9 @@ def prepare(line: CommandLine) -> Prepared:
     except FileNotFoundError as error:
         raise ConfigError([*line.problems, *unreadable, *endless, str(error)]) from None
     register(reader.searched)
+    asked = next((o.values[0] for o in parsed if o.key == "resume" and o.values[0] is not None), None)
+    if asked is not None and not line.problems and not unreadable:
+        return _prepare_resume(str(asked), parsed, reader, multirun=line.multirun)
     findings = check(parsed, reader, multirun=line.multirun)
     problems = [*line.problems, *unreadable, *endless, *findings.problems]
     if problems:
@@ -110,6 +114,29 @@ def prepare(line: CommandLine) -> Prepared:
         given = [o for o in parsed if o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir")]
         run_dir = _run_dir(cfg, multirun=line.multirun) if given else None
     return Prepared(conf, cfg, [override.safe for override in parsed], first, findings.jobs, run_dir)
+
+
+def _prepare_resume(word: str, parsed: Sequence[Override], reader: Reader, *, multirun: bool) -> Prepared:
+    """A run that is continued has its own configuration; what stands beside `resume=` is laid over it.
+
+    Raises:
+        ConfigError: With every problem that can be found.
+    """
+    beside = [override for override in parsed if override.key != "resume"]
+    problems = [f"{o.text}: has no place beside resume={word}, which says the folder" for o in beside if o.is_hydra]
+    problems += [f"{o.text}: write the value itself beside resume={word}" for o in beside if "${" in o.text]
+    if multirun:
+        problems.append(f"resume={word} continues one run: leave -m out")
+    if problems:
+        raise ConfigError(problems)
+    folder = find_run(path_as_typed(word))
+    reader.own = {**read_values(folder), "resume": str(folder), "resume_force": False}
+    findings = check(beside, reader, multirun=False)
+    if findings.problems:
+        raise ConfigError(findings.problems)
+    conf = build(findings.values)
+    texts = [override.text for override in beside if override.key != "resume_force"]
+    return Prepared(conf, OmegaConf.create(as_dict(conf)), texts, texts, 1, folder)
 
 
 def _compose(overrides: list[str]) -> DictConfig:
