@@ -177,3 +177,9 @@ def test_rates_of_the_published_recipes(name: str, peak: float, least: float, st
     factors = [lr_factor(t, timed_sched(conf.sched, per_epoch), num_units(conf, per_epoch)) for t in (0, steps)]
     assert factors[0] < 0.01
     assert factors[1] == pytest.approx(1.0)
+
+
+def test_the_page_of_recipes_names_every_preset() -> None:
+    page = (CONF.parent / "docs" / "recipes.md").read_text()
+    for name in (*PUBLISHED, *MODELS):
+        assert f"`{name}`" in page or name in ("clip", "vit"), name
