@@ -84,12 +84,16 @@ def _refusal(bad: Sequence[Bad], run_dir: Path) -> str:
     path = run_dir / "unreadable.txt"
     lines = (f"{item.name}\t{item.split}\t{item.reason}".replace("\n", "\\n") for item in bad)
     write_text(path, "".join(line.encode("utf-8", "backslashreplace").decode() + "\n" for line in lines))
-    shown = "; ".join(f"{item.name} ({item.reason})" for item in bad[:MAX_SHOWN])
-    more = f"; and {len(bad) - MAX_SHOWN:,} more" if len(bad) > MAX_SHOWN else ""
     return (
-        f"{len(bad):,} images cannot be read: {shown}{more}. All of them are in {path}. Repair or remove them,"
+        f"{len(bad):,} images cannot be read: {_first(bad)}. All of them are in {path}. Repair or remove them,"
         " or train without them by data.on_error=skip"
     )
+
+
+def _first(bad: Sequence[Bad]) -> str:
+    """The first of them in a line, whatever their names hold."""
+    shown = "; ".join(f"{item.name} ({item.reason})" for item in bad[:MAX_SHOWN]).replace("\n", "\\n")
+    return shown + (f"; and {len(bad) - MAX_SHOWN:,} more" if len(bad) > MAX_SHOWN else "")
 
 
 def _leave_out(source: Source, bad: Sequence[Bad], skipped: SkippedList) -> Source:
@@ -107,9 +111,7 @@ def _leave_out(source: Source, bad: Sequence[Bad], skipped: SkippedList) -> Sour
         )
     if not bad:
         return source
-    shown = "; ".join(f"{item.name} ({item.reason})" for item in bad[:MAX_SHOWN])
-    more = f"; and {len(bad) - MAX_SHOWN:,} more" if len(bad) > MAX_SHOWN else ""
-    logger.warning("%d images are left out (all in %s): %s%s", len(bad), skipped.path, shown, more)
+    logger.warning("%d images are left out (all in %s): %s", len(bad), skipped.path, _first(bad))
     return source.without({name: [item.index for item in bad if item.split == name] for name in source.splits})
 
 
