@@ -36,6 +36,7 @@ from finetune.multilabel import set_offsets
 from finetune.optim import build_optimizer
 from finetune.parts import Parts, build_parts
 from finetune.plan import layer_rows
+from finetune.probing import fit_head
 from finetune.resume import first_promise, notes_of, plan_of, resume, say_changes
 from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler
@@ -89,7 +90,7 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     result |= {
         "status": "running",
         "error": None,
-        "overrides": session.overrides,
+        "overrides": _all_overrides(conf, session),
         "seed": conf.seed,
         "resumed_at": session.holding.resumed_at,
     }
@@ -112,6 +113,14 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         stop.pass_on()
     stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
     return result
+
+
+def _all_overrides(conf: Conf, session: _Session) -> list[str]:
+    """The words of the first start, and those of `resume=` in the place of what they replace."""
+    if conf.resume is None or session.holding.earlier is None:
+        return session.overrides
+    replaced = {word.partition("=")[0] for word in session.overrides}
+    return [w for w in session.holding.earlier["overrides"] if w.partition("=")[0] not in replaced] + session.overrides
 
 
 def _announce(conf: Conf, run_dir: Path, session: _Session) -> None:
@@ -165,6 +174,8 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
         result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
         shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
         logger.info("zero-shot, before any training: %s", shown)
+    if conf.model.head == HeadKind.linear_probe:
+        _probe(parts, val, result, stop)
     if parts.source.is_multilabel and conf.model.head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
         set_offsets(built.model, train.epoch(0), parts.source.splits["train"].labels, parts.autocast())
     state = _start(parts, len(train))
@@ -189,6 +200,18 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     write_json(run_dir / "result.json", {**result, "status": "finished"})
     report.plot_curves(run_dir)
     tidy(parts.checkpoints)
+
+
+def _probe(parts: Parts, val: Loader, result: Result, stop: StopSignals) -> None:
+    """Fit the head on frozen features, and say what that alone gives."""
+    train = parts.loader("train", train=False)
+    try:
+        bar = Bar("linear probe", total=len(train), images=train.num_images)
+        probe = fit_head(parts, _stoppable(bar.wrap(train.epoch(0)), stop), _stoppable(val.epoch(0), stop))
+    finally:
+        train.close()
+    result["probe/top1"] = probe.val_top1
+    logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
 
 
 def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
@@ -342,8 +365,8 @@ def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
     texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
     limit = f" {error.seen.step}: more than train.max_nonfinite={error.limit} such steps." if error.limit else ""
     return (
-        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the weights"
-        f" from before it. Lower optim.lr, add sched.warmup, or look at these images: python -m finetune.replay"
+        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
+        f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: python -m finetune.replay"
         f" {parts.run_dir}"
     )
 

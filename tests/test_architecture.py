@@ -19,7 +19,7 @@ LEVELS = {
     "distributed": 1, "models": 1, "data": 1, "log": 1, "device": 1,
     "loop": 2, "multilabel": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2,
     "checkpoint": 3,
-    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5,
+    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "probing": 5,
     "run": 6,
     "__main__": 7, "__init__": 7, "describe": 7, "check_data": 7, "evaluate": 7, "predict": 7, "export": 7, "replay": 7,
     # No torch in these: they read what runs have left.

@@ -20,7 +20,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune.config import AugmentConf, Conf, DataConf, Family, ModelConf, OptimConf, Recipe, SchedulerConf, SourceKind
+from finetune.config import (
+    AugmentConf,
+    Conf,
+    DataConf,
+    Family,
+    HeadKind,
+    ModelConf,
+    OptimConf,
+    Recipe,
+    SchedulerConf,
+    SourceKind,
+)
 from finetune.run import run
 
 ROOT = Path(__file__).parent.parent
@@ -294,3 +305,12 @@ def test_accumulation_and_step_schedule_count_optimizer_steps(stripes: Path, tmp
     assert rates == pytest.approx([1e-3, 0.5e-3], rel=1e-12)
     plan = json.loads((tmp_path / "run" / "rates.json").read_text())
     assert plan["layers"]["head"] == pytest.approx([1e-3 * (1 - t / 6) for t in range(6)], rel=1e-12)
+
+
+def test_a_fitted_head_is_reported_before_it_is_fine_tuned(stripes: Path, tmp_path: Path) -> None:
+    """LP-FT: the probe alone is already good, and what is trained from it starts there."""
+    conf = small(stripes, model__head=HeadKind.linear_probe, optim__fix_layer=7, optim__lr=1e-9)
+    result = go(conf, tmp_path / "run")
+    assert result["probe/top1"] >= 0.5
+    assert result["val/top1"] == pytest.approx(result["probe/top1"])
+    assert "linear probe, before fine-tuning" in (tmp_path / "run" / "run.log").read_text()
