@@ -63,18 +63,15 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     whole = {**metadata, "sha256": checksum(tensors)}
+    # Not `save_file`, which makes files that nobody but their owner may read.
+    write_atomic(path, lambda temporary: _write_bytes(temporary, save(tensors, metadata=whole)))
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata=whole)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"writing failed: {error}", str(path)) from error
 
-    write_atomic(path, write)
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

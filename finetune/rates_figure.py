@@ -39,7 +39,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
 
     Args:
         plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
-            `frozen` (names).
+            `frozen` (names); `before` (`epochs`, `x`, `layers`) where a resumed run was made longer.
         rows: Of `history.jsonl`.
 
     Raises:
@@ -55,6 +55,8 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
         gridspec_kw={"left": 0.085, "right": 0.985, "top": 0.82, "bottom": 0.11, "wspace": 0.28},
     )
     _draw_curves(curves, lines, x, is_stepwise=plan["interval"] == "epoch")
+    if "before" in plan:
+        _draw_before(curves, plan["before"], is_stepwise=plan["interval"] == "epoch")
     _draw_ladder(ladder, lines)
     headline(figure, "Learning rate of every layer", _rates_subtitle(learning, x))
     return figure
@@ -169,6 +171,19 @@ def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.set_major_formatter(lambda value, _: short(round(value, 12)))
     _explain_marks(axes, is_measured=any(line.measured for line in learning))
+
+
+def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> None:
+    """The head's curve as it was planned before the run was made longer, dashed."""
+    rates = [number(rate) for rate in list(before["layers"].values())[-1]]
+    x = [number(value) for value in before["x"]]
+    if not rates or len(rates) != len(x):
+        raise ValueError("rates.json is damaged: `before` needs a rate for every x")
+    xs, ys = ([*x, x[-1] + 1], [*rates, rates[-1]]) if is_stepwise else (x, rates)
+    style: dict[str, Any] = {"color": INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
+    axes.plot(xs, ys, drawstyle="steps-post" if is_stepwise else "default", **style)
+    note = f" as planned for {before['epochs']} epochs"
+    axes.annotate(note, (xs[-1], ys[-1]), xytext=(0, 6), textcoords="offset points", fontsize=10, color=INK, ha="right")
 
 
 def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: float) -> None:
