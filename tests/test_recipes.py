@@ -100,6 +100,17 @@ def test_mean_pooling_reads_the_patches_under_a_new_norm(family: str) -> None:
     assert 1.2e-5 < head.std().item() < 2.8e-5  # MAE's trunc_normal_(std=2e-5)
 
 
+def test_drop_path_reaches_the_trunks_that_open_clip_has_from_timm() -> None:
+    conf = ModelConf(name="ViT-B-16-SigLIP", pretrained="none", head=HeadKind.random, drop_path=0.2)
+    net = build_model(conf, NAMES, device="meta").model.net
+    rates = [module.drop_prob for module in net.modules() if type(module).__name__ == "DropPath"]
+    assert len(rates) == 2 * 11  # the first block's probability is 0
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"model\.drop_path=0\.2 would be ignored"):
+        build_model(ModelConf(name="ViT-B-16", pretrained="none", head=HeadKind.random, drop_path=0.2), NAMES)
+
+
 def test_mean_pooling_needs_a_plain_vit() -> None:
     siglip = ModelConf(name="ViT-B-16-SigLIP", pretrained="none", pool=Pool.mean)
     resnet = ModelConf(family=Family.vit, name="resnet18.a1_in1k", pretrained="none", pool=Pool.mean)

@@ -77,10 +77,6 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
         ValueError: A setting that does not fit this model, or weights that do not.
         FileNotFoundError: Weights that are nowhere to be found.
     """
-    if conf.drop_path > 0:
-        raise ValueError(
-            f"model.drop_path={conf.drop_path} would be ignored: open_clip's towers have no drop path; leave it 0"
-        )
     kind = head_kind(conf, has_text=True)
     origin = locate(conf, load=load)
     reads_text = kind == HeadKind.zeroshot and load
@@ -88,7 +84,7 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     names = read_class_names(names_file, classes)
     tokenizer = origin.tokenizer() if reads_text else None  # first: it may be missing, and what follows takes long
     whole = reads_text or (load and is_big_vision(origin))
-    clip = _construct(origin.model_cfg, conf.image_size, whole=whole, device=device)
+    clip = _construct(_with_drop_path(origin.model_cfg, conf), conf.image_size, whole=whole, device=device)
     if load and origin.weights is not None:
         _load(clip, origin)
     _set_size(clip, conf.image_size)
@@ -266,6 +262,22 @@ def _unknown_name(name: str, names: list[str]) -> str:
     return (
         f"model.name={name}: open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}; it knows {families}"
     )
+
+
+def _with_drop_path(cfg: dict[str, Any], conf: ModelConf) -> dict[str, Any]:
+    """The description of a model with `model.drop_path` in it.
+
+    Raises:
+        ValueError: A tower of open_clip's own: only trunks that come from timm, SigLIP's among them, have drop path.
+    """
+    if not conf.drop_path:
+        return cfg
+    if "timm_model_name" not in cfg["vision_cfg"]:
+        raise ValueError(
+            f"model.drop_path={conf.drop_path} would be ignored: the image tower of {conf.name} is open_clip's own and"
+            " has no drop path; leave it 0"
+        )
+    return {**cfg, "vision_cfg": {**cfg["vision_cfg"], "timm_drop_path": conf.drop_path}}
 
 
 def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool, device: torch.device) -> nn.Module:
