@@ -129,11 +129,12 @@ class _Look:
         order = order[(self.records["depth"][order] < below) & (self.records["bad"][order] == 0)]
         threads = min(MAX_THREADS, cores())
         with ThreadPoolExecutor(threads) as pool, _bar(title, len(order)) as bar:
+            each = map if threads == 1 else pool.map  # handing a single image over costs as much as its header
             for start in range(0, len(order), BATCH):
                 if time.monotonic() > deadline:
                     return
                 positions = order[start : start + BATCH].tolist()
-                for position, seen in zip(positions, pool.map(self._guarded(look), positions), strict=True):
+                for position, seen in zip(positions, each(self._guarded(look), positions), strict=True):
                     self._take(position, seen)
                 bar.update(len(positions))
 
