@@ -77,7 +77,9 @@ class DataConf:
     split_seed: int = setting(
         0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0
     )
-    batch_size: int = setting(64, "images a micro-batch", at_least=1)
+    batch_size: int = setting(
+        64, "images a micro-batch; auto (or 0): the most that fit the GPU, the images of a step kept", at_least=0
+    )
     workers: str = setting(
         "auto", "loader processes: a number (0: load in the training process) or auto, by measurement; only speed"
     )

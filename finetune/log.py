@@ -90,6 +90,13 @@ class _Console(logging.Handler):
         say(prefix + record.getMessage())
 
 
+class _File(logging.FileHandler):
+    """`run.log`; where the disk is full its lines are lost, and what failed for it is said by who wrote a file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: the standard one prints a stack trace for every line."""
+
+
 class _FileFormatter(logging.Formatter):
     """Time, level, message, traceback; what names contain stays visible and on one line."""
 
@@ -111,7 +118,7 @@ def start_log(run_dir: Path, *, quiet: bool = False) -> None:
         OSError: `run.log` cannot be written.
     """
     stop_log()
-    file = logging.FileHandler(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+    file = _File(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
     file.setLevel(logging.DEBUG)
     _state_before.update(level=LOGGER.level, propagate=LOGGER.propagate)

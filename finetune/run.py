@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,19 @@ from typing import Any
 import torch
 import yaml
 
-from finetune import bad_batch, checkpoint, recipe, report, scores
+from finetune import checkpoint, recipe, report, scores
 from finetune.claim import Holding, Result, inspect
-from finetune.config import Conf, HeadKind, OnNonfinite, TrainConf, as_dict
-from finetune.data import ImageError, Loader
+from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
+from finetune.data import Loader
 from finetune.device import make_deterministic
 from finetune.ema import Ema
 from finetune.files import write_text
-from finetune.finite import NotFiniteError, Seen
+from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel, freeze
 from finetune.lock import Lock
-from finetune.log import Bar, History, epoch_line, start_log, stop_log, table, write_json
-from finetune.loop import Batch, Row, TrainState, fit, validate
+from finetune.log import Bar, start_log, stop_log, table, write_json
+from finetune.loop import TrainState, validate
+from finetune.memory import choose_batch, with_batch
 from finetune.metrics import Meter
 from finetune.models import build_model
 from finetune.multilabel import set_offsets
@@ -37,10 +35,11 @@ from finetune.optim import build_optimizer
 from finetune.parts import Parts, build_parts
 from finetune.plan import layer_rows
 from finetune.probing import fit_head
-from finetune.resume import first_promise, notes_of, plan_of, resume, say_changes
-from finetune.saving import Saver, tidy
+from finetune.resume import first_promise, plan_of, resume, say_changes
+from finetune.saving import tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
+from finetune.training import scored, stoppable, train_to_the_end, write_scores
 
 logger = logging.getLogger("finetune")
 
@@ -162,6 +161,9 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
         make_deterministic()
     result = session.result
     parts = build_parts(conf, run_dir)
+    if conf.data.batch_size == 0:
+        parts = _with_auto_batch(parts, session)
+        conf = parts.conf
     built, device = parts.built, parts.device
     promise = first_promise(conf, device, session.holding)
     logger.info("model: %s", built.description)
@@ -191,7 +193,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     write_json(run_dir / "result.json", result)
     stop.check()
     try:
-        _train(parts, state, train, val, result, stop)
+        train_to_the_end(parts, state, train, val, result, stop)
     finally:
         train.close()
         val.close()
@@ -207,11 +209,21 @@ def _probe(parts: Parts, val: Loader, result: Result, stop: StopSignals) -> None
     train = parts.loader("train", train=False)
     try:
         bar = Bar("linear probe", total=len(train), images=train.num_images)
-        probe = fit_head(parts, _stoppable(bar.wrap(train.epoch(0)), stop), _stoppable(val.epoch(0), stop))
+        probe = fit_head(parts, stoppable(bar.wrap(train.epoch(0)), stop), stoppable(val.epoch(0), stop))
     finally:
         train.close()
     result["probe/top1"] = probe.val_top1
     logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
+
+
+def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
+    """`data.batch_size=auto` as a number: the one of the first start, or what fits now; put on record."""
+    earlier = session.holding.earlier
+    known = None if earlier is None else earlier.get("auto_batch_size")
+    size = int(known) if known else choose_batch(parts)
+    conf = with_batch(parts.conf, size)
+    session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
+    return dataclasses.replace(parts, conf=conf)
 
 
 def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
@@ -248,147 +260,11 @@ def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
     write_json(parts.run_dir / "rates.json", plan)
 
 
-def _train(parts: Parts, state: TrainState, train: Loader, val: Loader, result: Result, stop: StopSignals) -> None:
-    """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
-    conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
-    bar, mixer = Bar("", total=0, images=0), parts.mixer()
-    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
-
-    def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
-        nonlocal bar
-        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
-        return mixer.wrap(bar.wrap(train.epoch(epoch, skip)), epoch, skip)
-
-    def val_batches(epoch: int) -> Iterator[Batch]:
-        saver.wait()  # the first validation forks workers: not while another thread holds who knows what
-        return _stoppable(Bar("validate", total=len(val), images=val.num_images).wrap(val.epoch(0)), stop)
-
-    def on_step_end(state: TrainState) -> bool:
-        if bar.due():
-            head = state.optimizer.param_groups[-1]
-            bar.set(**state.sums.means(), lr=head["lr"])
-        for seen in state.guard.take():
-            logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
-        saver.check()
-        if _is_save_due(conf.train, state, saver):
-            saver.save(state)
-        return stop.is_set
-
-    def on_epoch_end(state: TrainState, row: Row) -> None:
-        history.append(row)
-        best = None if math.isnan(state.best_score) else state.best_score
-        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
-        logger.info("%s", line)
-        if state.best_epoch == state.epoch:
-            _write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
-        saver.save_epoch(state, history.rows(), _ranked_by(parts))
-        stop.check()
-
-    with _way_out(parts, state, saver, result):
-        finished = fit(
-            state,
-            conf.train,
-            train_batches=train_batches,
-            val_batches=val_batches,
-            interval=conf.sched.interval,
-            autocast=parts.autocast(),
-            on_step_end=on_step_end,
-            on_epoch_end=on_epoch_end,
-        )
-        if not finished:
-            stop.check()
-
-
-@contextmanager
-def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
-    """However training ends: what can be saved is saved, and the result says how far it came."""
-    try:
-        yield
-        saver.wait()
-    except Interrupted:
-        saver.save(state)
-        saver.wait()
-        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
-        raise
-    except ImageError as error:  # a file that went bad since the check
-        saver.save(state)
-        saver.wait()
-        again = f"continue at step {state.step} with resume={parts.run_dir}"
-        raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
-    except NotFiniteError as error:
-        saver.save_weights(state)
-        error.args = (_not_finite(error, parts, state),)
-        raise
-    finally:
-        result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
-        result["seconds_saving"] = round(saver.stalled_s, 3)
-
-
-def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
-    """Whether to save in the middle of an epoch."""
-    by_steps = train.save_every_steps > 0 and state.step % train.save_every_steps == 0
-    return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
-
-
-def _ranked_by(parts: Parts) -> str:
-    """The metric that picks the best epochs."""
-    monitor = parts.conf.train.monitor
-    return parts.monitor if monitor == "auto" else monitor
-
-
-def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
-    """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
-    found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
-    row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
-    prefix = "val_ema/" if state.best_is_ema else "val/"
-    found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
-    if state.ema is not None:
-        found["best_weights"] = "ema" if state.best_is_ema else "raw"
-    return found
-
-
-def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
-    """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
-    names = [parts.source.splits["train"].name_of(int(index)) for index in seen.ids]
-    rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-    path = bad_batch.store(parts.run_dir, seen, parts.window(seen.epoch, seen.batch), names=names, rates=rates)
-    logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
-    where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
-    return (
-        f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}, rates"
-        f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
-    )
-
-
-def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
-    """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
-    texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
-    limit = f" {error.seen.step}: more than train.max_nonfinite={error.limit} such steps." if error.limit else ""
-    return (
-        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
-        f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: python -m finetune.replay"
-        f" {parts.run_dir}"
-    )
-
-
-def _stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
-    """The same batches, until a signal asks for a stop."""
-    for batch in batches:
-        stop.check()
-        yield batch
-
-
 def _evaluate(
     parts: Parts, loader: Loader, title: str, stop: StopSignals, *, meter: Meter, model: LayeredModel | None = None
 ) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split."""
-    bar = Bar(title, total=len(loader), images=loader.num_images)
-    return validate(model or parts.model, _stoppable(bar.wrap(loader.epoch(0)), stop), parts.autocast(), meter)
-
-
-def _write_scores(parts: Parts, split: str, meter: Meter) -> None:
-    """What `meter` has measured on a split, class by class, to the run directory."""
-    scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)
+    return validate(model or parts.model, scored(loader, title, stop, meter), parts.autocast(), meter)
 
 
 def _test(parts: Parts, state: TrainState, result: Result, stop: StopSignals) -> None:
@@ -401,7 +277,7 @@ def _test(parts: Parts, state: TrainState, result: Result, stop: StopSignals) ->
         meter = parts.meter(scores.chosen_threshold(parts.run_dir))
         test = _evaluate(parts, loader, "test", stop, meter=meter)
         result |= {f"test/{name}": value for name, value in test.items()}
-        _write_scores(parts, "test", meter)
+        write_scores(parts, "test", meter)
         if parts.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
             torch.manual_seed(parts.conf.seed)

@@ -87,7 +87,9 @@ def differences(one: Any, other: Any, where: str) -> list[str]:
             return [f"{where}: other keys"]
         return [found for key in one for found in differences(one[key], other[key], f"{where}.{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in differences(*pair, f"{where}.{i}")]
+        return [
+            found for i, pair in enumerate(zip(one, other, strict=True)) for found in differences(*pair, f"{where}.{i}")
+        ]
     same = one == other or (one != one and other != other)
     return [] if same or where.endswith("counters.seconds") else [f"{where}: {one} / {other}"]
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune.compose.keys import KEYS, PATH_KEYS, nearest_key, path_as_typed
+from finetune.compose.keys import KEYS, NUMBER_WORDS, PATH_KEYS, nearest_key, path_as_typed
 from finetune.config import nearest
 
 
@@ -221,6 +221,9 @@ def quote_override(text: str, *, multirun: bool) -> str:
     key, equals, value = text.partition("=")
     name = key.lstrip("+")
     path = name in PATH_KEYS
+    if name in NUMBER_WORDS:
+        words = NUMBER_WORDS[name]
+        return f"{key}={','.join(str(words.get(part, part)) for part in value.split(','))}"
     if not equals or not (path or (name in KEYS and KEYS[name].kind is str)) or _SWEEP.fullmatch(value):
         return text
     values = _split_values(value) if multirun or not path else [value]

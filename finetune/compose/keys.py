@@ -82,6 +82,10 @@ PATH_KEYS = (
 )
 
 
+# Words that stand for a number.
+NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
+
+
 def describe_kind(key: Key) -> str:
     """What may stand behind the `=`, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -121,6 +125,8 @@ def convert(key: Key, value: Any) -> Any:
     """
     if value is None and key.optional:
         return None
+    if key.name in NUMBER_WORDS and isinstance(value, str) and value in NUMBER_WORDS[key.name]:
+        return NUMBER_WORDS[key.name][value]
     if value == "???":
         raise ValueError(f"{key.name}=???: a value has to be given ({key.meaning})")
     try:

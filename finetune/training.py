@@ -1,0 +1,179 @@
+"""The training of a run: `fit` with what happens after a step and after an epoch, and every way out of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from finetune import bad_batch, scores
+from finetune.claim import Result
+from finetune.config import TrainConf
+from finetune.data import ImageError, Loader
+from finetune.finite import NotFiniteError, Seen
+from finetune.log import Bar, History, epoch_line
+from finetune.loop import Batch, Row, TrainState, fit
+from finetune.memory import is_out_of_memory, out_of_memory
+from finetune.metrics import Meter
+from finetune.parts import Parts
+from finetune.resume import notes_of
+from finetune.saving import Saver
+from finetune.signals import Interrupted, StopSignals
+
+logger = logging.getLogger("finetune")
+
+
+def train_to_the_end(
+    parts: Parts, state: TrainState, train: Loader, val: Loader, result: Result, stop: StopSignals
+) -> None:
+    """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
+    conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
+    bar, mixer, validated = Bar("", total=0, images=0), parts.mixer(), -1
+    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
+
+    def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
+        nonlocal bar
+        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
+        return mixer.wrap(bar.wrap(train.epoch(epoch, skip)), epoch, skip)
+
+    def val_batches(epoch: int) -> Iterator[Batch]:
+        saver.wait()  # the first validation forks workers: not while another thread holds who knows what
+        # The loop asks a second time where averaged weights are scored, too.
+        nonlocal validated
+        meter = state.task.ema_meter if validated == epoch else state.task.meter
+        validated = epoch
+        return scored(val, "validate", stop, meter)
+
+    def on_step_end(state: TrainState) -> bool:
+        if bar.due():
+            head = state.optimizer.param_groups[-1]
+            bar.set(**state.sums.means(), lr=head["lr"])
+        for seen in state.guard.take():
+            logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
+        saver.check()
+        if _is_save_due(conf.train, state, saver):
+            saver.save(state)
+        return stop.is_set
+
+    def on_epoch_end(state: TrainState, row: Row) -> None:
+        history.append(row)
+        best = None if math.isnan(state.best_score) else state.best_score
+        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
+        logger.info("%s", line)
+        if state.best_epoch == state.epoch:
+            write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
+        saver.save_epoch(state, history.rows(), _ranked_by(parts))
+        stop.check()
+
+    with _way_out(parts, state, saver, result):
+        finished = fit(
+            state,
+            conf.train,
+            train_batches=train_batches,
+            val_batches=val_batches,
+            interval=conf.sched.interval,
+            autocast=parts.autocast(),
+            on_step_end=on_step_end,
+            on_epoch_end=on_epoch_end,
+        )
+        if not finished:
+            stop.check()
+
+
+@contextmanager
+def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
+    """However training ends: what can be saved is saved, and the result says how far it came."""
+    try:
+        yield
+        saver.wait()
+    except Interrupted:
+        saver.save(state)
+        saver.wait()
+        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
+        raise
+    except ImageError as error:  # a file that went bad since the check
+        saver.save(state)
+        saver.wait()
+        again = f"continue at step {state.step} with resume={parts.run_dir}"
+        raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
+    except NotFiniteError as error:
+        saver.save_weights(state)
+        error.args = (_not_finite(error, parts, state),)
+        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(parts, state.step)) from error
+    finally:
+        result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
+        result["seconds_saving"] = round(saver.stalled_s, 3)
+
+
+def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
+    """Whether to save in the middle of an epoch."""
+    by_steps = train.save_every_steps > 0 and state.step % train.save_every_steps == 0
+    return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
+
+
+def _ranked_by(parts: Parts) -> str:
+    """The metric that picks the best epochs."""
+    monitor = parts.conf.train.monitor
+    return parts.monitor if monitor == "auto" else monitor
+
+
+def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
+    """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
+    found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
+    row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
+    prefix = "val_ema/" if state.best_is_ema else "val/"
+    found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
+    if state.ema is not None:
+        found["best_weights"] = "ema" if state.best_is_ema else "raw"
+    return found
+
+
+def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
+    """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
+    names = [parts.source.splits["train"].name_of(int(index)) for index in seen.ids]
+    rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    path = bad_batch.store(parts.run_dir, seen, parts.window(seen.epoch, seen.batch), names=names, rates=rates)
+    logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
+    where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
+    return (
+        f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}, rates"
+        f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
+    )
+
+
+def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
+    """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
+    texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
+    limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
+    return (
+        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
+        f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: python -m finetune.replay"
+        f" {parts.run_dir}"
+    )
+
+
+def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
+    """The same batches, until a signal asks for a stop."""
+    for batch in batches:
+        stop.check()
+        yield batch
+
+
+def scored(loader: Loader, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
+    """A split's batches in order, under a bar that shows how `meter` finds them, until a signal asks for a stop."""
+    bar = Bar(title, total=len(loader), images=loader.num_images)
+    for batch in stoppable(bar.wrap(loader.epoch(0)), stop):
+        yield batch
+        if bar.due():
+            bar.set(**meter.running())
+
+
+def write_scores(parts: Parts, split: str, meter: Meter) -> None:
+    """What `meter` has measured on a split, class by class, to the run directory."""
+    scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)
