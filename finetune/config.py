@@ -218,7 +218,7 @@ class SchedulerConf:
 class Conf:
     """One run."""
 
-    seed: int = setting(0, "of everything random but the split", at_least=0)
+    seed: int = setting(0, "of everything random but the split", at_least=0, at_most=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Precision = setting(Precision.auto, "auto: bf16 where the GPU has it, else fp32")
     deterministic: bool = setting(False, "on CUDA: only kernels that give the same bits every time (slower)")
