@@ -26,7 +26,7 @@ from finetune.data.verdicts import DECODED, HEADER, MODES, PRESENT, RECORD, UNSE
 CHUNK = 4096  # files looked for between two looks at the clock
 BATCH = 64  # files decoded between two looks at the clock
 MAX_THREADS = 16
-MAX_BAD = 100_000  # missing files, from which on no more are looked for: the folder is another one
+MAX_BAD = 100_000  # unreadable files from which on no more are looked for: it is the folder that is wrong
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Look:
         with ThreadPoolExecutor(threads) as pool, _bar(title, len(order)) as bar:
             each = map if threads == 1 else pool.map  # handing a single image over costs as much as its header
             for start in range(0, len(order), BATCH):
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or len(self.bad) > MAX_BAD:
                     return
                 positions = order[start : start + BATCH].tolist()
                 for position, seen in zip(positions, each(self._guarded(look), positions), strict=True):
