@@ -1,0 +1,316 @@
+"""Checkpoints survive what befalls them: damage, a full disk, a kill between two files, a second process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_loop import run_fit, start
+from tiny import tiny_model
+
+from finetune import saving
+from finetune.checkpoint import (
+    DamagedError,
+    load_state,
+    load_weights,
+    read_state,
+    read_weights,
+    save_state,
+    save_weights,
+)
+from finetune.config import Conf, TrainConf
+from finetune.files import write_text
+from finetune.lock import LOCK_NAME, HeldError, Lock, holder
+from finetune.loop import TrainState
+from finetune.memory import DEFAULT_BATCH, divisors, largest_fitting, with_batch
+from finetune.saving import NoSpaceError, Saver, best_epochs, latest_state, settle
+
+
+def saver(folder: Path, **kwargs: int) -> Saver:
+    return Saver(folder, {"classes": "[]"}, {"machine": "this one"}, **kwargs)
+
+
+def at_step(step: int) -> TrainState:
+    state = start(tiny_model(seed=step))
+    state.step = step
+    return state
+
+
+# --- what is written is what is read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.95])
+def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, position: float) -> None:
+    path = tmp_path / "last.pt"
+    state = start(tiny_model())
+    run_fit(state, TrainConf(epochs=1))
+    save_state(path, state)
+    weights = state.model.net.stem.weight.detach().numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    place = data.index(weights) + int(position * len(weights))
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="last.pt"):
+        load_state(path, start(tiny_model()))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
+def test_a_state_cut_short_is_refused(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "last.pt"
+    save_state(path, start(tiny_model()))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(DamagedError, match="last.pt"):
+        read_state(path)
+
+
+def test_weights_carry_a_checksum(tmp_path: Path) -> None:
+    path, model = tmp_path / "best.safetensors", tiny_model()
+    save_weights(path, model, {"classes": "[]"})
+    load_weights(path, tiny_model(seed=3))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="checksum"):
+        load_weights(path, model)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 3, "model": _Runs()}, "last.pt")
+    with pytest.raises(DamagedError, match="could run code|can run code"):
+        read_state(Path("last.pt"))
+    Path("old.pt").write_bytes(pickle.dumps(_Runs()))
+    with pytest.raises(DamagedError):
+        read_state(Path("old.pt"))
+    assert not Path("ran").exists()
+
+
+# --- one before is kept ---------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_last_falls_back_to_the_one_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keeper = saver(tmp_path)
+    for step in (1, 2, 3):
+        keeper.save(at_step(step))
+    keeper.wait()
+    found = latest_state(tmp_path)
+    assert found is not None and found[0]["counters"]["step"] == 3 and found[0]["notes"] == {"machine": "this one"}
+
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    with caplog.at_level("WARNING", logger="finetune"):
+        found = latest_state(tmp_path)
+    assert found is not None and found[0]["counters"]["step"] == 2
+    assert "Falling back" in caplog.text and "step 2" in caplog.text
+    assert (tmp_path / "damaged.pt").exists()
+    keeper.save(at_step(4))
+    keeper.wait()
+    assert read_state(tmp_path / "last.pt")["counters"]["step"] == 4
+    assert read_state(tmp_path / "previous.pt")["counters"]["step"] == 2
+
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="previous.pt"):
+        latest_state(tmp_path)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    keeper = saver(tmp_path)
+    keeper.save(at_step(1))
+    keeper.wait()
+    (tmp_path / "last.pt").rename(tmp_path / "previous.pt")
+    found = latest_state(tmp_path)
+    assert found is not None and found[0]["counters"]["step"] == 1
+    assert latest_state(tmp_path / "nowhere") is None
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path: Path) -> None:
+    """Training goes on while a thread writes: not a byte of what comes later may be in the file."""
+    keeper, state = saver(tmp_path), at_step(1)
+    before = {name: value.clone() for name, value in state.model.net.state_dict().items()}
+    keeper.save(state)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.fill_(7.0)
+    keeper.wait()
+    saved = read_state(tmp_path / "last.pt")["model"]
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_best_weights_change_hands_only_with_the_state(tmp_path: Path, saved: bool) -> None:
+    """Killed after the new best weights were written: they count if the state that says so is there, and else not."""
+    old, new = tiny_model(seed=1), tiny_model(seed=2)
+    save_weights(tmp_path / "best.safetensors", old, {"epoch": "1"})
+    save_weights(tmp_path / saving.PENDING, new, {"epoch": "2"})
+    write_text(tmp_path / "epoch_0002.safetensors", "")
+    write_text(tmp_path / ".last.pt.123.tmp", "half")
+    state = at_step(5)
+    state.epoch = state.best_epoch = 2 if saved else 1
+    settle(tmp_path, state)
+    tensors, metadata = read_weights(tmp_path / "best.safetensors")
+    assert metadata["epoch"] == ("2" if saved else "1")
+    assert torch.equal(tensors["head.weight"], (new if saved else old).net.head.weight)
+    left = {"best.safetensors", "epoch_0002.safetensors"} if saved else {"best.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_best_k_and_last_are_kept(tmp_path: Path) -> None:
+    keeper, rows = saver(tmp_path, keep=2), []
+    for epoch, score in enumerate([0.3, 0.9, 0.5, 0.9, 0.7], start=1):
+        state = at_step(epoch)
+        state.epoch = epoch
+        rows.append({"epoch": epoch, "val/top1": score})
+        state.best_epoch = best_epochs(rows, "val/top1", 1)[0]
+        keeper.save_epoch(state, rows, "val/top1")
+    keeper.wait()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        *("last.pt", "previous.pt", "last.safetensors", "best.safetensors"),
+        *("epoch_0002.safetensors", "epoch_0004.safetensors"),
+    }
+    assert read_weights(tmp_path / "best.safetensors")[1]["epoch"] == "2"
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, float("nan")]), min_size=1), st.integers(1, 5))
+def test_the_best_epochs_are_those_of_a_stable_sort(scores: list[float], count: int) -> None:
+    rows = [{"epoch": i, "val/loss": None if s != s else s} for i, s in enumerate(scores)]
+    wanted = sorted(range(len(scores)), key=lambda i: scores[i] if scores[i] == scores[i] else 9.0)
+    assert best_epochs(rows, "val/loss", count) == wanted[:count]
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+def test_free_space_is_looked_at_before_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = saver(tmp_path)
+    keeper.save(at_step(1))
+    keeper.wait()
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage)
+    keeper.save(at_step(2))
+    with pytest.raises(NoSpaceError, match=r"MB are needed and 0\.0 MB are free.*that of step 1 is whole.*resume="):
+        keeper.wait()
+    assert read_state(tmp_path / "last.pt")["counters"]["step"] == 1
+    keeper.check()  # told once
+
+
+def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = saver(tmp_path)
+    keeper.save(at_step(1))
+    keeper.wait()
+
+    def torn(content: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", torn)
+    keeper.save(at_step(2))
+    with pytest.raises(NoSpaceError, match="that of step 1 is whole"):
+        keeper.wait()
+    assert read_state(tmp_path / "last.pt")["counters"]["step"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt"}
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom finetune.lock import Lock\n"
+        "with Lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    before = (tmp_path / LOCK_NAME).read_bytes()
+    with pytest.raises(HeldError, match=f"process {process.pid} on {socket.gethostname()}, since 20"), Lock(tmp_path):
+        pass
+    assert (tmp_path / LOCK_NAME).read_bytes() == before
+    process.kill()
+    deadline = time.monotonic() + 10
+    while holder(tmp_path) is not None:  # a zombie, until it is waited for, counts as dead
+        assert time.monotonic() < deadline
+    with Lock(tmp_path) as lock:
+        assert f"process {process.pid}" in lock.taken_over
+        found = holder(tmp_path)
+        assert found is not None and found["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_NAME).exists()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_held"),
+    [
+        ({}, True),
+        ({"started": "1"}, False),  # the number is used again, by another program
+        ({"pid": 2**22 + 5}, False),
+        ({"host": "elsewhere"}, True),
+        ({"host": "elsewhere", "pid": 2**22 + 5}, True),
+        (None, False),  # half written
+    ],
+)
+def test_a_lock_is_stale_where_its_process_is_known_to_be_dead(
+    tmp_path: Path, change: dict[str, object] | None, is_held: bool
+) -> None:
+    with Lock(tmp_path):
+        own = json.loads((tmp_path / LOCK_NAME).read_text())
+    text = '{"host": "a' if change is None else json.dumps({**own, **change})
+    (tmp_path / LOCK_NAME).write_text(text)
+    if not is_held:
+        with Lock(tmp_path):
+            pass
+        return
+    with pytest.raises(HeldError) as error, Lock(tmp_path):
+        pass
+    assert (str(tmp_path / LOCK_NAME) in str(error.value)) == (change is not None and "host" in change)
+
+
+# --- data.batch_size=auto -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 512), st.integers(0, 600))
+def test_the_search_finds_the_largest_that_fits(batch: int, limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    expected = max((size for size in divisors(batch) if size <= limit), default=None)
+    assert largest_fitting(divisors(batch), fits) == expected
+    assert len(tried) <= len(divisors(batch)).bit_length()
+
+
+def test_a_found_batch_keeps_the_images_of_a_step() -> None:
+    conf = Conf()
+    conf.train.accumulate = 3
+    found = with_batch(conf, 48)
+    assert found.data.batch_size * found.train.accumulate == DEFAULT_BATCH * 3
+    conf.optim.recipe_batch = 2048
+    assert with_batch(conf, 256).train.accumulate == 8
