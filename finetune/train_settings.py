@@ -30,7 +30,7 @@ class OnNonfinite(Choice):
 class TrainConf:
     """The epoch loop."""
 
-    epochs: int = setting(15, "passes over the training images", at_least=1)
+    epochs: int = setting(10, "passes over the training images", at_least=1)
     accumulate: int = setting(1, "micro-batches that make one optimizer step", at_least=1)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
     label_smoothing: float = setting(0.0, "share of each label spread over all classes", at_least=0, below=1)
