@@ -400,4 +400,8 @@ def current_job() -> Job:
     config = HydraConfig.get()
     multirun = config.mode is not None and config.mode.name == "MULTIRUN"
     number = int(config.job.num) if multirun else None
-    return Job(Path(str(config.runtime.output_dir)), [str(text) for text in config.overrides.task], number)
+    folder = Path(str(config.runtime.output_dir))
+    # As a person would type it: Hydra has made it absolute.
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    return Job(folder, [str(text) for text in config.overrides.task], number)
