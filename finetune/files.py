@@ -37,6 +37,8 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | Non
 
 def _put_aside(path: Path, aside: Path) -> None:
     """Give the file a second name, so that it never lacks one; where the file system cannot, rename it."""
+    if aside.exists() and path.samefile(aside):
+        return  # a kill between the two renames left it so, and renaming a file onto itself would do nothing
     second = aside.with_name(f".{aside.name}.{os.getpid()}.tmp")
     try:
         os.link(path, second)

@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -29,6 +31,9 @@ REDRAW_S = 0.2
 
 # Invisible characters that turn the direction of the text around them, and so can show one name as another.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+# KEY='value' with no other quote in it: the shell takes the quotes away, and the value needs none.
+_SHELL_SAFE = re.compile(r"[\w./+-]+='[^'\\]*'")
 
 _open_bars: list[Bar] = []  # on the screen now
 _state_before: dict[str, Any] = {}  # of the logger, while `start_log` holds it
@@ -54,6 +59,11 @@ def _escape(char: str) -> str:
     if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
         return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
     return char
+
+
+def command(words: Sequence[str]) -> str:
+    """Settings as a shell reads them back: `data.root='my photos'` as it stands, quoted wherever a shell would act."""
+    return " ".join(word if _SHELL_SAFE.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def say(text: str) -> None:
@@ -90,13 +100,6 @@ class _Console(logging.Handler):
         say(prefix + record.getMessage())
 
 
-class _File(logging.FileHandler):
-    """`run.log`; where the disk is full its lines are lost, and what failed for it is said by who wrote a file."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Nothing: the standard one prints a stack trace for every line."""
-
-
 class _FileFormatter(logging.Formatter):
     """Time, level, message, traceback; what names contain stays visible and on one line."""
 
@@ -118,7 +121,8 @@ def start_log(run_dir: Path, *, quiet: bool = False) -> None:
         OSError: `run.log` cannot be written.
     """
     stop_log()
-    file = _File(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+    file = logging.FileHandler(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+    file.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: no stack trace for every line
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
     file.setLevel(logging.DEBUG)
     _state_before.update(level=LOGGER.level, propagate=LOGGER.propagate)

@@ -21,11 +21,11 @@ from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
 from finetune.data import Loader
 from finetune.device import make_deterministic
 from finetune.ema import Ema
-from finetune.files import write_text
+from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel, freeze
 from finetune.lock import Lock
-from finetune.log import Bar, start_log, stop_log, table, write_json
+from finetune.log import Bar, command, start_log, stop_log, table, write_json
 from finetune.loop import TrainState, validate
 from finetune.memory import choose_batch, with_batch
 from finetune.metrics import Meter
@@ -94,6 +94,7 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         "resumed_at": session.holding.resumed_at,
     }
     try:
+        sweep_temporaries(run_dir)
         _announce(conf, run_dir, session)
         own = dataclasses.replace(conf, resume=None, resume_force=False)
         write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
@@ -171,6 +172,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
 
     train, val = parts.loader("train", train=True), parts.loader("val", train=False)
+    _refuse_early(parts, len(train))
     if built.has_zeroshot:
         zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter())
         result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
@@ -199,9 +201,17 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
         val.close()
     _test(parts, state, result, stop)
     report.plot_rates(run_dir)
-    write_json(run_dir / "result.json", {**result, "status": "finished"})
+    write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
     tidy(parts.checkpoints)
+
+
+def _refuse_early(parts: Parts, batches_per_epoch: int) -> None:
+    """What only model and data can tell of the settings, before a long look at the images: depth, globs, warmup."""
+    conf, steps = parts.conf, recipe.steps_per_epoch(parts.conf, batches_per_epoch)
+    freeze(parts.model, conf.optim.fix_layer)
+    optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
+    create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
 
 def _probe(parts: Parts, val: Loader, result: Result, stop: StopSignals) -> None:
@@ -299,5 +309,5 @@ def _log_close(run_dir: Path, result: Result) -> None:
     logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
     logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")
     logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
-    words = " ".join(result["overrides"])
+    words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
     logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)

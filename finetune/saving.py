@@ -47,6 +47,7 @@ class Saver:
 
     Attributes:
         stalled_s: How long training has waited for copies and for an earlier save, in seconds.
+        writing_s: Processor time of the writing threads, in seconds.
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, str], notes: Mapping[str, str], *, keep: int = 1) -> None:
@@ -59,7 +60,7 @@ class Saver:
             keep: Weights of so many best epochs are kept.
         """
         self.folder = folder
-        self.stalled_s = 0.0
+        self.stalled_s = self.writing_s = 0.0
         self._metadata = dict(metadata)
         self._notes = dict(notes)
         self._keep = keep
@@ -173,6 +174,8 @@ class Saver:
                 step()
         except Exception as error:  # handed to the training thread, which raises it after its step
             self._error = self._explained(error)
+        finally:
+            self.writing_s += time.thread_time()
 
     def _explained(self, error: Exception) -> Exception:
         if not isinstance(error, OSError):

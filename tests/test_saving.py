@@ -159,6 +159,17 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], before[name]) for name in before)
 
 
+def test_a_kill_between_keeping_and_replacing_leaves_nothing_behind(tmp_path: Path) -> None:
+    keeper = saver(tmp_path)
+    keeper.save(at_step(1))
+    keeper.wait()
+    os.link(tmp_path / "last.pt", tmp_path / "previous.pt")
+    keeper.save(at_step(2))
+    keeper.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    assert [read_state(tmp_path / name)["counters"]["step"] for name in ("previous.pt", "last.pt")] == [1, 2]
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_the_best_weights_change_hands_only_with_the_state(tmp_path: Path, saved: bool) -> None:
     """Killed after the new best weights were written: they count if the state that says so is there, and else not."""
