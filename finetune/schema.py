@@ -49,7 +49,9 @@ C = TypeVar("C", bound=Choice)
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    valid = list(words)
+    same = [candidate for candidate in valid if candidate.lower() == word.lower()]
+    found = same or difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 

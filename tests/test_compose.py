@@ -305,6 +305,9 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("hydra.run.dri=x", 1, [["hydra.run.dri"]]),
     ("hydra/launcher=nope", 1, [["hydra/launcher/nope", "basic"]]),
     ("hydra.sweep.dir=x", 1, [["ignored", "hydra.run.dir=PATH"]]),
+    ("hydra.run.dir=", 1, [["hydra.run.dir=", "names no folder"]]),
+    ("-m hydra.sweep.dir=''", 1, [["hydra.sweep.dir=", "names no folder"]]),
+    ("precision=FP32", 1, [["precision=FP32", "'fp32'"]]),
     ("hydra.searchpath=[x]", 1, [["--config-dir"]]),
     ("--config-dir /nowhere", 1, [["--config-dir /nowhere", "no such folder"]]),
     ("optim.lr='${train.epoch}'", 1, [["optim.lr", "train.epoch"]]),
@@ -415,7 +418,7 @@ def test_a_config_yaml_of_ours_changes_the_default_choices(folder: Path) -> None
 BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "source: digits\nbatch_siez: 3\n", ["mine.yaml, line 2", "batch_siez", "'data.batch_size'"]),
     ("data/mine.yaml", "batch_size: many\n", ["mine.yaml, line 1", "data.batch_size=many", "whole number"]),
-    ("data/mine.yaml", "batch_size: 0\n", ["data.batch_size=0", "at least 1"]),
+    ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "at least 0"]),
     ("data/mine.yaml", "a: b: c\n", ["mine.yaml, line 1", "cannot be read"]),
     ("data/mine.yaml", "source: [digits\n", ["mine.yaml, line 2", "cannot be read"]),
     ("data/mine.yaml", "workers: 1\nworkers: 2\n", ["mine.yaml, line 2", "twice", "line 1"]),

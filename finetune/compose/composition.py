@@ -222,7 +222,10 @@ def _plain(value: Any) -> Any:
 
 
 def _run_dir(cfg: DictConfig, *, multirun: bool) -> Path:
-    return Path(str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir))
+    key, typed = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if multirun else ("hydra.run.dir", cfg.hydra.run.dir)
+    if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
+        raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
+    return Path(str(typed))
 
 
 def _parse(typed: Sequence[str], *, multirun: bool) -> tuple[list[Override], list[str], list[str]]:
