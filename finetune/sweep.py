@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
-from finetune.log import printable, say, table
+from finetune.log import command, printable, say, table
 from finetune.sweep_figure import Score, sweep_figure
 
 SCORES = ("zeroshot/top1", "val/top1", "test/top1")
@@ -298,8 +297,8 @@ def _answer(sweep_dir: Path, jobs: Sequence[Job], found: Sequence[Setting]) -> l
     lines.append(f"table and picture: {sweep_dir / 'summary.csv'}, {sweep_dir / 'sweep.png'}")
     words = [word for word in job.words if _split(word)[0] != "seed"]
     if len(best.jobs) > 1:
-        return [*lines, f"next, a run with the winner: {shlex.join(['python', '-m', 'finetune', *words])}"]
-    again = shlex.join(["python", "-m", "finetune", "-m", *words, "seed=0,1,2"])
+        return [*lines, f"next, a run with the winner: {command(['python', '-m', 'finetune', *words])}"]
+    again = command(["python", "-m", "finetune", "-m", *words, "seed=0,1,2"])
     return [*lines, f"next, is it more than luck? {again}"]
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -19,7 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import files, log
-from finetune.log import Bar, History, epoch_line, layer_of, printable, say, start_log, stop_log, table, write_json
+from finetune.compose.commandline import quote_override
+from finetune.log import (
+    Bar,
+    History,
+    command,
+    epoch_line,
+    layer_of,
+    printable,
+    say,
+    start_log,
+    stop_log,
+    table,
+    write_json,
+)
 
 LOGGER = logging.getLogger("finetune")
 
@@ -341,3 +355,18 @@ def test_columns_of_any_table_start_and_end_together(rows: list[dict[str, object
     for line in lines[2:]:
         for end in ends:
             assert line[end - 1] != " " and line[end : end + 2].strip() == ""
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "model=vit",
+        "data.root=/a b (2)",
+        "data.root=/it's",
+        "model.templates=['a {}.','b {}']",
+        "optim.no_weight_decay=[*.q]",
+    ],
+)
+def test_a_command_to_paste_means_the_same_in_a_shell(typed: str) -> None:
+    word = quote_override(typed, multirun=False)
+    assert [quote_override(text, multirun=False) for text in shlex.split(command([word]))] == [word]

@@ -280,6 +280,8 @@ def test_a_sweep_goes_on_past_a_failed_job_and_sums_up(stripes: Path, tmp_path: 
     [
         (["device=cuda:7"], ["cuda:7"]),
         (["optim.fix_layer=8"], ["fix_layer=8", "-1", "7"]),
+        (["sched.interval=step", "sched.warmup=9999"], ["sched.warmup=9999", "170 steps"]),
+        (["optim.no_weight_decay=[*.bias_k]"], ["'*.bias_k'"]),
         (["data=folder", "data.root=nowhere"], ["nowhere"]),
         (["model.image_size=33"], ["33"]),
     ],
@@ -293,6 +295,7 @@ def test_what_only_model_data_or_machine_can_tell_is_one_clear_line(
     assert len([line for line in process.err.splitlines() if line.startswith("error:")]) == 1, process.err
     for word in expected:
         assert word in process.err
+    assert "zero-shot, before" not in process.out  # refused ahead of a long look at the images
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
