@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(problem: str) -> None:
-    print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+    from finetune.log import printable
+
+    print(f"error: {printable(' '.join(problem.split()))}", file=sys.stderr)
 
 
 def _answer(line: CommandLine) -> int:

@@ -6,6 +6,7 @@ a batch depends on (seed, epoch, position) alone, so nothing has to be held back
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def load(path: Path) -> list[tuple[Tensor, Tensor]]:
         raise FileNotFoundError(f"{path} is not there; stored steps: {', '.join(found) or 'none'}")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     return list(zip(content["images"], content["targets"], strict=True))
 

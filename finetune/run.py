@@ -25,7 +25,7 @@ from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel, freeze
 from finetune.lock import Lock
-from finetune.log import Bar, command, start_log, stop_log, table, write_json
+from finetune.log import Bar, command, say, start_log, stop_log, table, write_json
 from finetune.loop import TrainState, validate
 from finetune.memory import choose_batch, with_batch
 from finetune.metrics import Meter
@@ -67,7 +67,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
             if not holding.is_finished:
                 return _run(conf, run_dir, _Session(overrides, holding, quiet, lock.taken_over))
     assert holding.earlier is not None
-    print(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
+    say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
     return holding.earlier
 
 

@@ -343,6 +343,7 @@ def test_resume_on_the_command_line(stripes: Path, tmp_path: Path) -> None:
         (["resume=nowhere"], ["no such folder"]),
         (["resume=latest"], ["no run under outputs"]),
         (["resume=."], ["no config.yaml"]),
+        (["resume=no\x1b[31mred"], ["no\\x1b[31mred"]),
         (["resume=a", "-m"], ["leave -m out"]),
         (["resume=a", "hydra.run.dir=b"], ["hydra.run.dir=b", "says the folder"]),
         (["resume=a", "optim.lrr=1"], ["optim.lr"]),

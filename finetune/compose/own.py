@@ -14,6 +14,7 @@ from finetune.compose.folders import OUTPUTS
 from finetune.compose.keys import KEYS, build, convert, nearest_key
 from finetune.config import Conf, validate
 from finetune.lock import holder
+from finetune.log import say
 
 LATEST = "latest"
 
@@ -96,11 +97,11 @@ def find_run(word: str) -> Path:
         status = _status(folder)
         found = None if status == "finished" else holder(folder)
         if found is not None:
-            print(f"resume={LATEST}: {folder} is being worked in by process {found['pid']}: looking further")
+            say(f"resume={LATEST}: {folder} is being worked in by process {found['pid']}: looking further")
         elif status != "finished":
-            print(f"resume={LATEST}: {folder}, {status}")
+            say(f"resume={LATEST}: {folder}, {status}")
             return folder
-    print(f"resume={LATEST}: no run under {OUTPUTS} is left to continue; the newest is {runs[0]}")
+    say(f"resume={LATEST}: no run under {OUTPUTS} is left to continue; the newest is {runs[0]}")
     return runs[0]
 
 
