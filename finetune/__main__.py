@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def _job(cfg: DictConfig) -> int:
 def _finish(conf: Conf, folder: Path, overrides: list[str]) -> int:
     """Run to the end in `folder`; 0, or 1 if it failed, which is on record there."""
     try:
+        # Torch's CPU threads spin while they wait for each other; where others want the cores too, that starves both.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from finetune.run import run  # only now: it imports torch
 
         run(conf, folder, overrides)
