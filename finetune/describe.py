@@ -142,6 +142,7 @@ def _conf(words: Sequence[str]) -> Conf:
     """The configuration of the rest of the command line, as the main entry would read it."""
     line = parse_command_line(words)
     foreign = [name for name in line.flags if name != "--config-dir"]
+    foreign += [word for word in words if any(problem.startswith(f"{word}: no such flag") for problem in line.problems)]
     if foreign:
         hint = nearest(foreign[0], (*FLAGS, "--config-dir", "--help"))
         raise ConfigError(
@@ -161,6 +162,11 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
         ValueError: A model, a setting or a frozen layer that does not exist.
         FileNotFoundError: A file that the model is made from.
     """
+    if not conf.data.batch_size:
+        raise ValueError(
+            "data.batch_size=auto is found by trying sizes on the device, and finetune.describe tries nothing:"
+            " give a number, such as data.batch_size=64"
+        )
     import torch
 
     from finetune.cost import count_flops, estimate_memory

@@ -1,6 +1,7 @@
 """A layered model is upstream's own network: the same bits whole, at every split, evaluating and training."""
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Iterator
@@ -398,6 +399,14 @@ def test_encoders_without_a_classifier_get_one(name: str) -> None:
     size = built.preprocess.size
     assert built.model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
     assert built.model.layers[-1].owns == ("head",)
+
+
+def test_torchvisions_maxvit_is_cut_for_its_image_size() -> None:
+    conf = ModelConf(family=Family.vit, name="maxvit_t", pretrained="none", image_size=448)
+    built = build_model(conf, ["a", "b"], device="meta")
+    assert built.model(torch.empty(2, 3, 448, 448, device="meta")).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"image_size=100: maxvit_t takes multiples of 224"):
+        build_model(dataclasses.replace(conf, image_size=100), ["a", "b"], device="meta")
 
 
 def test_torchvisions_regnet_builds_without_memory() -> None:

@@ -115,6 +115,15 @@ def test_what_is_no_weights_file_is_named(content: bytes, words: str, tmp_path: 
         read_state_dict(tmp_path / "w.pt")
 
 
+def test_a_wrong_ending_is_named(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"is a safetensors file.*\.safetensors"):
+        read_state_dict(tmp_path / "w.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"written by torch\.save.*\.pt"):
+        read_state_dict(tmp_path / "w.safetensors")
+
+
 def test_a_file_without_tensors_says_what_it_found(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="holds no weights: expected tensors by name, found epoch, lr"):
@@ -178,6 +187,44 @@ def test_an_image_tower_alone_makes_no_zeroshot_head(tmp_path: Path) -> None:
     save_file(built.model.net.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"image tower only.*model\.head=random"):
         build_model(clip_conf(tmp_path / "w.safetensors"), CLASSES)
+
+
+def test_a_bare_tower_is_a_layout_of_open_clip_too(upstream_clip: nn.Module, tmp_path: Path) -> None:
+    torch.save(upstream_clip.visual.state_dict(), tmp_path / "w.pt")
+    conf = ModelConf(name="ViT-B-32", pretrained=str(tmp_path / "w.pt"))
+    assert_tower(build_model(dataclasses.replace(conf, head=HeadKind.random), CLASSES).model, upstream_clip)
+    with pytest.raises(ValueError, match=r"image tower only.*model\.head=random"):
+        build_model(conf, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["visual.positional_embedding", "positional_embedding"])
+def test_positions_that_cannot_be_resized_are_those_of_another_model(
+    name: str, upstream_clip: nn.Module, tmp_path: Path
+) -> None:
+    state = upstream_clip.state_dict()
+    torch.save({**state, name: torch.zeros(8, state[name].shape[1] + 4)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"of another shape: {name} .*check model\.name"):
+        build_model(ModelConf(name="ViT-B-32", pretrained=str(tmp_path / "w.pt")), CLASSES)
+
+
+def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
+    torch.save({"cls_token": torch.zeros(1, 1, 8), "else": torch.zeros(1)}, tmp_path / "w.pt")
+    for settings in ({"name": "vit_tiny_patch16_224"}, {"name": "vit_b_32", "library": Library.torchvision}):
+        with pytest.raises(ValueError, match=r"missing: .* and \d+ more") as caught:
+            build_model(ModelConf(family=Family.vit, pretrained=str(tmp_path / "w.pt"), **settings), CLASSES)
+        assert "1 unexpected: " in str(caught.value) or "2 unexpected: " in str(caught.value)
+        assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+
+
+def test_torch_hub_announces_no_download_that_cannot_happen(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    conf = ModelConf(family=Family.vit, name="squeezenet1_0", library=Library.torchvision, pretrained="DEFAULT")
+    with pytest.raises(FileNotFoundError, match=r"download\.pytorch\.org cannot be reached"):
+        build_model(conf, CLASSES)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_another_models_weights_are_refused_with_a_list(tmp_path: Path) -> None:

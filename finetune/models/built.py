@@ -121,6 +121,8 @@ def keep_head(
         ValueError: Other classes, or another number of them, than the classifier has.
     """
     old = net.get_submodule(name)
+    if type(old) is nn.Identity:
+        raise ValueError("model.head=keep: the weights have no classifier to keep; use model.head=random")
     if type(old) is not nn.Linear:
         raise ValueError(
             f"model.head=keep: the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"

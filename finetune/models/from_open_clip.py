@@ -5,6 +5,7 @@ Bundled, built in, from a hub or a folder, all end as an `Origin`; everything af
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -336,10 +337,16 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
     from open_clip.model import CLIP, convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
     own = {name for name, _ in clip.named_children()}
+    tower = {name.removeprefix("visual.") for name in clip.state_dict() if name.startswith("visual.")}
+    if tower <= state.keys():
+        state = {f"visual.{name}": tensor for name, tensor in state.items()}  # model.visual.state_dict(), by itself
     state = convert_state_dict(clip, state)
     _resize_attention_pool(state, clip)
+    # What cannot be resized belongs to another model: the strict load that follows says so, with the names.
+    misfit = contextlib.suppress(AssertionError, RuntimeError)
     with weights.quiet_upstream():
-        resize_pos_embed(state, clip)
+        with misfit:
+            resize_pos_embed(state, clip)
         if own == {"visual"}:
             # Only the image tower was built; a file of ours may hold nothing else but a classifier.
             return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
@@ -350,7 +357,8 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
         if "positional_embedding" in state and not isinstance(clip, CLIP):
             state = convert_to_custom_text_state_dict(state)
         state.pop("text.transformer.embeddings.position_ids", None)  # written by old versions of transformers
-        resize_text_pos_embed(state, clip)
+        with misfit:
+            resize_text_pos_embed(state, clip)
     for name, parameter in clip.named_parameters(recurse=False):
         if name in ("logit_scale", "logit_bias") and name in state:
             state[name] = state[name].reshape(parameter.shape)

@@ -167,7 +167,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     except TypeError as error:
         raise ValueError(f"model.name={conf.name} does not take {settings} ({error}); leave it out") from error
     except (RuntimeError, KeyError, AssertionError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{source} does not fit model.name={conf.name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source} does not fit model.name={conf.name}: {weights.misfit_of(error)}") from error
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:
             check_patches(conf.image_size, module.patch_size[0])

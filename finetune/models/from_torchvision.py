@@ -31,6 +31,8 @@ from finetune.preprocess import Preprocess
 
 # Classifiers half-way up, which help training from scratch and turn the output into a tuple.
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
+# MaxViT's last stage has 1/32 of the resolution, cut into windows of 7 x 7.
+MAXVIT_GRID = 32 * 7
 
 
 def names() -> list[str]:
@@ -99,12 +101,12 @@ class _RealNumbers(TorchFunctionMode):
 
 def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> nn.Module:
     """The network with its weights and its own classifier."""
-    from torchvision.models import VisionTransformer, get_model
+    from torchvision.models import MaxVit, VisionTransformer, get_model
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     state = weights.read_state_dict(path) if load and path is not None else None
     if load and chosen is not None:
-        with weights.downloads(f"weights {chosen.name} of {conf.name}"):
+        with weights.downloads(f"weights {chosen.name} of {conf.name}", url=chosen.url):
             state = dict(chosen.get_state_dict(progress=True, check_hash=True))
     args: dict[str, Any] = {}
     if conf.name in ("inception_v3", "googlenet"):
@@ -121,8 +123,13 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         size = conf.image_size or (chosen.meta["min_size"][0] if chosen else probe.image_size)
         check_patches(size, probe.patch_size)
         args["image_size"] = size
-        if state is not None:
+        # A file of another model has no such table, or a flat one: the strict load below says so, with the names.
+        if state is not None and state.get("encoder.pos_embedding", torch.empty(0)).ndim == 3:
             state = dict(interpolate_embeddings(size, probe.patch_size, state))
+    if isinstance(probe, MaxVit) and conf.image_size:
+        if conf.image_size % MAXVIT_GRID:
+            raise ValueError(f"model.image_size={conf.image_size}: {conf.name} takes multiples of {MAXVIT_GRID} pixels")
+        args["input_size"] = (conf.image_size, conf.image_size)
     net: nn.Module = get_model(conf.name, **args, **({"num_classes": num_classes} if num_classes else {}))
     if state is not None:
         head = _classifier_name(net) + "."

@@ -73,6 +73,11 @@ def read_state_dict(path: Path) -> StateDict:
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
+    if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80\x02")):
+        raise ValueError(f"{path} was written by torch.save, whatever its name says: rename it to end with .pt")
+    # Its first eight bytes are the length of a JSON header, which follows.
+    if path.suffix != ".safetensors" and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+        raise ValueError(f"{path} is a safetensors file, whatever its name says: rename it to end with .safetensors")
     if path.suffix == ".safetensors":
         return _clean(_read_safetensors(path), path)
     if start and not start.startswith((b"PK", b"\x80")):
@@ -223,6 +228,21 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
+def misfit_of(error: BaseException) -> str:
+    """What torch's `load_state_dict` lists over hundreds of lines, in one: how many names of each kind, some of them."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    shapes = [line.rstrip(".") for line in lines if line.startswith("size mismatch for ")]
+    found = []
+    for line in lines:
+        names = re.findall(r'"([^"]+)"', line)
+        if names and line.startswith(("Missing key", "Unexpected key")):
+            found.append(f"{len(names)} {line.partition(' ')[0].lower()}: {_shown(names)}")
+    if shapes:
+        more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        found.append(f"{len(shapes)} of another shape: {shapes[0].removeprefix('size mismatch for ')}{more}")
+    return "; ".join(found) or " ".join(lines) or type(error).__name__
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -241,7 +261,7 @@ def quiet_upstream() -> Iterator[None]:
 
 
 @contextmanager
-def downloads(what: str) -> Iterator[None]:
+def downloads(what: str, *, url: str | None = None) -> Iterator[None]:
     """Around anything that may fetch files: without a network only the caches are asked, and a failure is explained.
 
     Hub clients retry for a minute before they look into their own cache; one quick attempt to reach the hub decides
@@ -249,6 +269,7 @@ def downloads(what: str) -> Iterator[None]:
 
     Args:
         what: What is being looked for, for the error: `weights 'openai' of ViT-B-16`.
+        url: Where torch hub would fetch the file; None for the Hugging Face hub.
 
     Raises:
         FileNotFoundError: It is neither in the cache nor to be fetched.
@@ -256,15 +277,20 @@ def downloads(what: str) -> Iterator[None]:
     from huggingface_hub import constants
 
     before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    reachable = not before and _reachable(constants.ENDPOINT)
-    constants.HF_HUB_OFFLINE = not reachable
+    offline = before and url is None
+    host = url or constants.ENDPOINT
+    reachable = not offline and _reachable(host)
+    if url is not None and not reachable and not _in_torch_hub(url):
+        # torch hub would announce a download that cannot happen.
+        raise FileNotFoundError(_not_found(what, OSError(), host=host, reachable=False, offline=False))
+    constants.HF_HUB_OFFLINE = before if url is not None else not reachable
     socket.setdefaulttimeout(10 * CONNECT_TIMEOUT_S)  # plain URLs (torch hub, timm) have no timeout of their own
     try:
         with quiet_upstream():
             yield
     # Hub and URL errors are OSErrors.
     except OSError as error:
-        raise FileNotFoundError(_not_found(what, error, reachable=reachable, offline=before)) from error
+        raise FileNotFoundError(_not_found(what, error, host=host, reachable=reachable, offline=offline)) from error
     finally:
         constants.HF_HUB_OFFLINE = before
         socket.setdefaulttimeout(timeout)
@@ -284,17 +310,17 @@ def _reachable(url: str) -> bool:
     return True
 
 
-def _not_found(what: str, error: OSError, *, reachable: bool, offline: bool) -> str:
+def _in_torch_hub(url: str) -> bool:
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).is_file()
+
+
+def _not_found(what: str, error: OSError, *, host: str, reachable: bool, offline: bool) -> str:
     from huggingface_hub import constants
 
     if reachable:
         why = f"the download failed ({_first_line(error)})"
     else:
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if offline
-            else f"{urlsplit(constants.ENDPOINT).hostname} cannot be reached from here"
-        )
+        why = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(host).hostname} cannot be reached from here"
     return (
         f"{what}: not in the cache, and {why}. Looked in {constants.HF_HUB_CACHE} (HF_HOME) and {torch.hub.get_dir()}"
         " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine"
