@@ -229,7 +229,7 @@ def _shown(names: list[str]) -> str:
 
 
 def misfit_of(error: BaseException) -> str:
-    """What torch's `load_state_dict` lists over hundreds of lines, in one: how many names of each kind, some of them."""
+    """What torch's `load_state_dict` lists over hundreds of lines, in one: how many names of each kind."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     shapes = [line.rstrip(".") for line in lines if line.startswith("size mismatch for ")]
     found = []
