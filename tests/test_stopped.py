@@ -23,7 +23,7 @@ from torch import Tensor
 from finetune import loop, training
 from finetune.checkpoint import read_state
 from finetune.claim import RefusedError
-from finetune.config import Conf, OnNonfinite
+from finetune.config import Conf, OnNonfinite, Precision
 from finetune.finite import NotFiniteError
 from finetune.lock import LOCK_NAME, HeldError, Lock
 from finetune.replay import main as replay
@@ -162,6 +162,27 @@ def test_killed_in_the_middle_of_an_epoch_twice(
     assert resume(tmp_path / "run", demanding(stripes))["resumed_at"] == [8, 10]
     assert_same_run(straight, tmp_path / "run")
     assert_equal(everything(straight), everything(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "fix_layer", "workers"),
+    [
+        ("bf16", 3, "2"),
+        pytest.param("bf16", -1, "0", marks=pytest.mark.slow),
+        pytest.param("fp32", 7, "2", marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_and_half_precision_runs_resume_to_the_bit(
+    stripes: Path, tmp_path: Path, strike: Any, precision: str, fix_layer: int, workers: str
+) -> None:
+    changes = {"precision": Precision(precision), "optim__fix_layer": fix_layer, "data__workers": workers}
+    go(small(stripes, **changes), tmp_path / "straight")
+    strike("train_step", 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(small(stripes, **changes), tmp_path / "run")
+    assert resume(tmp_path / "run", small(stripes, **changes))["resumed_at"] == [7]
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert_equal(everything(tmp_path / "straight"), everything(tmp_path / "run"))
 
 
 @pytest.mark.slow
