@@ -51,6 +51,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
+        """`key: before -> now`."""
         return f"{self.key}: {self.before} -> {self.now}"
 
     @property

@@ -142,7 +142,8 @@ class ModelConf:
         ["default"], "prompts of the zero-shot head, {} is the class name; or sets: default, simple (7), imagenet (80)"
     )
     class_names: str | None = setting(
-        None, "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes' own"
+        None,
+        "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes' own",
     )
     drop_path: float = setting(
         0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1

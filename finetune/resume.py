@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune import recipe
-from finetune.checkpoint import Content, restore
+from finetune.checkpoint import restore
 from finetune.claim import CLOSE, Change, Holding
 from finetune.config import Conf, Interval
 from finetune.device import environment
@@ -49,11 +49,12 @@ class Promise:
             self.reasons.append(reason)
 
     def __str__(self) -> str:
+        """The promise in words, and why it is no stronger."""
         meaning = {
             "bitwise": "bitwise: stopped and continued on this machine, the run ends equal to an unbroken one to the"
             " last bit",
             "close": "close, not bitwise: stopped and continued, the run is equal to an unbroken one but for rounding",
-            "none": "none: what comes out is neither the run as it was begun nor one of the new settings from the start",
+            "none": "none: what comes out is neither the run as it was begun nor one with the new settings",
         }[self.kind]
         return meaning + (f" ({'; '.join(self.reasons)})" if self.reasons else "")
 

@@ -16,6 +16,7 @@ class Choice(str, Enum):
     """A word out of a closed list. Members equal their plain string, so `conf.mode == "linear"` holds."""
 
     def __str__(self) -> str:
+        """The plain word."""
         return str(self.value)
 
 

@@ -54,7 +54,7 @@ def main() -> int:
         waited, writing, training = measure(given.epochs, waits=waits)
         title = "training waits for each save" if waits else "a thread writes"
         print(
-            f"{title}: training waited for {waited:.3f} s of {training:.1f} s ({100 * waited / training:.2f} %); writing"
+            f"{title}: training waited {waited:.3f} s of {training:.1f} s ({100 * waited / training:.2f} %); writing"
             f" took {writing:.3f} s of a processor ({100 * writing / training:.2f} %)",
             flush=True,
         )

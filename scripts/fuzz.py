@@ -2,8 +2,8 @@
 
     python scripts/fuzz.py --examples 500
 
-Whatever a person types: exit code 0, 1 or 2, errors of one line each, no stack trace, and either no run directory or one
-in which every file is whole. Runs that turn out valid are really trained, for an epoch on 48 small images.
+Whatever a person types: exit code 0, 1 or 2, errors of one line each, no stack trace, and either no run directory or
+one in which every file is whole. Runs that turn out valid are really trained, for an epoch on 48 small images.
 """
 
 from __future__ import annotations

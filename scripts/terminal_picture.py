@@ -26,8 +26,9 @@ def draw(lines: list[str], title: str) -> str:
         colour = "#7ee787" if number == 0 else "#ffa657" if is_score else "#e6edf3"
         y = BAR_H + PAD + number * LINE_H + 12
         texts.append(f'<text x="{PAD}" y="{y}" fill="{colour}" xml:space="preserve">{escape(row)}</text>')
+    box = f'viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}'
         ' font-family="ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans Mono,monospace" font-size="13">'
         f'<rect width="100%" height="100%" rx="8" fill="#0d1117"/>{dots}{"".join(texts)}</svg>\n'
     )

@@ -60,7 +60,7 @@ def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, position: float
     place = data.index(weights) + int(position * len(weights))
     data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedError, match="last.pt"):
+    with pytest.raises(DamagedError, match=r"last\.pt"):
         load_state(path, start(tiny_model()))
 
 
@@ -70,7 +70,7 @@ def test_a_state_cut_short_is_refused(tmp_path: Path, keep: float) -> None:
     save_state(path, start(tiny_model()))
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(DamagedError, match="last.pt"):
+    with pytest.raises(DamagedError, match=r"last\.pt"):
         read_state(path)
 
 
@@ -100,7 +100,7 @@ class _Runs:
 def test_a_pickle_that_runs_code_is_refused_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 3, "model": _Runs()}, "last.pt")
-    with pytest.raises(DamagedError, match="could run code|can run code"):
+    with pytest.raises(DamagedError, match=r"could run code|can run code"):
         read_state(Path("last.pt"))
     Path("old.pt").write_bytes(pickle.dumps(_Runs()))
     with pytest.raises(DamagedError):
@@ -132,7 +132,7 @@ def test_a_damaged_last_falls_back_to_the_one_before_it(tmp_path: Path, caplog: 
 
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match="previous.pt"):
+    with pytest.raises(ValueError, match=r"previous\.pt"):
         latest_state(tmp_path)
 
 

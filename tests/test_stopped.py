@@ -34,7 +34,7 @@ Stop = Callable[[], None]
 
 
 def demanding(stripes: Path, **changes: object) -> Conf:
-    """Every kind of state at once: dropout, MixUp, averages, steps within epochs, rates by step, several best epochs."""
+    """Every kind of state at once: dropout, MixUp, averages, steps within epochs, rates by step, several best."""
     conf = small(stripes, model__head_dropout=0.2, augment__mixup=0.2, train__ema=0.9, train__keep=2, **changes)
     conf.sched.interval = "step"  # type: ignore[assignment]
     conf.train.epochs, conf.train.save_every_steps, conf.train.patience = 3, 2, 5

@@ -41,7 +41,9 @@ def build_model(
     target = torch.device(device)
     library = library_of(conf)
     if library == Library.torchvision and conf.pool != Pool.auto:
-        raise ValueError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
+        raise ValueError(
+            f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out"
+        )
     built = BUILDERS[library](conf, classes, load=load and target.type != "meta", device=target)
     if conf.head_scale != 1:
         scale_head(built.model, conf.head_scale)
@@ -50,7 +52,7 @@ def build_model(
 
 @torch.no_grad()
 def scale_head(model: LayeredModel, factor: float) -> None:
-    """Multiply the classifier's first values, as MAE and BEiT do (`init_scale`), so that it starts close to indifferent."""
+    """Multiply the classifier's first values, as MAE and BEiT do (`init_scale`), so it starts close to indifferent."""
     for name, parameter in model.net.named_parameters():
         if model.layer_ids[name] == len(model.layers) - 1:
             parameter.mul_(factor)
