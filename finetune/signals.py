@@ -13,7 +13,7 @@ from typing import Any
 # What asks for a stop: Ctrl-C, schedulers' SIGTERM, and the warnings ahead of a time limit (SLURM --signal, submitit).
 STOPPING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
 if sys.platform != "win32":
-    STOPPING += (signal.SIGUSR1, signal.SIGUSR2)
+    STOPPING += (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # the last: a terminal that was closed
 
 
 class Interrupted(SystemExit):
@@ -43,7 +43,9 @@ class StopSignals:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for signum in STOPPING:
-                self._before[signum] = signal.signal(signum, self._handle)
+                # Under nohup a closed terminal is to be ignored, and so it is.
+                if signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(

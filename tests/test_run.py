@@ -207,7 +207,7 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(stripes: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_stopped_by_a_signal_and_started_again_equals_a_straight_run(
     stripes: Path, tmp_path: Path, signum: int, code: int
 ) -> None:
