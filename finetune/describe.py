@@ -170,14 +170,13 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
     import torch
 
     from finetune.cost import count_flops, estimate_memory
-    from finetune.layers import freeze
     from finetune.models import build_model
-    from finetune.plan import planned_rates
+    from finetune.plan import planned_rates, prepare
 
     sizes = _sizes(conf, options)
     built = build_model(conf.model, sizes.classes, device="meta")
     model = built.model
-    freeze(model, conf.optim.fix_layer)
+    prepare(model, conf)
     steps = recipe.steps_per_epoch(conf, sizes.batches)
     dtype, precision = _precision(conf, cuda=torch.cuda.is_available())
     memory = estimate_memory(

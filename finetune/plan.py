@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.config import Conf, Interval
-from finetune.layers import LayeredModel
+from finetune.layers import LayeredModel, freeze
 from finetune.optim import layer_scale, steps_to_output
 from finetune.recipe import num_units, peak_lr, timed_sched
 from finetune.sched import lr_factor
@@ -14,6 +14,21 @@ from finetune.sched import lr_factor
 MAX_POINTS = 2000
 
 LayerRow = dict[str, Any]
+
+
+def prepare(model: LayeredModel, conf: Conf) -> None:
+    """Freeze and recompute as `conf` says; ahead of the optimizer, which must hold what learns and nothing else.
+
+    Raises:
+        ValueError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.
+    """
+    if conf.train.recompute and not model.is_chain:
+        raise ValueError(
+            f"train.recompute=true would be ignored: {type(model.net).__name__} is no plain chain of layers and runs"
+            " only whole; leave it out, and take a smaller data.batch_size with train.accumulate"
+        )
+    model.recompute = conf.train.recompute
+    freeze(model, conf.optim.fix_layer)
 
 
 def layer_rows(model: LayeredModel, conf: Conf) -> list[LayerRow]:

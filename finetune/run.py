@@ -23,7 +23,7 @@ from finetune.device import make_deterministic
 from finetune.ema import Ema
 from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
-from finetune.layers import LayeredModel, freeze
+from finetune.layers import LayeredModel
 from finetune.lock import Lock
 from finetune.log import Bar, command, say, start_log, stop_log, table, write_json
 from finetune.loop import TrainState, validate
@@ -33,7 +33,7 @@ from finetune.models import build_model
 from finetune.multilabel import set_offsets
 from finetune.optim import build_optimizer
 from finetune.parts import Parts, build_parts
-from finetune.plan import layer_rows
+from finetune.plan import layer_rows, prepare
 from finetune.probing import fit_head
 from finetune.resume import first_promise, plan_of, resume, say_changes
 from finetune.saving import tidy
@@ -209,7 +209,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
 def _refuse_early(parts: Parts, batches_per_epoch: int) -> None:
     """What only model and data can tell of the settings, before a long look at the images: depth, globs, warmup."""
     conf, steps = parts.conf, recipe.steps_per_epoch(parts.conf, batches_per_epoch)
-    freeze(parts.model, conf.optim.fix_layer)
+    prepare(parts.model, conf)
     optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
     create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
@@ -239,7 +239,7 @@ def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
 def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
     """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`)."""
     conf, model = parts.conf, parts.model
-    freeze(model, conf.optim.fix_layer)
+    prepare(model, conf)
     optimizer = build_optimizer(model, recipe.scaled_optim(conf))
     steps = recipe.steps_per_epoch(conf, batches_per_epoch)
     scheduler = create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))

@@ -52,6 +52,9 @@ class TrainConf:
         "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
         " where images have several labels",
     )
+    recompute: bool = setting(
+        False, "gradient checkpointing: compute each learning layer twice instead of keeping its activations"
+    )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
     ema: float = setting(
         0.0,

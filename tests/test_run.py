@@ -317,3 +317,11 @@ def test_a_fitted_head_is_reported_before_it_is_fine_tuned(stripes: Path, tmp_pa
     assert result["probe/top1"] >= 0.5
     assert result["val/top1"] == pytest.approx(result["probe/top1"])
     assert "linear probe, before fine-tuning" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_recomputing_changes_memory_and_nothing_else(stripes: Path, tmp_path: Path) -> None:
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        conf = small(stripes, optim__fix_layer=2, model__head_dropout=0.2)
+        conf.train.recompute = recompute
+        go(conf, tmp_path / name)
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
