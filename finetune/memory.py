@@ -150,6 +150,8 @@ def _advice(conf: Conf) -> str:
         tries.append(
             f"data.batch_size={half} train.accumulate={-(-size * accumulate // half)} learns from as many images a step"
         )
+    if not conf.train.recompute:
+        tries.append("train.recompute=true computes activations twice instead of keeping them")
     if conf.precision == "fp32":
         tries.append("precision=bf16 halves the activations")
     if conf.optim.fix_layer < 0:
