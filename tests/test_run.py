@@ -48,10 +48,17 @@ def finetune(*words: str, cwd: Path, wait: bool = True) -> subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_as_from_a_terminal,
     )
     if wait:
         process.out, process.err = process.communicate(timeout=300)  # type: ignore[attr-defined]
     return process
+
+
+def _as_from_a_terminal() -> None:
+    """Under nohup, or in the background of a script, the tests' own process ignores these, and so would its children."""
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
