@@ -56,7 +56,7 @@ def finetune(*words: str, cwd: Path, wait: bool = True) -> subprocess.Popen[str]
 
 
 def _as_from_a_terminal() -> None:
-    """Under nohup, or in the background of a script, the tests' own process ignores these, and so would its children."""
+    """Under nohup, or in the background of a script, the tests ignore these, and so would their children."""
     for signum in (signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
 
