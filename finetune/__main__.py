@@ -17,6 +17,7 @@ from finetune.compose.usage import help_page
 from finetune.compose.yamlfiles import folders
 from finetune.lock import HeldError
 from finetune.signals import exit_codes
+from finetune.terminal import complain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,23 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _answer(line)
     except ConfigError as error:
         for problem in error.problems:
-            _say(problem)
+            complain(problem)
         return error.code
     except BrokenPipeError:  # `finetune --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MISTAKES as error:
-        _say(str(error))
+        complain(str(error))
         return 1
     except KeyboardInterrupt:
-        _say("stopped by Ctrl-C")
+        complain("stopped by Ctrl-C")
         return 130
-
-
-def _say(problem: str) -> None:
-    from finetune.log import printable
-
-    print(f"error: {printable(' '.join(problem.split()))}", file=sys.stderr)
 
 
 def _answer(line: CommandLine) -> int:
@@ -130,7 +125,7 @@ def _job(cfg: DictConfig) -> int:
         conf = to_conf(cfg)
     except MISTAKES as error:
         record_failure(job.folder, job.overrides, error)
-        _say(str(error))
+        complain(str(error))
         return 1
     return _finish(conf, job.folder, job.overrides)
 
@@ -145,15 +140,15 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> int:
 
         run(conf, folder, overrides)
     except (RefusedError, HeldError) as error:  # somebody else's folder: not even a record is left there
-        _say(str(error))
+        complain(str(error))
         return 1
     except MISTAKES as error:
         record_failure(folder, overrides, error)
-        _say(str(error))
+        complain(str(error))
         return 1
     except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
         record_failure(folder, overrides, error)
-        _say(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
+        complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
         return 1
     return 0
 

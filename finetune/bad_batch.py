@@ -17,8 +17,9 @@ from torch import Tensor
 from finetune.checkpoint import DamagedError, copied
 from finetune.files import write_atomic
 from finetune.finite import Seen
-from finetune.log import printable, write_json
+from finetune.log import write_json
 from finetune.loop import Batch
+from finetune.terminal import printable
 
 FOLDER = "bad_batch"
 # Batches stored of one run: a run that goes wrong at every step must not fill the disk.

@@ -17,6 +17,7 @@ from finetune.compose.folders import run_folder
 from finetune.config import Conf, OnError
 from finetune.files import write_text
 from finetune.log import say
+from finetune.terminal import complain
 
 if TYPE_CHECKING:
     from finetune.data import Source
@@ -48,18 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(prepared.conf, folder)
     except ConfigError as error:
         for problem in error.problems:
-            _complain(problem)
+            complain(problem)
         return error.code
     except (ValueError, OSError) as error:
-        _complain(str(error))
+        complain(str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("stopped by Ctrl-C; what was seen so far is remembered")
+        complain("stopped by Ctrl-C; what was seen so far is remembered")
         return 130
-
-
-def _complain(problem: str) -> None:
-    print(f"error: {' '.join(problem.split())}", file=sys.stderr)
 
 
 def check(conf: Conf, folder: Path) -> int:

@@ -19,6 +19,7 @@ from finetune import recipe
 from finetune.compose import ConfigError, parse_command_line
 from finetune.config import Conf, Interval, Precision, SourceKind, nearest
 from finetune.log import say, table
+from finetune.terminal import complain
 
 if TYPE_CHECKING:
     import torch
@@ -94,16 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(json.dumps(found, indent=2, ensure_ascii=False) if options.as_json else as_text(found))
     except ConfigError as error:
         for problem in error.problems:
-            _complain(problem)
+            complain(problem)
         return error.code
     except (ValueError, OSError) as error:
-        _complain(str(error))
+        complain(str(error))
         return 1
     return 0
-
-
-def _complain(problem: str) -> None:
-    print(f"error: {' '.join(problem.split())}", file=sys.stderr)
 
 
 def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:

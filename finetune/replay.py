@@ -18,8 +18,9 @@ from finetune import bad_batch
 from finetune.checkpoint import read_weights
 from finetune.compose import ConfigError
 from finetune.compose.own import read_conf
-from finetune.log import printable, say
+from finetune.log import say
 from finetune.parts import Parts, build_parts
+from finetune.terminal import complain, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines, is_bad = replay(given.run_dir, given.step)
     except ConfigError as error:
-        print(f"error: {'; '.join(error.problems)}", file=sys.stderr)
+        complain("; ".join(error.problems))
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return 1
     say("\n".join(lines))
     return 0 if is_bad else 1

@@ -29,8 +29,9 @@ from finetune.figure import (
     save_figure,
     spread,
 )
-from finetune.log import History, printable, say
+from finetune.log import History, say
 from finetune.rates_figure import rates_figure
+from finetune.terminal import complain, printable
 
 
 def plot_rates(run_dir: Path) -> None:
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         summarize(folder)
     except (OSError, ValueError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        complain(str(error))
         return 1
     return 0
 

@@ -17,12 +17,13 @@ from finetune.claim import CLOSE, Change, Holding
 from finetune.config import Conf, Interval
 from finetune.device import environment
 from finetune.layers import LayeredModel
-from finetune.log import History, printable, table
+from finetune.log import History, table
 from finetune.loop import TrainState
 from finetune.parts import Parts
 from finetune.plan import planned_rates
 from finetune.saving import latest_state, settle
 from finetune.sched import lr_factor
+from finetune.terminal import printable
 
 logger = logging.getLogger("finetune")
 

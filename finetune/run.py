@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import yaml
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune import checkpoint, recipe, report, scores
 from finetune.claim import Holding, Result, inspect
@@ -25,7 +27,7 @@ from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel
 from finetune.lock import Lock
-from finetune.log import Bar, command, say, start_log, stop_log, table, write_json
+from finetune.log import Bar, say, start_log, stop_log, table, write_json
 from finetune.loop import TrainState, validate
 from finetune.memory import choose_batch, with_batch
 from finetune.metrics import Meter
@@ -39,6 +41,7 @@ from finetune.resume import first_promise, plan_of, resume, say_changes
 from finetune.saving import tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
+from finetune.terminal import command
 from finetune.training import scored, stoppable, train_to_the_end, write_scores
 
 logger = logging.getLogger("finetune")
@@ -172,7 +175,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
 
     train, val = parts.loader("train", train=True), parts.loader("val", train=False)
-    _refuse_early(parts, len(train))
+    _optimizer(parts, len(train))
     if built.has_zeroshot:
         zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter())
         result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
@@ -206,12 +209,16 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     tidy(parts.checkpoints)
 
 
-def _refuse_early(parts: Parts, batches_per_epoch: int) -> None:
-    """What only model and data can tell of the settings, before a long look at the images: depth, globs, warmup."""
+def _optimizer(parts: Parts, batches_per_epoch: int) -> tuple[Optimizer, LambdaLR]:
+    """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`).
+
+    Called ahead of the first look at the images, too: what only model and data can tell of the settings (depth, globs,
+    warmup) is refused there.
+    """
     conf, steps = parts.conf, recipe.steps_per_epoch(parts.conf, batches_per_epoch)
     prepare(parts.model, conf)
     optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
-    create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
+    return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
 
 def _probe(parts: Parts, val: Loader, result: Result, stop: StopSignals) -> None:
@@ -237,12 +244,9 @@ def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
 
 
 def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
-    """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`)."""
+    """Everything that changes while training, as it stands before the first step."""
     conf, model = parts.conf, parts.model
-    prepare(model, conf)
-    optimizer = build_optimizer(model, recipe.scaled_optim(conf))
-    steps = recipe.steps_per_epoch(conf, batches_per_epoch)
-    scheduler = create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
+    optimizer, scheduler = _optimizer(parts, batches_per_epoch)
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
     parts.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.

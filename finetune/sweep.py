@@ -16,8 +16,9 @@ from typing import Any
 
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
-from finetune.log import command, printable, say, table
+from finetune.log import say, table
 from finetune.sweep_figure import Score, sweep_figure
+from finetune.terminal import command, printable
 
 SCORES = ("zeroshot/top1", "val/top1", "test/top1")
 # Longest error shown on the console; `run.log` of the job has it all.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.figure import BLUE, FAINT, GREEN, INK, SIZE_INCHES, clean_axes, headline, new_figure
-from finetune.log import printable
+from finetune.terminal import printable
 
 # Rows that a ranking shows, the best ones; more would be too small to read.
 MAX_ROWS = 30

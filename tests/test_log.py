@@ -21,19 +21,8 @@ from hypothesis import strategies as st
 
 from finetune import files, log
 from finetune.compose.commandline import quote_override
-from finetune.log import (
-    Bar,
-    History,
-    command,
-    epoch_line,
-    layer_of,
-    printable,
-    say,
-    start_log,
-    stop_log,
-    table,
-    write_json,
-)
+from finetune.log import Bar, History, epoch_line, layer_of, say, start_log, stop_log, table, write_json
+from finetune.terminal import command, printable
 
 LOGGER = logging.getLogger("finetune")
 

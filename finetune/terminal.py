@@ -1,0 +1,43 @@
+"""Text that is safe to show, to paste, and to complain with."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import unicodedata
+from collections.abc import Collection, Sequence
+
+# KEY='value' with no other quote in it: the shell takes the quotes away, and the value needs none.
+_SHELL_SAFE = re.compile(r"[\w./+-]+='[^'\\]*'")
+# Invisible characters that turn the direction of the text around them, and so can show one name as another.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str, keep: Collection[str] = "") -> str:
+    r"""`text` with control characters, text-direction marks and lone surrogates as visible escapes (`\x1b`).
+
+    File and class names come from anywhere: one that holds an escape sequence must not steer the terminal, and one that
+    holds a line break must not forge a line of the log. Letters of all scripts stay.
+
+    Args:
+        text: Anything.
+        keep: Characters that stay as they are, such as a line break in a message of our own.
+    """
+    return "".join(_escape(char) if char not in keep else char for char in text)
+
+
+def _escape(char: str) -> str:
+    if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+        return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
+    return char
+
+
+def command(words: Sequence[str]) -> str:
+    """Settings as a shell reads them back: `data.root='my photos'` as it stands, quoted wherever a shell would act."""
+    return " ".join(word if _SHELL_SAFE.fullmatch(word) else shlex.quote(word) for word in words)
+
+
+def complain(problem: str) -> None:
+    """Say what is wrong, on stderr and in one line; names in it cannot steer the terminal."""
+    print(f"error: {printable(' '.join(problem.split()))}", file=sys.stderr)
