@@ -77,6 +77,11 @@ class LayeredModel(nn.Module):
         """Whether slices `start`, `stop` are available."""
         return all(layer.run is not None for layer in self.layers)
 
+    @property
+    def boundary(self) -> int:
+        """Id of the first layer that learns, where those below can run apart; 0 where a model runs only whole."""
+        return self.num_frozen if self.is_chain else 0
+
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run layers `start` to `stop - 1`.
 

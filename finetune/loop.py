@@ -25,9 +25,10 @@ from finetune.layers import LayeredModel
 from finetune.losses import Criterion, cross_entropy
 from finetune.metrics import LabelMeter, Meter, Sums, top1
 
-# Normalised images (batch, 3, size, size) and targets on the device, and on the host the images' numbers (batch,) in
-# their split, by which a bad batch is named. Targets are labels (batch,), or shares of every class (batch, classes):
-# several labels an image, or the mixtures of MixUp and CutMix.
+# Normalised images (batch, 3, size, size), or what the frozen layers make of them (see `TrainState.first_layer`), and
+# targets on the device; and on the host the images' numbers (batch,) in their split, by which a bad batch is named.
+# Targets are labels (batch,), or shares of every class (batch, classes): several labels an image, or the mixtures of
+# MixUp and CutMix.
 Batch = tuple[Tensor, Tensor, Tensor]
 Row = dict[str, object]
 
@@ -56,6 +57,7 @@ class TrainState:
     sums: Sums  # of the current epoch's training batches
     guard: FiniteGuard  # keeps a step that is not finite from changing anything
     task: Task = field(default_factory=Task)
+    first_layer: int = 0  # id of the first layer that the loop runs; whoever makes the batches has run those below
     ema: Ema | None = None  # averages of the weights, where `train.ema` asks for them
     epoch: int = 0  # epochs finished
     batch: int = 0  # micro-batches of the current epoch already learned from
@@ -110,9 +112,10 @@ def train_step(
     num_images = sum(len(ids) for _, _, ids in window)
     window_loss = torch.zeros((), device=state.device)
     state.guard.begin()
-    for images, targets, _ in window:
+    for inputs, targets, _ in window:
+        assert not inputs.requires_grad, "gradients would run on into layers that are frozen"
         with autocast:
-            logits = state.model(images)
+            logits = state.model(inputs, start=state.first_layer)
         losses = state.task.criterion(logits, targets, conf.label_smoothing)
         loss = losses.sum() / num_images
         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -197,15 +200,22 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(
-    model: LayeredModel, batches: Iterable[Batch], autocast: AbstractContextManager[object], meter: Meter | None = None
+    model: LayeredModel,
+    batches: Iterable[Batch],
+    autocast: AbstractContextManager[object],
+    meter: Meter | None = None,
+    start: int = 0,
 ) -> dict[str, float]:
-    """Exact numbers over `batches`, in eval mode: those of `meter`, by default the means of loss, top1 and top5."""
+    """Exact numbers over `batches`, in eval mode: those of `meter`, by default the means of loss, top1 and top5.
+
+    Layers from id `start` on are run; the batches hold what those below give.
+    """
     model.eval()
     meter = meter or LabelMeter(cross_entropy)
     meter.reset()
-    for images, targets, _ in batches:
+    for inputs, targets, _ in batches:
         with autocast:
-            logits = model(images)
+            logits = model(inputs, start=start)
         meter.add(logits, targets)
     return meter.results()
 
@@ -263,11 +273,12 @@ def fit(
             return False
         row: Row = {"epoch": state.epoch + 1}
         row |= {f"train/{name}": value for name, value in state.sums.means().items()}
-        scores = validate(state.model, val_batches(state.epoch), autocast, state.task.meter)
+        scores = validate(state.model, val_batches(state.epoch), autocast, state.task.meter, state.first_layer)
         row |= {f"val/{name}": value for name, value in scores.items()}
         if state.ema is not None:
             with state.ema.swapped_in():
-                scores = validate(state.model, val_batches(state.epoch), autocast, state.task.ema_meter)
+                batches = val_batches(state.epoch)
+                scores = validate(state.model, batches, autocast, state.task.ema_meter, state.first_layer)
             row |= {f"val_ema/{name}": value for name, value in scores.items()}
         row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
         if interval == Interval.epoch:
