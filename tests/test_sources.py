@@ -17,7 +17,7 @@ from PIL import Image
 
 from finetune.config import Balance, Conf, DataConf, SourceKind, validate
 from finetune.data import Source, open_source
-from finetune.data.order import epoch_order
+from finetune.data.order import epoch_order, most_showings
 from finetune.data.packed import PackedStrings
 from finetune.data.selection import class_weights
 from finetune.data.streams import mix, ranks
@@ -385,6 +385,21 @@ def test_balanced_epochs_show_classes_equally(counts: tuple[int, ...]) -> None:
     assert torch.equal(again.samples, epoch_order(labels, seed=1, epoch=3, balanced=True).samples)
     twice = again.repeated(2)
     assert len(set(zip(*(part.tolist() for part in twice), strict=True))) == 2 * len(labels)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("counts", [(10, 10), (1, 7, 50), (2, 0, 3), (1, 0, 5, 1, 20), (1,)])
+def test_how_often_an_image_comes_at_most_is_known_ahead(counts: tuple[int, ...], repeats: int, balanced: bool) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    bound = most_showings(labels, balanced=balanced, repeats=repeats)
+    seen = torch.zeros_like(labels)
+    for epoch in range(200):
+        order = epoch_order(labels, seed=3, epoch=epoch, balanced=balanced).repeated(repeats)
+        shown = order.samples.bincount(minlength=len(labels))
+        assert (order.occurrences < bound[order.samples]).all() and (shown <= bound).all()
+        seen = torch.maximum(seen, shown)
+    assert bound.dtype == torch.int64 and torch.equal(seen, bound)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

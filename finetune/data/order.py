@@ -53,6 +53,25 @@ def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool) -> Sho
     return Showings(samples[order], occurrences[order])
 
 
+def most_showings(labels: Tensor, *, balanced: bool, repeats: int) -> Tensor:
+    """How often one epoch can show each image at most, whatever epoch it is: one more than its highest occurrence.
+
+    Args:
+        labels: Of the split, see `Split`.
+        balanced: As in `epoch_order`.
+        repeats: As in `Showings.repeated`.
+
+    Returns:
+        int64 (n,). The bound is reached: some epoch shows each image that often.
+    """
+    if not balanced or not len(labels):
+        return torch.full((len(labels),), repeats, dtype=torch.int64)
+    assert labels.ndim == 1, "refused where the source is opened"
+    counts = labels.bincount()
+    largest_share = -(-len(labels) // int((counts > 0).sum()))
+    return -(-largest_share // counts[labels]) * repeats
+
+
 def _balanced(labels: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """As many showings as images, class by class."""
     # Which images of a class come once more than the others: the first of a shuffle that changes every epoch.
