@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -132,7 +133,9 @@ class Loader:
     """The batches of a split, epoch by epoch, on the device.
 
     Attributes:
+        split: The images.
         num_images: How many images an epoch shows.
+        waited_s: Seconds that whoever iterates has waited for images so far.
     """
 
     def __init__(
@@ -159,7 +162,8 @@ class Loader:
         """
         self._repeats = 1 if augment is None else augment.repeats
         self.num_images = len(split) * self._repeats
-        self._split = split
+        self.waited_s = 0.0
+        self.split = split
         self._on_skip = on_skip or (lambda error: None)
         skip = conf.on_error == OnError.skip
         self._step = first_step(preprocess, augment)
@@ -196,11 +200,15 @@ class Loader:
             ImageError: A file cannot be read.
         """
         assert epoch >= 0 and skip >= 0
+        return self.show(self.showings(epoch).after(skip * self._conf.batch_size), self.view(epoch))
+
+    def show(self, showings: Showings, view: int) -> Iterator[Batch]:
+        """Like `epoch`, of any showings in any view."""
         self._turn += 1
         turn = self._turn
-        self._start(epoch, skip)
+        self._start(showings, view)
         # `self._batches` has no second owner, not even this frame, so that `close` always ends the workers.
-        while (batch := next(self._batches, None)) is not None:
+        while (batch := self._next()) is not None:
             if isinstance(batch, ImageError):
                 raise batch
             for error in batch.left_out:
@@ -208,32 +216,43 @@ class Loader:
             yield self._deliver(batch)
             assert turn == self._turn, "another epoch of this loader was begun before this one ended"
 
+    def _next(self) -> Made | ImageError | None:
+        began = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited_s += time.perf_counter() - began
+        return batch
+
     def close(self) -> None:
         """End the workers, if there are any. A later epoch starts new ones."""
         self._turn += 1
         self._batches = iter(())
         self._loader = None
 
-    def _start(self, epoch: int, skip: int) -> None:
-        self._plan.set(self._showings(epoch).after(skip * self._conf.batch_size), view_of(epoch, self._augment))
+    def view(self, epoch: int) -> int:
+        """Which view an epoch shows."""
+        return view_of(epoch, self._augment)
+
+    def _start(self, showings: Showings, view: int) -> None:
+        self._plan.set(showings, view)
         self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
         if self._loader is None:
             self._loader = self._build()
         with _signals_held():
             self._batches = iter(self._loader)
 
-    def _showings(self, epoch: int) -> Showings:
+    def showings(self, epoch: int) -> Showings:
+        """Which images an epoch shows, in which order."""
         if self._augment is None:
             everything = torch.arange(self.num_images)
             return Showings(everything, torch.zeros_like(everything))
         balanced = self._conf.balance == Balance.sampling
-        order = epoch_order(self._split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
+        order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
         return order.repeated(self._repeats)
 
     def _measured(self) -> int:
         """Workers by the time that the first images take here; what is made is thrown away."""
         watch = Stopwatch()
-        for sample in range(min(self._conf.batch_size, len(self._split))):
+        for sample in range(min(self._conf.batch_size, len(self.split))):
             self._maker[Key([sample], [0], 0)]
             if watch.lap(1):
                 break
@@ -241,7 +260,7 @@ class Loader:
 
     def _build(self) -> DataLoader[Made | ImageError]:
         if self._is_cached:
-            self._maker.use(open_cache(self._split, self._step, self._conf), self._step)
+            self._maker.use(open_cache(self.split, self._step, self._conf), self._step)
             self._is_cached = False  # opened once, also when workers are started again
         workers = self._measured() if self._conf.workers == "auto" else int(self._conf.workers)
         return DataLoader(

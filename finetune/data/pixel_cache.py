@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
+from finetune.data.content import content_digest
 from finetune.data.cores import cores
 from finetune.data.images import ImageError
 from finetune.data.split import Split
@@ -201,12 +202,5 @@ def _key(split: Split, step: FirstStep) -> str:
     libraries = f"{torch.__version__} {torchvision.__version__} {PIL.__version__}"
     square = None if step.square is None else replace(step.square, mean=(0, 0, 0), std=(1, 1, 1))
     state = hashlib.blake2b(f"{FORMAT} {libraries} {square}".encode(), digest_size=16, usedforsecurity=False)
-    for row in split.rows.tolist():
-        try:
-            stamp = split.store.stamp(row)
-            mark = stamp.encode("utf-8", "surrogateescape") if stamp else split.store.read(row)
-        except ImageError:
-            mark = b"unreadable"
-        state.update(len(mark).to_bytes(8, "little"))
-        state.update(mark)
+    state.update(content_digest(split))
     return state.hexdigest()
