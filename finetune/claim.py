@@ -24,7 +24,7 @@ NOT_OF_THE_RUN = ("resume", "resume_force")
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.patience"),
     *("train.on_nonfinite", "train.max_nonfinite"),
-    *("data.workers", "data.cache", "data.cache_dir", "data.check_budget_s", "data.download"),
+    *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
 )
 # May change on resume: the same arithmetic by other kernels.
 CLOSE = ("device", "deterministic")

@@ -88,6 +88,9 @@ class DataConf:
         15.0, "seconds that the check at the start may decode images; what it finds is remembered", at_least=0
     )
     cache: CacheKind = setting(CacheKind.none, "keep decoded images in ram or on disk: same images, faster epochs")
+    cache_gib: float = setting(
+        500.0, "cache=disk: all caches of images together; beyond it those go that were used least recently", above=0
+    )
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
@@ -132,6 +135,10 @@ def data_problems(data: DataConf) -> list[str]:
         )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
+    if _changed(data, "cache_gib") and data.cache != CacheKind.disk:
+        problems.append(
+            f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk"
+        )
     return problems
 
 

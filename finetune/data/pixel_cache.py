@@ -3,6 +3,7 @@
 What is kept is the image as the transform first sees it anyway: the square where the transform starts with that resize,
 else the whole image. A cache is known by everything its pixels depend on (each file's path, size and time, that first
 step, the libraries that decode and resize), so a stale one is never found; it is built beside its place and renamed.
+What nobody has used for long makes room for others: `evict`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.data.content import content_digest
 from finetune.data.cores import cores
+from finetune.data.evict import Held, evict, held_bytes, made_once
 from finetune.data.images import ImageError
 from finetune.data.split import Split
 from finetune.data.transforms import fit_square
-from finetune.data.verdicts import cache_folder, locked
+from finetune.data.verdicts import cache_folder
 from finetune.preprocess import Preprocess
 
 logger = logging.getLogger("finetune")
@@ -70,8 +72,14 @@ def first_step(preprocess: Preprocess, augment: AugmentConf | None) -> FirstStep
 class PixelCache:
     """The kept images of a split: one block of bytes, and where in it each image lies."""
 
-    def __init__(self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None) -> None:
-        """Hold (offset, height, width) of each image, int64 (n, 3), in `pixels`, uint8 (n,), or in the file `path`."""
+    def __init__(
+        self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None, held: Held | None = None
+    ) -> None:
+        """Hold (offset, height, width) of each image, int64 (n, 3), in `pixels`, uint8 (n,), or in the file `path`.
+
+        `held` keeps other processes from removing that file.
+        """
+        self._held = held
         self._index = index
         self._path = path
         self._pixels = pixels
@@ -90,7 +98,7 @@ class PixelCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker that is not forked opens the file itself."""
-        return {**self.__dict__, "_pixels": None if self._path else self._pixels}
+        return {**self.__dict__, "_pixels": None if self._path else self._pixels, "_held": None}
 
 
 def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
@@ -107,20 +115,29 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
         pixels = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
         # Forked workers share it as it is; others would be sent a copy each.
         return PixelCache(index, pixels=pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
-    folder = cache_folder(conf.cache_dir) / "pixels"
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / _key(split, step)
-    if not place.is_dir():
-        with locked(place.with_suffix(".lock")):
-            if not place.is_dir():  # another run may have made it while this one waited
-                _build(split, step, conf, place)
-    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8")
+    place = cache_folder(conf.cache_dir) / "pixels" / _key(split, step)
+    held = made_once(place, lambda: _build(split, step, conf, place))
+    _bound(place, conf)
+    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8", held=held)
+
+
+def _bound(place: Path, conf: DataConf, needed: int = 0) -> None:
+    """Keep all caches of pixels under `data.cache_gib`, of which `needed` bytes are about to be written at `place`."""
+    limit = int(conf.cache_gib * 2**30)
+    evict(place.parent, place, limit - needed)
+    total = held_bytes(place.parent)
+    if not needed and total > limit:
+        logger.warning(
+            "%s holds %.2f GiB of decoded images that are all in use, more than data.cache_gib=%g: raise it, or use"
+            " data.cache=none",
+            place.parent, total / 2**30, conf.cache_gib,
+        )  # fmt: skip
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
     """Make the folder `place` in one move."""
-    for left in place.parent.glob(f"{place.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed: the lock says that nobody works on it
+    if step.square is not None:
+        _bound(place, conf, _squares(split, step.square))
     beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     beside.mkdir()
     try:
@@ -144,7 +161,7 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
     index = np.zeros((len(split), 3), dtype=np.int64)
     offset = 0
     if step.square is not None:
-        _check_room(len(split) * 3 * step.square.size**2, free(), conf)
+        _check_room(_squares(split, step.square), free(), conf)
     with tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
         for sample, made in _decoded(split, step):
             bar.update()
@@ -160,6 +177,11 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
     if not offset:
         raise ValueError("data.cache: not one image of the split can be read")
     return index
+
+
+def _squares(split: Split, square: Preprocess) -> int:
+    """Bytes of all images as squares."""
+    return len(split) * 3 * square.size**2
 
 
 def _decoded(split: Split, step: FirstStep) -> Iterator[tuple[int, Tensor | ImageError]]:
