@@ -100,8 +100,9 @@ def _single(line: CommandLine, prepared: Prepared) -> int:
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
     """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
     from finetune.compose.composition import launch
+    from finetune.shelf import shared_between_runs
 
-    with run_folder(prepared.run_dir, multirun=True) as folder:
+    with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:

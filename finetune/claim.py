@@ -24,10 +24,11 @@ NOT_OF_THE_RUN = ("resume", "resume_force")
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.patience"),
     *("train.on_nonfinite", "train.max_nonfinite"),
+    *("prefix.cache", "prefix.max_gib"),
     *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
 )
 # May change on resume: the same arithmetic by other kernels.
-CLOSE = ("device", "deterministic")
+CLOSE = ("device", "deterministic", "train.class_token_only")
 
 Result = dict[str, Any]
 

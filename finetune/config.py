@@ -25,12 +25,17 @@ from finetune.data_settings import DataConf as DataConf
 from finetune.data_settings import OnError as OnError
 from finetune.data_settings import SourceKind as SourceKind
 from finetune.data_settings import data_problems
+from finetune.prefix_settings import PrefixCache as PrefixCache
+from finetune.prefix_settings import PrefixConf as PrefixConf
+from finetune.prefix_settings import PrefixDtype as PrefixDtype
+from finetune.prefix_settings import prefix_problems
 from finetune.schema import Choice as Choice
 from finetune.schema import choose as choose
 from finetune.schema import nearest as nearest
 from finetune.schema import setting as setting
 from finetune.train_settings import LABEL_METRICS as LABEL_METRICS
 from finetune.train_settings import MULTILABEL_METRICS as MULTILABEL_METRICS
+from finetune.train_settings import ClassTokenOnly as ClassTokenOnly
 from finetune.train_settings import Loss as Loss
 from finetune.train_settings import OnNonfinite as OnNonfinite
 from finetune.train_settings import TrainConf as TrainConf
@@ -230,6 +235,7 @@ class Conf:
     optim: OptimConf = field(default_factory=OptimConf)
     sched: SchedulerConf = field(default_factory=SchedulerConf)
     augment: AugmentConf = field(default_factory=AugmentConf)
+    prefix: PrefixConf = field(default_factory=PrefixConf)
     train: TrainConf = field(default_factory=TrainConf)
 
 
@@ -289,6 +295,7 @@ def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
         (("data",), _source_problems),
         (("augment",), lambda conf: augment_problems(conf.augment)),
         (("train",), lambda conf: train_problems(conf.train)),
+        (("prefix", "optim"), lambda conf: prefix_problems(conf.prefix, conf.optim.fix_layer)),
         (("sched", "train"), _schedule_problems),
     ]
     for groups, rule in rules:

@@ -35,6 +35,7 @@ def set_offsets(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     labels: Tensor,
     autocast: AbstractContextManager[object],
+    start: int = 0,
 ) -> None:
     """Set the bias of the head so that the mean sigmoid of each class is its share of the training labels.
 
@@ -45,15 +46,16 @@ def set_offsets(
         batches: Training images; the first `IMAGES` of them are looked at.
         labels: All training labels, (n, classes), 0 or 1.
         autocast: Context of the forward pass.
+        start: Id of the first layer to run; the batches hold what those below give.
     """
     heads = [module for module in model.net.modules() if isinstance(module, Head) and module.bias is not None]
     if len(heads) != 1:
         return
     model.eval()
     seen: list[Tensor] = []
-    for images, _, _ in batches:
+    for inputs, _, _ in batches:
         with autocast:
-            logits = model(images)
+            logits = model(inputs, start=start)
         seen.append(logits.double().cpu())
         if sum(map(len, seen)) >= IMAGES:
             break

@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune import checkpoint, recipe, report, scores
 from finetune.claim import Holding, Result, inspect
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
-from finetune.data import Loader
 from finetune.device import make_deterministic
 from finetune.ema import Ema
+from finetune.feeding import Feeding
 from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel
@@ -36,6 +36,7 @@ from finetune.multilabel import set_offsets
 from finetune.optim import build_optimizer
 from finetune.parts import Parts, build_parts
 from finetune.plan import layer_rows, prepare
+from finetune.prefix import Feed
 from finetune.probing import fit_head
 from finetune.resume import first_promise, plan_of, resume, say_changes
 from finetune.saving import tidy
@@ -174,18 +175,21 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     logger.info("data: %s", parts.source.description)
     logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
 
-    train, val = parts.loader("train", train=True), parts.loader("val", train=False)
-    _optimizer(parts, len(train))
+    _optimizer(parts, len(parts.loader("train", train=True)))
+    feeding = Feeding(parts, stop.check)
+    train, val = feeding.splits()
     if built.has_zeroshot:
-        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter())
+        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter(), start=feeding.first_layer)
         result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
         shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
         logger.info("zero-shot, before any training: %s", shown)
     if conf.model.head == HeadKind.linear_probe:
-        _probe(parts, val, result, stop)
+        _probe(parts, result, stop)
     if parts.source.is_multilabel and conf.model.head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
-        set_offsets(built.model, train.epoch(0), parts.source.splits["train"].labels, parts.autocast())
+        labels = parts.source.splits["train"].labels
+        set_offsets(built.model, train.epoch(0), labels, parts.autocast(), feeding.first_layer)
     state = _start(parts, len(train))
+    state.first_layer = feeding.first_layer
     steps = recipe.steps_per_epoch(conf, len(train))
     _write_plan(parts, state, plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json"))
     notice = recipe.batch_notice(conf)
@@ -202,7 +206,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     finally:
         train.close()
         val.close()
-    _test(parts, state, result, stop)
+    _test(parts, state, feeding.test(), result, stop)
     report.plot_rates(run_dir)
     write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
@@ -221,14 +225,15 @@ def _optimizer(parts: Parts, batches_per_epoch: int) -> tuple[Optimizer, LambdaL
     return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
 
-def _probe(parts: Parts, val: Loader, result: Result, stop: StopSignals) -> None:
+def _probe(parts: Parts, result: Result, stop: StopSignals) -> None:
     """Fit the head on frozen features, and say what that alone gives."""
-    train = parts.loader("train", train=False)
+    train, val = parts.loader("train", train=False), parts.loader("val", train=False)
     try:
         bar = Bar("linear probe", total=len(train), images=train.num_images)
         probe = fit_head(parts, stoppable(bar.wrap(train.epoch(0)), stop), stoppable(val.epoch(0), stop))
     finally:
         train.close()
+        val.close()
     result["probe/top1"] = probe.val_top1
     logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
 
@@ -275,31 +280,39 @@ def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
 
 
 def _evaluate(
-    parts: Parts, loader: Loader, title: str, stop: StopSignals, *, meter: Meter, model: LayeredModel | None = None
+    parts: Parts,
+    feed: Feed,
+    title: str,
+    stop: StopSignals,
+    *,
+    meter: Meter,
+    start: int,
+    model: LayeredModel | None = None,
 ) -> dict[str, float]:
-    """Score `model`, by default the one that learns, on a split."""
-    return validate(model or parts.model, scored(loader, title, stop, meter), parts.autocast(), meter)
+    """Score `model`, by default the one that learns, on a split whose feed ends ahead of layer `start`."""
+    return validate(model or parts.model, scored(feed, title, stop, meter), parts.autocast(), meter, start)
 
 
-def _test(parts: Parts, state: TrainState, result: Result, stop: StopSignals) -> None:
+def _test(parts: Parts, state: TrainState, feed: Feed, result: Result, stop: StopSignals) -> None:
     """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
-    loader = parts.loader("test", train=False)
+    start = state.first_layer
     try:
         if state.best_epoch:
             checkpoint.load_weights(parts.checkpoints / "best.safetensors", parts.model)
         # The threshold that validation chose: one chosen on the test set would flatter it.
         meter = parts.meter(scores.chosen_threshold(parts.run_dir))
-        test = _evaluate(parts, loader, "test", stop, meter=meter)
+        test = _evaluate(parts, feed, "test", stop, meter=meter, start=start)
         result |= {f"test/{name}": value for name, value in test.items()}
         write_scores(parts, "test", meter)
         if parts.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
             torch.manual_seed(parts.conf.seed)
             untrained = build_model(parts.model_conf, parts.source.classes).model.to(parts.device)
-            zeroshot = _evaluate(parts, loader, "test zero-shot", stop, meter=parts.meter(), model=untrained)
+            prepare(untrained, parts.conf)
+            zeroshot = _evaluate(parts, feed, "test zero-shot", stop, meter=parts.meter(), start=start, model=untrained)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
     finally:
-        loader.close()
+        feed.close()
 
 
 def _log_close(run_dir: Path, result: Result) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 from finetune import bad_batch, scores
 from finetune.claim import Result
 from finetune.config import TrainConf
-from finetune.data import ImageError, Loader
+from finetune.data import ImageError
 from finetune.finite import NotFiniteError, Seen
 from finetune.log import Bar, History, epoch_line
 from finetune.loop import Batch, Row, TrainState, fit
 from finetune.memory import is_out_of_memory, out_of_memory
 from finetune.metrics import Meter
 from finetune.parts import Parts
+from finetune.prefix import Feed
 from finetune.resume import notes_of
 from finetune.saving import Saver
 from finetune.signals import Interrupted, StopSignals
@@ -26,17 +27,19 @@ logger = logging.getLogger("finetune")
 
 
 def train_to_the_end(
-    parts: Parts, state: TrainState, train: Loader, val: Loader, result: Result, stop: StopSignals
+    parts: Parts, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals
 ) -> None:
     """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
     conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
-    bar, mixer, validated = Bar("", total=0, images=0), parts.mixer(), -1
+    bar, validated = Bar("", total=0, images=0), -1
+    fed: dict[str, float] = {}
     saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
+        train.prepare(epoch)
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
-        return mixer.wrap(bar.wrap(train.epoch(epoch, skip)), epoch, skip)
+        return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
 
     def val_batches(epoch: int) -> Iterator[Batch]:
         saver.wait()  # the first validation forks workers: not while another thread holds who knows what
@@ -58,6 +61,7 @@ def train_to_the_end(
         return stop.is_set
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
+        row |= fed
         history.append(row)
         best = None if math.isnan(state.best_score) else state.best_score
         line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
@@ -80,6 +84,12 @@ def train_to_the_end(
         )
         if not finished:
             stop.check()
+
+
+def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
+    """The same batches; how they were come by is noted at their end."""
+    yield from batches
+    into |= feed.stats()
 
 
 @contextmanager
@@ -165,7 +175,7 @@ def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
         yield batch
 
 
-def scored(loader: Loader, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
+def scored(loader: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
     """A split's batches in order, under a bar that shows how `meter` finds them, until a signal asks for a stop."""
     bar = Bar(title, total=len(loader), images=loader.num_images)
     for batch in stoppable(bar.wrap(loader.epoch(0)), stop):

@@ -14,19 +14,23 @@ PACKAGE = ROOT / "finetune"
 LEVELS = {
     # The configuration: `config` is the page that everybody reads, the other two are parts of it.
     "schema": -2, "data_settings": -1, "augment_settings": -1, "train_settings": -1,
-    "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": -1, "signals": 0, "terminal": -1, "lock": 0,
+    "prefix_settings": -1,
+    "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": -1, "signals": 0, "terminal": -1, "lock": 0, "shelf": 0,
     "compose": 1, "losses": 1, "finite": 1, "claim": 1, "ema": 1, "recipe": 1, "sched": 1, "optim": 1,
     "distributed": 1, "models": 1, "data": 1, "log": 0, "device": 1,
     "loop": 2, "multilabel": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2,
     "checkpoint": 3,
-    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "memory": 5, "training": 6, "probing": 5,
+    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "memory": 5, "feeding": 5, "training": 6, "probing": 5,
     "run": 7,
     "__main__": 8, "__init__": 8, "describe": 8, "check_data": 8, "evaluate": 8, "predict": 8, "export": 8, "replay": 8,
     # No torch in these: they read what runs have left.
     "figure": 1, "scores": 2, "rates_figure": 2, "sweep_figure": 2, "sweep": 3, "report": 4,
 }  # fmt: skip
 # Read before the configuration is known to be good, so standard library only.
-SETTINGS = ("schema", "data_settings", "augment_settings", "train_settings", "config", "preprocess", "files", "signals")
+SETTINGS = (
+    *("schema", "data_settings", "augment_settings", "train_settings", "prefix_settings"),
+    *("config", "preprocess", "files", "signals"),
+)
 DRAWERS = ("figure", "scores", "rates_figure", "sweep_figure", "sweep", "report")
 ENTRIES = {name for name, level in LEVELS.items() if level == 8}
 
@@ -84,7 +88,7 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
         if module.startswith("torch.distributed"):
             assert own in ("distributed", "checkpoint"), f"{path} imports {module}"
         if root in ("torch", "torchvision", "timm", "open_clip", "numpy"):
-            assert own not in (*SETTINGS, "compose", "log", *DRAWERS), f"{path} imports {module}"
+            assert own not in (*SETTINGS, "compose", "log", "shelf", *DRAWERS), f"{path} imports {module}"
             assert own != "__main__", f"{path} imports {module}: the entry answers before torch is there"
         if own in SETTINGS:
             assert root not in ("yaml", "tqdm"), f"{path} imports {module}: standard library only"

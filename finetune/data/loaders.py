@@ -134,6 +134,7 @@ class Loader:
 
     Attributes:
         split: The images.
+        batch_size: Images a micro-batch.
         num_images: How many images an epoch shows.
         waited_s: Seconds that whoever iterates has waited for images so far.
     """
@@ -171,6 +172,7 @@ class Loader:
         start = self._step.rest if self._is_cached else preprocess
         self._maker = Maker(split, build_transform(start, augment), seed, skip=skip)
         self._conf = conf
+        self.batch_size = conf.batch_size
         self._augment = augment
         self._seed = seed
         self._device = device

@@ -1,0 +1,186 @@
+"""What a run's splits are fed by: loaders, and the frozen layers ahead of the loop, computed or kept as it pays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from finetune.config import Balance, PrefixCache
+from finetune.data import Loader
+from finetune.data.order import most_showings
+from finetune.data.verdicts import cache_folder
+from finetune.device import environment
+from finetune.parts import Parts
+from finetune.prefix import (
+    Feed,
+    FrozenPrefix,
+    Keep,
+    Need,
+    choose,
+    measure,
+    num_views,
+    prefix_digest,
+    split_digest,
+    why_not_in_training,
+)
+from finetune.prefix.choice import Measured
+from finetune.shelf import Shelf, is_shared, open_shelf
+
+logger = logging.getLogger("finetune")
+
+
+@dataclass
+class _Kept:
+    """Of one run: what its frozen layers are known by, and what they cost."""
+
+    digest: str
+    measured: Measured
+    shelf: Shelf
+
+
+class Feeding:
+    """Feeds for the splits of a run.
+
+    Attributes:
+        first_layer: Id of the first layer that the loop runs on what they give.
+    """
+
+    def __init__(self, parts: Parts, check: Callable[[], None]) -> None:
+        """Settle what the frozen layers are; nothing is kept yet.
+
+        Args:
+            parts: The run's; its model is frozen as it will train.
+            check: Called between batches of a long pass; what it raises ends the pass.
+
+        Raises:
+            ValueError: `prefix.cache` or `prefix.dtype` would be ignored, or does not fit.
+        """
+        conf, model = parts.conf, parts.model
+        if model.num_frozen and not model.is_chain:
+            _refuse_ignored(parts)
+        self.first_layer = model.boundary
+        self._parts = parts
+        self._check = check
+        self._prefix: FrozenPrefix | None = None
+        self._kept: _Kept | None = None
+        if self.first_layer:
+            self._prefix = FrozenPrefix(
+                model, batch_size=conf.data.batch_size, autocast=parts.autocast(), dtype=parts.dtype
+            )
+            self._kept = self._settle(self._prefix)
+
+    def splits(self) -> tuple[Feed, Feed]:
+        """Training and validation; where layers are frozen, what is kept of them is said here."""
+        parts, conf = self._parts, self._parts.conf
+        train = parts.loader("train", train=True)
+        val = parts.loader("val", train=False)
+        if self._kept is None:
+            return self._feed(train, "train", None), self._feed(val, "val", None)
+        passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + parts.built.has_zeroshot
+        val_keep, val_why = self._keep(val, "val", passes, already=0)
+        fresh = why_not_in_training(conf)
+        if fresh is None:
+            already = 0 if val_keep is None else len(val.split)
+            keep, why = self._keep(train, "train", conf.train.epochs / num_views(conf.augment), already=already)
+        else:
+            keep, why = None, fresh
+        self._say(keep, why, val_keep, val_why)
+        feeds = self._feed(train, "train", keep), self._feed(val, "val", val_keep)
+        if val_keep is not None:
+            feeds[1].prepare(0)  # its first batch was measured: not computed a second time
+        assert self._prefix is not None
+        self._prefix.forget()
+        return feeds
+
+    def test(self) -> Feed:
+        """The test split, scored once, or twice where there is a zero-shot model."""
+        loader = self._parts.loader("test", train=False)
+        if self._kept is None:
+            return self._feed(loader, "test", None)
+        try:
+            keep, why = self._keep(loader, "test", 1.0 + self._parts.built.has_zeroshot, already=0)
+        except ValueError as error:  # no room: no reason to fail now, when all the training is done
+            keep, why = None, str(error)
+        logger.debug("frozen layers on test: %s", why)
+        return self._feed(loader, "test", keep)
+
+    def _settle(self, prefix: FrozenPrefix) -> _Kept:
+        parts, conf = self._parts, self._parts.conf
+        val = parts.loader("val", train=False)
+        measured = measure(prefix, val, conf.prefix.dtype, parts.dtype)
+        computing = {
+            **environment(parts.device),
+            "dtype": str(parts.dtype),
+            "kept as": str(prefix.kept_as),
+            "batch size": str(conf.data.batch_size),
+        }
+        shelf, digest = open_shelf(), ""
+        if conf.prefix.cache != PrefixCache.none:
+            digest = prefix_digest(parts.model, parts.model_conf, computing)
+            shelf.keep(digest)
+        return _Kept(digest, measured, shelf)
+
+    def _keep(self, loader: Loader, split: str, passes: float, *, already: int) -> tuple[Keep | None, str]:
+        """Where a split's activations go, or None, and why."""
+        parts, kept = self._parts, self._kept
+        assert kept is not None
+        conf, is_train = parts.conf, split == "train"
+        views = num_views(conf.augment) if is_train else 1
+        images = int(self._most(loader, split).sum()) * views
+        folder = cache_folder(conf.data.cache_dir) / "activations"
+        need = Need(images + already, passes)
+        kind, why = choose(conf, kept.measured, need, parts.device, folder, shared=is_shared())
+        if kind == PrefixCache.none:
+            return None, why
+        augment = conf.augment if is_train and conf.augment.recipe != "none" else None
+        digest = split_digest(loader.split, parts.built.preprocess, augment, conf.seed)
+        limit = int(conf.prefix.max_gib * 2**30)
+        return Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, limit, kept.measured.bytes), why
+
+    def _most(self, loader: Loader, split: str) -> torch.Tensor:
+        """How often an epoch can show each image at most."""
+        conf = self._parts.conf
+        if split != "train":
+            return most_showings(loader.split.labels, balanced=False, repeats=1)
+        balanced = conf.data.balance == Balance.sampling
+        return most_showings(loader.split.labels, balanced=balanced, repeats=conf.augment.repeats)
+
+    def _feed(self, loader: Loader, split: str, keep: Keep | None) -> Feed:
+        return Feed(
+            loader,
+            title=split,
+            device=self._parts.device,
+            most=self._most(loader, split),
+            prefix=self._prefix,
+            keep=keep,
+            mixer=self._parts.mixer() if split == "train" else None,
+            check=self._check,
+        )
+
+    def _say(self, keep: Keep | None, why: str, val_keep: Keep | None, val_why: str) -> None:
+        assert self._prefix is not None and self._kept is not None
+        measured = self._kept.measured
+        logger.info(
+            "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary",
+            self.first_layer - 1,
+            1000 * measured.seconds,
+            measured.bytes / 1000,
+            str(self._prefix.kept_as).removeprefix("torch."),
+        )
+        for split, place, reason in (("train", keep, why), ("val", val_keep, val_why)):
+            where = "computed every time" if place is None else f"computed once, kept ({place.kind})"
+            logger.info("  %s: %s: %s", split, where, reason)
+
+
+def _refuse_ignored(parts: Parts) -> None:
+    """Settings of a prefix that a model without slices has not."""
+    prefix, name = parts.conf.prefix, type(parts.model.net).__name__
+    for key, value in (("cache", prefix.cache), ("dtype", prefix.dtype)):
+        if value not in ("auto", "none"):
+            raise ValueError(
+                f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only whole, so its"
+                f" frozen layers cannot run apart; leave it out, or take a model that is (python -m finetune.describe)"
+            )

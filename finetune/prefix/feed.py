@@ -1,0 +1,241 @@
+"""The batches of a split as the loop takes them: images, or what the frozen layers make of them, computed or kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.config import PrefixCache
+from finetune.data import Batch, ImageError, Loader
+from finetune.data.evict import evict
+from finetune.data.mix import Mixer
+from finetune.data.order import Showings
+from finetune.log import Bar
+from finetune.prefix.frozen import FrozenPrefix
+from finetune.prefix.store import Block, Builder, build_in_memory, open_on_disk
+from finetune.shelf import Shelf
+
+AHEAD = 2  # batches fetched while the loop computes
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where the activations of a split are kept, and under which name.
+
+    Attributes:
+        kind: ram, device or disk.
+        name: Changes with all that the numbers depend on but the view.
+        shelf: Where blocks in memory stand.
+        folder: Of blocks on disk.
+        limit: Bytes that all blocks on disk may take.
+        bytes_per_image: Of one image's activations.
+    """
+
+    kind: PrefixCache
+    name: str
+    shelf: Shelf
+    folder: Path
+    limit: int
+    bytes_per_image: int
+
+
+class Feed:
+    """What a `Loader` gives, mixed where that is asked for, and behind the frozen layers where there are any.
+
+    Attributes:
+        num_images: How many images an epoch shows.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        title: str,
+        device: torch.device,
+        most: Tensor,
+        prefix: FrozenPrefix | None = None,
+        keep: Keep | None = None,
+        mixer: Mixer | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Feed from `loader`.
+
+        Args:
+            loader: Of the split.
+            title: Of the split, for a progress bar.
+            device: Where batches go.
+            most: How often an epoch can show each image at most, int64 (n,).
+            prefix: The frozen layers; None: batches hold images.
+            keep: Where their output is kept; None: it is computed every time.
+            mixer: For training.
+            check: Called between batches of a long pass; what it raises ends the pass.
+        """
+        assert keep is None or prefix is not None
+        self.num_images = loader.num_images
+        self._loader = loader
+        self._title = title
+        self._device = device
+        self._most = most
+        self._prefix = prefix
+        self._keep = keep
+        self._mixer = mixer
+        self._check = check
+        self._first_slot = most.cumsum(0) - most
+        self._opened: tuple[int, Block] | None = None
+        self._waited_s = 0.0
+        self._began = 0.0
+        self._built = False
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch; the last may be short."""
+        return len(self._loader)
+
+    def prepare(self, epoch: int) -> None:
+        """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own."""
+        self._built = False
+        if self._keep is not None:
+            self._block(self._loader.view(epoch))
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """One pass, as `Loader.epoch` has it; the first of a batch are what the loop's first layer takes."""
+        self._began, self._waited_s = time.perf_counter(), 0.0
+        if self._keep is not None:
+            yield from self._kept(epoch, skip)
+            return
+        before = self._loader.waited_s
+        batches = self._loader.epoch(epoch, skip)
+        if self._mixer is not None:
+            batches = self._mixer.wrap(batches, epoch, skip)
+        for inputs, targets, ids in batches:
+            self._waited_s = self._loader.waited_s - before
+            if self._prefix is not None:
+                inputs = self._prefix.restore(self._prefix(inputs))
+            yield inputs, targets, ids
+
+    def stats(self) -> dict[str, float]:
+        """Of the latest epoch, read at its end: `data_wait`, the share of its time that was waited for data.
+
+        Where layers are frozen also `prefix_hits`, the share of images whose activations were there already.
+        """
+        found = {"data_wait": self._waited_s / max(time.perf_counter() - self._began, 1e-9)}
+        if self._prefix is not None:
+            found["prefix_hits"] = 0.0 if self._keep is None or self._built else 1.0
+        return found
+
+    def close(self) -> None:
+        """End the loader's workers. A later epoch starts new ones."""
+        self._loader.close()
+
+    def _kept(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """An epoch out of a block, in the order that the loader would show."""
+        block, size, split = self._block(self._loader.view(epoch)), self._loader.batch_size, self._loader.split
+        assert self._prefix is not None
+        samples, occurrences = self._loader.showings(epoch).after(skip * size)
+        slots = self._first_slot[samples] + occurrences
+
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            """(slots, numbers of the images) of each batch, without what could not be read."""
+            for start in range(0, len(slots), size):
+                there = block.present[slots[start : start + size]]
+                if not there.any():
+                    raise ImageError(split.name_of(int(samples[start])), "no image of a batch can be read")
+                yield slots[start : start + size][there], samples[start : start + size][there]
+
+        for values, ids in self._fetched(block, rows()):
+            targets = split.labels[ids].to(self._device, non_blocking=self._device.type == "cuda")
+            yield self._prefix.restore(values), targets, ids
+
+    def _fetched(self, block: Block, rows: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The activations of each batch on the device; read ahead where that takes longer than a copy in memory."""
+        assert self._keep is not None
+        if self._keep.kind != PrefixCache.disk and block.values.device.type == self._device.type:
+            for slots, ids in rows:
+                yield block.values[slots.to(self._device)], ids
+            return
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[tuple[Future[Tensor], Tensor]] = []
+            for slots, ids in rows:
+                waiting.append((pool.submit(_fetch, block.values, slots, self._device), ids))
+                if len(waiting) > AHEAD:
+                    yield self._arrived(*waiting.pop(0))
+            for future, ids in waiting:
+                yield self._arrived(future, ids)
+
+    def _arrived(self, future: Future[Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
+        values = future.result()
+        self._waited_s += time.perf_counter() - began
+        return values.to(self._device, non_blocking=True), ids
+
+    def _block(self, view: int) -> Block:
+        """The activations of a view, computed now if they are not there."""
+        if self._opened is not None and self._opened[0] == view:
+            return self._opened[1]
+        keep, slots = self._keep, int(self._most.sum())
+        assert keep is not None and self._prefix is not None
+        name = f"{keep.name}-{view}"
+
+        def fill(builder: Builder) -> None:
+            self._fill(builder, view)
+
+        if keep.kind == PrefixCache.disk:
+            place = keep.folder / name
+            evict(keep.folder, place, max(0, keep.limit - slots * keep.bytes_per_image))
+            block, self._built = open_on_disk(place, slots, fill)
+        else:
+            found = keep.shelf.get(name)
+            self._built = found is None
+            where = self._device if keep.kind == PrefixCache.device else torch.device("cpu")
+            block = found or build_in_memory(slots, fill, where)
+            keep.shelf.put(name, block)
+        self._prefix.native = block.native
+        self._opened = view, block
+        return block
+
+    def _fill(self, builder: Builder, view: int) -> None:
+        """Run the frozen layers on every showing that an epoch of this view can hold."""
+        assert self._prefix is not None
+        samples = torch.arange(len(self._most)).repeat_interleave(self._most)
+        everything = Showings(samples, torch.arange(len(samples)) - self._first_slot[samples])
+        size = self._loader.batch_size
+        title = f"frozen layers on {self._title}" + (f", view {view + 1}" if view else "")
+        bar = Bar(title, total=-(-len(samples) // size), images=len(samples))
+        for number, (images, _, ids) in enumerate(bar.wrap(self._loader.show(everything, view))):
+            present = found_in(samples[number * size : (number + 1) * size], ids)
+            kept = self._prefix(images)
+            builder.put(kept, present, self._prefix.native)
+            self._check()
+        self._loader.close()  # these activations take the place of its images
+
+
+def _fetch(values: Tensor, slots: Tensor, device: torch.device) -> Tensor:
+    batch = values[slots]
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def found_in(wanted: Tensor, got: Tensor) -> Tensor:
+    """Which of `wanted` (n,) are in `got` (m,), which is `wanted` with some left out, in the same order. bool (n,)."""
+    if len(wanted) == len(got):
+        return torch.ones(len(wanted), dtype=torch.bool)
+    rest = iter(got.tolist())
+    present, following = [], next(rest, None)
+    for number in wanted.tolist():
+        present.append(number == following)
+        if number == following:
+            following = next(rest, None)
+    return torch.tensor(present)
+
+
+def first_batch(loader: Loader) -> Batch:
+    """The first of a pass over a loader's images; its workers end."""
+    batches = loader.epoch(0)
+    batch = next(islice(batches, 1))
+    loader.close()
+    return batch

@@ -1,0 +1,225 @@
+"""Activations of one view of a split, whole or not there: in memory, on the device, or in a file that many runs read.
+
+A file is known by everything its numbers depend on, so a stale one is never found. It is written beside its place and
+renamed, under a lock: a kill leaves nothing that counts, and of two runs that want the same one waits and then reads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.data.evict import Held, lock_of, made_once
+from finetune.data.verdicts import locked
+
+logger = logging.getLogger("finetune")
+
+FORMAT = 1  # raised when the files below change their meaning
+PIECE = 64 * 2**20  # bytes that are checked at once
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Block:
+    """The activations of one view of a split.
+
+    Attributes:
+        values: (slots, ...) as kept; a slot is an image, or one of several showings of it in an epoch.
+        present: bool (slots,) on the host: False where the image could not be read.
+        native: The dtype that the layers above take.
+        held: Keeps the files of a block on disk from being removed.
+    """
+
+    values: Tensor
+    present: Tensor
+    native: torch.dtype
+    held: Held | None = None
+
+
+class Builder:
+    """Takes activations in the order of their slots; where they go, a subclass knows."""
+
+    def __init__(self, slots: int) -> None:
+        """For so many of them."""
+        self.slots = slots
+        self.present = torch.zeros(slots, dtype=torch.bool)
+        self.native = torch.float32
+        self.filled = 0
+
+    def put(self, values: Tensor, present: Tensor, native: torch.dtype) -> None:
+        """Take the next ones.
+
+        Args:
+            values: (n, ...) as they are kept, of the slots that are present alone.
+            present: bool (m,), of which n are True: which of the next m slots have any.
+            native: The dtype that the layers above take.
+
+        Raises:
+            ValueError: They overflow the dtype that they are kept in.
+        """
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"the frozen layers give values that {str(values.dtype).removeprefix('torch.')} cannot hold, or that"
+                " are not finite; use prefix.dtype=bf16 or fp32, and look at the weights if that does not help"
+            )
+        if not present.all():
+            full = values.new_zeros(len(present), *values.shape[1:])
+            full[present.to(values.device)] = values
+            values = full
+        self.native = native
+        self._take(values)
+        self.present[self.filled : self.filled + len(present)] = present
+        self.filled += len(present)
+
+    def _take(self, values: Tensor) -> None:
+        raise NotImplementedError
+
+
+class MemoryBuilder(Builder):
+    """Into one tensor on a device."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        """Made at the first batch, which shows how large an image's activations are."""
+        super().__init__(slots)
+        self._device = device
+        self.values = torch.empty(0, device=device)
+
+    def _take(self, values: Tensor) -> None:
+        if not self.filled:
+            self.values = torch.empty(self.slots, *values.shape[1:], dtype=values.dtype, device=self._device)
+        self.values[self.filled : self.filled + len(values)] = values
+
+
+class FileBuilder(Builder):
+    """Into a file, byte after byte: a full disk is an error, not a crash as it would be through a map."""
+
+    def __init__(self, slots: int, path: Path) -> None:
+        """The file is made at once."""
+        super().__init__(slots)
+        self.shape: tuple[int, ...] = ()
+        self.dtype = torch.float32
+        self.checksum = 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+
+    def _take(self, values: Tensor) -> None:
+        data = values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
+        self.shape, self.dtype = (self.slots, *values.shape[1:]), values.dtype
+        self.checksum = zlib.crc32(data, self.checksum)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """What was taken is on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+Fill = Callable[[Builder], None]
+
+
+def build_in_memory(slots: int, fill: Fill, device: torch.device) -> Block:
+    """A block in the memory of `device`."""
+    builder = MemoryBuilder(slots, device)
+    fill(builder)
+    assert builder.filled == slots
+    return Block(builder.values, builder.present, builder.native)
+
+
+def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
+    """The block in the folder `place`, built now if it is not there or is damaged.
+
+    Returns:
+        The block, a memory map, which nobody removes while it lives; whether it was built now.
+
+    Raises:
+        OSError: The folder cannot be written, or is full.
+        ValueError: See `Builder`.
+    """
+    built = False
+
+    def make() -> None:
+        nonlocal built
+        _write(place, slots, fill)
+        built = True
+
+    while True:
+        held = made_once(place, make)
+        block = _read(place, slots)
+        if block is not None:
+            block.held = held
+            return block, built
+        assert not built, f"{place} was written just now"
+        held.release()
+        with locked(lock_of(place)):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _write(place: Path, slots: int, fill: Fill) -> None:
+    """Make the folder `place` in one move."""
+    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir()
+        builder = FileBuilder(slots, beside / "activations")
+        try:
+            fill(builder)
+        finally:
+            builder.close()
+        assert builder.filled == slots
+        np.save(beside / "present.npy", builder.present.numpy())
+        meta = {
+            "format": FORMAT,
+            "shape": list(builder.shape),
+            "dtype": str(builder.dtype).removeprefix("torch."),
+            "native": str(builder.native).removeprefix("torch."),
+            "checksum": builder.checksum,
+        }
+        (beside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        os.rename(beside, place)
+    except OSError as error:
+        raise OSError(f"prefix.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _read(place: Path, slots: int) -> Block | None:
+    """The block, or None where it is damaged, and it is said so."""
+    try:
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        shape, dtype, native = tuple(meta["shape"]), DTYPES[meta["dtype"]], DTYPES[meta["native"]]
+        present = torch.from_numpy(np.load(place / "present.npy", allow_pickle=False))
+        path = place / "activations"
+        whole = meta["format"] == FORMAT and shape[0] == len(present) == slots and _checksum(path) == meta["checksum"]
+        if whole:
+            return Block(_map(path, shape, dtype), present, native)
+        reason = "its content is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+    logger.warning("the kept activations in %s are damaged (%s): they are computed again", place, reason)
+    return None
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A file as a tensor, read as it is used. A write would change this process's copy alone; nobody writes."""
+    # Bytes first: numpy, which maps for reading alone, does not know bfloat16.
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c")).view(dtype).view(shape)
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, read through once, which brings it into memory as far as that reaches."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            value = zlib.crc32(piece, value)
+    return value
