@@ -192,6 +192,7 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
         "compute": {
             "gflop_forward_image": flops.forward / 1e9,
             "gflop_training_image": flops.training / 1e9,
+            "class_token_only": model.class_token_only,
             "pflop_run": flops.training * sizes.images * conf.train.epochs / 1e15,
         },
         "schedule": _schedule(conf, steps),
@@ -349,7 +350,9 @@ def as_text(found: dict[str, Any]) -> str:
         f" weight decay reaches {totals['decayed']:,}",
         _memory_line(found["memory"]),
         f"compute     {compute['gflop_forward_image']:.4g} GFLOP an image forward,"
-        f" {compute['gflop_training_image']:.4g} in training; {compute['pflop_run']:,.4g} PFLOP the run",
+        f" {compute['gflop_training_image']:.4g} in training; {compute['pflop_run']:,.4g} PFLOP the run"
+        + "; the last block works for the class token only"
+        * compute["class_token_only"],
         _schedule_line(found["schedule"]),
     ]
     return "\n".join([*lines, *([found["notice"]] if found["notice"] else [])])

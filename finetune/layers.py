@@ -29,12 +29,16 @@ class Layer:
             takes its layers along. None where the architecture is no plain chain: such a model runs only whole.
         timm_steps: Parameter name to its distance from the output as timm counts it, where that differs from the
             layer's own; read by `optim.layer_rule=timm` only.
+        run_class_token: On the last block of a network that reads out class tokens only: as `run`, but it may give
+            those alone, (batch, 1 or 2, width) for `run`'s (batch, tokens, width), in the place of all. The same but
+            for rounding. None on all other layers.
     """
 
     name: str
     owns: tuple[str, ...]
     run: Callable[[Any, Tensor], Tensor] | None
     timm_steps: Mapping[str, int] = field(default_factory=dict)
+    run_class_token: Callable[[Any, Tensor], Tensor] | None = None
 
 
 class LayeredModel(nn.Module):
@@ -48,6 +52,8 @@ class LayeredModel(nn.Module):
         no_weight_decay: Parameter names that upstream spares from weight decay.
         num_frozen: How many layers, counted from the stem, do not learn. Set by `freeze`.
         recompute: Gradient checkpointing: trade a second forward pass for the memory of activations.
+        class_token_only: Whether the last block runs by its `run_class_token`, where it has one: less work, other
+            rounding, and behind that block only the class token. False: bit-equal to upstream.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class LayeredModel(nn.Module):
         self.no_weight_decay = no_weight_decay
         self.num_frozen = 0
         self.recompute = False
+        self.class_token_only = False
         # Nothing falls silently into the head: an unknown name is an error here, not a wrong rate later.
         self.layer_ids = assign_layers(net, self.layers)
 
@@ -105,7 +112,8 @@ class LayeredModel(nn.Module):
             return self.net(x)  # type: ignore[no-any-return]
         stop = len(self.layers) if stop is None else stop
         for index in range(start, stop):
-            run = self.layers[index].run
+            layer = self.layers[index]
+            run = (layer.run_class_token if self.class_token_only else None) or layer.run
             assert run is not None
             if self.recompute and index >= self.num_frozen and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant kind loses every gradient when its input needs none, as after a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.config import Conf, Interval
+from finetune.config import ClassTokenOnly, Conf, Interval
 from finetune.layers import LayeredModel, freeze
 from finetune.optim import layer_scale, steps_to_output
 from finetune.recipe import num_units, peak_lr, timed_sched
@@ -17,7 +17,9 @@ LayerRow = dict[str, Any]
 
 
 def prepare(model: LayeredModel, conf: Conf) -> None:
-    """Freeze and recompute as `conf` says; ahead of the optimizer, which must hold what learns and nothing else.
+    """Freeze, recompute and shorten the last block as `conf` says.
+
+    Ahead of the optimizer, which must hold what learns and nothing else.
 
     Raises:
         ValueError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.
@@ -28,6 +30,8 @@ def prepare(model: LayeredModel, conf: Conf) -> None:
             " only whole; leave it out, and take a smaller data.batch_size with train.accumulate"
         )
     model.recompute = conf.train.recompute
+    has_shorter_run = any(layer.run_class_token is not None for layer in model.layers)
+    model.class_token_only = conf.train.class_token_only == ClassTokenOnly.auto and has_shorter_run
     freeze(model, conf.optim.fix_layer)
 
 

@@ -26,6 +26,13 @@ class OnNonfinite(Choice):
     skip = "skip"
 
 
+class ClassTokenOnly(Choice):
+    """Whether the last block does only what the class token needs, on models that read nothing else."""
+
+    auto = "auto"
+    off = "off"
+
+
 @dataclass
 class TrainConf:
     """The epoch loop."""
@@ -54,6 +61,11 @@ class TrainConf:
     )
     recompute: bool = setting(
         False, "gradient checkpointing: compute each learning layer twice instead of keeping its activations"
+    )
+    class_token_only: ClassTokenOnly = setting(
+        ClassTokenOnly.auto,
+        "auto: the last block does only what the class token needs, on models that read nothing else: the same but for"
+        " rounding; off: upstream's own bits",
     )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
     ema: float = setting(

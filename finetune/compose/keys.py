@@ -135,7 +135,10 @@ def convert(key: Key, value: Any) -> Any:
         pass  # answered below, with what was expected
     close = ""
     if isinstance(key.kind, type) and issubclass(key.kind, Enum):
-        close = nearest(str(value), [str(member.value) for member in key.kind])
+        words = [str(member.value) for member in key.kind]
+        close = nearest(str(value), words)
+        if value is False and "off" in words:
+            close = " (yaml reads a bare off as false: write 'off')"
     meaning = "" if close else f" ({key.meaning})"
     raise ValueError(f"{key.name}={show(value)}: expected {describe_kind(key)}{close}{meaning}")
 

@@ -90,7 +90,10 @@ def _run_head(net: ClipClassifier, h: Tensor) -> Tensor:
 def _inside_visual(layer: Layer) -> Layer:
     owns = tuple(f"visual.{name}" for name in layer.owns)
     steps = {f"visual.{name}": count for name, count in layer.timm_steps.items()}
-    return Layer(layer.name, owns, None if layer.run is None else partial(_run_visual, run=layer.run), steps)
+    run, shorter = (
+        None if run is None else partial(_run_visual, run=run) for run in (layer.run, layer.run_class_token)
+    )
+    return Layer(layer.name, owns, run, steps, shorter)
 
 
 def _run_visual(net: ClipClassifier, h: Tensor, *, run: Any) -> Tensor:

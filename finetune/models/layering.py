@@ -15,6 +15,7 @@ from torch import nn
 
 from finetune.layers import Layer, assign_layers
 from finetune.models import clip, open_clip_chains, timm_chains, torchvision_chains
+from finetune.models.class_token import with_class_token_run
 from finetune.models.placing import WITH_PREVIOUS, Matcher, Rule, group_key, ordered_layers
 
 # Between the last block and the classifier, where timm's matchers leave a name out and so, in silence, train it at the
@@ -80,7 +81,8 @@ def timm_layers(net: nn.Module) -> list[Layer]:
             stem=STEM + (NORM_PRE if kinds & PRE_NORM else ""),
         ),
     )
-    return with_runs(_with_timm_steps(net, layers), timm_chains.runs(net, layers))
+    layers = with_runs(_with_timm_steps(net, layers), timm_chains.runs(net, layers))
+    return with_class_token_run(net, layers)
 
 
 def open_clip_layers(visual: nn.Module) -> list[Layer]:
@@ -96,7 +98,7 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
         layers = ordered_layers(visual, open_clip_chains.MODIFIED_RESNET)
         layers = with_runs(layers, open_clip_chains.modified_resnet_runs(visual))
     elif "VisionTransformer" in kinds:
-        layers = clip.layers_of(visual)
+        layers = with_class_token_run(visual, clip.layers_of(visual))
     else:
         raise ValueError(
             f"{type(visual).__name__} is no image tower of open_clip: expected model.visual,"
@@ -104,7 +106,7 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
         )
     # A class of somebody else's (a subclass, OpenAI's own package) has the names, but perhaps another forward pass.
     upstream = type(visual).__module__.startswith("open_clip.")
-    return layers if upstream else [dataclasses.replace(layer, run=None) for layer in layers]
+    return layers if upstream else [dataclasses.replace(layer, run=None, run_class_token=None) for layer in layers]
 
 
 def torchvision_layers(net: nn.Module) -> list[Layer]:
@@ -120,7 +122,7 @@ def torchvision_layers(net: nn.Module) -> list[Layer]:
             f"{type(net).__name__} is no classification model of torchvision: expected one of {', '.join(rules)}"
         )
     layers = ordered_layers(net, rule)
-    return with_runs(layers, torchvision_chains.runs(net, layers))
+    return with_class_token_run(net, with_runs(layers, torchvision_chains.runs(net, layers)))
 
 
 def _kinds(net: nn.Module) -> set[str]:
@@ -178,7 +180,8 @@ def _timm_tower_layers(visual: Any) -> list[Layer]:
 def _inside_trunk(layer: Layer) -> Layer:
     owns = tuple(f"trunk.{name}" for name in layer.owns)
     steps = {f"trunk.{name}": steps for name, steps in layer.timm_steps.items()}
-    return Layer(layer.name, owns, None, steps)
+    shorter = open_clip_chains.inside_trunk(layer.run_class_token)
+    return Layer(layer.name, owns, None, steps, shorter)
 
 
 def _with_timm_steps(net: nn.Module, layers: list[Layer]) -> list[Layer]:

@@ -63,6 +63,11 @@ def timm_tower_runs(trunk: Sequence[Layer]) -> list[Run] | None:
     return [*inner, partial(_run_timm_readout, parts=tuple(bare[end:]))]
 
 
+def inside_trunk(run: Run | None) -> Run | None:
+    """A function of a timm trunk as one of the TimmModel around it."""
+    return None if run is None else partial(_run_trunk, run=run)
+
+
 def _run_trunk(net: Any, h: Tensor, *, run: Run) -> Tensor:
     return run(net.trunk, h)
 

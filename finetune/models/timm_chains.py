@@ -109,12 +109,12 @@ def _eva_stem(net: Any, h: Tensor) -> Tensor:
 
 
 def _eva_block(net: Any, h: Tensor, *, index: int) -> Tensor:
-    tokens: Tensor = net.blocks[index](h, rope=_rotary(net, h, index))
+    tokens: Tensor = net.blocks[index](h, rope=rotary(net, h, index))
     return tokens
 
 
-def _rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
-    """The rotary embedding that block `index` gets, as `Eva._pos_embed` computes it for all of them."""
+def rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
+    """The rotary embedding that block `index` of an Eva gets, as its `_pos_embed` computes it for all blocks."""
     if net.rope is None:
         return None
     if net.dynamic_img_size:
