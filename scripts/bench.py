@@ -1,0 +1,438 @@
+"""Fine-tuning from images on disk to the final checkpoint, beside the loops that people write; prints ratios.
+
+    python scripts/bench.py                                    every row, three repetitions: about an hour on two cores
+    python scripts/bench.py --rows frozen --repeats 1          one row, once
+    python scripts/bench.py --rows full --rivals timm transformers
+    python scripts/bench.py --device cuda --model vit_base_patch16_224 --images 4000 --val-images 400 --batch-size 256
+
+Rows:
+
+    frozen      10 of 12 blocks frozen, 10 epochs, images only resized
+    views       the same with 4 views of each image, recycled over 20 epochs
+    full        nothing frozen, 3 epochs
+    head        only the classifier learns, 50 epochs
+    sweep       five values of layer_decay with 9 blocks frozen, 10 epochs each
+    optimizer   one step of AdamW on the 85.9 million parameters of a ViT-B/16
+
+Arms, in turn within one process, each from the same files, first weights, order, views, rates and validations:
+
+    plain       Pillow, DataLoader, fp32, AdamW as it comes, one group a parameter, `loss.item()` at every step
+    tuned       the same with autocast, fused AdamW, merged groups, the loss left on the device
+    ours        `python -m finetune`, from its command line on, with cold caches; the test set, plots and reports too
+
+Clocks start with what is imported already, for all arms. `x plain` and `x tuned`: how many times as fast.
+"""
+
+from __future__ import annotations
+
+import os
+
+# As `python -m finetune` does, for every arm, and before torch is imported: its threads spin shortly, then sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bench_arms
+import bench_report
+import bench_rivals
+import torch
+import torch.nn.functional as F
+from bench_arms import Flags, Outcome, final_logits
+from bench_task import Task, make_images, our_model, write_weights
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.config import Conf, settings
+from finetune.cost import count_flops
+from finetune.device import environment
+
+DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
+STATUS = Path("/proc/self/status")
+Run = Callable[[Task, Flags], Outcome]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of fine-tuning.
+
+    Attributes:
+        title: For people; `{frozen}`, `{blocks}` and `{epochs}` are filled in.
+        epochs: How long.
+        frozen_below: `fix_layer`, counted from the number of blocks: -2 leaves two blocks to learn; None: nothing is
+            frozen.
+        augment: Words that choose the augmentation.
+        views: How many different views an image has.
+        loops: Which arms run: loop, then whether in fp32, in bf16.
+        runs: How many runs an arm makes: of a sweep several.
+    """
+
+    title: str
+    epochs: int
+    frozen_below: int | None
+    augment: tuple[str, ...] = ("augment=none",)
+    views: int = 1
+    loops: tuple[tuple[str, bool, bool], ...] = (("plain", True, False), ("tuned", False, True), ("ours", False, True))
+    runs: int = 1
+
+
+RIVALS_ONLY = (("tuned", False, True), ("ours", False, True))
+ROWS = {
+    "frozen": Row(
+        "{frozen} of {blocks} blocks frozen, {epochs} epochs, images only resized",
+        epochs=10,
+        frozen_below=-2,
+        loops=(("plain", True, False), ("tuned", True, True), ("ours", True, True)),
+    ),
+    "views": Row(
+        "{frozen} of {blocks} blocks frozen, 4 views of each image over {epochs} epochs",
+        epochs=20,
+        frozen_below=-2,
+        augment=("augment=light", "augment.flip=0.5", "augment.views=4"),
+        views=4,
+        loops=RIVALS_ONLY,
+    ),
+    "full": Row("nothing frozen, {epochs} epochs", epochs=3, frozen_below=None),
+    "head": Row("only the head learns, {epochs} epochs", epochs=50, frozen_below=1, loops=RIVALS_ONLY),
+    "sweep": Row(
+        "a sweep of five layer_decay values, {frozen} of {blocks} blocks frozen, {epochs} epochs each",
+        epochs=10,
+        frozen_below=-3,
+        loops=RIVALS_ONLY,
+        runs=len(DECAYS),
+    ),
+}
+
+
+def main() -> int:
+    """Measure, print, draw."""
+    given = _arguments()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
+    report: dict[str, Any] = {
+        "machine": _machine(device),
+        "environment": environment(device),
+        "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "rows": [],
+    }
+    print(f"{report['machine']}; {given.model}, {given.images} training and {given.val_images} validation images")
+    print(f"load average {report['load_average']}; command: {report['command']}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given, Path(folder))
+        for name in given.rows:
+            report["rows"].append(_optimizer_row(given) if name == "optimizer" else bench.row(name))
+        report |= {"workers": bench.workers, "matmul_peak": bench.peaks}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "bench.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    bench_report.draw(report, given.out / "bench.png")
+    print(f"\nwritten: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "optimizer"], default=[*ROWS, "optimizer"])
+    parser.add_argument("--model", default="vit_base_patch32_224", help="a ViT of timm")
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--val-images", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=0, help="instead of each row's own number")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the tuned arms")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="of torch, for every arm; 0: torch's own choice")
+    parser.add_argument("--workers", default="auto", help="of the other loops; auto: what is fastest for tuned here")
+    parser.add_argument("--rivals", nargs="*", choices=[*bench_rivals.ARMS], default=[])
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the tuned arm")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="more words for our command line")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    return parser.parse_args()
+
+
+class Bench:
+    """Images, first weights and machine of one call, and the measuring of a row."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        """Render the images and draw the weights."""
+        self.given, self.folder = given, folder
+        self.workers = -1 if given.workers == "auto" else int(given.workers)
+        self.peaks: dict[str, float] = {}
+        self.counter = itertools.count()
+        self.half = (
+            "bf16" if given.precision == "bf16" or (given.precision == "auto" and has_bf16(given.device)) else ""
+        )
+        make_images(folder / "images", given.images, given.val_images)
+        make_images(folder / "few", 2 * given.batch_size + 3, 8, suffix=".png")
+        common = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
+        self.task = Task(folder / "images", folder / "first.safetensors", extra=tuple(given.ours), **common)
+        write_weights(self.task)
+        self.blocks = our_model(self.task, load=False, device="meta")[0].num_blocks
+        if self.workers < 0:
+            self.workers = self._best_workers()
+        self.peaks["fp32"] = matmul_peak(self.task, torch.float32)
+        if self.half:
+            self.peaks["bf16"] = matmul_peak(self.task, torch.bfloat16)
+        for word, peak in self.peaks.items():
+            print(f"matmul peak on the model's own shapes, {word}: {peak / 1e9:,.0f} GFLOP/s")
+        print(f"workers of the other loops: {self.workers}", flush=True)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Check that the arms do the same, then time them in turn."""
+        row = ROWS[name]
+        epochs = self.given.epochs or row.epochs
+        fix_layer = -1 if row.frozen_below is None else self.blocks + row.frozen_below
+        task = replace(self.task, epochs=epochs, fix_layer=fix_layer, augment=row.augment)
+        arms = self._arms(row)
+        for arm in arms:
+            replace(task, precision=arm["precision"]).prepare()
+        title = row.title.format(frozen=fix_layer, blocks=self.blocks, epochs=epochs)
+        print(f"\n## {title}", flush=True)
+        self._check(arms, task)
+        for repeat in range(self.given.repeats):
+            shift = repeat % len(arms)  # no arm always follows the same other one
+            for arm in arms[shift:] + arms[:shift]:
+                self._measure(arm, task)
+                print(f"  {arm['name']:<24} {arm['seconds'][-1]:8.2f} s", flush=True)
+        self._compare(arms, replace(task, epochs=epochs))
+        for arm in arms:
+            work = row.runs * self.work(task, row.views, cached=arm["loop"] == "ours" and caches(), runs=row.runs)
+            arm["flop"] = work
+            arm["share_of_peak"] = work / bench_report.median(arm) / self.peaks[arm["precision"]]
+            del arm["run"], arm["outcome"]
+        print(bench_report.table(title, arms), flush=True)
+        return {"name": name, "title": title, "epochs": epochs, "fix_layer": fix_layer, "arms": arms}
+
+    def work(self, task: Task, views: int, *, cached: bool, runs: int = 1) -> float:
+        """FLOPs of matrix products that a run cannot do without: all of the loop's, or with what is frozen done once.
+
+        Args:
+            task: The work.
+            views: Of each training image.
+            cached: What is frozen is computed once for each view, and once for each validation image.
+            runs: Of a sweep, which share what is computed once.
+        """
+        model, preprocess = our_model(task, load=False, device="meta")
+        flops = count_flops(model, preprocess.size)
+        images, val = self.given.images, self.given.val_images
+        if not cached or not model.num_frozen:
+            return task.epochs * (images * flops.training + val * flops.forward)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta"), stop=model.num_frozen)
+        prefix = counter.get_total_flops()
+        once = (min(views, task.epochs) * images + val) * prefix / runs
+        return once + task.epochs * (images * (flops.training - prefix) + val * (flops.forward - prefix))
+
+    def _arms(self, row: Row) -> list[dict[str, Any]]:
+        loops: dict[str, Run] = {"plain": bench_arms.plain, "tuned": bench_arms.tuned, "ours": bench_arms.ours}
+        half = self.half
+        wanted = [
+            (loop, precision)
+            for loop, full, halved in row.loops
+            for precision in (["fp32"] if full or not half else []) + ([half] if halved and half else [])
+        ]
+        wanted += [(rival, half or "fp32") for rival in self.given.rivals]
+        loops |= bench_rivals.ARMS
+        return [
+            {
+                "name": f"{loop} {precision}",
+                "loop": loop,
+                "precision": precision,
+                "run": loops[loop] if row.runs == 1 else bench_arms.sweep_of(loops[loop], DECAYS),
+                "seconds": [],
+                "core_seconds": [],
+                "peak_mib": [],
+                "rise_mib": [],
+            }
+            for loop, precision in wanted
+        ]
+
+    def _flags(self, workers: int, *, same_pixels: bool = False) -> Flags:
+        folder = self.folder / f"run{next(self.counter)}"
+        folder.mkdir()
+        return Flags(folder, workers, same_pixels, compiled=self.given.compile)
+
+    def _check(self, arms: list[dict[str, Any]], task: Task) -> None:
+        """Two epochs of a few images, the same pixels for all arms: how far they are apart. Warms up, too."""
+        few = replace(task, root=self.folder / "few", epochs=2)
+        for arm in arms:
+            task = replace(few, precision=arm["precision"])
+            task.prepare()
+            arm["outcome"] = arm["run"](task, self._flags(self.workers, same_pixels=True))
+        self._compare(arms, few)
+        for arm in arms:
+            arm["same_pixels"] = {key: arm.pop(key) for key in ("loss_apart", "logits_apart") if key in arm}
+            if arm["same_pixels"]:
+                apart = "loss {loss_apart:.1e}, logits {logits_apart:.1e}".format(**arm["same_pixels"])
+                print(f"  on the same pixels, {arm['name']} and {arm['against']} are apart by: {apart}", flush=True)
+
+    def _compare(self, arms: list[dict[str, Any]], task: Task) -> None:
+        """Each arm's losses and final validation logits against those of the first arm in its precision."""
+        for arm in arms:
+            logits = final_logits(replace(task, precision="fp32"), arm["outcome"])
+            first = next(other for other in arms if other["precision"] == arm["precision"])
+            if first is arm:
+                arm["logits"] = logits
+                continue
+            pairs = zip(arm["outcome"].losses, first["outcome"].losses, strict=True)
+            arm["against"] = first["name"]
+            arm["loss_apart"] = max(abs(a - b) for a, b in pairs)
+            arm["logits_apart"] = float((logits - first["logits"]).abs().max())
+        for arm in arms:
+            arm.pop("logits", None)
+
+    def _measure(self, arm: dict[str, Any], task: Task) -> None:
+        task, flags = replace(task, precision=arm["precision"]), self._flags(self.workers)
+        with peak_memory(task.device) as memory:
+            cores, began = _core_seconds(), time.perf_counter()
+            arm["outcome"] = arm["run"](task, flags)
+            if task.device == "cuda":
+                torch.cuda.synchronize()
+            arm["seconds"].append(time.perf_counter() - began)
+            arm["core_seconds"].append(_core_seconds() - cores)
+        if not memory:
+            arm["peak_mib"] = arm["rise_mib"] = None
+        elif arm["peak_mib"] is not None:
+            arm["peak_mib"].append(memory["peak"])
+            arm["rise_mib"].append(memory["rise"])
+
+    def _best_workers(self) -> int:
+        """The number of loader processes with which an epoch of the tuned loop is fastest here."""
+        task = replace(self.task, epochs=2, fix_layer=self.blocks - 2, precision=self.half or "fp32")
+        task.prepare()
+        seconds: dict[int, float] = {}
+        bench_arms.tuned(replace(task, epochs=1), self._flags(0))
+        for workers in dict.fromkeys([0, 1, os.cpu_count() or 1]):
+            began = time.perf_counter()
+            bench_arms.tuned(task, self._flags(workers))
+            seconds[workers] = time.perf_counter() - began
+        shown = ", ".join(f"{workers}: {value:.1f} s" for workers, value in seconds.items())
+        print(f"two epochs of the tuned loop by number of workers: {shown}", flush=True)
+        return min(seconds, key=lambda workers: seconds[workers])
+
+
+def caches() -> bool:
+    """Whether this version keeps what the frozen layers give."""
+    return any(key.startswith("prefix.") for key, _, _ in settings(Conf()))
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bf16 is fast here; elsewhere torch only imitates it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@torch.inference_mode()
+def matmul_peak(task: Task, dtype: torch.dtype) -> float:
+    """FLOP/s of the four products of a block on a whole batch, each at its best of several calls."""
+    model, preprocess = our_model(task, load=False, device="meta")
+    net: Any = model.net
+    width, hidden = net.embed_dim, net.blocks[0].mlp.fc1.out_features
+    shape = net.patch_embed(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta")).shape
+    tokens = task.batch_size * (shape[1] + net.num_prefix_tokens)
+    flop = seconds = 0.0
+    for narrow, wide in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
+        left = torch.randn(tokens, narrow, device=task.device, dtype=dtype)
+        right = torch.randn(wide, narrow, device=task.device, dtype=dtype)
+        seconds += min(_timed(lambda left=left, right=right: F.linear(left, right), task.device) for _ in range(20))  # type: ignore[misc]
+        flop += 2.0 * tokens * narrow * wide
+    return flop / seconds
+
+
+def _timed(call: Callable[[], Tensor], device: str) -> float:
+    times = 1 if device == "cpu" else 10
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[dict[str, float]]:
+    """MiB at the highest point within the block, and above its start; empty where that cannot be told.
+
+    On a GPU what torch allocated. On Linux the memory of this process, without its workers', whose high-water mark is
+    set back at the start; what earlier arms left behind (libraries, arenas) is in the peak and not in the rise.
+    """
+    found: dict[str, float] = {}
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        yield found
+        found["peak"] = torch.cuda.max_memory_allocated() / 2**20
+        found["rise"] = found["peak"] - before
+        return
+    if not STATUS.exists():
+        yield found
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        yield found
+        return
+    before = _status("VmRSS")
+    yield found
+    found["peak"] = _status("VmHWM")
+    found["rise"] = found["peak"] - before
+
+
+def _status(field: str) -> float:
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _core_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    found = environment(device)
+    half = "bf16 in hardware" if has_bf16("cpu") else "no bf16"
+    threads = f"{torch.get_num_threads()} threads on {platform.machine()}"
+    return f"{threads} ({found['processor']}, {half}), torch {torch.__version__}"
+
+
+def _optimizer_row(given: argparse.Namespace) -> dict[str, Any]:
+    """One step of AdamW over a ViT-B/16, gradients given."""
+    title = "one step of AdamW, 85.9 million parameters of a ViT-B/16"
+    print(f"\n## {title}", flush=True)
+    task = Task(Path(), Path(), "vit_base_patch16_224", device=given.device)
+    arms = bench_arms.optimizers(task)
+    for _ in range(max(7, given.repeats)):
+        for arm in arms:
+            arm["seconds"].append(_timed(arm["optimizer"].step, given.device))
+    for arm in arms:
+        arm["seconds"] = arm["seconds"][2:]  # the first step makes the moments
+        del arm["optimizer"]
+    print(bench_report.optimizer_table(title, arms), flush=True)
+    return {"name": "optimizer", "title": title, "arms": arms}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The loops that `bench.py` compares: a plain one, the same with every flag turned right, and this project's run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+import torch.nn.functional as F
+from bench_task import CLASSES, Task, first_model, freeze_and_group, linear, loaders
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from finetune import training
+from finetune.run import run
+
+
+@dataclass
+class Outcome:
+    """What an arm leaves: the mean loss of every training step, and the file with its final weights."""
+
+    losses: list[float]
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How the arms run, beside the task.
+
+    Attributes:
+        folder: For checkpoints; an empty one every time.
+        workers: Of the loops that are not ours; ours measures its own number.
+        same_pixels: The other arms decode and resize with this project's code, for parity.
+        compiled: The tuned loop runs `torch.compile`d.
+    """
+
+    folder: Path
+    workers: int = 0
+    same_pixels: bool = False
+    compiled: bool = False
+
+
+def plain(task: Task, flags: Flags) -> Outcome:
+    """What people write: fp32, AdamW as it comes, one group a parameter, the loss read at every step."""
+    net = first_model(task)
+    groups = freeze_and_group(net, task, merged=False)
+    optimizer = torch.optim.AdamW(groups, lr=task.lr)
+    scheduler = linear(optimizer, task.epochs)
+    train, val = loaders(task, workers=flags.workers, same_pixels=flags.same_pixels, pin=False)
+    losses = []
+    for epoch in range(task.epochs):
+        net.train()
+        train.sampler.epoch = epoch  # type: ignore[attr-defined]
+        for images, labels in train:
+            images, labels = images.to(task.device), labels.to(task.device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        net.eval()
+        total = correct = 0.0
+        with torch.no_grad():
+            for images, labels in val:
+                images, labels = images.to(task.device), labels.to(task.device)
+                logits = net(images)
+                total += F.cross_entropy(logits, labels, reduction="sum").item()
+                correct += (logits.argmax(1) == labels).sum().item()
+        scheduler.step()
+    path = flags.folder / "last.pt"
+    torch.save(net.state_dict(), path)
+    return Outcome(losses, path)
+
+
+def tuned(task: Task, flags: Flags) -> Outcome:
+    """The same loop with every flag turned right: autocast, fused AdamW, groups merged, no wait for the device."""
+    device = torch.device(task.device)
+    on_gpu = device.type == "cuda"
+    net = first_model(task)
+    optimizer = torch.optim.AdamW(freeze_and_group(net, task, merged=True), lr=task.lr, fused=True)
+    scheduler = linear(optimizer, task.epochs)
+    train, val = loaders(task, workers=flags.workers, same_pixels=flags.same_pixels, pin=on_gpu)
+    forward: Any = torch.compile(net) if flags.compiled else net
+    losses: list[Tensor] = []
+    for epoch in range(task.epochs):
+        net.train()
+        train.sampler.epoch = epoch  # type: ignore[attr-defined]
+        for images, labels in train:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with half(task):
+                logits = forward(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        net.eval()
+        total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        with torch.inference_mode():
+            for images, labels in val:
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                with half(task):
+                    logits = forward(images)
+                total += F.cross_entropy(logits.float(), labels, reduction="sum")
+                correct += (logits.argmax(1) == labels).sum()
+        scheduler.step()
+        (total + correct).item()
+    path = flags.folder / "last.pt"
+    torch.save(net.state_dict(), path)
+    return Outcome(torch.stack(losses).tolist(), path)
+
+
+def ours(task: Task, flags: Flags) -> Outcome:
+    """`python -m finetune`, from the composition of its command line on, in this process and with a cold cache."""
+    run_dir = flags.folder / "run"
+    run_dir.mkdir()
+    with _cold_caches(), _recorded() as losses:
+        run(task.conf(), run_dir, task.overrides(), quiet=True)
+    return Outcome(torch.stack(losses).tolist(), run_dir / "checkpoints" / "last.safetensors")
+
+
+def sweep_of(arm: Any, decays: tuple[float, ...]) -> Any:
+    """An arm that runs once for every `layer_decay`; ours with one cache for all of them, as in a sweep."""
+
+    def all_of_them(task: Task, flags: Flags) -> Outcome:
+        losses: list[float] = []
+        with _cold_caches():
+            for number, decay in enumerate(decays):
+                folder = flags.folder / str(number)
+                folder.mkdir()
+                outcome = arm(replace(task, layer_decay=decay), replace(flags, folder=folder))
+                losses += outcome.losses
+        return Outcome(losses, outcome.checkpoint)
+
+    return all_of_them
+
+
+def optimizers(task: Task) -> list[dict[str, Any]]:
+    """AdamW over the same parameters with the same gradients: torch's default loop, and fused, by kind of groups."""
+    options = {"img_size": task.image_size} if task.image_size else {}
+    net = timm.create_model(task.model, num_classes=CLASSES, **options).to(task.device)
+    parameters = list(net.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    made = []
+    for fused in (False, True):
+        for merged in (False, True):
+            groups = freeze_and_group(net, task, merged=merged)
+            way = "fused" if fused else "torch's default"
+            optimizer = torch.optim.AdamW(groups, lr=task.lr, fused=fused or None)
+            loop = "ours" if fused and merged else "tuned" if fused else "plain"
+            name = f"{way}, {len(groups)} groups"
+            made.append({"name": name, "loop": loop, "precision": "fp32", "optimizer": optimizer, "seconds": []})
+    return made
+
+
+def half(task: Task) -> contextlib.AbstractContextManager[object]:
+    """The context of a forward pass."""
+    if task.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(task.device).type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _cold_caches() -> Iterator[None]:
+    """Nothing is remembered of runs before this one; a second call within the first changes nothing."""
+    if "BENCH_CACHE" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache, BENCH_CACHE=cache):
+        yield
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[Tensor]]:
+    """The mean loss of every training step of our run, by a criterion that also writes down what it gives."""
+    losses: list[Tensor] = []
+    fit = training.fit
+
+    def recording(state: Any, *args: Any, **kwargs: Any) -> bool:
+        criterion = state.task.criterion
+
+        def recorded(*given: Any) -> Tensor:
+            values = criterion(*given)
+            losses.append(values.detach().mean())
+            return values
+
+        state.task.criterion = recorded
+        return fit(state, *args, **kwargs)
+
+    with mock.patch.object(training, "fit", recording):
+        yield losses
+
+
+@torch.inference_mode()
+def final_logits(task: Task, outcome: Outcome) -> Tensor:
+    """Logits (images, classes) of the validation images under the final weights, fp32, from the same pixels always."""
+    state = (
+        load_file(outcome.checkpoint)
+        if outcome.checkpoint.suffix == ".safetensors"
+        else torch.load(outcome.checkpoint, map_location="cpu")
+    )
+    net: nn.Module = first_model(task)
+    net.load_state_dict(state)
+    net.eval()
+    _, val = loaders(task, workers=0, same_pixels=True, pin=False)
+    return torch.cat([net(images.to(task.device)).cpu() for images, _ in val])
