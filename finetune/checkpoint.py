@@ -270,6 +270,10 @@ def restore(content: Content, state: TrainState, path: str) -> None:
     saved = [group["name"] for group in content["optimizer"]["param_groups"]]
     if names != saved:
         raise ValueError(f"{path} has other parameter groups: {', '.join(saved)}; this run has {', '.join(names)}")
+    # Checkpoints from before there was a choice are AdamW's.
+    makers = [group.get("optimizer", "adamw") for group in content["optimizer"]["param_groups"]]
+    if makers != [group["optimizer"] for group in state.optimizer.param_groups]:
+        raise ValueError(f"{path} was saved with optim={makers[-1]}: its moments mean nothing to another optimizer")
     if (content["ema"] is None) != (state.ema is None):
         raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
     try:

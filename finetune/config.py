@@ -25,6 +25,10 @@ from finetune.data_settings import DataConf as DataConf
 from finetune.data_settings import OnError as OnError
 from finetune.data_settings import SourceKind as SourceKind
 from finetune.data_settings import data_problems
+from finetune.optim_settings import LayerRule as LayerRule
+from finetune.optim_settings import OptimConf as OptimConf
+from finetune.optim_settings import OptimizerKind as OptimizerKind
+from finetune.optim_settings import optim_problems
 from finetune.prefix_settings import PrefixCache as PrefixCache
 from finetune.prefix_settings import PrefixConf as PrefixConf
 from finetune.prefix_settings import PrefixDtype as PrefixDtype
@@ -93,13 +97,6 @@ class Pool(Choice):
     mean = "mean"
 
 
-class LayerRule(Choice):
-    """How `layer_decay` counts a layer's distance from the output; never what `fix_layer` freezes."""
-
-    beit = "beit"
-    timm = "timm"
-
-
 class Mode(Choice):
     """Shape of the rate curve over one cycle, as a function of progress t in [0, 1]."""
 
@@ -163,40 +160,6 @@ class ModelConf:
     pool: Pool = setting(
         Pool.auto, "auto: as the weights were trained; mean: the mean of all patches under a new norm (CLIP and ViT)"
     )
-
-
-@dataclass
-class OptimConf:
-    """AdamW with layer-wise rate decay and a frozen prefix."""
-
-    lr: float = setting(1e-3, "peak rate of the head; absolute unless lr_base_batch says otherwise", above=0)
-    lr_base_batch: int = setting(
-        0, "0: off; B: the peak rate is lr * (batch_size * accumulate) / B, as MAE's blr with 256", at_least=0
-    )
-    recipe_batch: int = setting(
-        0, "images an optimizer step that lr was tuned for; a run with another number says so; 0: unknown", at_least=0
-    )
-    layer_decay: float = setting(
-        0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
-    )
-    layer_rule: LayerRule = setting(
-        LayerRule.beit,
-        "beit (also MAE, MKT, FT-CLIP): the final norm learns at the head's rate; timm: at the last block's",
-    )
-    fix_layer: int = setting(
-        -1,
-        "layers with id <= this are frozen; -1: none, 0: the stem, L: all blocks, L+1: all but the head",
-        at_least=-1,
-    )
-    weight_decay: float = setting(
-        0.05, "AdamW's decoupled decay on matrices; never on biases, norms, tokens, positions", at_least=0
-    )
-    no_weight_decay: list[str] = setting([], "globs of parameter names that are not decayed either")
-    decay_embeddings: bool = setting(False, "true: decay tokens and position embeddings too, as MKT does")
-    betas: tuple[float, float] = setting(
-        (0.9, 0.999), "AdamW's running-mean coefficients of gradient and squared gradient"
-    )
-    eps: float = setting(1e-8, "AdamW's denominator floor", above=0)
 
 
 @dataclass
@@ -293,6 +256,7 @@ def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
     problems += _word_problems(conf)
     rules = [
         (("data",), _source_problems),
+        (("optim",), lambda conf: optim_problems(conf.optim)),
         (("augment",), lambda conf: augment_problems(conf.augment)),
         (("train",), lambda conf: train_problems(conf.train)),
         (("prefix", "optim"), lambda conf: prefix_problems(conf.prefix, conf.optim.fix_layer)),
@@ -324,8 +288,6 @@ def _word_problems(conf: Conf) -> list[str]:
         problems.append("model.templates is empty: give at least one prompt, such as 'a photo of a {}.'")
     if conf.resume_force and conf.resume is None:
         problems.append("resume_force=True would be ignored: it goes with resume=PATH, or resume=latest")
-    if not all(0 <= beta < 1 for beta in conf.optim.betas):
-        problems.append(f"optim.betas={list(conf.optim.betas)}: each must be at least 0 and less than 1")
     return problems
 
 

@@ -15,10 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.config import OptimConf, OptimizerKind
 from finetune.layers import LayeredModel
+from finetune.optim import param_groups
 
-# Weights, gradients and AdamW's two moments are fp32 whatever the forward pass computes in.
+# Weights, gradients and most optimizers' moments are fp32 whatever the forward pass computes in.
 FP32_BYTES = 4
+# bitsandbytes: tensors of fewer numbers keep fp32 moments; so many 8-bit ones share an fp32 scale.
+SMALLEST_8BIT = 4096
+BLOCK_8BIT = 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Memory:
     Attributes:
         weights: Parameters and buffers, fp32.
         gradients: Of what learns, fp32.
-        optimizer: AdamW's two moments of what learns.
+        optimizer: What the optimizer keeps of what learns between two steps.
         average: The moving average of the weights, where there is one.
         activations: What the forward pass of one micro-batch keeps for the backward pass: activations, and the copies
             of weights in the precision that it computes in.
@@ -81,7 +86,13 @@ def count_flops(model: LayeredModel, image_size: int) -> Flops:
 
 
 def estimate_memory(
-    model: LayeredModel, image_size: int, *, batch_size: int, dtype: torch.dtype, averaged: bool = False
+    model: LayeredModel,
+    image_size: int,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    averaged: bool = False,
+    optim: OptimConf | None = None,
 ) -> Memory:
     """Add up what training a model takes, as it is frozen now.
 
@@ -91,6 +102,7 @@ def estimate_memory(
         batch_size: Images a micro-batch.
         dtype: What the forward pass computes in.
         averaged: Whether a moving average is kept of what learns.
+        optim: The optimizer; the default one where it is left out.
     """
     everything = [*model.parameters(), *model.buffers()]
     learning = FP32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -104,10 +116,30 @@ def estimate_memory(
     return Memory(
         weights=sum(tensor.numel() * tensor.element_size() for tensor in everything),
         gradients=learning,
-        optimizer=2 * learning,
+        optimizer=optimizer_bytes(model, optim or OptimConf()),
         average=learning if averaged else 0,
         activations=activations,
     )
+
+
+def optimizer_bytes(model: LayeredModel, conf: OptimConf) -> int:
+    """What the optimizer keeps between two steps of what learns, step counters (4 bytes a tensor) left out."""
+    return sum(
+        _state_bytes(parameter, conf, group["optimizer"])
+        for group in param_groups(model, conf)
+        for parameter in group["params"]
+    )
+
+
+def _state_bytes(parameter: Tensor, conf: OptimConf, kind: str) -> int:
+    size = parameter.numel()
+    if kind == OptimizerKind.adafactor and parameter.ndim > 1:
+        # A mean for each row and each column of the last two dimensions.
+        return FP32_BYTES * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if kind == OptimizerKind.adamw8bit and size >= SMALLEST_8BIT:
+        return 2 * (size + FP32_BYTES * -(-size // BLOCK_8BIT))
+    moments = {"adamw": 2, "adamw8bit": 2, "sgd": int(conf.momentum > 0), "lion": 1, "muon": 1, "adafactor": 1}
+    return FP32_BYTES * moments[kind] * size
 
 
 @contextmanager

@@ -177,7 +177,12 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
     steps = recipe.steps_per_epoch(conf, sizes.batches)
     dtype, precision = _precision(conf, cuda=torch.cuda.is_available())
     memory = estimate_memory(
-        model, built.preprocess.size, batch_size=conf.data.batch_size, dtype=dtype, averaged=conf.train.ema > 0
+        model,
+        built.preprocess.size,
+        batch_size=conf.data.batch_size,
+        dtype=dtype,
+        averaged=conf.train.ema > 0,
+        optim=conf.optim,
     )
     flops = count_flops(model, built.preprocess.size)
     plan = planned_rates(model, conf, steps)
@@ -248,7 +253,7 @@ def _model(conf: Conf, preprocess: Preprocess) -> dict[str, Any]:
 
 
 def layer_rows(model: LayeredModel, conf: Conf, steps: int) -> list[dict[str, Any]]:
-    """A row a layer, from the stem up, as AdamW's groups will hold it; the model is frozen already.
+    """A row a layer, from the stem up, as the optimizer's groups will hold it; the model is frozen already.
 
     `rate_start` and `rate_peak` are those of the layer's fastest group; where `optim.layer_rule=timm` gives it two
     rates, `rates_peak` has both. `decayed` counts the parameters that weight decay reaches.
@@ -297,7 +302,8 @@ def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _memory(conf: Conf, memory: Memory, precision: str) -> dict[str, Any]:
     sizes = {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()}
-    return {"batch_size": conf.data.batch_size, "precision": precision, **sizes, "total_bytes": memory.total}
+    words = {"batch_size": conf.data.batch_size, "precision": precision, "optimizer": f"optimizer ({conf.optim.name})"}
+    return {**words, **sizes, "total_bytes": memory.total}
 
 
 def _schedule(conf: Conf, steps: int) -> dict[str, Any]:
@@ -359,7 +365,8 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _memory_line(memory: dict[str, Any]) -> str:
-    names = {"weights": "weights", "gradients": "gradients", "optimizer": "AdamW", "average": "average of weights"}
+    names = {"weights": "weights", "gradients": "gradients", "optimizer": memory["optimizer"]}
+    names["average"] = "average of weights"
     unit, scale = ("GiB", GIB) if memory["total_bytes"] >= GIB else ("MiB", MIB)
     parts = [f"{word} {memory[f'{name}_bytes'] / scale:.4g}" for name, word in names.items() if memory[f"{name}_bytes"]]
     return (

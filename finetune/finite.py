@@ -1,7 +1,7 @@
 """A step whose loss or gradient is NaN or infinite changes nothing: judged on the device, looked at now and then.
 
 Asking the device after every step whether all was well would make it wait. So the answer stays there, as a mask that
-the optimizer's kernel reads, and the host reads the answers of many steps at once.
+fused optimizers' kernels read, and the host reads the answers of many steps at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class NotFiniteError(FloatingPointError):
         return [int(index) for index in self.seen.ids]
 
 
+def optimizer_reads_mask(optimizer: Optimizer) -> bool:
+    """Whether its kernels skip a step by the flag `found_inf`, as torch's GradScaler asks it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 class FiniteGuard:
     """Keeps steps that are not finite from changing anything.
 
@@ -99,6 +105,18 @@ class FiniteGuard:
         for buffer, kept in zip(self._statistics, self._kept, strict=True):
             buffer.copy_(torch.where(self.mask > 0, kept, buffer))
         self._recent.append((seen, is_bad))
+
+    def step(self, optimizer: Optimizer) -> None:
+        """The update, after `judge`; where the mask is set, weights, moments and step counts keep every bit.
+
+        torch's fused kernels read the mask on the device. No other optimizer does, so with those the host reads it,
+        which waits for the device once a step; on a CPU that costs nothing.
+        """
+        if optimizer_reads_mask(optimizer):
+            optimizer.found_inf = self.mask  # type: ignore[attr-defined]
+        elif self.mask.item():
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient is left alone, by every optimizer
+        optimizer.step()
 
     def look(self) -> None:
         """Read what the device knows. Waits for it.

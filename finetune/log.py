@@ -345,7 +345,7 @@ def epoch_line(
 
 def layer_of(group_name: str) -> str:
     """The layer of a parameter group by its name: `block.7` of `block.7.no_decay`."""
-    return group_name.removesuffix(".no_decay").removesuffix(".decay")
+    return group_name.removesuffix(".muon").removesuffix(".no_decay").removesuffix(".decay")
 
 
 def _rate(value: float) -> str:

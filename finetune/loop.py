@@ -130,7 +130,7 @@ def train_step(
 
 
 def _update(state: TrainState, loss: Tensor, clip_grad: float, seen: Seen) -> None:
-    """Unscale, clip, and step, unless loss or gradients are not finite. No wait for the device but with fp16."""
+    """Unscale, clip, and step, unless they are not finite. Waits for the device with fp16 or unfused kernels."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -145,9 +145,7 @@ def _update(state: TrainState, loss: Tensor, clip_grad: float, seen: Seen) -> No
         state.skipped += scaler.get_scale() < scale
     else:
         state.guard.judge(torch.isfinite(loss) & torch.isfinite(norm), seen)
-        # The fused kernel reads this flag on the device and leaves weights and moments alone where it is 1.
-        optimizer.found_inf = state.guard.mask  # type: ignore[attr-defined]
-        optimizer.step()
+        state.guard.step(optimizer)  # changes nothing where they are not
     optimizer.zero_grad(set_to_none=True)
 
 

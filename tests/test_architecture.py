@@ -14,8 +14,8 @@ PACKAGE = ROOT / "finetune"
 LEVELS = {
     # The configuration: `config` is the page that everybody reads, the other two are parts of it.
     "schema": -2, "data_settings": -1, "augment_settings": -1, "train_settings": -1,
-    "prefix_settings": -1,
-    "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": -1, "signals": 0, "terminal": -1, "lock": 0, "shelf": 0,
+    "optim_settings": -1, "prefix_settings": -1, "shelf": 0,
+    "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": -1, "signals": 0, "terminal": -1, "lock": 0,
     "compose": 1, "losses": 1, "finite": 1, "claim": 1, "ema": 1, "recipe": 1, "sched": 1, "optim": 1,
     "distributed": 1, "models": 1, "data": 1, "log": 0, "device": 1,
     "loop": 2, "multilabel": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2,
@@ -28,7 +28,7 @@ LEVELS = {
 }  # fmt: skip
 # Read before the configuration is known to be good, so standard library only.
 SETTINGS = (
-    *("schema", "data_settings", "augment_settings", "train_settings", "prefix_settings"),
+    *("schema", "data_settings", "augment_settings", "optim_settings", "train_settings", "prefix_settings"),
     *("config", "preprocess", "files", "signals"),
 )
 DRAWERS = ("figure", "scores", "rates_figure", "sweep_figure", "sweep", "report")

@@ -256,7 +256,7 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("layer_decay=0.7", 1, [["'optim.layer_decay'"]]),
     ("train.warmup=1", 1, [["'sched.warmup'"]]),
     ("modle=clip", 1, [["modle=clip", "'model'"]]),
-    ("optim.foo=1", 1, [["optim.foo=1", "optim has lr,", "layer_decay"]]),
+    ("optim.foo=1", 1, [["optim.foo=1", "optim has name, lr,", "layer_decay"]]),
     ("qqqq=1", 1, [["qqqq=1", "finetune --help"]]),
     ("+optim.foo=1", 1, [["+optim.foo=1", "closed list"]]),
     ("++optim.foo=1", 1, [["++optim.foo=1", "closed list"]]),
