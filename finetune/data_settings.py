@@ -53,7 +53,9 @@ class DataConf:
     source: SourceKind = setting(
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
     )
-    root: str | None = setting(None, "folder of the images (folder), of the data set (torchvision), of tar shards")
+    root: str | None = setting(
+        None, "folder of the images (folder), of the data set (torchvision), of tar shards (also URLs, pipe:COMMAND)"
+    )
     table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image")
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
     label_column: str = setting("label", "column (table, hf) or json key (webdataset) that holds the label")
@@ -62,7 +64,7 @@ class DataConf:
     name: str | None = setting(None, "torchvision: the class, such as CIFAR10; hf: a hub id or a local path")
     subset: str | None = setting(None, "hf: which configuration of the data set")
     image_column: str = setting("image", "hf: column that holds the image")
-    download: bool = setting(False, "torchvision, hf: true allows the download of a data set that is not there")
+    download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of what is not there")
     classes: list[str] = setting([], "use these classes only, by name; empty: all")
     shots: int = setting(0, "training images of each class; 0: all", at_least=0)
     fraction: float = setting(1.0, "share of each class's training images that is used", above=0, at_most=1)
@@ -94,6 +96,8 @@ class DataConf:
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
+REMOTE = r"(?:^|::)(?:https?|pipe):"  # in a `data.root` that names what is not on this machine
+
 # Who reads a setting that not every source reads.
 _READERS: dict[str, tuple[SourceKind, ...]] = {
     "root": (SourceKind.folder, SourceKind.table, SourceKind.torchvision, SourceKind.webdataset),
@@ -105,7 +109,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "name": (SourceKind.torchvision, SourceKind.hf),
     "subset": (SourceKind.hf,),
     "image_column": (SourceKind.hf,),
-    "download": (SourceKind.torchvision, SourceKind.hf),
+    "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
 }
 
 # What a source cannot do without, and what that is.
@@ -118,7 +122,9 @@ _NEEDS: dict[SourceKind, dict[str, str]] = {
         "root": "PATH, the folder that the data set lies in or is downloaded to",
     },
     SourceKind.hf: {"name": "NAME, a data set of the Hugging Face hub or a local path"},
-    SourceKind.webdataset: {"root": "PATH, a folder of .tar shards or a pattern such as shards/train-*.tar"},
+    SourceKind.webdataset: {
+        "root": "PATH, a folder of .tar shards, a pattern such as shards/train-*.tar, a URL or pipe:COMMAND"
+    },
 }
 
 
@@ -161,6 +167,8 @@ def _source_problems(data: DataConf) -> list[str]:
     for name, meaning in _NEEDS[data.source].items():
         if not values[name]:
             problems.append(f"data={data.source} needs data.{name}={meaning}")
+    if data.source == SourceKind.webdataset and data.download and data.root and not re.search(REMOTE, data.root):
+        problems.append(f"data.download=True would be ignored: data.root={data.root} is neither a URL nor pipe:COMMAND")
     if data.label_separator == "":
         problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
     return problems

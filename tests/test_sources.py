@@ -229,8 +229,37 @@ def test_shards_with_splits_and_names(tmp_path: Path) -> None:
         shards(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no \.tar files"):
         shards(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="from a disk only"):
-        shards("https://host/a.tar")
+    with pytest.raises(ValueError, match=r"data\.root=s3://b/a\.tar: expected a path, a URL .* or a command"):
+        shards("s3://b/a.tar")
+
+
+def test_a_shard_that_breaks_off_between_two_images_is_damaged(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", {f"{i}.{end}": b"1" for i in range(9) for end in ("png", "cls")})
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: 4 * 1024])
+    with pytest.raises(ValueError, match=r"0\.tar is damaged .*breaks off at byte 4,096"):
+        shards(tmp_path)
+    (tmp_path / "0.tar").write_bytes(whole[: 4 * 1024] + b"x" * 512 + whole[4 * 1024 + 512 :])
+    with pytest.raises(ValueError, match=r"0\.tar is damaged"):
+        shards(tmp_path)
+
+
+@pytest.mark.parametrize("names", ["{split}/{n}.tar", "{split}-{n}.tar", "set_{split}.{n}.tar"])
+def test_splits_by_the_names_of_shards(tmp_path: Path, rows: Rows, names: str) -> None:
+    for split in ("train", "validation", "test"):
+        for n in range(2):
+            files: dict[str, bytes] = {}
+            for i, (path, label) in enumerate(rows[n::2]):
+                files |= {f"{split}{i}.png": (tmp_path / path).read_bytes(), f"{split}{i}.cls": label.encode()}
+            write_shard(tmp_path / "s" / names.format(split=split, n=n), files)
+    everything = str(tmp_path / "s" / names.format(split="{train,validation,test}", n="{1..0}"))
+    for root in (everything, f"{everything}::{everything}"):
+        source = shards(root)
+        for mine, word in (("train", "train"), ("val", "validation"), ("test", "test")):
+            split = source.splits[mine]
+            assert len(split) == len(rows) and all(f"/{word}" in split.name_of(i) for i in range(len(split)))
+    only = shards(everything.replace("{train,validation,test}", "test"))
+    assert sum(map(len, only.splits.values())) == len(rows)  # one word only: cut by seed
 
 
 # --- data sets of libraries ------------------------------------------------------------------------------------------
@@ -414,7 +443,7 @@ def test_how_often_an_image_comes_at_most_is_known_ahead(counts: tuple[int, ...]
         ({"source": SourceKind.table}, "data=table needs data.table=PATH"),
         ({"source": SourceKind.torchvision, "root": "x"}, "data=torchvision needs data.name=CLASS"),
         ({"source": SourceKind.hf, "name": "x", "label_separator": "|"}, "data.label_separator=| would be ignored"),
-        ({"source": SourceKind.webdataset, "root": "x", "download": True}, "data.download=True would be ignored"),
+        ({"source": SourceKind.webdataset, "root": "x", "download": True}, "data.root=x is neither a URL nor"),
         ({"folds": 1}, "at least 2"),
         ({"folds": 3, "fold": 3}, "expected 0 to 2"),
         ({"fold": 1}, "would be ignored: data.folds=0"),
@@ -436,7 +465,7 @@ def test_every_setting_of_the_data_has_a_reader() -> None:
     from finetune.data_settings import _NEEDS, _READERS
 
     for kind in SourceKind:
-        needed = {name: "x" for name in _NEEDS[kind]}
+        needed = {name: "https://x/0.tar" if name == "root" else "x" for name in _NEEDS[kind]}
         assert validate(Conf(data=DataConf(source=kind, **needed))) == []  # type: ignore[arg-type]
         for name, readers in _READERS.items():
             value = {"download": True}.get(name, "y")

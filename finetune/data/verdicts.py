@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,8 +114,13 @@ def _read(path: Path) -> tuple[Records, dict[int, str]]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, poll: Callable[[], object] | None = None) -> Iterator[bool]:
     """Hold a file's lock, alone among processes; the system lets go of it when a process dies.
+
+    Args:
+        path: The lock file; made if it is not there, and left.
+        poll: Called between two tries to get it, where it is to be possible to give up by an error; it should take a
+            moment. None: wait in the system.
 
     Yields:
         Whether another process had to be waited for. Where the system has no such locks (Windows) nothing is held:
@@ -128,8 +133,12 @@ def locked(path: Path) -> Iterator[bool]:
         return
     with open(path, "ab") as file:
         waited = not _try_lock(file, fcntl)
-        if waited:
+        if waited and poll is None:
             fcntl.flock(file, fcntl.LOCK_EX)
+        elif waited and poll is not None:
+            poll()
+            while not _try_lock(file, fcntl):
+                poll()
         yield waited
 
 
