@@ -52,6 +52,7 @@ class Precision(Choice):
 
     auto = "auto"
     fp32 = "fp32"
+    tf32 = "tf32"
     bf16 = "bf16"
     fp16 = "fp16"
 
@@ -189,7 +190,9 @@ class Conf:
 
     seed: int = setting(0, "of everything random but the split", at_least=0, at_most=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Precision = setting(Precision.auto, "auto: bf16 where the GPU has it, else fp32")
+    precision: Precision = setting(
+        Precision.auto, "auto: bf16 where GPU or CPU has it and it pays, else fp32; tf32: fp32 by TF32 products"
+    )
     deterministic: bool = setting(False, "on CUDA: only kernels that give the same bits every time (slower)")
     resume: str | None = setting(None, "a run directory to continue, or `latest`")
     resume_force: bool = setting(False, "with resume: go on although settings differ that change what comes out")

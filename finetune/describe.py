@@ -167,7 +167,9 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
     import torch
 
     from finetune.cost import count_flops, estimate_memory
+    from finetune.device import WIDE
     from finetune.models import build_model
+    from finetune.models.patches import products_dominate
     from finetune.plan import planned_rates, prepare
 
     sizes = _sizes(conf, options)
@@ -175,7 +177,8 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
     model = built.model
     prepare(model, conf)
     steps = recipe.steps_per_epoch(conf, sizes.batches)
-    dtype, precision = _precision(conf, cuda=torch.cuda.is_available())
+    is_wide = products_dominate(model.net, WIDE)
+    dtype, precision = _precision(conf, cuda=torch.cuda.is_available(), is_wide=is_wide)
     memory = estimate_memory(
         model,
         built.preprocess.size,
@@ -229,17 +232,22 @@ def _sizes(conf: Conf, options: Options) -> Sizes:
     return Sizes(names, shown, batches, f"{text}: {'; '.join(notes) or 'as given'}")
 
 
-def _precision(conf: Conf, *, cuda: bool) -> tuple[torch.dtype, str]:
+def _precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.dtype, str]:
     """What the forward pass computes in; `auto` is what it would be on this machine, or on a GPU that is named."""
     import torch
+
+    from finetune.device import cpu_has_bf16
 
     word, note = conf.precision, ""
     if word == Precision.auto:
         on_gpu = conf.device.startswith("cuda") or (conf.device == "auto" and cuda)
-        word = Precision.bf16 if on_gpu else Precision.fp32
-        note = " (precision=auto)" if on_gpu else " (precision=auto without a GPU; say precision=bf16 for one)"
-    dtypes = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-    return dtypes[word], f"{word}{note}"
+        on_cpu = is_wide and cpu_has_bf16()
+        word = Precision.bf16 if on_gpu or on_cpu else Precision.fp32
+        note = " (precision=auto without a GPU; say precision=bf16 for one)"
+        if word == Precision.bf16:
+            note = " (precision=auto)" if on_gpu else " (precision=auto: this CPU has it, and the model is wide enough)"
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+    return dtypes.get(word, torch.float32), f"{word}{note}"
 
 
 def _model(conf: Conf, preprocess: Preprocess) -> dict[str, Any]:

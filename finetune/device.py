@@ -8,6 +8,9 @@ import torch
 
 from finetune.config import Precision
 
+# From here on bfloat16 is faster than float32 on a CPU that has it (1.5 to 1.9 times at 384, measured with AMX).
+WIDE = 256
+
 
 def pick_device(word: str) -> torch.device:
     """The device that `device=` names; `auto` takes CUDA, then MPS, then the CPU.
@@ -31,19 +34,49 @@ def pick_device(word: str) -> torch.device:
     return device
 
 
-def pick_precision(word: Precision, device: torch.device) -> torch.dtype:
+def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> torch.dtype:
     """What forward and backward compute in: torch.float32, bfloat16 or float16.
 
+    Args:
+        word: `precision`.
+        device: Where it is computed.
+        is_wide: Whether the model consists of matrices at least `WIDE` wide: on a CPU narrower ones lose more by the
+            casts than they gain.
+
     Raises:
-        ValueError: fp16 off CUDA, where torch has no loss scaling for it.
+        ValueError: fp16 or tf32 off CUDA: torch has no loss scaling for the one, and nothing else knows the other.
     """
     if word == Precision.auto:
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if word == Precision.fp16 and device.type != "cuda":
+        on_cpu = device.type == "cpu" and is_wide and cpu_has_bf16()
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_cpu or on_gpu else torch.float32
+    if word in (Precision.fp16, Precision.tf32) and device.type != "cuda":
         raise ValueError(
-            f"precision=fp16 needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32"
+            f"precision={word} needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32"
         )
-    return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[word]
+    return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(word, torch.float32)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices by instructions of its own: AVX-512 BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def set_kernels(word: Precision, dtype: torch.dtype) -> None:
+    """Settle what torch leaves to chance, for this process.
+
+    On CUDA, fp32 products are computed in full, or with `tf32` by 10 bits of mantissa; torch's own defaults are mixed:
+    convolutions in TF32, matrix products in full. And `nn.MultiheadAttention` has a fast path in evaluation, of which
+    autocast on a CPU knows nothing: it would compute in fp32 what training computes in bfloat16.
+
+    Args:
+        word: `precision`.
+        dtype: What `pick_precision` has made of it.
+    """
+    is_tf32 = word == Precision.tf32
+    torch.backends.cuda.matmul.allow_tf32 = is_tf32
+    torch.backends.cudnn.allow_tf32 = is_tf32
+    torch.backends.mha.set_fastpath_enabled(dtype == torch.float32)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

@@ -15,12 +15,13 @@ from finetune import checkpoint
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.mix import Mixer
-from finetune.device import autocast, pick_device, pick_precision
+from finetune.device import WIDE, autocast, pick_device, pick_precision, set_kernels
 from finetune.layers import LayeredModel
 from finetune.loop import Batch, Task
 from finetune.losses import build_criterion
 from finetune.metrics import Meter, build_meter
 from finetune.models import BuiltModel, build_model
+from finetune.models.patches import patches_as_products, products_dominate
 from finetune.multilabel import model_settings
 
 
@@ -119,6 +120,13 @@ class Parts:
         return checkpoint.weights_metadata(self.source.classes, self.built.preprocess, as_dict(self.model_conf))
 
 
+def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:
+    """The model on its device, computing as suits `dtype` there."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        patches_as_products(model.net)
+    return model.to(device)
+
+
 def build_parts(conf: Conf, run_dir: Path) -> Parts:
     """Open the images, and build the model on its device; draws from torch's generator, seeded.
 
@@ -126,10 +134,11 @@ def build_parts(conf: Conf, run_dir: Path) -> Parts:
         ValueError: A user's mistake that only model, data or machine could show.
     """
     device = pick_device(conf.device)
-    dtype = pick_precision(conf.precision, device)
     source = check_at_start(open_source(conf.data), conf.data, run_dir)
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(model_settings(conf.model, is_multilabel=source.is_multilabel), source.classes)
-    built.model.to(device)
+    dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
+    set_kernels(conf.precision, dtype)
+    place(built.model, device, dtype)
     return Parts(conf, run_dir, source, built, device, dtype, metrics, monitor)

@@ -34,7 +34,7 @@ from finetune.metrics import Meter
 from finetune.models import build_model
 from finetune.multilabel import set_offsets
 from finetune.optim import build_optimizer
-from finetune.parts import Parts, build_parts
+from finetune.parts import Parts, build_parts, place
 from finetune.plan import layer_rows, prepare
 from finetune.prefix import Feed
 from finetune.probing import fit_head
@@ -307,7 +307,8 @@ def _test(parts: Parts, state: TrainState, feed: Feed, result: Result, stop: Sto
         if parts.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
             torch.manual_seed(parts.conf.seed)
-            untrained = build_model(parts.model_conf, parts.source.classes).model.to(parts.device)
+            untrained = build_model(parts.model_conf, parts.source.classes).model
+            place(untrained, parts.device, parts.dtype)
             prepare(untrained, parts.conf)
             zeroshot = _evaluate(parts, feed, "test zero-shot", stop, meter=parts.meter(), start=start, model=untrained)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
