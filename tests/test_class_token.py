@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torchvision.models import vision_transformer
 
 import finetune.layers
+from finetune.claim import CLOSE, Change
 from finetune.compose import compose
+from finetune.compose.keys import KEYS, convert
 from finetune.config import ModelConf
 from finetune.cost import count_flops, estimate_memory
 from finetune.layers import LayeredModel, freeze
@@ -339,6 +341,21 @@ def test_the_setting_is_off_where_it_makes_no_difference() -> None:
     prepare(short, compose([]))
     prepare(whole, compose([]))
     assert short.class_token_only and not whole.class_token_only
+
+
+def test_the_setting_may_change_on_resume_and_a_bare_off_in_yaml_is_explained() -> None:
+    change = Change("train.class_token_only", "auto", "off")
+    assert change.is_allowed and change.key in CLOSE
+    with pytest.raises(ValueError, match=r"expected one of auto, off .*write 'off'"):
+        convert(KEYS["train.class_token_only"], False)
+
+
+@pytest.mark.parametrize("name", ["norms-everywhere", "rotary-mixed", "open_clip", "torchvision"])
+def test_it_compiles_into_one_graph(name: str) -> None:
+    _, model = twins(made(CAN[name], torch.float32).eval())
+    images = images_of(name, torch.float32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images), model(images))
 
 
 @pytest.mark.parametrize("family", ["clip", "vit"])
