@@ -28,7 +28,7 @@ FREE = (
     *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
 )
 # May change on resume: the same arithmetic by other kernels.
-CLOSE = ("device", "deterministic", "train.class_token_only")
+CLOSE = ("device", "deterministic", "train.class_token_only", "train.compile")
 
 Result = dict[str, Any]
 

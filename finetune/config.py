@@ -40,6 +40,7 @@ from finetune.schema import setting as setting
 from finetune.train_settings import LABEL_METRICS as LABEL_METRICS
 from finetune.train_settings import MULTILABEL_METRICS as MULTILABEL_METRICS
 from finetune.train_settings import ClassTokenOnly as ClassTokenOnly
+from finetune.train_settings import CompileMode as CompileMode
 from finetune.train_settings import Loss as Loss
 from finetune.train_settings import OnNonfinite as OnNonfinite
 from finetune.train_settings import TrainConf as TrainConf

@@ -58,6 +58,7 @@ class TrainState:
     guard: FiniteGuard  # keeps a step that is not finite from changing anything
     task: Task = field(default_factory=Task)
     first_layer: int = 0  # id of the first layer that the loop runs; whoever makes the batches has run those below
+    compiled: Callable[[Tensor, int], Tensor] | None = None  # stands in for the model in training steps
     ema: Ema | None = None  # averages of the weights, where `train.ema` asks for them
     epoch: int = 0  # epochs finished
     batch: int = 0  # micro-batches of the current epoch already learned from
@@ -115,7 +116,7 @@ def train_step(
     for inputs, targets, _ in window:
         assert not inputs.requires_grad, "gradients would run on into layers that are frozen"
         with autocast:
-            logits = state.model(inputs, start=state.first_layer)
+            logits = (state.compiled or state.model)(inputs, state.first_layer)
         losses = state.task.criterion(logits, targets, conf.label_smoothing)
         loss = losses.sum() / num_images
         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -10,10 +10,10 @@ import torch
 
 from finetune import recipe
 from finetune.config import Conf
-from finetune.layers import freeze
 from finetune.loop import TrainState, train_step
 from finetune.optim import build_optimizer
 from finetune.parts import Parts
+from finetune.plan import prepare
 
 logger = logging.getLogger("finetune")
 
@@ -108,7 +108,7 @@ def _fits(parts: Parts, size: int) -> bool:
 
 def _trial(parts: Parts, size: int) -> None:
     conf, pixels = parts.conf, parts.built.preprocess.size
-    freeze(parts.model, conf.optim.fix_layer)
+    prepare(parts.model, conf)
     optimizer = build_optimizer(parts.model, recipe.scaled_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0

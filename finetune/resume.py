@@ -14,7 +14,7 @@ import torch
 from finetune import recipe
 from finetune.checkpoint import restore
 from finetune.claim import CLOSE, Change, Holding
-from finetune.config import Conf, Interval
+from finetune.config import CompileMode, Conf, Interval
 from finetune.device import environment
 from finetune.layers import LayeredModel
 from finetune.log import History, table
@@ -70,6 +70,10 @@ def first_promise(conf: Conf, device: torch.device, holding: Holding) -> Promise
         promise.weaken("close", "CUDA kernels add up in any order; deterministic=true makes it bitwise")
     if device.type == "mps":
         promise.weaken("close", "Apple's kernels do not promise equal bits")
+    if conf.train.compile != CompileMode.none:
+        promise.weaken(
+            "close", "compiled kernels may be chosen by how fast they ran; train.compile=none makes it bitwise"
+        )
     for change in holding.changes:
         if change.key in CLOSE:
             promise.weaken("close", str(change))

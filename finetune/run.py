@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune import checkpoint, recipe, report, scores
 from finetune.claim import Holding, Result, inspect
+from finetune.compiling import compiled
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
 from finetune.device import make_deterministic
 from finetune.ema import Ema
@@ -190,6 +191,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
         set_offsets(built.model, train.epoch(0), labels, parts.autocast(), feeding.first_layer)
     state = _start(parts, len(train))
     state.first_layer = feeding.first_layer
+    state.compiled = compiled(parts.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
     steps = recipe.steps_per_epoch(conf, len(train))
     _write_plan(parts, state, plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json"))
     notice = recipe.batch_notice(conf)

@@ -26,6 +26,14 @@ class OnNonfinite(Choice):
     skip = "skip"
 
 
+class CompileMode(Choice):
+    """Whether the layers that learn are compiled."""
+
+    none = "none"
+    default = "default"
+    max_autotune = "max-autotune"
+
+
 class ClassTokenOnly(Choice):
     """Whether the last block does only what the class token needs, on models that read nothing else."""
 
@@ -66,6 +74,10 @@ class TrainConf:
         ClassTokenOnly.auto,
         "auto: the last block does only what the class token needs, on models that read nothing else: the same but for"
         " rounding; off: upstream's own bits",
+    )
+    compile: CompileMode = setting(
+        CompileMode.none,
+        "torch.compile what the loop runs: default, or max-autotune (on CUDA with graphs); first steps take minutes",
     )
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
     ema: float = setting(
