@@ -33,10 +33,12 @@ class Flops:
     Attributes:
         forward: Of the forward pass.
         training: Of forward and backward pass, the backward pass of what learns only.
+        frozen: Of the forward pass through the layers ahead of `model.boundary`, which need not run in every epoch.
     """
 
     forward: float
     training: float
+    frozen: float
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ def count_flops(model: LayeredModel, image_size: int) -> Flops:
     images = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
     model.train()
     with FlopCounterMode(display=False) as counter:
-        logits = model(images)
+        h = model(images, stop=model.boundary) if model.boundary else images
+        frozen = counter.get_total_flops()
+        logits = model(h, start=model.boundary)
         forward = counter.get_total_flops()
         logits.sum().backward()
         both = counter.get_total_flops()
     model.zero_grad()
-    return Flops(forward / len(images), both / len(images))
+    return Flops(forward / len(images), both / len(images), frozen / len(images))
 
 
 def estimate_memory(

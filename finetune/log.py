@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -285,10 +285,13 @@ class Bar:
         return self._bar is not None and time.monotonic() - self._asked >= REDRAW_S
 
     def set(self, **values: float) -> None:
-        """Show these numbers, such as `loss`, `top1` and `lr` (the head's rate), beside the images a second so far."""
+        """Show these numbers beside the images a second so far.
+
+        Such as `loss`, `top1` and `lr` (the head's rate); as shares `wait` (for data), `kept` (activations) and `mfu`.
+        """
         if self._bar is not None:
             self._asked = time.monotonic()
-            self._shown = {name: _rate(value) if name == "lr" else _metric(value) for name, value in values.items()}
+            self._shown = {name: _SHOWN_AS.get(name, _metric)(value) for name, value in values.items()}
             self._draw()
 
     def _draw(self) -> None:
@@ -340,7 +343,10 @@ def epoch_line(
     for name in shown:
         note = f" (best {_metric(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {_metric(row[name])}{note}")
-    return "  ".join([*parts, f"{row['images_per_s']:,.0f} img/s"])
+    notes = [("data_wait", "waiting for data"), ("prefix_hits", "of frozen layers kept"), ("mfu", "MFU")]
+    shares = [f"{_share(row[name])} {words}" for name, words in notes if row.get(name, 0) >= 0.005]
+    speed = f"{row['images_per_s']:,.0f} img/s"
+    return "  ".join([*parts, f"{speed} ({', '.join(shares)})" if shares else speed])
 
 
 def layer_of(group_name: str) -> str:
@@ -350,6 +356,13 @@ def layer_of(group_name: str) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.1e}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+_SHOWN_AS: dict[str, Callable[[float], str]] = {"lr": _rate, "wait": _share, "kept": _share, "mfu": _share}
 
 
 def _metric(value: float | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from finetune import bad_batch, scores
+from finetune import bad_batch, scores, utilisation
 from finetune.claim import Result
 from finetune.config import TrainConf
 from finetune.data import ImageError
@@ -33,6 +33,7 @@ def train_to_the_end(
     conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
     bar, validated = Bar("", total=0, images=0), -1
     fed: dict[str, float] = {}
+    gpu = utilisation.measure(parts) if parts.device.type == "cuda" else None
     saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
@@ -52,7 +53,7 @@ def train_to_the_end(
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
             head = state.optimizer.param_groups[-1]
-            bar.set(**state.sums.means(), lr=head["lr"])
+            bar.set(**state.sums.means(), lr=head["lr"], **_shown(train.stats()))
         for seen in state.guard.take():
             logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
         saver.check()
@@ -62,6 +63,8 @@ def train_to_the_end(
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
         row |= fed
+        if gpu is not None:
+            row["mfu"] = gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))
         history.append(row)
         best = None if math.isnan(state.best_score) else state.best_score
         line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
@@ -90,6 +93,12 @@ def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iter
     """The same batches; how they were come by is noted at their end."""
     yield from batches
     into |= feed.stats()
+
+
+def _shown(stats: dict[str, float]) -> dict[str, float]:
+    """Short names for the bar."""
+    names = {"data_wait": "wait", "prefix_hits": "kept"}
+    return {names[name]: value for name, value in stats.items()}
 
 
 @contextmanager

@@ -20,7 +20,8 @@ LEVELS = {
     "distributed": 1, "models": 1, "data": 1, "log": 0, "device": 1,
     "loop": 2, "multilabel": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2, "compiling": 2,
     "checkpoint": 3,
-    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "memory": 5, "feeding": 5, "training": 6, "probing": 5,
+    "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "memory": 5, "feeding": 5,
+    "utilisation": 5, "training": 6, "probing": 5,
     "run": 7,
     "__main__": 8, "__init__": 8, "describe": 8, "check_data": 8, "evaluate": 8, "predict": 8, "export": 8, "replay": 8,
     # No torch in these: they read what runs have left.
