@@ -55,9 +55,9 @@ from bench_task import Task, make_images, our_model, write_weights
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.config import Conf, settings
 from finetune.cost import count_flops
 from finetune.device import environment
+from finetune.plan import prepare
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
 STATUS = Path("/proc/self/status")
@@ -209,29 +209,31 @@ class Bench:
                 print(f"  {arm['name']:<24} {arm['seconds'][-1]:8.2f} s", flush=True)
         self._compare(arms, replace(task, epochs=epochs))
         for arm in arms:
-            work = row.runs * self.work(task, row.views, cached=arm["loop"] == "ours" and caches(), runs=row.runs)
+            work = row.runs * self.work(task, row.views, ours=arm["loop"] == "ours", runs=row.runs)
             arm["flop"] = work
             arm["share_of_peak"] = work / bench_report.median(arm) / self.peaks[arm["precision"]]
             del arm["run"], arm["outcome"]
         print(bench_report.table(title, arms), flush=True)
         return {"name": name, "title": title, "epochs": epochs, "fix_layer": fix_layer, "arms": arms}
 
-    def work(self, task: Task, views: int, *, cached: bool, runs: int = 1) -> float:
-        """FLOPs of matrix products that a run cannot do without: all of the loop's, or with what is frozen done once.
+    def work(self, task: Task, views: int, *, ours: bool, runs: int) -> float:
+        """FLOPs of the matrix products of one run: a loop that computes everything every time, or ours.
 
         Args:
             task: The work.
             views: Of each training image.
-            cached: What is frozen is computed once for each view, and once for each validation image.
+            ours: What is frozen is computed once for each view, and once for each validation image.
             runs: Of a sweep, which share what is computed once.
         """
         model, preprocess = our_model(task, load=False, device="meta")
+        if ours:
+            prepare(model, task.conf())  # which may shorten the last block, too
         flops = count_flops(model, preprocess.size)
         images, val = self.given.images, self.given.val_images
-        if not cached or not model.num_frozen:
+        if not ours or not model.boundary:
             return task.epochs * (images * flops.training + val * flops.forward)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta"), stop=model.num_frozen)
+            model(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta"), stop=model.boundary)
         prefix = counter.get_total_flops()
         once = (min(views, task.epochs) * images + val) * prefix / runs
         return once + task.epochs * (images * (flops.training - prefix) + val * (flops.forward - prefix))
@@ -322,11 +324,6 @@ class Bench:
         shown = ", ".join(f"{workers}: {value:.1f} s" for workers, value in seconds.items())
         print(f"two epochs of the tuned loop by number of workers: {shown}", flush=True)
         return min(seconds, key=lambda workers: seconds[workers])
-
-
-def caches() -> bool:
-    """Whether this version keeps what the frozen layers give."""
-    return any(key.startswith("prefix.") for key, _, _ in settings(Conf()))
 
 
 def has_bf16(device: str) -> bool:

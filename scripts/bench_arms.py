@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from finetune import training
 from finetune.run import run
+from finetune.shelf import shared_between_runs
 
 
 @dataclass
@@ -131,7 +132,7 @@ def sweep_of(arm: Any, decays: tuple[float, ...]) -> Any:
 
     def all_of_them(task: Task, flags: Flags) -> Outcome:
         losses: list[float] = []
-        with _cold_caches():
+        with _cold_caches(), shared_between_runs():
             for number, decay in enumerate(decays):
                 folder = flags.folder / str(number)
                 folder.mkdir()
