@@ -72,6 +72,9 @@ class DataConf:
     balance: Balance = setting(
         Balance.none, "weights: rare classes weigh more in the loss; sampling: every class is shown equally often"
     )
+    epoch_images: int = setting(
+        0, "an epoch shows so many training images, drawn with replacement; 0: every image once", at_least=0
+    )
     folds: int = setting(0, "cut train and val anew into so many folds; 0: no folds", at_least=0)
     fold: int = setting(0, "which fold is val, from 0", at_least=0)
     val_fraction: float = setting(0.1, "share of each class kept for validation", above=0, below=1)
@@ -192,6 +195,11 @@ def _selection_problems(data: DataConf) -> list[str]:
         )
     if data.label_separator and data.balance != Balance.none:
         problems.append(f"data.balance={data.balance} works with one label an image; remove it or data.label_separator")
+    if data.epoch_images and data.balance == Balance.sampling:
+        problems.append(
+            f"data.epoch_images={data.epoch_images} and data.balance=sampling both say how often images come: keep one"
+            " (data.balance=weights goes with either)"
+        )
     if len(data.classes) == 1:
         problems.append(f"data.classes={data.classes}: one class leaves nothing to tell apart; name two or more")
     if len(set(data.classes)) < len(data.classes):

@@ -225,7 +225,7 @@ def _sizes(conf: Conf, options: Options) -> Sizes:
     if images is None:
         images = IMAGENET_IMAGES
         notes.append("ImageNet-1k's number of images assumed (--images N)")
-    shown = images * conf.augment.repeats
+    shown = (conf.data.epoch_images or images) * conf.augment.repeats
     batches = -(-shown // conf.data.batch_size)
     text = f"{classes:,} classes, {images:,} training images"
     names = tuple(f"class {index}" for index in range(classes))

@@ -129,7 +129,9 @@ class Feeding:
         assert kept is not None
         conf, is_train = parts.conf, split == "train"
         views = num_views(conf.augment) if is_train else 1
-        images = int(self._most(loader, split).sum()) * views
+        most = self._most(loader, split)
+        assert most is not None, "see why_not_in_training"
+        images = int(most.sum()) * views
         folder = cache_folder(conf.data.cache_dir) / "activations"
         need = Need(images + already, passes)
         kind, why = choose(conf, kept.measured, need, parts.device, folder, shared=is_shared())
@@ -140,13 +142,14 @@ class Feeding:
         limit = int(conf.prefix.max_gib * 2**30)
         return Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, limit, kept.measured.bytes), why
 
-    def _most(self, loader: Loader, split: str) -> torch.Tensor:
-        """How often an epoch can show each image at most."""
+    def _most(self, loader: Loader, split: str) -> torch.Tensor | None:
+        """How often an epoch can show each image at most; None: any number of times."""
         conf = self._parts.conf
         if split != "train":
             return most_showings(loader.split.labels, balanced=False, repeats=1)
         balanced = conf.data.balance == Balance.sampling
-        return most_showings(loader.split.labels, balanced=balanced, repeats=conf.augment.repeats)
+        repeats, images = conf.augment.repeats, conf.data.epoch_images
+        return most_showings(loader.split.labels, balanced=balanced, repeats=repeats, images=images)
 
     def _feed(self, loader: Loader, split: str, keep: Keep | None) -> Feed:
         return Feed(

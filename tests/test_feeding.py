@@ -64,6 +64,28 @@ def test_pixels_are_the_same_with_any_cache_and_any_workers(
             assert epoch_of(source, conf(tmp_path, cache, workers=workers), augment) == expected, (cache, workers)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("images", [7, 90])
+def test_resampled_epochs_are_the_same_for_any_workers_and_from_any_batch(
+    tmp_path: Path, source: Source, images: int
+) -> None:
+    augment = AugmentConf(flip=0.5, repeats=2)
+    found = []
+    for workers in ("0", "2"):
+        data = conf(tmp_path, CacheKind.none, workers=workers, epoch_images=images)
+        loader = Loader(source.splits["train"], CROP, conf=data, augment=augment, seed=1, device=CPU)
+        whole = list(loader.epoch(1))
+        assert loader.num_images == 2 * images == sum(len(ids) for _, _, ids in whole) and len(loader) == len(whole)
+        rest = list(loader.epoch(1, skip=2))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[2:], rest, strict=True))
+        found.append(torch.cat([images for images, _, _ in whole]))
+        loader.close()
+    assert torch.equal(*found)
+    assert len(found[0].flatten(1).unique(dim=0)) == 2 * images  # every repeat is a view of its own
+    val = Loader(source.splits["val"], CROP, conf=data, augment=None, seed=1, device=CPU)
+    assert val.num_images == len(source.splits["val"])  # what is scored is never resampled
+
+
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_squares_are_kept_where_the_transform_starts_with_them(resize: str) -> None:
     preprocess = Preprocess(16, (0, 0, 0), (1, 1, 1), resize=resize, crop_fraction=0.9)

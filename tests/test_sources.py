@@ -431,6 +431,30 @@ def test_how_often_an_image_comes_at_most_is_known_ahead(counts: tuple[int, ...]
     assert bound.dtype == torch.int64 and torch.equal(seen, bound)
 
 
+@pytest.mark.parametrize(("count", "images"), [(7, 3), (7, 7), (5, 200), (1, 4), (20, 1)])
+def test_resampled_epochs_draw_with_replacement(count: int, images: int) -> None:
+    labels = torch.zeros(count, dtype=torch.int64)
+    seen, drawn = torch.zeros(count), 0
+    for epoch in range(300):
+        order = epoch_order(labels, seed=1, epoch=epoch, balanced=False, images=images)
+        assert len(order.samples) == images
+        before: dict[int, int] = {}
+        for sample, occurrence in zip(order.samples.tolist(), order.occurrences.tolist(), strict=True):
+            assert occurrence == before.get(sample, 0)
+            before[sample] = occurrence + 1
+        seen += order.samples.bincount(minlength=count)
+        drawn += images
+    share = seen / drawn
+    error = (1 / count * (1 - 1 / count) / drawn) ** 0.5
+    assert ((share - 1 / count).abs() <= 5 * error).all()  # five standard deviations of a binomial share
+    again = epoch_order(labels, seed=1, epoch=3, balanced=False, images=images)
+    assert torch.equal(again.samples, epoch_order(labels, seed=1, epoch=3, balanced=False, images=images).samples)
+    if images > 1 and count > 1:
+        other = epoch_order(labels, seed=2, epoch=3, balanced=False, images=images)
+        assert not torch.equal(again.samples, other.samples)
+    assert most_showings(labels, balanced=False, repeats=1, images=images) is None
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +468,7 @@ def test_how_often_an_image_comes_at_most_is_known_ahead(counts: tuple[int, ...]
         ({"source": SourceKind.torchvision, "root": "x"}, "data=torchvision needs data.name=CLASS"),
         ({"source": SourceKind.hf, "name": "x", "label_separator": "|"}, "data.label_separator=| would be ignored"),
         ({"source": SourceKind.webdataset, "root": "x", "download": True}, "data.root=x is neither a URL nor"),
+        ({"epoch_images": 9, "balance": Balance.sampling}, "both say how often images come"),
         ({"folds": 1}, "at least 2"),
         ({"folds": 3, "fold": 3}, "expected 0 to 2"),
         ({"fold": 1}, "would be ignored: data.folds=0"),

@@ -162,7 +162,8 @@ class Loader:
             on_skip: Told of each image that was left out of a batch, with `data.on_error=skip`; None: nobody is.
         """
         self._repeats = 1 if augment is None else augment.repeats
-        self.num_images = len(split) * self._repeats
+        self._drawn = 0 if augment is None else conf.epoch_images
+        self.num_images = (self._drawn or len(split)) * self._repeats
         self.waited_s = 0.0
         self.split = split
         self._on_skip = on_skip or (lambda error: None)
@@ -248,7 +249,7 @@ class Loader:
             everything = torch.arange(self.num_images)
             return Showings(everything, torch.zeros_like(everything))
         balanced = self._conf.balance == Balance.sampling
-        order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced)
+        order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced, images=self._drawn)
         return order.repeated(self._repeats)
 
     def _measured(self) -> int:

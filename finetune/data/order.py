@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ class Showings(NamedTuple):
         )
 
 
-def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool) -> Showings:
-    """The order of a training epoch: always as many showings as there are images.
+def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images: int = 0) -> Showings:
+    """The order of a training epoch: as many showings as there are images, or as are asked for.
 
     Args:
         labels: Of the split, see `Split`.
@@ -44,7 +44,12 @@ def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool) -> Sho
         balanced: Show every class equally often, to within one image: the images of a rare class come again and
             again, each time in a view of its own; a frequent class shows other images every epoch. False: every image
             once.
+        images: Show so many, drawn with replacement out of all: every one is as likely as any other, each time. 0: as
+            `balanced` says.
     """
+    if images:
+        assert not balanced, "refused by the configuration"
+        return _resampled(len(labels), images, seed, epoch)
     order = shuffled(len(labels), seed, epoch)
     if not balanced:
         return Showings(order, torch.zeros_like(order))
@@ -53,17 +58,29 @@ def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool) -> Sho
     return Showings(samples[order], occurrences[order])
 
 
-def most_showings(labels: Tensor, *, balanced: bool, repeats: int) -> Tensor:
+@overload
+def most_showings(labels: Tensor, *, balanced: bool, repeats: int) -> Tensor: ...
+
+
+@overload
+def most_showings(labels: Tensor, *, balanced: bool, repeats: int, images: int) -> Tensor | None: ...
+
+
+def most_showings(labels: Tensor, *, balanced: bool, repeats: int, images: int = 0) -> Tensor | None:
     """How often one epoch can show each image at most, whatever epoch it is: one more than its highest occurrence.
 
     Args:
         labels: Of the split, see `Split`.
         balanced: As in `epoch_order`.
         repeats: As in `Showings.repeated`.
+        images: As in `epoch_order`.
 
     Returns:
-        int64 (n,). The bound is reached: some epoch shows each image that often.
+        int64 (n,). The bound is reached: some epoch shows each image that often. None where images are drawn with
+        replacement: then any image may come any number of times.
     """
+    if images:
+        return None
     if not balanced or not len(labels):
         return torch.full((len(labels),), repeats, dtype=torch.int64)
     assert labels.ndim == 1, "refused where the source is opened"
@@ -87,3 +104,16 @@ def _balanced(labels: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     rows = [by_class[starts[c] + place % counts[c]] for c, place in zip(present, places, strict=True)]
     repeats = [place // counts[c] for c, place in zip(present, places, strict=True)]
     return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(repeats).astype(np.int64))
+
+
+def _resampled(count: int, images: int, seed: int, epoch: int) -> Showings:
+    """`images` draws out of `count`, and how often each image was drawn before in the epoch."""
+    # The remainder favours small numbers by less than count / 2 ** 64.
+    raw = np.random.PCG64(mix("resample", seed, epoch)).random_raw(images)
+    samples = (raw % np.uint64(count)).astype(np.int64)
+    by_sample = np.argsort(samples, kind="stable")  # the draws of each image side by side, in their order
+    counts = np.bincount(samples, minlength=count)
+    starts = np.cumsum(counts) - counts
+    occurrences = np.empty(images, dtype=np.int64)
+    occurrences[by_sample] = np.arange(images) - starts[samples[by_sample]]
+    return Showings(torch.from_numpy(samples), torch.from_numpy(occurrences))

@@ -5,6 +5,7 @@ order. So the number of workers, a resumed run and a cache change no image.
 
     split         blake2b("split", split_seed, name): images are ranked by the hash of their name
     data order    PCG64 seeded by blake2b("order", seed, epoch)
+    resampling    PCG64 seeded by blake2b("resample", seed, epoch)
     augmentation  torch.Generator seeded by blake2b("augment", seed, view, sample, occurrence)
 """
 

@@ -82,6 +82,8 @@ def why_not_in_training(conf: Conf) -> str | None:
     augment = conf.augment
     if augment.mixup or augment.cutmix:
         return "MixUp and CutMix mix whole images; with augment.mixup=0 augment.cutmix=0 they could be kept"
+    if conf.data.epoch_images:
+        return "data.epoch_images draws images with replacement, so there is no telling how often an epoch shows one"
     if num_views(augment) == 0:
         return "every epoch shows fresh views; augment.views=K recycles K of them, which can be kept"
     return None

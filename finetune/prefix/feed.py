@@ -59,7 +59,7 @@ class Feed:
         *,
         title: str,
         device: torch.device,
-        most: Tensor,
+        most: Tensor | None,
         prefix: FrozenPrefix | None = None,
         keep: Keep | None = None,
         mixer: Mixer | None = None,
@@ -71,23 +71,24 @@ class Feed:
             loader: Of the split.
             title: Of the split, for a progress bar.
             device: Where batches go.
-            most: How often an epoch can show each image at most, int64 (n,).
+            most: How often an epoch can show each image at most, int64 (n,); None, with `keep` None: any number of
+                times.
             prefix: The frozen layers; None: batches hold images.
             keep: Where their output is kept; None: it is computed every time.
             mixer: For training.
             check: Called between batches of a long pass; what it raises ends the pass.
         """
-        assert keep is None or prefix is not None
+        assert keep is None or (prefix is not None and most is not None)
         self.num_images = loader.num_images
         self._loader = loader
         self._title = title
         self._device = device
-        self._most = most
+        self._most = torch.zeros(0, dtype=torch.int64) if most is None else most
         self._prefix = prefix
         self._keep = keep
         self._mixer = mixer
         self._check = check
-        self._first_slot = most.cumsum(0) - most
+        self._first_slot = self._most.cumsum(0) - self._most
         self._opened: tuple[int, Block] | None = None
         self._waited_s = 0.0
         self._began = 0.0
