@@ -17,7 +17,7 @@ from finetune.compose.folders import run_folder
 from finetune.config import Conf, OnError
 from finetune.files import write_text
 from finetune.log import say
-from finetune.terminal import complain
+from finetune.terminal import complain, printable
 
 if TYPE_CHECKING:
     from finetune.data import Source
@@ -90,7 +90,7 @@ def _list(what: str, lines: Sequence[str], folder: Path, *, file: str = "duplica
     """Say how many there are, show the first and write all down."""
     if not lines:
         return
-    safe = [line.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for line in lines]
+    safe = [printable(line, keep="\t") for line in lines]
     write_text(folder / file, "".join(f"{line}\n" for line in safe))
     say(f"\n{len(lines):,} {what} ({folder / file}):")
     for line in safe[:shown]:

@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor
 
-from finetune.data.images import MISSING, Header, ImageError, decode, read_file, read_header
+from finetune.data.images import MISSING, Header, ImageError, decode, error_words, read_file, read_header
 from finetune.data.packed import PackedStrings
 
 
@@ -40,7 +40,7 @@ class FileStore:
         except FileNotFoundError as error:
             raise ImageError(path, MISSING) from error
         except (OSError, ValueError) as error:
-            raise ImageError(path, str(error)) from error
+            raise ImageError(path, error_words(error)) from error
         return f"{status.st_size}:{status.st_mtime_ns}:{path}"
 
     def name_of(self, row: int) -> str:

@@ -176,19 +176,25 @@ def _identity(folder: str) -> tuple[int, int]:
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:
     """Names of the visible folders, in natural order, and of the visible files. Links count as what they point to."""
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in _LITTER:
                     continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.is_file() or entry.is_symlink():  # a broken link stays in: reading it names it
-                    files.append(entry.name)
+                # Whatever is no folder stays in, broken links and pipes too: reading it names it.
+                (folders if _is_folder(entry) else files).append(entry.name)
     except PermissionError as error:
         raise ValueError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
     return sorted(folders, key=natural_key), files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _check_class_maps(root: str, found: dict[str, dict[str, list[str]]]) -> None:

@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from typing import IO, NamedTuple
@@ -30,6 +31,10 @@ _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
 
 # Pillow's own limit. Its warning at half of that is left out: such images are read.
 MAX_PIXELS = 178_956_970
+# Of a file: more than the largest image takes with four channels of 16 bits.
+MAX_BYTES = 2**31
+_AT_ONCE = os.O_NONBLOCK if os.name == "posix" else 0
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF and such, without a name
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
 
@@ -92,23 +97,34 @@ def read_image(path: str) -> Tensor:
 def read_file(path: str) -> bytes:
     """The bytes of a file; raises ImageError where there are none to read."""
     try:
-        with open(path, "rb") as file:
+        with _opened_file(path) as file:
             return file.read()
     except FileNotFoundError as error:
         raise ImageError(path, MISSING) from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise ImageError(path, _words(error)) from error
+        raise ImageError(path, error_words(error)) from error
 
 
 def read_header(path: str) -> Header:
     """Size and mode, from the first bytes only; raises ImageError."""
     try:
-        with open(path, "rb") as file, _opened(file, path) as image:
+        with _opened_file(path) as file, _opened(file, path) as image:
             return Header(image.height, image.width, image.mode)
     except FileNotFoundError as error:
         raise ImageError(path, MISSING) from error
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, ImageError) else ImageError(path, _words(error)) from error
+        raise error if isinstance(error, ImageError) else ImageError(path, error_words(error)) from error
+
+
+def _opened_file(path: str) -> IO[bytes]:
+    """A regular file of a sane size, for reading; raises OSError. A pipe or a device would be read for ever."""
+    # Without waiting: a pipe opens only when somebody writes into it.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE))  # noqa: SIM115 (for the caller)
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+        return file
+    file.close()
+    raise OSError("a pipe or a device, no file" if not stat.S_ISREG(status.st_mode) else "more than 2 GiB")
 
 
 def header_of(data: bytes, name: str) -> Header:
@@ -163,7 +179,7 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"more than {MAX_PIXELS:,} pixels: a decompression bomb?") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes; it is passed on with the file's name
-        raise ImageError(name, _words(error)) from error
+        raise ImageError(name, error_words(error)) from error
 
 
 @functools.cache
@@ -173,7 +189,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
 
 
-def _words(error: Exception) -> str:
+def error_words(error: Exception) -> str:
+    """What an exception says, in a line and without the path."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__
 

@@ -14,6 +14,7 @@ from finetune.data.images import ImageError
 from finetune.data.split import Source, class_counts
 from finetune.data.verdicts import Verdicts
 from finetune.files import write_text
+from finetune.terminal import printable
 
 logger = logging.getLogger("finetune")
 
@@ -82,8 +83,8 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
 
 def _refusal(bad: Sequence[Bad], run_dir: Path) -> str:
     path = run_dir / "unreadable.txt"
-    lines = (f"{item.name}\t{item.split}\t{item.reason}".replace("\n", "\\n") for item in bad)
-    write_text(path, "".join(line.encode("utf-8", "backslashreplace").decode() + "\n" for line in lines))
+    lines = ("\t".join(map(printable, (item.name, item.split, item.reason))) for item in bad)
+    write_text(path, "".join(f"{line}\n" for line in lines))
     return (
         f"{len(bad):,} images cannot be read: {_first(bad)}. All of them are in {path}. Repair or remove them,"
         " or train without them by data.on_error=skip"
@@ -92,7 +93,7 @@ def _refusal(bad: Sequence[Bad], run_dir: Path) -> str:
 
 def _first(bad: Sequence[Bad]) -> str:
     """The first of them in a line, whatever their names hold."""
-    shown = "; ".join(f"{item.name} ({item.reason})" for item in bad[:MAX_SHOWN]).replace("\n", "\\n")
+    shown = printable("; ".join(f"{item.name} ({item.reason})" for item in bad[:MAX_SHOWN]))
     return shown + (f"; and {len(bad) - MAX_SHOWN:,} more" if len(bad) > MAX_SHOWN else "")
 
 
@@ -121,9 +122,7 @@ def _warn_of_duplicates(source: Source, findings: Findings, run_dir: Path) -> No
     if not lines:
         return
     path = run_dir / "duplicates.txt"
-    write_text(
-        path, "".join(line.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") + "\n" for line in lines)
-    )
+    write_text(path, "".join(f"{line}\n" for line in lines))
     more = f"; and {len(lines) - 3:,} more" if len(lines) > 3 else ""
     logger.warning(
         "%d images come more than once, to the last byte, in several splits or classes (all in %s): %s%s",
@@ -136,7 +135,7 @@ def duplicate_lines(source: Source, findings: Findings) -> list[str]:
     lines = []
     for group in duplicates(source, findings):
         words = [f"{source.splits[name].name_of(i)} [{name}, {label_of(source, name, i)}]" for name, i in group]
-        lines.append(" = ".join(words).replace("\n", "\\n"))
+        lines.append(printable(" = ".join(words)))
     return lines
 
 
