@@ -33,13 +33,21 @@ class DamagedError(ValueError):
     """A checkpoint that cannot be read, or that is not what was written."""
 
 
-def weights_metadata(classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any]) -> dict[str, str]:
-    """What travels inside a weights file, each value JSON: `classes`, `preprocess`, `model` (the model's settings)."""
+def weights_metadata(
+    classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any], *, is_multilabel: bool
+) -> dict[str, str]:
+    """What travels inside a weights file, each value JSON.
+
+    `classes`, `preprocess`, `model` (the model's settings), `is_multilabel` (whether an image may have several labels);
+    in that case whoever saves adds `threshold`, from which sigmoid on a label is claimed, as validation chose it for
+    these very weights.
+    """
     return {
         "format": "pt",
         "classes": json.dumps(list(classes), ensure_ascii=False),
         "preprocess": json.dumps(preprocess.as_dict()),
         "model": json.dumps(model),
+        "is_multilabel": json.dumps(is_multilabel),
     }
 
 

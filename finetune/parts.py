@@ -117,7 +117,12 @@ class Parts:
 
     def metadata(self) -> dict[str, str]:
         """What travels with the weights."""
-        return checkpoint.weights_metadata(self.source.classes, self.built.preprocess, as_dict(self.model_conf))
+        return checkpoint.weights_metadata(
+            self.source.classes,
+            self.built.preprocess,
+            as_dict(self.model_conf),
+            is_multilabel=self.source.is_multilabel,
+        )
 
 
 def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:

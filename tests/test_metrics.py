@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn import metrics as sk
 from torch import Tensor
 
-from finetune.checkpoint import load_weights
+from finetune.checkpoint import load_weights, read_weights
 from finetune.config import (
     LABEL_METRICS,
     MULTILABEL_METRICS,
@@ -30,7 +30,7 @@ from finetune.config import (
     validate,
 )
 from finetune.losses import asymmetric_loss, binary_cross_entropy, build_criterion, cross_entropy
-from finetune.metrics import LabelMeter, MultilabelMeter, average_precision, top1, top5
+from finetune.metrics import LabelMeter, MultilabelMeter, average_precision, build_meter, top1, top5
 from finetune.metrics import classes as classes_module
 from finetune.models import build_model
 from finetune.multilabel import model_settings, offsets
@@ -386,5 +386,25 @@ def test_a_run_with_several_labels_an_image(tagged: Path, tmp_path: Path, change
     assert known["test"]["threshold"] == known["val"]["threshold"]
     assert list(known["test"]["classes"]) == ["any", "left", "top"]
     assert not (tmp_path / "confusion.csv").exists()
+    _, about = read_weights(tmp_path / "checkpoints" / "best.safetensors")  # all that a prediction needs
+    assert json.loads(about["is_multilabel"]) is True
+    assert json.loads(about["threshold"]) == known["val"]["threshold"] > 0
+    assert 0 < json.loads(read_weights(tmp_path / "checkpoints" / "last.safetensors")[1]["threshold"]) < 1
     model = build_model(model_settings(conf.model, is_multilabel=True), ["any", "left", "top"], load=False).model
     load_weights(tmp_path / "checkpoints" / "best.safetensors", model)
+
+
+def test_the_threshold_is_that_of_the_best_f1_and_a_given_one_stays() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 3), (torch.rand(40, 3) > 0.6).float()
+    losses = build_criterion(TrainConf(), is_multilabel=True)
+    for given in (None, 0.25):
+        meter = build_meter(lambda x, y: losses(x, y, 0.0), ["f1_micro"], is_multilabel=True, threshold=given)
+        meter.add(logits, labels)
+        found = meter.threshold()
+        assert found == meter.details()["threshold"] and found is not None and given in (None, found)
+        claimed = torch.sigmoid(logits) >= found
+        hits = 2 * (claimed * labels).sum() / (claimed.sum() + labels.sum())
+        assert meter.results()["f1_micro"] == pytest.approx(float(hits), abs=1e-6)
+    single = build_meter(lambda x, y: x.sum(1), [], is_multilabel=False)
+    assert single.threshold() is None

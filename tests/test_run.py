@@ -148,6 +148,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     with safe_open(folder / "checkpoints" / "best.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == [str(digit) for digit in range(10)]
         assert json.loads(file.metadata()["preprocess"])["size"] == 32
+        assert json.loads(file.metadata()["is_multilabel"]) is False and "threshold" not in file.metadata()
         assert "visual.conv1.weight" in file.keys()  # noqa: SIM118 (no mapping)
 
 

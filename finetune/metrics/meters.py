@@ -38,6 +38,9 @@ class Meter(Protocol):
     def details(self) -> dict[str, Any]:
         """What is no single number, in plain types: `classes`, and `confusion` or `threshold`. NaN is None."""
 
+    def threshold(self) -> float | None:
+        """From which sigmoid on a label is claimed, as it fits all images so far best; None: one label an image."""
+
 
 class LabelMeter:
     """One label an image: `top5`, `balanced_accuracy`, `macro_f1` and `ece` beside `loss` and `top1`.
@@ -95,6 +98,10 @@ class LabelMeter:
         columns = {"accuracy": counts.recall(), "precision": counts.precision(), "f1": counts.f1()}
         matrix = None if counts.matrix is None else counts.matrix.tolist()
         return {"classes": _rows(counts.present, columns), "confusion": matrix}
+
+    def threshold(self) -> float | None:
+        """See `Meter`."""
+        return None
 
 
 class MultilabelMeter:
@@ -160,6 +167,11 @@ class MultilabelMeter:
         if "map" in self._names:
             columns["average_precision"] = self._average_precision()
         return {"classes": _rows(self._curve.present(), columns), "threshold": threshold}
+
+    def threshold(self) -> float | None:
+        """See `Meter`."""
+        assert self._sums is not None, "no batch was added"
+        return self._curve.at_best(self._threshold)[0]
 
     def _average_precision(self) -> Tensor:
         if len(self._scores) > 1:  # kept in one piece from here on, so that asking twice copies once
