@@ -60,9 +60,22 @@ def save_weights(path: Path, model: LayeredModel, metadata: dict[str, str]) -> N
     write_weights(path, copied_weights(model), metadata)
 
 
-def copied_weights(model: LayeredModel) -> dict[str, Tensor]:
-    """The network's tensors as they are now, in host memory."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.net.state_dict().items()}
+def copied_weights(model: LayeredModel, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The network's tensors as they are now, in host memory; those of `shared` are taken as they are there."""
+    known = shared or {}
+    return {
+        name: known[name] if name in known else tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.net.state_dict().items()
+    }
+
+
+def frozen_weights(model: LayeredModel) -> dict[str, Tensor]:
+    """The tensors of frozen layers, in host memory: no step changes them, so on a CPU they are not even copied."""
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.net.state_dict().items()
+        if name in model.layer_ids and model.layer_ids[name] < model.num_frozen
+    }
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

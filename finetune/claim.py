@@ -22,10 +22,12 @@ OWN_FILES = ("config.yaml", "history.jsonl", "result.json", "rates.json", "run.l
 NOT_OF_THE_RUN = ("resume", "resume_force")
 # May change on resume: the weights stay the same to the last bit.
 FREE = (
-    *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.patience"),
+    *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share"),
+    *("train.keep", "train.patience"),
     *("train.on_nonfinite", "train.max_nonfinite"),
     *("prefix.cache", "prefix.max_gib"),
     *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
+    "data.on_error",  # the images of a run are settled at its first start
 )
 # May change on resume: the same arithmetic by other kernels.
 CLOSE = ("device", "deterministic", "train.class_token_only", "train.compile")

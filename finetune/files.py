@@ -48,6 +48,23 @@ def _put_aside(path: Path, aside: Path) -> None:
         os.replace(second, aside)
 
 
+def link(source: Path, path: Path) -> bool:
+    """Put a second name of the file `source` in the place of `path`, in one move; False where file systems cannot.
+
+    Files that are replaced, never written into, may share their content so.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and path.samefile(source):
+            return True
+        os.link(source, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    _sync_folder(path.parent)
+    return True
+
+
 def sweep_temporaries(folder: Path) -> None:
     """Remove what writers that were killed have left half done in `folder`; only for who works in it alone."""
     for path in folder.glob(".*.tmp"):

@@ -343,7 +343,7 @@ def epoch_line(
     for name in shown:
         note = f" (best {_metric(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {_metric(row[name])}{note}")
-    notes = [("data_wait", "waiting for data"), ("prefix_hits", "of frozen layers kept"), ("mfu", "MFU")]
+    notes = [("data_wait", "waiting for data"), ("prefix_hits", "from kept activations"), ("mfu", "MFU")]
     shares = [f"{_share(row[name])} {words}" for name, words in notes if row.get(name, 0) >= 0.005]
     speed = f"{row['images_per_s']:,.0f} img/s"
     return "  ".join([*parts, f"{speed} ({', '.join(shares)})" if shares else speed])

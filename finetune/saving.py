@@ -8,11 +8,13 @@ place, and `best.safetensors` is replaced only once the state that says so is sa
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from finetune.checkpoint import (
     Content,
     DamagedError,
     copied_weights,
+    frozen_weights,
     read_state,
     read_weights,
     snapshot,
     write_state,
     write_weights,
 )
-from finetune.files import sweep_temporaries
+from finetune.files import link, sweep_temporaries
 from finetune.loop import TrainState, is_better
 
 logger = logging.getLogger("finetune")
@@ -36,10 +39,22 @@ logger = logging.getLogger("finetune")
 PENDING = "best.pending"  # the weights of a new best epoch, until the state that says so is safe
 # Left free beside what a save needs: for logs, and for the files that others write meanwhile.
 SPARE_BYTES = 1 << 20
+# A save that takes no longer is always made.
+CHEAP_S = 0.1
 
 
 class NoSpaceError(OSError):
     """A save that the disk has no room for; the checkpoint before it is whole."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _with_threshold(metadata: dict[str, str], threshold: float | None) -> dict[str, str]:
+    return metadata if threshold is None else {**metadata, "threshold": json.dumps(threshold)}
 
 
 class Saver:
@@ -50,20 +65,34 @@ class Saver:
         writing_s: Processor time of the writing threads, in seconds.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, str], notes: Mapping[str, str], *, keep: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Mapping[str, str],
+        notes: Mapping[str, str],
+        *,
+        keep: int = 1,
+        max_share: float = 1.0,
+    ) -> None:
         """Save into `folder`.
 
         Args:
             folder: `checkpoints/` of the run directory; exists.
             metadata: What travels with weights.
             notes: What travels with a state.
-            keep: Weights of so many best epochs are kept.
+            keep: Weights of so many best epochs are kept; above 1 every epoch is saved.
+            max_share: Of the time that saves at the ends of epochs may take; an epoch that comes too soon is not saved,
+                and a best one is kept in memory until the next save. 1.0: every epoch is saved.
         """
         self.folder = folder
         self.stalled_s = self.writing_s = 0.0
         self._metadata = dict(metadata)
         self._notes = dict(notes)
         self._keep = keep
+        self._max_share = max_share
+        self._cost_s = 0.0  # of the latest save, from its start to its end on the disk
+        self._best: _Weights | None = None  # the best epoch's, where they are not on the disk yet
+        self._frozen: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
@@ -83,49 +112,106 @@ class Saver:
         """
         began = time.perf_counter()
         content = snapshot(state, self._notes)
-        self._submit([self._write_last(content)], _size(content))
+        self._submit(self._safely(content), _size(content) + self._size_of_best())
         self.stalled_s += time.perf_counter() - began
 
-    def save_epoch(self, state: TrainState, rows: Sequence[Mapping[str, Any]], monitor: str) -> None:
-        """Save `state` at the end of an epoch, with its weights for use.
+    def save_epoch(
+        self,
+        state: TrainState,
+        rows: Sequence[Mapping[str, Any]],
+        monitor: str,
+        *,
+        thresholds: tuple[float | None, float | None] = (None, None),
+        always: bool = False,
+    ) -> bool:
+        """Save `state` at the end of an epoch, with its weights for use; False where it is too soon for another save.
 
         Args:
             state: After the epoch.
             rows: Of the history, the epoch's own at the end.
             monitor: The metric that picks the best epochs.
+            thresholds: What validation chose for the weights, and for their averages; None: one label an image.
+            always: However soon.
 
         Raises:
             OSError: An earlier save has failed.
         """
         began = time.perf_counter()
-        content, weights = snapshot(state, self._notes), copied_weights(state.model)
+        is_due = always or self._keep > 1 or self._is_affordable()
+        is_best = state.best_epoch == state.epoch
+        if not (is_due or is_best):
+            return False
         score, is_ema = epoch_score(rows[-1], monitor)
-        metadata = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
-        best = weights
+        about = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
+        last = best = _Weights(self._weights(state), _with_threshold(about, thresholds[0]))
         if is_ema and state.ema is not None:
             with state.ema.swapped_in():
-                best = copied_weights(state.model)
-        steps: list[Callable[[], None]] = [lambda: write_weights(self.folder / "last.safetensors", weights, metadata)]
-        is_best, kept = state.best_epoch == state.epoch, best_epochs(rows, monitor, self._keep)
-        if self._keep > 1 and state.epoch in kept:
-            path = self.folder / f"epoch_{state.epoch:04d}.safetensors"
-            steps.append(lambda: write_weights(path, best, metadata))
+                best = _Weights(self._weights(state), _with_threshold(about, thresholds[1]))
         if is_best:
-            steps.append(lambda: write_weights(self.folder / PENDING, best, metadata))
-        steps.append(self._write_last(content))
-        if is_best:
-            steps.append(self._promote)
-        steps.append(lambda: _prune(self.folder, kept))
-        self._submit(steps, _size(content) + _size(weights) * (len(steps) - 2))
+            self._best = best
+        if is_due:
+            self._submit(*self._at_the_end(state, last, best, best_epochs(rows, monitor, self._keep)))
         self.stalled_s += time.perf_counter() - began
+        return is_due
+
+    def _at_the_end(
+        self, state: TrainState, last: _Weights, best: _Weights, kept: Sequence[int]
+    ) -> tuple[list[Callable[[], None]], int]:
+        """What is written at the end of an epoch, step by step, and how many bytes that takes."""
+        content = snapshot(state, self._notes)
+        # Weights that are those of the best epoch get a second name, not a second copy.
+        epoch, is_best = state.epoch, state.best_epoch == state.epoch
+        size = _size(content) + self._size_of_best() + (0 if is_best and best is last else _size(last.tensors))
+        steps = self._safely(content)
+        steps.append(lambda: self._write("last.safetensors", last, like_best=is_best and best is last))
+        if self._keep > 1 and state.epoch in kept:
+            steps.append(lambda: self._write(f"epoch_{epoch:04d}.safetensors", best, like_best=is_best))
+        steps.append(lambda: _prune(self.folder, kept))
+        return steps, size
+
+    def _safely(self, content: Content) -> list[Callable[[], None]]:
+        """Write a state, and the best weights that it speaks of where they are not on the disk yet."""
+        if self._best is None:
+            return [self._write_last(content)]
+        best, self._best = self._best, None
+        pending = self.folder / PENDING
+        return [
+            lambda: write_weights(pending, best.tensors, best.metadata),
+            self._write_last(content),
+            self._promote,
+        ]
+
+    def _size_of_best(self) -> int:
+        return 0 if self._best is None else _size(self._best.tensors)
+
+    def _write(self, name: str, weights: _Weights, *, like_best: bool) -> None:
+        if not (like_best and link(self.folder / "best.safetensors", self.folder / name)):
+            write_weights(self.folder / name, weights.tensors, weights.metadata)
+
+    def _weights(self, state: TrainState) -> dict[str, Tensor]:
+        """The weights as they are now, in host memory; those that never change are copied once, and shared."""
+        if not self._frozen:
+            self._frozen = frozen_weights(state.model)
+        return copied_weights(state.model, self._frozen)
+
+    def _is_affordable(self) -> bool:
+        """Whether a save now keeps to `max_share`, going by what the latest one took."""
+        if self._thread is None or (not self._thread.is_alive() and self._cost_s < CHEAP_S):
+            return True
+        since = time.monotonic() - self._saved_at
+        return not self._thread.is_alive() and self._cost_s <= self._max_share * since
 
     def save_weights(self, state: TrainState) -> None:
-        """Write `last.safetensors` here and now.
+        """Write `last.safetensors` here and now, and the best epoch's weights where they are only in memory.
 
         Raises:
             OSError: It could not be written, or an earlier save has failed.
         """
         self.wait()
+        if self._best is not None:
+            write_weights(self.folder / PENDING, self._best.tensors, self._best.metadata)
+            self._promote()
+            self._best = None
         write_weights(self.folder / "last.safetensors", copied_weights(state.model), self._metadata)
 
     def check(self) -> None:
@@ -166,6 +252,7 @@ class Saver:
         self._thread.start()
 
     def _work(self, steps: Sequence[Callable[[], None]], num_bytes: int) -> None:
+        began = time.monotonic()
         try:
             free = shutil.disk_usage(self.folder).free
             if free < num_bytes + SPARE_BYTES:
@@ -176,6 +263,7 @@ class Saver:
             self._error = self._explained(error)
         finally:
             self.writing_s += time.thread_time()
+            self._cost_s = time.monotonic() - began
 
     def _explained(self, error: Exception) -> Exception:
         if not isinstance(error, OSError):

@@ -95,6 +95,13 @@ class TrainConf:
     save_every_minutes: float = setting(
         0.0, "save within an epoch when the last save is so many minutes old; 0: at the end of epochs only", at_least=0
     )
+    max_save_share: float = setting(
+        0.1,
+        "share of the time that saving at the ends of epochs may take: an epoch that comes too soon is saved with a"
+        " later one; 1: every epoch is saved",
+        above=0,
+        at_most=1,
+    )
     keep: int = setting(
         1, "weights of so many best epochs are kept: the best, and where above 1 each under its epoch", at_least=1
     )

@@ -34,16 +34,20 @@ def train_to_the_end(
     bar, validated = Bar("", total=0, images=0), -1
     fed: dict[str, float] = {}
     gpu = utilisation.measure(parts) if parts.device.type == "cuda" else None
-    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=conf.train.keep)
+    keep, share, is_saved = conf.train.keep, conf.train.max_save_share, True
+    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=keep, max_share=share)
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
+        if train.will_fork:
+            saver.wait()  # no process is forked while another thread holds who knows what
         train.prepare(epoch)
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
         return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
 
     def val_batches(epoch: int) -> Iterator[Batch]:
-        saver.wait()  # the first validation forks workers: not while another thread holds who knows what
+        if val.will_fork:
+            saver.wait()
         # The loop asks a second time where averaged weights are scored, too.
         nonlocal validated
         meter = state.task.ema_meter if validated == epoch else state.task.meter
@@ -52,8 +56,7 @@ def train_to_the_end(
 
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
-            head = state.optimizer.param_groups[-1]
-            bar.set(**state.sums.means(), lr=head["lr"], **_shown(train.stats()))
+            bar.set(**state.sums.means(), lr=state.optimizer.param_groups[-1]["lr"], **_shown(train.stats()))
         for seen in state.guard.take():
             logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
         saver.check()
@@ -62,16 +65,13 @@ def train_to_the_end(
         return stop.is_set
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
+        nonlocal is_saved
         row |= fed
         if gpu is not None:
             row["mfu"] = gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))
         history.append(row)
-        best = None if math.isnan(state.best_score) else state.best_score
-        line = epoch_line(row, conf.train.epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor)
-        logger.info("%s", line)
-        if state.best_epoch == state.epoch:
-            write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
-        saver.save_epoch(state, history.rows(), _ranked_by(parts))
+        _tell(parts, state, row)
+        is_saved = saver.save_epoch(state, history.rows(), _ranked_by(parts), thresholds=_thresholds(state))
         stop.check()
 
     with _way_out(parts, state, saver, result):
@@ -87,6 +87,18 @@ def train_to_the_end(
         )
         if not finished:
             stop.check()
+        if not is_saved:
+            rows, found = history.rows(), _thresholds(state)
+            saver.save_epoch(state, rows, _ranked_by(parts), thresholds=found, always=True)
+
+
+def _tell(parts: Parts, state: TrainState, row: Row) -> None:
+    """The epoch in a line, and where it is the best one its scores class by class."""
+    best = None if math.isnan(state.best_score) else state.best_score
+    epochs = parts.conf.train.epochs
+    logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor))
+    if state.best_epoch == state.epoch:
+        write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
 
 
 def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
@@ -128,6 +140,11 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
     finally:
         result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
         result["seconds_saving"] = round(saver.stalled_s, 3)
+
+
+def _thresholds(state: TrainState) -> tuple[float | None, float | None]:
+    """What validation has just chosen for the weights, and for their averages."""
+    return state.task.meter.threshold(), None if state.ema is None else state.task.ema_meter.threshold()
 
 
 def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:

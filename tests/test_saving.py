@@ -325,3 +325,45 @@ def test_a_found_batch_keeps_the_images_of_a_step() -> None:
     assert found.data.batch_size * found.train.accumulate == DEFAULT_BATCH * 3
     conf.optim.recipe_batch = 2048
     assert with_batch(conf, 256).train.accumulate == 8
+
+
+# --- saves that would take too much of the time ----------------------------------------------------------------------
+
+
+def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(tmp_path: Path) -> None:
+    keeper, rows, kept = Saver(tmp_path, {}, {}, max_share=0.1), [], {}
+    for epoch, (score, cost_s, is_saved) in enumerate([(0.3, 0, True), (0.9, 50, False), (0.5, 50, False)], start=1):
+        keeper.wait()
+        keeper._cost_s = cost_s
+        state = at_step(epoch)
+        state.epoch = epoch
+        with torch.no_grad():
+            state.model.net.head.weight.add_(epoch)
+        kept[epoch] = state.model.net.head.weight.detach().clone()
+        rows.append({"epoch": epoch, "val/top1": score})
+        state.best_epoch = best_epochs(rows, "val/top1", 1)[0]
+        assert keeper.save_epoch(state, rows, "val/top1") is is_saved
+    keeper.wait()
+    assert torch.equal(read_weights(tmp_path / "best.safetensors")[0]["head.weight"], kept[1])
+    keeper.save(state)  # a signal, say: the state speaks of epoch 2 as the best, so its weights come along
+    keeper.wait()
+    tensors, metadata = read_weights(tmp_path / "best.safetensors")
+    assert torch.equal(tensors["head.weight"], kept[2]) and metadata["epoch"] == "2"
+    assert latest_state(tmp_path)[0]["counters"]["best_epoch"] == 2  # type: ignore[index]
+    keeper.save_epoch(state, rows, "val/top1", always=True)
+    keeper.wait()
+    assert torch.equal(read_weights(tmp_path / "last.safetensors")[0]["head.weight"], kept[3])
+
+
+def test_the_same_weights_are_written_once(tmp_path: Path) -> None:
+    keeper, state = Saver(tmp_path, {}, {}), at_step(1)
+    state.epoch = state.best_epoch = 1
+    keeper.save_epoch(state, [{"epoch": 1, "val/top1": 0.5}], "val/top1")
+    keeper.wait()
+    best, last = tmp_path / "best.safetensors", tmp_path / "last.safetensors"
+    assert best.samefile(last)
+    state.epoch = 2
+    before = best.read_bytes()
+    keeper.save_epoch(state, [{"epoch": 1, "val/top1": 0.5}, {"epoch": 2, "val/top1": 0.1}], "val/top1")
+    keeper.wait()
+    assert not best.samefile(last) and best.read_bytes() == before

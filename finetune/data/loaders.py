@@ -225,6 +225,11 @@ class Loader:
         self.waited_s += time.perf_counter() - began
         return batch
 
+    @property
+    def will_fork(self) -> bool:
+        """Whether the next pass may start worker processes."""
+        return self._loader is None and self._conf.workers != "0"
+
     def close(self) -> None:
         """End the workers, if there are any. A later epoch starts new ones."""
         self._turn += 1

@@ -98,6 +98,11 @@ class Feed:
         """Micro-batches an epoch; the last may be short."""
         return len(self._loader)
 
+    @property
+    def will_fork(self) -> bool:
+        """Whether the next pass may start processes."""
+        return self._loader.will_fork
+
     def prepare(self, epoch: int) -> None:
         """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own."""
         self._built = False
