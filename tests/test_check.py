@@ -196,6 +196,33 @@ def test_a_continued_run_leaves_out_what_it_began_without(root: Path, tmp_path: 
         check_at_start(open_source(conf), conf, tmp_path)
 
 
+def rows_of(source: Source) -> dict[str, list[int]]:
+    return {name: split.rows.tolist() for name, split in source.splits.items()}
+
+
+def test_the_policy_may_change_when_a_run_is_continued_and_its_images_do_not(root: Path, tmp_path: Path) -> None:
+    stop, skip = folder_conf(root), folder_conf(root, on_error=OnError.skip)
+    for name in ("stop", "skip", "new"):
+        (tmp_path / name).mkdir()
+    whole = rows_of(check_at_start(open_source(stop), stop, tmp_path / "stop"))
+    (root / "b" / "0.png").write_bytes(b"")  # went bad since
+    with pytest.raises(ValueError, match="1 images cannot be read"):
+        check_at_start(open_source(stop), stop, tmp_path / "stop")
+    # Begun with all images, it keeps them all: the bad one is met, and left out, batch by batch.
+    assert rows_of(check_at_start(open_source(skip), skip, tmp_path / "stop")) == whole
+    fewer = rows_of(check_at_start(open_source(skip), skip, tmp_path / "skip"))
+    assert fewer != whole
+    # Begun without it, it goes on without it; what is new stops the run.
+    assert rows_of(check_at_start(open_source(stop), stop, tmp_path / "skip")) == fewer
+    (root / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 images cannot be read: .*a.0\.png"):
+        check_at_start(open_source(stop), stop, tmp_path / "skip")
+    # Refused at the first start, nothing was begun: the policy decides anew.
+    with pytest.raises(ValueError, match="2 images cannot be read"):
+        check_at_start(open_source(stop), stop, tmp_path / "new")
+    assert sum(map(len, rows_of(check_at_start(open_source(skip), skip, tmp_path / "new")).values())) == 18
+
+
 def test_a_class_that_cannot_be_read_at_all_stops_the_run(root: Path, tmp_path: Path) -> None:
     for file in (root / "b").iterdir():
         file.write_bytes(b"")

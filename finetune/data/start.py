@@ -26,11 +26,12 @@ class SkippedList:
     """`skipped.txt` in a run directory: which images a run goes without, why, and since when.
 
     What was left out at the first start stays left out when the run is continued, and nothing else does: the images
-    and their order are those of an uninterrupted run, whatever has become of the files meanwhile.
+    and their order are those of an uninterrupted run, whatever has become of the files meanwhile, and whatever
+    `data.on_error` says by now.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Name the file; it is there as soon as the run has been checked with `data.on_error=skip`."""
+        """Name the file; it is there, perhaps empty, as soon as the images of the run have been checked."""
         self.path = run_dir / "skipped.txt"
         self._later: set[str] = set()
 
@@ -74,11 +75,18 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     for line in [*source.warnings, *imbalance(source)]:
         logger.warning("%s", line)
     _warn_of_duplicates(source, findings, run_dir)
+    skipped = SkippedList(run_dir)
+    earlier = skipped.from_start()
+    known = {(item.split, item.index) for item in earlier or ()}
     if conf.on_error == OnError.stop:
-        if findings.bad:
-            raise ValueError(_refusal(findings.bad, run_dir))
-        return source
-    return _leave_out(source, findings.bad, SkippedList(run_dir))
+        news = [item for item in findings.bad if (item.split, item.index) not in known]
+        if news:
+            raise ValueError(_refusal(news, run_dir))
+    if earlier is None:
+        skipped.start(findings.bad)
+        earlier = findings.bad
+    # Else the run is continued; what has gone bad since is met, and left out, batch by batch.
+    return _leave_out(source, earlier, skipped)
 
 
 def _refusal(bad: Sequence[Bad], run_dir: Path) -> str:
@@ -98,11 +106,6 @@ def _first(bad: Sequence[Bad]) -> str:
 
 
 def _leave_out(source: Source, bad: Sequence[Bad], skipped: SkippedList) -> Source:
-    earlier = skipped.from_start()
-    if earlier is None:
-        skipped.start(bad)
-    else:
-        bad = earlier  # a run that is continued; what has gone bad since is met, and left out, batch by batch
     moved = [item for item in bad if item.index >= len(source.splits[item.split])]
     moved = moved or [item for item in bad if source.splits[item.split].name_of(item.index) != item.name]
     if moved:
