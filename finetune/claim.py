@@ -28,7 +28,6 @@ FREE = (
     *("prefix.cache", "prefix.max_gib"),
     *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
     "data.on_error",  # the images of a run are settled at its first start
-    "data.on_error",  # the images of a run are settled at its first start
 )
 # May change on resume: the same arithmetic by other kernels.
 CLOSE = ("device", "deterministic", "train.class_token_only", "train.compile")

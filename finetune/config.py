@@ -24,7 +24,7 @@ from finetune.data_settings import CacheKind as CacheKind
 from finetune.data_settings import DataConf as DataConf
 from finetune.data_settings import OnError as OnError
 from finetune.data_settings import SourceKind as SourceKind
-from finetune.data_settings import data_problems
+from finetune.data_settings import data_problems, device_cache_problems
 from finetune.optim_settings import LayerRule as LayerRule
 from finetune.optim_settings import OptimConf as OptimConf
 from finetune.optim_settings import OptimizerKind as OptimizerKind
@@ -262,6 +262,7 @@ def validate(conf: Conf, unread: Collection[str] = ()) -> list[str]:
         (("data",), _source_problems),
         (("optim",), lambda conf: optim_problems(conf.optim)),
         (("augment",), lambda conf: augment_problems(conf.augment)),
+        (("data", "augment"), lambda conf: device_cache_problems(conf.data, conf.augment.recipe)),
         (("train",), lambda conf: train_problems(conf.train)),
         (("prefix", "optim"), lambda conf: prefix_problems(conf.prefix, conf.optim.fix_layer)),
         (("sched", "train"), _schedule_problems),

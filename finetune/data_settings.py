@@ -44,6 +44,7 @@ class CacheKind(Choice):
     none = "none"
     ram = "ram"
     disk = "disk"
+    device = "device"
 
 
 @dataclass
@@ -92,7 +93,9 @@ class DataConf:
     check_budget_s: float = setting(
         15.0, "seconds that the check at the start may decode images; what it finds is remembered", at_least=0
     )
-    cache: CacheKind = setting(CacheKind.none, "keep decoded images in ram or on disk: same images, faster epochs")
+    cache: CacheKind = setting(
+        CacheKind.none, "keep decoded images in ram, on disk or on the device: same images, faster epochs"
+    )
     cache_gib: float = setting(
         500.0, "cache=disk: all caches of images together; beyond it those go that were used least recently", above=0
     )
@@ -148,6 +151,21 @@ def data_problems(data: DataConf) -> list[str]:
         problems.append(
             f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk"
         )
+    return problems
+
+
+def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
+    """What keeps `data.cache=device` from working: whatever the host still has to do for each image."""
+    if data.cache != CacheKind.device:
+        return []
+    problems = []
+    if recipe != "none":
+        problems.append(
+            f"data.cache=device with augment={recipe}: the host draws and warps a view of each image, so nothing can be"
+            " fed from the device; use data.cache=ram, or augment=none"
+        )
+    if _changed(data, "workers"):
+        problems.append(f"data.workers={data.workers} would be ignored: data.cache=device needs no loader processes")
     return problems
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe, SourceKind
+from finetune.config import AugmentConf, CacheKind, Conf, DataConf, OnError, Recipe, SourceKind, validate
 from finetune.data import ImageError, Loader, Source, open_source
 from finetune.data.filestore import FileStore
 from finetune.data.pixel_cache import first_step, open_cache
@@ -59,9 +59,39 @@ def test_pixels_are_the_same_with_any_cache_and_any_workers(
     tmp_path: Path, source: Source, augment: AugmentConf | None
 ) -> None:
     expected = epoch_of(source, conf(tmp_path, CacheKind.none, workers="0"), augment)
-    for cache in CacheKind:
+    for cache in (CacheKind.none, CacheKind.ram, CacheKind.disk):
         for workers in ("0", "2", "auto"):
             assert epoch_of(source, conf(tmp_path, cache, workers=workers), augment) == expected, (cache, workers)
+
+
+@pytest.mark.parametrize("augment", RECIPES[:2], ids=["eval", "none"])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_pixels_are_the_same_from_the_device(
+    tmp_path: Path, source: Source, augment: AugmentConf | None, resize: str
+) -> None:
+    preprocess = Preprocess(16, CROP.mean, CROP.std, resize=resize, crop_fraction=0.9)
+    expected = epoch_of(source, conf(tmp_path, CacheKind.none, workers="0"), augment, preprocess)
+    assert epoch_of(source, conf(tmp_path, CacheKind.device), augment, preprocess) == expected
+
+
+@pytest.mark.parametrize("epoch_images", [0, 40])
+def test_an_epoch_from_the_device_can_be_entered_anywhere(tmp_path: Path, source: Source, epoch_images: int) -> None:
+    data = conf(tmp_path, CacheKind.device, epoch_images=epoch_images)
+    none = AugmentConf(recipe=Recipe.none)
+    loader = Loader(source.splits["train"], CROP, conf=data, augment=none, seed=1, device=CPU)
+    whole, rest = [batch[0].clone() for batch in loader.epoch(3)], [x[0].clone() for x in loader.epoch(3, skip=1)]
+    assert len(whole) == len(loader) and all(map(torch.equal, whole[1:], rest))
+
+
+def test_what_the_host_augments_is_not_fed_from_the_device() -> None:
+    data = DataConf(cache=CacheKind.device)
+    for recipe in (Recipe.light, Recipe.crop):
+        (problem,) = validate(Conf(data=data, augment=AugmentConf(recipe=recipe)))
+        assert f"data.cache=device with augment={recipe}" in problem and "use data.cache=ram" in problem
+    none = AugmentConf(recipe=Recipe.none)
+    assert validate(Conf(data=data, augment=none)) == []
+    data.workers = "2"
+    assert any("data.workers=2 would be ignored" in problem for problem in validate(Conf(data=data, augment=none)))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -146,7 +176,7 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path, source: Source
     assert [path for path in place.parent.iterdir() if path.is_dir()] == [place]
 
 
-@pytest.mark.parametrize("cache", [CacheKind.ram, CacheKind.disk])
+@pytest.mark.parametrize("cache", [CacheKind.ram, CacheKind.disk, CacheKind.device])
 def test_a_bad_file_follows_the_policy(tmp_path: Path, source: Source, cache: CacheKind) -> None:
     name = source.splits["train"].name_of(4)
     Path(name).write_bytes(b"")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
+from finetune.data.device_cache import DeviceSquares
 from finetune.data.images import ImageError
 from finetune.data.order import Showings, epoch_order
 from finetune.data.pixel_cache import FirstStep, PixelCache, first_step, open_cache
@@ -169,7 +170,8 @@ class Loader:
         self._on_skip = on_skip or (lambda error: None)
         skip = conf.on_error == OnError.skip
         self._step = first_step(preprocess, augment)
-        self._is_cached = conf.cache != CacheKind.none
+        self._is_cached = conf.cache in (CacheKind.ram, CacheKind.disk)
+        self._squares: DeviceSquares | None = None
         start = self._step.rest if self._is_cached else preprocess
         self._maker = Maker(split, build_transform(start, augment), seed, skip=skip)
         self._conf = conf
@@ -228,7 +230,7 @@ class Loader:
     @property
     def will_fork(self) -> bool:
         """Whether the next pass may start worker processes."""
-        return self._loader is None and self._conf.workers != "0"
+        return self._loader is None and self._conf.workers != "0" and self._conf.cache != CacheKind.device
 
     def close(self) -> None:
         """End the workers, if there are any. A later epoch starts new ones."""
@@ -243,10 +245,21 @@ class Loader:
     def _start(self, showings: Showings, view: int) -> None:
         self._plan.set(showings, view)
         self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
+        if self._conf.cache == CacheKind.device:
+            self._batches = self._from_device()
+            return
         if self._loader is None:
             self._loader = self._build()
         with _signals_held():
             self._batches = iter(self._loader)
+
+    def _from_device(self) -> Iterator[Made | ImageError]:
+        """Batches of what lies on the device; decoded now if it does not yet."""
+        if self._squares is None:
+            self._squares = DeviceSquares(self.split, self._step, self._conf, self._device)
+        for key in self._plan:
+            images, ids, left_out = self._squares.take(torch.tensor(key.samples, dtype=torch.int64))
+            yield Made(images, self.split.labels[ids], ids, left_out) if len(ids) else left_out[0]
 
     def showings(self, epoch: int) -> Showings:
         """Which images an epoch shows, in which order."""
