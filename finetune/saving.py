@@ -41,6 +41,8 @@ PENDING = "best.pending"  # the weights of a new best epoch, until the state tha
 SPARE_BYTES = 1 << 20
 # A save that takes no longer is always made.
 CHEAP_S = 0.1
+# What a disk is reckoned to take, until the first save has shown it.
+DISK_BYTES_PER_S = 300e6
 
 
 class NoSpaceError(OSError):
@@ -137,6 +139,9 @@ class Saver:
             OSError: An earlier save has failed.
         """
         began = time.perf_counter()
+        if self._thread is None:  # nothing was saved yet: what it will take is reckoned
+            size = 2 * _size(state.model.net.state_dict()) + _size(state.optimizer.state_dict()["state"])
+            self._cost_s = size / DISK_BYTES_PER_S
         is_due = always or self._keep > 1 or self._is_affordable()
         is_best = state.best_epoch == state.epoch
         if not (is_due or is_best):
@@ -195,11 +200,12 @@ class Saver:
         return copied_weights(state.model, self._frozen)
 
     def _is_affordable(self) -> bool:
-        """Whether a save now keeps to `max_share`, going by what the latest one took."""
-        if self._thread is None or (not self._thread.is_alive() and self._cost_s < CHEAP_S):
+        """Whether a save now keeps to `max_share`, going by what the latest one took; never beside another one."""
+        if self._max_share >= 1:
             return True
-        since = time.monotonic() - self._saved_at
-        return not self._thread.is_alive() and self._cost_s <= self._max_share * since
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * (time.monotonic() - self._saved_at)
 
     def save_weights(self, state: TrainState) -> None:
         """Write `last.safetensors` here and now, and the best epoch's weights where they are only in memory.
