@@ -127,7 +127,7 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
     except ImageError as error:  # a file that went bad since the check
         saver.save(state)
         saver.wait()
-        again = f"continue at step {state.step} with resume={parts.run_dir}"
+        again = f"continue at step {state.step} with resume={parts.run_dir}, without it by data.on_error=skip"
         raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
     except NotFiniteError as error:
         saver.save_weights(state)

@@ -32,10 +32,12 @@ from finetune.data.content import content_digest
 from finetune.data.cores import cores
 from finetune.data.evict import Held, evict, held_bytes, made_once
 from finetune.data.images import ImageError
+from finetune.data.memory import free_memory
 from finetune.data.split import Split
 from finetune.data.transforms import fit_square
 from finetune.data.verdicts import cache_folder
 from finetune.preprocess import Preprocess
+from finetune.signals import at_once
 
 logger = logging.getLogger("finetune")
 
@@ -111,7 +113,7 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
     """
     if conf.cache == CacheKind.ram:
         memory = io.BytesIO()
-        index = _write(split, step, memory, conf, free=_free_memory)
+        index = _write(split, step, memory, conf, free=free_memory)
         pixels = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
         # Forked workers share it as it is; others would be sent a copy each.
         return PixelCache(index, pixels=pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
@@ -162,7 +164,7 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
     offset = 0
     if step.square is not None:
         _check_room(_squares(split, step.square), free(), conf)
-    with tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
+    with at_once(), tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
         for sample, made in _decoded(split, step):
             bar.update()
             if isinstance(made, ImageError):
@@ -206,17 +208,6 @@ def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
             f"data.cache={conf.cache}: needs {needed / 2**30:.2f} GiB or more, {free / 2**30:.2f} are free: use"
             f" {other}, or data.cache=none"
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes that may be taken without swapping, where the system tells."""
-    if sys.platform != "linux":
-        return None
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _key(split: Split, step: FirstStep) -> str:
