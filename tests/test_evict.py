@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_what_this_process_uses_stays_too_until_released(tmp_path: Path) -> None
     assert evict(tmp_path, tmp_path / "none", 0) == []
     second.release()
     assert evict(tmp_path, tmp_path / "none", 0) == [used] and hold(used) is None
+
+
+def test_an_entry_that_goes_while_it_is_looked_at_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = entry(tmp_path, "gone")
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        found = real(path)
+        if path == gone and found:
+            shutil.rmtree(gone)  # another process, between the look and the lock
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert hold(gone) is None
 
 
 def _stress(folder: Path, seed: int, results: object) -> None:

@@ -68,7 +68,10 @@ def hold(entry: Path) -> Held | None:
     """Keep others from removing `entry`, and note that it is used now; None where it is not there."""
     if not entry.is_dir():
         return None
-    file = _shared(entry / USED)
+    try:
+        file = _shared(entry / USED)
+    except FileNotFoundError:  # removed since the line above
+        return None
     if file is not None and not _is_still(file, entry / USED):  # it was removed just now
         file.close()
         return None
@@ -78,18 +81,28 @@ def hold(entry: Path) -> Held | None:
 
 
 def _shared(path: Path) -> IO[bytes] | None:
-    """The file, its lock shared; None where that cannot be had: then nobody else can tell that it is used, either."""
+    """The file, its lock shared; None where that cannot be had: then nobody else can tell that it is used, either.
+
+    Raises:
+        FileNotFoundError: Its folder is gone.
+    """
     if LOCKS is None:
         return None
     for mode in ("ab", "rb"):
-        with contextlib.suppress(OSError):
+        try:
             file = open(path, mode)  # noqa: SIM115 (it lives as long as the entry is used)
-            try:
-                LOCKS.flock(file, LOCKS.LOCK_SH)
-            except OSError:
-                file.close()
+        except FileNotFoundError:
+            if mode == "ab":  # which would have made it
                 raise
-            return file
+            continue
+        except OSError:  # somebody else's folder
+            continue
+        try:
+            LOCKS.flock(file, LOCKS.LOCK_SH)
+        except OSError:
+            file.close()
+            continue
+        return file
     return None
 
 
