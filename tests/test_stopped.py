@@ -419,7 +419,7 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before_it_whole(
     stripes: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     """A checkpoint and its weights are 25 MB: the second does not fit beside the first."""
-    words = ["data=folder", f"data.root={stripes}", "data.batch_size=8", "train.epochs=4"]
+    words = ["data=folder", f"data.root={stripes}", "data.batch_size=8", "train.epochs=4", "train.max_save_share=1"]
     process = finetune(*words, f"hydra.run.dir={small_disk}/run", cwd=tmp_path)
     assert process.returncode == 1
     assert "Traceback" not in process.err + process.out
