@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.schema import Choice, setting
+from finetune.schema import Choice, changed, setting
 
 
 class Recipe(Choice):
@@ -84,11 +84,9 @@ def augment_problems(augment: AugmentConf) -> list[str]:
     if augment.recipe == Recipe.none:
         every = (*_LIGHT, "flip", *_CROP, *_RANDAUG, "mixup", "cutmix", "mix_prob", "mix_switch", "repeats", "views")
         ignored = dict.fromkeys(every, "augment=none changes no image")
-    fresh = AugmentConf()
     problems = [
-        f"augment.{name}={getattr(augment, name)} would be ignored: {why}"
-        for name, why in ignored.items()
-        if _plain(getattr(augment, name)) != _plain(getattr(fresh, name))
+        f"augment.{name}={value} would be ignored: {ignored[name]}"
+        for name, value in changed(augment, *ignored).items()
     ]
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
         low, high = getattr(augment, name)
@@ -97,8 +95,3 @@ def augment_problems(augment: AugmentConf) -> list[str]:
                 f"augment.{name}=[{low:g}, {high:g}]: expected least, greatest in (0, {most:g}], in this order"
             )
     return problems
-
-
-def _plain(value: object) -> object:
-    """A pair is a list or a tuple by where it came from."""
-    return list(value) if isinstance(value, (list, tuple)) else value

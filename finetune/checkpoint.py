@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.files import write_atomic
+from finetune.files import write_atomic, write_bytes
 from finetune.layers import LayeredModel
 from finetune.loop import TrainState
 from finetune.preprocess import Preprocess
@@ -88,11 +88,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     whole = {**metadata, "sha256": checksum(tensors)}
     # Not `save_file`, which makes files that nobody but their owner may read.
-    write_atomic(path, lambda temporary: _write_bytes(temporary, save(tensors, metadata=whole)))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_bytes(path, save(tensors, metadata=whole))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -5,11 +5,10 @@ Part of the configuration in `config.py`, on a page of its own; standard library
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from finetune.schema import Choice, setting
+from finetune.schema import Choice, changed, setting
 
 
 class SourceKind(Choice):
@@ -147,7 +146,7 @@ def data_problems(data: DataConf) -> list[str]:
         )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
-    if _changed(data, "cache_gib") and data.cache != CacheKind.disk:
+    if changed(data, "cache_gib") and data.cache != CacheKind.disk:
         problems.append(
             f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk"
         )
@@ -164,27 +163,20 @@ def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
             f"data.cache=device with augment={recipe}: the host draws and warps a view of each image, so nothing can be"
             " fed from the device; use data.cache=ram, or augment=none"
         )
-    if _changed(data, "workers"):
+    if changed(data, "workers"):
         problems.append(f"data.workers={data.workers} would be ignored: data.cache=device needs no loader processes")
     return problems
 
 
-def _changed(data: DataConf, *names: str) -> list[str]:
-    """Those of `names` that are not at their defaults."""
-    fresh = DataConf()
-    values = dataclasses.asdict(data)
-    return [name for name in names if values[name] != dataclasses.asdict(fresh)[name]]
-
-
 def _source_problems(data: DataConf) -> list[str]:
     problems = []
-    values = dataclasses.asdict(data)
-    for name in _changed(data, *_READERS):
+    for name, value in changed(data, *_READERS).items():
         if data.source not in _READERS[name]:
             readers = " or ".join(f"data={kind}" for kind in _READERS[name])
             why = "is bundled" if data.source == SourceKind.digits else "does not read it"
             meant = "; use data=folder for your own images" if name == "root" else f"; {readers} does"
-            problems.append(f"data.{name}={values[name]} would be ignored: data={data.source} {why}{meant}")
+            problems.append(f"data.{name}={value} would be ignored: data={data.source} {why}{meant}")
+    values = asdict(data)
     for name, meaning in _NEEDS[data.source].items():
         if not values[name]:
             problems.append(f"data={data.source} needs data.{name}={meaning}")
@@ -201,13 +193,13 @@ def _selection_problems(data: DataConf) -> list[str]:
         problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
     if data.folds and data.fold >= data.folds:
         problems.append(f"data.fold={data.fold}: expected 0 to {data.folds - 1}, with data.folds={data.folds}")
-    if data.folds and _changed(data, "val_fraction"):
+    if data.folds and changed(data, "val_fraction"):
         problems.append(f"data.val_fraction={data.val_fraction} would be ignored: data.folds={data.folds} cuts val")
     if not data.folds and data.fold:
         problems.append(f"data.fold={data.fold} would be ignored: data.folds=0; set data.folds, such as data.folds=5")
-    if data.shots and _changed(data, "fraction"):
+    if data.shots and changed(data, "fraction"):
         problems.append(f"data.shots={data.shots} and data.fraction={data.fraction} exclude each other: keep one")
-    if data.shots_seed and not data.shots and not _changed(data, "fraction"):
+    if data.shots_seed and not data.shots and not changed(data, "fraction"):
         problems.append(
             f"data.shots_seed={data.shots_seed} would be ignored: neither data.shots nor data.fraction is set"
         )

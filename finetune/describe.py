@@ -236,12 +236,12 @@ def _precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.dtype, s
     """What the forward pass computes in; `auto` is what it would be on this machine, or on a GPU that is named."""
     import torch
 
-    from finetune.device import cpu_has_bf16
+    from finetune.device import pick_precision
 
     word, note = conf.precision, ""
     if word == Precision.auto:
         on_gpu = conf.device.startswith("cuda") or (conf.device == "auto" and cuda)
-        on_cpu = is_wide and cpu_has_bf16()
+        on_cpu = pick_precision(word, torch.device("cpu"), is_wide=is_wide) == torch.bfloat16
         word = Precision.bf16 if on_gpu or on_cpu else Precision.fp32
         note = " (precision=auto without a GPU; say precision=bf16 for one)"
         if word == Precision.bf16:

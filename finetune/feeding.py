@@ -6,11 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from finetune.config import Balance, PrefixCache
+from finetune.config import PrefixCache
 from finetune.data import Loader
-from finetune.data.order import most_showings
+from finetune.data.streams import num_views
 from finetune.data.verdicts import cache_folder
 from finetune.device import environment
 from finetune.parts import Parts
@@ -21,7 +19,6 @@ from finetune.prefix import (
     Need,
     choose,
     measure,
-    num_views,
     prefix_digest,
     split_digest,
     why_not_in_training,
@@ -64,6 +61,7 @@ class Feeding:
         self.first_layer = model.boundary
         self._parts = parts
         self._check = check
+        self._val = parts.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._kept: _Kept | None = None
         if self.first_layer:
@@ -75,8 +73,7 @@ class Feeding:
     def splits(self) -> tuple[Feed, Feed]:
         """Training and validation; where layers are frozen, what is kept of them is said here."""
         parts, conf = self._parts, self._parts.conf
-        train = parts.loader("train", train=True)
-        val = parts.loader("val", train=False)
+        train, val = parts.loader("train", train=True), self._val
         if self._kept is None:
             return self._feed(train, "train", None), self._feed(val, "val", None)
         passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + parts.built.has_zeroshot
@@ -109,8 +106,7 @@ class Feeding:
 
     def _settle(self, prefix: FrozenPrefix) -> _Kept:
         parts, conf = self._parts, self._parts.conf
-        val = parts.loader("val", train=False)
-        measured = measure(prefix, val, conf.prefix.dtype, parts.dtype)
+        measured = measure(prefix, self._val, conf.prefix.dtype, parts.dtype)
         computing = {
             **environment(parts.device),
             "dtype": str(parts.dtype),
@@ -129,7 +125,7 @@ class Feeding:
         assert kept is not None
         conf, is_train = parts.conf, split == "train"
         views = num_views(conf.augment) if is_train else 1
-        most = self._most(loader, split)
+        most = loader.most_showings()
         assert most is not None, "see why_not_in_training"
         images = int(most.sum()) * views
         folder = cache_folder(conf.data.cache_dir) / "activations"
@@ -142,21 +138,11 @@ class Feeding:
         limit = int(conf.prefix.max_gib * 2**30)
         return Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, limit, kept.measured.bytes), why
 
-    def _most(self, loader: Loader, split: str) -> torch.Tensor | None:
-        """How often an epoch can show each image at most; None: any number of times."""
-        conf = self._parts.conf
-        if split != "train":
-            return most_showings(loader.split.labels, balanced=False, repeats=1)
-        balanced = conf.data.balance == Balance.sampling
-        repeats, images = conf.augment.repeats, conf.data.epoch_images
-        return most_showings(loader.split.labels, balanced=balanced, repeats=repeats, images=images)
-
     def _feed(self, loader: Loader, split: str, keep: Keep | None) -> Feed:
         return Feed(
             loader,
             title=split,
             device=self._parts.device,
-            most=self._most(loader, split),
             prefix=self._prefix,
             keep=keep,
             mixer=self._parts.mixer() if split == "train" else None,

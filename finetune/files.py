@@ -37,15 +37,21 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | Non
 
 def _put_aside(path: Path, aside: Path) -> None:
     """Give the file a second name, so that it never lacks one; where the file system cannot, rename it."""
-    if aside.exists() and path.samefile(aside):
-        return  # a kill between the two renames left it so, and renaming a file onto itself would do nothing
-    second = aside.with_name(f".{aside.name}.{os.getpid()}.tmp")
-    try:
-        os.link(path, second)
-    except OSError:
+    if not _second_name(path, aside):
         os.replace(path, aside)
-    else:
-        os.replace(second, aside)
+
+
+def _second_name(path: Path, second: Path) -> bool:
+    """Give the file `path` the name `second` too, in one move; False where the file system has no such thing."""
+    temporary = second.with_name(f".{second.name}.{os.getpid()}.tmp")
+    try:
+        if second.exists() and path.samefile(second):
+            return True  # as a kill between two renames leaves it; and renaming a file onto itself would do nothing
+        os.link(path, temporary)
+    except OSError:
+        return False
+    os.replace(temporary, second)
+    return True
 
 
 def link(source: Path, path: Path) -> bool:
@@ -53,13 +59,7 @@ def link(source: Path, path: Path) -> bool:
 
     Files that are replaced, never written into, may share their content so.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.exists() and path.samefile(source):
-            return True
-        os.link(source, temporary)
-        os.replace(temporary, path)
-    except OSError:
+    if not _second_name(source, path):
         return False
     _sync_folder(path.parent)
     return True
@@ -76,6 +76,15 @@ def write_text(path: Path, text: str) -> None:
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_atomic` of bytes."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
 
     write_atomic(path, write)
 

@@ -162,10 +162,18 @@ def _kernels(groups: list[Group]) -> dict[str, bool]:
 
     On a CPU fused AdamW is 6 to 8 times faster than torch's default there, a loop over the parameters.
     """
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    if devices <= set(fused_devices()):
+    if _devices(groups) <= set(fused_devices()):
         return {"fused": True}
-    return {"foreach": devices <= set(foreach_devices())}
+    return {"foreach": _has_foreach(groups)}
+
+
+def _has_foreach(groups: list[Group]) -> bool:
+    return _devices(groups) <= set(foreach_devices())
+
+
+def _devices(groups: list[Group]) -> set[str]:
+    """The kinds of device that the parameters are on."""
+    return {parameter.device.type for group in groups for parameter in group["params"]}
 
 
 def _adamw(groups: list[Group], conf: OptimConf) -> Optimizer:
@@ -189,10 +197,7 @@ def _lion(groups: list[Group], conf: OptimConf) -> Optimizer:
     """Chen et al., arXiv:2302.06675; timm's, since torch has none. It has no fused kernel."""
     from timm.optim.lion import Lion
 
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    lion: Optimizer = Lion(
-        groups, lr=conf.lr, betas=(conf.betas[0], conf.betas[1]), foreach=devices <= set(foreach_devices())
-    )
+    lion: Optimizer = Lion(groups, lr=conf.lr, betas=(conf.betas[0], conf.betas[1]), foreach=_has_foreach(groups))
     return lion
 
 
@@ -223,7 +228,7 @@ def _adamw8bit(groups: list[Group], conf: OptimConf) -> Optimizer:
 
     Tensors of fewer than 4,096 numbers keep moments of 32 bits. It waits for the device after every tensor.
     """
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    devices = _devices(groups)
     if not devices <= {"cpu", "cuda", "xpu"}:
         raise ValueError(f"optim=adamw8bit runs on cpu, cuda and xpu, and not on {', '.join(devices)}: use optim=adamw")
     install = "pip install 'finetune[adamw8bit]'"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.schema import Choice, setting
+from finetune.schema import Choice, changed, setting
 
 
 class OptimizerKind(Choice):
@@ -89,13 +89,10 @@ def optim_problems(optim: OptimConf) -> list[str]:
     problems = []
     if not all(0 <= beta < 1 for beta in optim.betas):
         problems.append(f"optim.betas={list(optim.betas)}: each must be at least 0 and less than 1")
-    fresh = OptimConf()
-    for name, readers in _READERS.items():
-        value, default = getattr(optim, name), getattr(fresh, name)
-        is_changed = list(value) != list(default) if name == "betas" else value != default
-        if is_changed and optim.name not in readers:
+    for name, value in changed(optim, *_READERS).items():
+        if optim.name not in _READERS[name]:
             shown = list(value) if name == "betas" else value
-            others = " or ".join(f"optim={kind}" for kind in readers)
+            others = " or ".join(f"optim={kind}" for kind in _READERS[name])
             problems.append(
                 f"optim.{name}={shown} would be ignored: optim={optim.name} does not read it; {others} does"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.schema import Choice, setting
+from finetune.schema import Choice, changed, setting
 
 
 class PrefixCache(Choice):
@@ -48,14 +48,12 @@ class PrefixConf:
 
 def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:
     """Settings that would be ignored, one line each."""
-    fresh = PrefixConf()
     problems = []
     if fix_layer < 0:
         why = "nothing is frozen; set optim.fix_layer, such as optim.fix_layer=9"
-        if prefix.cache not in (fresh.cache, PrefixCache.none):
-            problems.append(f"prefix.cache={prefix.cache} would be ignored: {why}")
-        if prefix.dtype != fresh.dtype:
-            problems.append(f"prefix.dtype={prefix.dtype} would be ignored: {why}")
-    if prefix.max_gib != fresh.max_gib and (fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk)):
+        for name, value in changed(prefix, "cache", "dtype").items():
+            if value != PrefixCache.none:
+                problems.append(f"prefix.{name}={value} would be ignored: {why}")
+    if changed(prefix, "max_gib") and (fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk)):
         problems.append(f"prefix.max_gib={prefix.max_gib:g} would be ignored: only a cache on disk is bounded by it")
     return problems

@@ -215,8 +215,7 @@ class Saver:
         """
         self.wait()
         if self._best is not None:
-            write_weights(self.folder / PENDING, self._best.tensors, self._best.metadata)
-            self._promote()
+            write_weights(self.folder / "best.safetensors", self._best.tensors, self._best.metadata)
             self._best = None
         write_weights(self.folder / "last.safetensors", copied_weights(state.model), self._metadata)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import asdict, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -66,3 +66,14 @@ def choose(kind: type[C], word: str, key: str) -> C:
     if word not in words:
         raise ValueError(f"{key}={word}: expected one of {', '.join(words)}{nearest(str(word), words)}")
     return kind(word)
+
+
+def changed(conf: Any, *names: str) -> dict[str, Any]:
+    """Those of the settings `names` of a section that are not at their defaults, with their values, in this order."""
+    now, fresh = asdict(conf), asdict(type(conf)())
+    return {name: now[name] for name in names if _plain(now[name]) != _plain(fresh[name])}
+
+
+def _plain(value: object) -> object:
+    """A pair is a list or a tuple by where it came from."""
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.schema import Choice, nearest, setting
+from finetune.schema import Choice, changed, nearest, setting
 
 
 class Loss(Choice):
@@ -136,13 +136,11 @@ def train_problems(train: TrainConf) -> list[str]:
         )
     if not train.ema and not train.ema_warmup:
         problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
-    if train.on_nonfinite == OnNonfinite.stop and train.max_nonfinite != TrainConf().max_nonfinite:
+    if train.on_nonfinite == OnNonfinite.stop and changed(train, "max_nonfinite"):
         problems.append(f"train.max_nonfinite={train.max_nonfinite} would be ignored: it needs train.on_nonfinite=skip")
     if train.loss != Loss.asl:
-        fresh = TrainConf()
-        for name in ("asl_gamma_pos", "asl_gamma_neg", "asl_shift"):
-            if getattr(train, name) != getattr(fresh, name):
-                problems.append(f"train.{name}={getattr(train, name)} would be ignored: it needs train.loss=asl")
+        for name, value in changed(train, "asl_gamma_pos", "asl_gamma_neg", "asl_shift").items():
+            problems.append(f"train.{name}={value} would be ignored: it needs train.loss=asl")
     return problems
 
 

@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.cost import count_flops
-from finetune.device import environment
+from finetune.device import cpu_has_bf16, environment
 from finetune.plan import prepare
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
@@ -328,10 +328,7 @@ class Bench:
 
 def has_bf16(device: str) -> bool:
     """Whether bf16 is fast here; elsewhere torch only imitates it."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
 from finetune.data.device_cache import DeviceSquares
 from finetune.data.images import ImageError
-from finetune.data.order import Showings, epoch_order
+from finetune.data.order import Showings, epoch_order, most_showings
 from finetune.data.pixel_cache import FirstStep, PixelCache, first_step, open_cache
 from finetune.data.sources import Split
 from finetune.data.streams import augment_generator, view_of
@@ -269,6 +269,15 @@ class Loader:
         balanced = self._conf.balance == Balance.sampling
         order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced, images=self._drawn)
         return order.repeated(self._repeats)
+
+    def most_showings(self) -> Tensor | None:
+        """How often an epoch can show each image at most, int64 (n,); None: any number of times."""
+        return most_showings(
+            self.split.labels,
+            balanced=self._augment is not None and self._conf.balance == Balance.sampling,
+            repeats=self._repeats,
+            images=self._drawn,
+        )
 
     def _measured(self) -> int:
         """Workers by the time that the first images take here; what is made is thrown away."""

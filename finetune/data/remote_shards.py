@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
@@ -18,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import DataConf
 from finetune.data.fetching import Progress, Remote, StoppedError, fetch, length_of, read_small
 from finetune.data.verdicts import cache_folder
-from finetune.files import write_atomic
+from finetune.files import write_bytes
 from finetune.signals import at_once
 
 THREADS = 4
@@ -53,7 +52,7 @@ def fetch_shards(remotes: Sequence[Remote], conf: DataConf, class_files: Sequenc
             for remote in [one for file in class_files for one in _beside(remotes[0], file)]:
                 data = read_small(remote, CLASSES_BYTES)
                 if data is not None:
-                    write_atomic(remote.place_in(folder), partial(_write, data=data))
+                    write_bytes(remote.place_in(folder), data)
         except OSError as error:
             raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
     return [remote.place_in(folder) for remote in remotes]
@@ -75,10 +74,6 @@ def _beside(shard: Remote, file: str) -> list[Remote]:
     above = folder.rpartition("/")[0]
     folders = [folder] if above.endswith("/") else [folder, above]  # https://host has nothing above it
     return [Remote(f"{one}/{file}{mark}{query}") for one in folders]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _refusal(missing: Sequence[Remote], total: int, folder: Path) -> str:

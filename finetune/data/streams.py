@@ -60,14 +60,18 @@ def shuffled(count: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.argsort(raw, kind="stable").astype(np.int64))
 
 
+def num_views(augment: AugmentConf | None) -> int:
+    """How many views of an image are shown in turn; 0: a fresh one every epoch. Without augmentation there is one."""
+    return 1 if augment is None or augment.recipe == Recipe.none else augment.views
+
+
 def view_of(epoch: int, augment: AugmentConf | None) -> int:
     """Which view of its images an epoch shows: the epoch, or the epoch mod `augment.views` where that is above 0.
 
     Without augmentation every epoch shows view 0.
     """
-    if augment is None or augment.recipe == Recipe.none:
-        return 0
-    return epoch % augment.views if augment.views else epoch
+    views = num_views(augment)
+    return epoch % views if views else epoch
 
 
 def augment_generator(seed: int, view: int, sample: int, occurrence: int) -> torch.Generator:

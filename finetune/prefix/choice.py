@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from finetune.config import AugmentConf, Conf, Precision, PrefixCache, PrefixDtype, Recipe
+from finetune.config import Conf, Precision, PrefixCache, PrefixDtype
 from finetune.data import Loader
 from finetune.data.memory import free_memory
+from finetune.data.streams import num_views
 from finetune.prefix.feed import first_batch
 from finetune.prefix.frozen import FrozenPrefix, overflow_safe
 
@@ -87,11 +88,6 @@ def why_not_in_training(conf: Conf) -> str | None:
     if num_views(augment) == 0:
         return "every epoch shows fresh views; augment.views=K recycles K of them, which can be kept"
     return None
-
-
-def num_views(augment: AugmentConf) -> int:
-    """How many views of an image training shows in turn; 0: a fresh one every epoch."""
-    return 1 if augment.recipe == Recipe.none else augment.views
 
 
 def choose(

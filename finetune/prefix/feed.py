@@ -59,7 +59,6 @@ class Feed:
         *,
         title: str,
         device: torch.device,
-        most: Tensor | None,
         prefix: FrozenPrefix | None = None,
         keep: Keep | None = None,
         mixer: Mixer | None = None,
@@ -71,13 +70,13 @@ class Feed:
             loader: Of the split.
             title: Of the split, for a progress bar.
             device: Where batches go.
-            most: How often an epoch can show each image at most, int64 (n,); None, with `keep` None: any number of
-                times.
             prefix: The frozen layers; None: batches hold images.
-            keep: Where their output is kept; None: it is computed every time.
+            keep: Where their output is kept, which takes a bound on how often an epoch shows an image; None: it is
+                computed every time.
             mixer: For training.
             check: Called between batches of a long pass; what it raises ends the pass.
         """
+        most = loader.most_showings()
         assert keep is None or (prefix is not None and most is not None)
         self.num_images = loader.num_images
         self._loader = loader
