@@ -36,6 +36,7 @@ from finetune.models.clip import ClipClassifier, classifier_layers
 from finetune.models.heads import Head, Tokenizer, read_class_names, zeroshot_head
 from finetune.models.layering import open_clip_layers
 from finetune.models.pooling import mean_pool_open_clip
+from finetune.models.undrawn import Undrawn
 from finetune.preprocess import Preprocess
 
 RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
@@ -85,7 +86,9 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
     names = read_class_names(names_file, classes)
     tokenizer = origin.tokenizer() if reads_text else None  # first: it may be missing, and what follows takes long
     whole = reads_text or (load and is_big_vision(origin))
-    clip = _construct(_with_drop_path(origin.model_cfg, conf), conf.image_size, whole=whole, device=device)
+    is_replaced = load and origin.weights is not None and not is_big_vision(origin)  # all of it, see `_load`
+    with Undrawn() if is_replaced else contextlib.nullcontext():
+        clip = _construct(_with_drop_path(origin.model_cfg, conf), conf.image_size, whole=whole, device=device)
     if load and origin.weights is not None:
         _load(clip, origin)
     _set_size(clip, conf.image_size)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,6 +32,7 @@ from finetune.models.clip import ClipClassifier, classifier_layers
 from finetune.models.heads import Head
 from finetune.models.layering import classifier_names, timm_layers
 from finetune.models.pooling import mean_pool_timm
+from finetune.models.undrawn import built_from_weights
 from finetune.preprocess import Preprocess
 
 RESIZE = {"center": "crop", "border": "pad", "squash": "squash"}
@@ -163,7 +165,8 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
         with weights.downloads(f"weights of {source}") if fetches else weights.quiet_upstream():
-            net = timm.create_model(name, pretrained=wants_weights, **args)
+            create = partial(timm.create_model, name, pretrained=wants_weights, **args)
+            net = built_from_weights(create) if wants_weights else create()
     except TypeError as error:
         raise ValueError(f"model.name={conf.name} does not take {settings} ({error}); leave it out") from error
     except (RuntimeError, KeyError, AssertionError, zipfile.BadZipFile) as error:

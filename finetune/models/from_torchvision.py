@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from finetune.models.built import (
 )
 from finetune.models.layering import torchvision_layers
 from finetune.models.torchvision_chains import RULES
+from finetune.models.undrawn import Undrawn
 from finetune.preprocess import Preprocess
 
 # Classifiers half-way up, which help training from scratch and turn the output into a tuple.
@@ -113,7 +115,8 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         args["init_weights"] = False  # seconds of work, all of it overwritten or, without weights, torch's own will do
     if conf.name in ("inception_v3", "googlenet") and chosen is not None:
         args["transform_input"] = True  # their weights were trained on another normalisation
-    probe = get_model(conf.name, **args)
+    with torch.device("meta"), _RealNumbers():
+        probe = get_model(conf.name, **args)
     if state is None:
         num_classes = None
     else:
@@ -130,7 +133,10 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         if conf.image_size % MAXVIT_GRID:
             raise ValueError(f"model.image_size={conf.image_size}: {conf.name} takes multiples of {MAXVIT_GRID} pixels")
         args["input_size"] = (conf.image_size, conf.image_size)
-    net: nn.Module = get_model(conf.name, **args, **({"num_classes": num_classes} if num_classes else {}))
+    args |= {"num_classes": num_classes} if num_classes else {}
+    # Where the file has a classifier of its own, it replaces every value.
+    with Undrawn() if num_classes else contextlib.nullcontext():
+        net: nn.Module = get_model(conf.name, **args)
     if state is not None:
         head = _classifier_name(net) + "."
         weights.load_strictly(
