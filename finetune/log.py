@@ -145,6 +145,15 @@ def _jsonable(data: Any) -> Any:
     return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
 
 
+# Columns of a row that a clock or a cache has its part in: equal runs may differ there.
+OF_THE_CLOCK = ("seconds", "images_per_s", "data_wait", "prefix_hits", "mfu")
+
+
+def timeless(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the history without `OF_THE_CLOCK`: the same in equal runs, to the last bit."""
+    return [{name: value for name, value in row.items() if name not in OF_THE_CLOCK} for row in rows]
+
+
 class History:
     """`history.jsonl`: one JSON object a line, one line an epoch, on disk before training goes on."""
 

@@ -69,11 +69,12 @@ def finish(words: list[str], cwd: Path) -> str:
     return text
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
+def history(folder: Path) -> list[dict[str, Any]]:
     """The history without what a clock says."""
-    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-    clocks = ("seconds", "images_per_s", "data_wait", "prefix_hits")
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+    from finetune.log import timeless
+
+    rows = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return timeless(json.loads(line) for line in rows)
 
 
 def differences(one: Any, other: Any, where: str) -> list[str]:
@@ -100,7 +101,7 @@ def compare(straight: Path, folder: Path) -> list[str]:
     sys.path.insert(0, str(ROOT))
     from finetune.checkpoint import read_state, read_weights
 
-    found = [] if timeless(straight) == timeless(folder) else ["history.jsonl"]
+    found = [] if history(straight) == history(folder) else ["history.jsonl"]
     if (straight / "config.yaml").read_bytes() != (folder / "config.yaml").read_bytes():
         found.append("config.yaml")
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (straight, folder)]

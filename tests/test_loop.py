@@ -15,6 +15,7 @@ from finetune import SchedulerConf, create_scheduler
 from finetune.checkpoint import load_state, save_state
 from finetune.config import Interval, OptimConf, TrainConf
 from finetune.layers import LayeredModel, freeze
+from finetune.log import timeless
 from finetune.loop import NotFiniteError, TrainState, fit, is_better, train_step, validate
 from finetune.metrics import Sums, top5
 from finetune.optim import build_optimizer
@@ -225,11 +226,7 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, inter
         state.optimizer.state_dict()["state"].values(), straight.optimizer.state_dict()["state"].values(), strict=True
     ):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    timeless = [
-        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in r]
-        for r in (rows, straight_rows)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(rows) == timeless(straight_rows)
 
 
 def test_patience_stops_and_the_best_epoch_is_kept() -> None:

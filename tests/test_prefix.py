@@ -42,13 +42,12 @@ from finetune.config import (
 )
 from finetune.data.order import epoch_order, most_showings
 from finetune.layers import freeze
+from finetune.log import timeless
 from finetune.prefix import FrozenPrefix
 from finetune.prefix.feed import found_in
 from finetune.prefix.store import Builder, open_on_disk
 from finetune.run import run
 from finetune.shelf import shared_between_runs
-
-CLOCKS = ("seconds", "images_per_s", "data_wait", "prefix_hits")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def came_out(conf: Conf, folder: Path) -> tuple[list[dict], dict, dict]:
     result = run(conf, folder, [], quiet=True)
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     weights = load_file(folder / "checkpoints" / "last.safetensors")
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows], weights, result
+    return timeless(rows), weights, result
 
 
 def hits(folder: Path) -> list[float]:

@@ -32,6 +32,7 @@ from finetune.config import (
     SchedulerConf,
     SourceKind,
 )
+from finetune.log import timeless
 from finetune.run import run
 
 ROOT = Path(__file__).parent.parent
@@ -95,9 +96,7 @@ def go(conf: Conf, folder: Path) -> dict:
 
 def history(folder: Path) -> list[dict]:
     """The rows, without what a clock says."""
-    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "images_per_s", "data_wait", "prefix_hits")
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+    return timeless(json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines())
 
 
 def assert_same_run(one: Path, other: Path) -> None:
