@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune import training
+from finetune.device import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from finetune.run import run
 from finetune.shelf import shared_between_runs
 
@@ -122,7 +125,7 @@ def ours(task: Task, flags: Flags) -> Outcome:
     """`python -m finetune`, from the composition of its command line on, in this process and with a cold cache."""
     run_dir = flags.folder / "run"
     run_dir.mkdir()
-    with _cold_caches(), _recorded() as losses:
+    with _cold_caches(), _recorded() as losses, _allocator_handed_back():
         run(task.conf(), run_dir, task.overrides(), quiet=True)
     return Outcome(torch.stack(losses).tolist(), run_dir / "checkpoints" / "last.safetensors")
 
@@ -177,6 +180,18 @@ def _cold_caches() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache, BENCH_CACHE=cache):
         yield
+
+
+@contextlib.contextmanager
+def _allocator_handed_back() -> Iterator[None]:
+    """What our run settles of glibc's allocator is its own doing: the other arms go on with what glibc grows to."""
+    try:
+        yield
+    finally:
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+            libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 @contextlib.contextmanager

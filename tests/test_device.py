@@ -1,0 +1,37 @@
+"""What a run settles for its process."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import torch
+from finetune.device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):  # as a step does: large, soon free, asked for again; and two at once
+        one, other = torch.ones(12_000_000), torch.ones(3_000_000)
+        del one, other
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
+    """Counted are pages that the system had to clear."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 20 * 12_000_000 * 4 / 2**21, "even huge pages are cleared one by one"
+    assert after < before / 20
