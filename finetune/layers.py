@@ -131,8 +131,9 @@ class LayeredModel(nn.Module):
     def train(self, mode: bool = True) -> LayeredModel:
         """As `nn.Module.train`, but frozen layers stay in eval mode: no dropout, no drop path, no BatchNorm drift."""
         super().train(mode)
-        for layer in self.layers[: self.num_frozen]:
-            for module in owned_modules(self.net, layer):
+        frozen = {name for layer in self.layers[: self.num_frozen] for name in layer.owns}
+        for name, module in self.net.named_modules():
+            if name in frozen:
                 module.eval()
         return self
 
@@ -147,12 +148,6 @@ def _held(buffers: Sequence[Tensor]) -> Iterator[None]:
         for buffer, value in zip(buffers, values, strict=True):
             # Past autograd, which has saved these for the backward pass to come and would call this a change of them.
             buffer.data.copy_(value)
-
-
-def owned_modules(net: nn.Module, layer: Layer) -> list[nn.Module]:
-    """The modules that a layer owns by name; what it owns as bare parameters is left out."""
-    modules = dict(net.named_modules())
-    return [modules[name] for name in layer.owns if name in modules]
 
 
 def assign_layers(net: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:

@@ -135,7 +135,9 @@ def _update(state: TrainState, loss: Tensor, clip_grad: float, seen: Seen) -> No
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(learning, clip_grad if clip_grad > 0 else math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    if clip_grad > 0:
+        torch.nn.utils.clip_grads_with_norm_(learning, clip_grad, norm)
     if scaler.is_enabled():
         # An infinite gradient is the scaler's own business (it skips the step and halves its scale); a loss is not.
         state.guard.judge(torch.isfinite(loss), seen)
@@ -276,8 +278,9 @@ def fit(
         row |= {f"val/{name}": value for name, value in scores.items()}
         if state.ema is not None:
             with state.ema.swapped_in():
-                batches = val_batches(state.epoch)
-                scores = validate(state.model, batches, autocast, state.task.ema_meter, state.first_layer)
+                scores = validate(
+                    state.model, val_batches(state.epoch), autocast, state.task.ema_meter, state.first_layer
+                )
             row |= {f"val_ema/{name}": value for name, value in scores.items()}
         row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
         if interval == Interval.epoch:
