@@ -23,7 +23,8 @@ from finetune.layers import LayeredModel
 from finetune.loop import TrainState
 from finetune.preprocess import Preprocess
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, FORMAT)  # 3 held the tensors of frozen layers, too
 
 # What `copied` copies: a tree of plain types and tensors.
 Content = dict[str, Any]
@@ -74,8 +75,12 @@ def frozen_weights(model: LayeredModel) -> dict[str, Tensor]:
     return {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.net.state_dict().items()
-        if name in model.layer_ids and model.layer_ids[name] < model.num_frozen
+        if _is_frozen(model, name)
     }
+
+
+def _is_frozen(model: LayeredModel, name: str) -> bool:
+    return name in model.layer_ids and model.layer_ids[name] < model.num_frozen
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -157,7 +162,9 @@ COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "be
 
 
 def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Content:
-    """Everything that an exact resume needs, copied to host memory: training may go on at once.
+    """Everything that training changes, copied to host memory: training may go on at once.
+
+    Tensors of frozen layers are not in it: a run that goes on has read them before, from where the first start did.
 
     Args:
         state: Between two steps.
@@ -169,7 +176,7 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
     state.guard.look()
     content: Content = {
         "format": FORMAT,
-        "model": state.model.net.state_dict(),
+        "model": {n: t for n, t in state.model.net.state_dict().items() if not _is_frozen(state.model, n)},
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -202,15 +209,16 @@ def save_state(path: Path, state: TrainState) -> None:
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
-    write_state(path, snapshot(state))
+    write_state(path, snapshot(state), checksum(frozen_weights(state.model)))
 
 
-def write_state(path: Path, content: Content, *, aside: Path | None = None) -> None:
+def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
     """Write a snapshot; atomic. torch keeps a CRC-32 of every record, which `read_state` compares.
 
     Args:
         path: The file to make or replace.
         content: Of `snapshot`.
+        frozen: `checksum` of `frozen_weights`.
         aside: Where the file that was at `path` is kept.
 
     Raises:
@@ -219,7 +227,7 @@ def write_state(path: Path, content: Content, *, aside: Path | None = None) -> N
 
     def write(temporary: Path) -> None:
         try:
-            torch.save(content, temporary)
+            torch.save({**content, "frozen": frozen}, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
 
@@ -233,21 +241,33 @@ def read_state(path: Path) -> Content:
         DamagedError: The file cannot be read, or is not what was written.
         ValueError: It is no checkpoint of this version.
     """
+    check_state(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedError(
             f"{path} was refused: it holds more than numbers, texts and tensors, and loading such a file can run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in READABLE:
         raise ValueError(f"{path} is no checkpoint of this version of finetune (format {FORMAT})")
     return content
+
+
+def check_state(path: Path) -> None:
+    """Compare every byte of a state's file with its checksum.
+
+    Raises:
+        DamagedError: The file cannot be read, or is not what was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if damaged is not None:
+        raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
 
 
 def load_state(path: Path, state: TrainState) -> None:
@@ -281,7 +301,7 @@ def restore(content: Content, state: TrainState, path: str) -> None:
     """`load_state` from what `read_state` gave; `path` names it in errors.
 
     Raises:
-        ValueError: It is of another model or optimizer.
+        ValueError: It is of another model or optimizer, or other weights are frozen than when it was saved.
     """
     names = [group["name"] for group in state.optimizer.param_groups]
     saved = [group["name"] for group in content["optimizer"]["param_groups"]]
@@ -293,10 +313,16 @@ def restore(content: Content, state: TrainState, path: str) -> None:
         raise ValueError(f"{path} was saved with optim={makers[-1]}: its moments mean nothing to another optimizer")
     if (content["ema"] is None) != (state.ema is None):
         raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
+    frozen = frozen_weights(state.model)
     try:
-        state.model.net.load_state_dict(content["model"])
+        state.model.net.load_state_dict({**frozen, **content["model"]})
     except RuntimeError as error:
         raise ValueError(f"{path} is of another model: {' '.join(str(error).split())}") from error
+    if content["format"] > 3 and content["frozen"] != checksum(frozen):
+        raise ValueError(
+            f"{path} was saved above other frozen layers than this model has: model.pretrained gives other weights by"
+            " now; put the old ones back, or begin a new run from the last.safetensors beside it, which holds them"
+        )
     _restore_rates(content, state)
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])

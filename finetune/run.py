@@ -17,7 +17,7 @@ import yaml
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune import checkpoint, recipe, report, scores
+from finetune import recipe, report, scores
 from finetune.claim import Holding, Result, inspect
 from finetune.compiling import compiled
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
@@ -40,7 +40,7 @@ from finetune.plan import layer_rows, prepare
 from finetune.prefix import Feed
 from finetune.probing import fit_head
 from finetune.resume import first_promise, plan_of, resume, say_changes
-from finetune.saving import tidy
+from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
 from finetune.terminal import command
@@ -204,12 +204,15 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     write_json(run_dir / "result.json", result)
     stop.check()
     try:
-        train_to_the_end(parts, state, train, val, result, stop)
+        saver = train_to_the_end(parts, state, train, val, result, stop)
     finally:
         train.close()
         val.close()
-    _test(parts, state, feeding.test(), result, stop)
-    report.plot_rates(run_dir)
+    try:  # while the last save goes to the disk
+        _test(parts, state, saver, feeding.test(), result, stop)
+        report.plot_rates(run_dir)
+    finally:
+        saver.wait()
     write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
     tidy(parts.checkpoints)
@@ -295,12 +298,14 @@ def _evaluate(
     return validate(model or parts.model, scored(feed, title, stop, meter), parts.autocast(), meter, start)
 
 
-def _test(parts: Parts, state: TrainState, feed: Feed, result: Result, stop: StopSignals) -> None:
+def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
     """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
     start = state.first_layer
     try:
-        if state.best_epoch:
-            checkpoint.load_weights(parts.checkpoints / "best.safetensors", parts.model)
+        if feed.will_fork:
+            saver.wait()  # no process is forked while another thread holds who knows what
+        if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
+            parts.model.net.load_state_dict(saver.best_weights())
         # The threshold that validation chose: one chosen on the test set would flatter it.
         meter = parts.meter(scores.chosen_threshold(parts.run_dir))
         test = _evaluate(parts, feed, "test", stop, meter=meter, start=start)

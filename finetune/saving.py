@@ -23,6 +23,8 @@ from torch import Tensor
 from finetune.checkpoint import (
     Content,
     DamagedError,
+    check_state,
+    checksum,
     copied_weights,
     frozen_weights,
     read_state,
@@ -94,7 +96,9 @@ class Saver:
         self._max_share = max_share
         self._cost_s = 0.0  # of the latest save, from its start to its end on the disk
         self._best: _Weights | None = None  # the best epoch's, where they are not on the disk yet
-        self._frozen: dict[str, Tensor] = {}
+        self._under_way: _Weights | None = None  # the best epoch's, while they are being written
+        self._frozen: dict[str, Tensor] | None = None
+        self._frozen_checksum = ""
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
@@ -114,7 +118,7 @@ class Saver:
         """
         began = time.perf_counter()
         content = snapshot(state, self._notes)
-        self._submit(self._safely(content), _size(content) + self._size_of_best())
+        self._submit(self._safely(content, self._frozen_of(state)), _size(content) + self._size_of_best())
         self.stalled_s += time.perf_counter() - began
 
     def save_epoch(
@@ -140,8 +144,9 @@ class Saver:
         """
         began = time.perf_counter()
         if self._thread is None:  # nothing was saved yet: what it will take is reckoned
-            size = 2 * _size(state.model.net.state_dict()) + _size(state.optimizer.state_dict()["state"])
-            self._cost_s = size / DISK_BYTES_PER_S
+            weights, moments = state.model.net.state_dict(), state.optimizer.state_dict()["state"]
+            twice = 2 * _size(weights) - _size(self._frozen_of(state))  # the state holds what learns alone
+            self._cost_s = (twice + _size(moments)) / DISK_BYTES_PER_S
         is_due = always or self._keep > 1 or self._is_affordable()
         is_best = state.best_epoch == state.epoch
         if not (is_due or is_best):
@@ -167,24 +172,31 @@ class Saver:
         # Weights that are those of the best epoch get a second name, not a second copy.
         epoch, is_best = state.epoch, state.best_epoch == state.epoch
         size = _size(content) + self._size_of_best() + (0 if is_best and best is last else _size(last.tensors))
-        steps = self._safely(content)
+        steps = self._safely(content, self._frozen_of(state))
         steps.append(lambda: self._write("last.safetensors", last, like_best=is_best and best is last))
         if self._keep > 1 and state.epoch in kept:
             steps.append(lambda: self._write(f"epoch_{epoch:04d}.safetensors", best, like_best=is_best))
         steps.append(lambda: _prune(self.folder, kept))
         return steps, size
 
-    def _safely(self, content: Content) -> list[Callable[[], None]]:
+    def _safely(self, content: Content, frozen: Mapping[str, Tensor]) -> list[Callable[[], None]]:
         """Write a state, and the best weights that it speaks of where they are not on the disk yet."""
         if self._best is None:
-            return [self._write_last(content)]
-        best, self._best = self._best, None
+            return [self._write_last(content, frozen)]
+        self._under_way, self._best = self._best, None
+        best = self._under_way
         pending = self.folder / PENDING
         return [
             lambda: write_weights(pending, best.tensors, best.metadata),
-            self._write_last(content),
+            self._write_last(content, frozen),
             self._promote,
         ]
+
+    def _frozen_of(self, state: TrainState) -> dict[str, Tensor]:
+        """The tensors of frozen layers, which never change: copied once, and shared by all that is written."""
+        if self._frozen is None:
+            self._frozen = frozen_weights(state.model)
+        return self._frozen
 
     def _size_of_best(self) -> int:
         return 0 if self._best is None else _size(self._best.tensors)
@@ -194,10 +206,8 @@ class Saver:
             write_weights(self.folder / name, weights.tensors, weights.metadata)
 
     def _weights(self, state: TrainState) -> dict[str, Tensor]:
-        """The weights as they are now, in host memory; those that never change are copied once, and shared."""
-        if not self._frozen:
-            self._frozen = frozen_weights(state.model)
-        return copied_weights(state.model, self._frozen)
+        """The weights as they are now, in host memory."""
+        return copied_weights(state.model, self._frozen_of(state))
 
     def _is_affordable(self) -> bool:
         """Whether a save now keeps to `max_share`, going by what the latest one took; never beside another one."""
@@ -206,6 +216,17 @@ class Saver:
         if self._thread is not None and self._thread.is_alive():
             return False
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * (time.monotonic() - self._saved_at)
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """The tensors of the best epoch that was saved: from memory while they are being written, then from their file.
+
+        Raises:
+            OSError: A save has failed.
+            DamagedError: The file is not what was written.
+        """
+        self.check()
+        under_way = self._under_way
+        return read_weights(self.folder / "best.safetensors")[0] if under_way is None else under_way.tensors
 
     def save_weights(self, state: TrainState) -> None:
         """Write `last.safetensors` here and now, and the best epoch's weights where they are only in memory.
@@ -239,9 +260,10 @@ class Saver:
             self._thread.join(timeout_s)
         self.check()
 
-    def _write_last(self, content: Content) -> Callable[[], None]:
+    def _write_last(self, content: Content, frozen: Mapping[str, Tensor]) -> Callable[[], None]:
         def write() -> None:
-            write_state(self.folder / "last.pt", content, aside=self.folder / "previous.pt")
+            self._frozen_checksum = self._frozen_checksum or checksum(frozen)
+            write_state(self.folder / "last.pt", content, self._frozen_checksum, aside=self.folder / "previous.pt")
             self._safe = f"that of step {content['counters']['step']} is whole"
 
         return write
@@ -267,6 +289,7 @@ class Saver:
         except Exception as error:  # handed to the training thread, which raises it after its step
             self._error = self._explained(error)
         finally:
+            self._under_way = None
             self.writing_s += time.thread_time()
             self._cost_s = time.monotonic() - began
 
@@ -383,5 +406,6 @@ def _epoch_of(path: Path) -> int:
 
 def tidy(folder: Path) -> None:
     """After the last epoch: `previous.pt` goes, once `last.pt` has been read back whole."""
-    read_state(folder / "last.pt")
-    (folder / "previous.pt").unlink(missing_ok=True)
+    if (folder / "previous.pt").exists():
+        check_state(folder / "last.pt")
+        (folder / "previous.pt").unlink()

@@ -28,8 +28,12 @@ logger = logging.getLogger("finetune")
 
 def train_to_the_end(
     parts: Parts, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals
-) -> None:
-    """Run `fit` with this application's two seams: what happens after a step, and after an epoch."""
+) -> Saver:
+    """Run `fit` with this application's two seams: what happens after a step, and after an epoch.
+
+    Returns:
+        Who saves; the last save may still be under way.
+    """
     conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
     bar, validated = Bar("", total=0, images=0), -1
     fed: dict[str, float] = {}
@@ -88,8 +92,8 @@ def train_to_the_end(
         if not finished:
             stop.check()
         if not is_saved:
-            rows, found = history.rows(), _thresholds(state)
-            saver.save_epoch(state, rows, _ranked_by(parts), thresholds=found, always=True)
+            saver.save_epoch(state, history.rows(), _ranked_by(parts), thresholds=_thresholds(state), always=True)
+    return saver
 
 
 def _tell(parts: Parts, state: TrainState, row: Row) -> None:
@@ -118,7 +122,6 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
     """However training ends: what can be saved is saved, and the result says how far it came."""
     try:
         yield
-        saver.wait()
     except Interrupted:
         saver.save(state)
         saver.wait()

@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from finetune.checkpoint import (
     read_weights,
     save_state,
     save_weights,
+    snapshot,
 )
 from finetune.config import Conf, TrainConf
 from finetune.files import write_text
@@ -72,6 +74,53 @@ def test_a_state_cut_short_is_refused(tmp_path: Path, keep: float) -> None:
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(DamagedError, match=r"last\.pt"):
         read_state(path)
+
+
+def test_a_state_holds_no_frozen_tensor_and_goes_on_above_the_same_ones_alone(tmp_path: Path) -> None:
+    path, model = tmp_path / "last.pt", tiny_model(dropout=0.3)
+    state = start(model, fix_layer=1)
+    run_fit(state, TrainConf(epochs=1))
+    save_state(path, state)
+    saved = read_state(path)["model"]
+    assert saved.keys() == {name for name in model.net.state_dict() if model.layer_ids[name] > 1} != set()
+
+    same, other = tiny_model(dropout=0.3), tiny_model(seed=1, dropout=0.3)
+    for each in (same, other):
+        run_fit(start(each, fix_layer=1), TrainConf(epochs=2))  # what learns is elsewhere by now
+    load_state(path, start(same, fix_layer=1))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=r"other frozen layers.*model\.pretrained.*last\.safetensors"):
+        load_state(path, start(other, fix_layer=1))
+
+
+def test_a_state_of_before_brings_its_frozen_tensors_along(tmp_path: Path) -> None:
+    """Format 3 held the whole network; runs that were stopped then go on."""
+    path, model, other = tmp_path / "last.pt", tiny_model(), tiny_model(seed=1)
+    content = snapshot(start(model, fix_layer=1))
+    torch.save({**content, "format": 3, "model": model.net.state_dict()}, path)
+    load_state(path, start(other, fix_layer=1))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, state, gate = saver(tmp_path), at_step(1), threading.Event()
+    state.epoch = state.best_epoch = 1
+    write = saving.write_weights
+
+    def slow(*args: object) -> None:
+        gate.wait(60)
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "write_weights", slow)
+    keeper.save_epoch(state, [{"epoch": 1, "val/top1": 0.5}], "val/top1")
+    assert not (tmp_path / "best.safetensors").exists()
+    early = keeper.best_weights()
+    gate.set()
+    keeper.wait()
+    late = keeper.best_weights()
+    assert early.keys() == late.keys() and all(torch.equal(early[name], late[name]) for name in early)
 
 
 def test_weights_carry_a_checksum(tmp_path: Path) -> None:
