@@ -17,8 +17,8 @@ from torch import Tensor
 from finetune.checkpoint import DamagedError, copied
 from finetune.files import write_atomic
 from finetune.finite import Seen
-from finetune.log import write_json
 from finetune.loop import Batch
+from finetune.records import write_json
 from finetune.terminal import printable
 
 FOLDER = "bad_batch"

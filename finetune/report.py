@@ -29,8 +29,9 @@ from finetune.figure import (
     save_figure,
     spread,
 )
-from finetune.log import History, say
+from finetune.log import say
 from finetune.rates_figure import rates_figure
+from finetune.records import History
 from finetune.terminal import complain, printable
 
 

@@ -17,10 +17,11 @@ from finetune.claim import CLOSE, Change, Holding
 from finetune.config import CompileMode, Conf, Interval
 from finetune.device import environment
 from finetune.layers import LayeredModel
-from finetune.log import History, table
+from finetune.log import table
 from finetune.loop import TrainState
 from finetune.parts import Parts
 from finetune.plan import planned_rates
+from finetune.records import History
 from finetune.saving import latest_state, settle
 from finetune.sched import lr_factor
 from finetune.terminal import printable

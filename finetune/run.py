@@ -28,7 +28,7 @@ from finetune.files import sweep_temporaries, write_text
 from finetune.finite import NotFiniteError
 from finetune.layers import LayeredModel
 from finetune.lock import Lock
-from finetune.log import Bar, say, start_log, stop_log, table, write_json
+from finetune.log import Bar, say, start_log, stop_log, table
 from finetune.loop import TrainState, validate
 from finetune.memory import choose_batch, with_batch
 from finetune.metrics import Meter
@@ -39,6 +39,7 @@ from finetune.parts import Parts, build_parts, place
 from finetune.plan import layer_rows, prepare
 from finetune.prefix import Feed
 from finetune.probing import fit_head
+from finetune.records import write_json
 from finetune.resume import first_promise, plan_of, resume, say_changes
 from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.figure import BLUE, FAINT, INK, clean_axes, headline, new_figure, read_json, save_figure
 from finetune.files import write_text
-from finetune.log import write_json
+from finetune.records import write_json
 
 # More classes than this make a matrix of specks: the pairs that are most often confused are drawn instead.
 MATRIX_CLASSES = 40

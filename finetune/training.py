@@ -13,12 +13,13 @@ from finetune.claim import Result
 from finetune.config import TrainConf
 from finetune.data import ImageError
 from finetune.finite import NotFiniteError, Seen
-from finetune.log import Bar, History, epoch_line
+from finetune.log import Bar, epoch_line
 from finetune.loop import Batch, Row, TrainState, fit
 from finetune.memory import is_out_of_memory, out_of_memory
 from finetune.metrics import Meter
 from finetune.parts import Parts
 from finetune.prefix import Feed
+from finetune.records import History
 from finetune.resume import notes_of
 from finetune.saving import Saver
 from finetune.signals import Interrupted, StopSignals

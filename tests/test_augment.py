@@ -23,10 +23,10 @@ from finetune.data.mix import Mixer
 from finetune.data.recipes import OPERATIONS, Erasing, RandAugment, drawing_from
 from finetune.data.streams import augment_generator
 from finetune.data.transforms import build_transform
-from finetune.log import timeless
 from finetune.loop import TrainState, fit
 from finetune.optim import build_optimizer
 from finetune.preprocess import Preprocess
+from finetune.records import timeless
 
 CPU = torch.device("cpu")
 SQUARE = Preprocess(24, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

@@ -14,8 +14,8 @@ from finetune.checkpoint import load_state, save_state
 from finetune.config import Conf, TrainConf
 from finetune.ema import Ema
 from finetune.layers import LayeredModel, freeze
-from finetune.log import timeless
 from finetune.loop import TrainState, train_step
+from finetune.records import timeless
 from finetune.run import run
 
 

@@ -1,4 +1,4 @@
-"""Laws of log.py: files never tear, names never steer a terminal, each line is said once, a bar costs no sync."""
+"""Laws of log.py and records.py: files never tear, names never steer a terminal, each line is said once, a bar costs no sync."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from finetune import files, log
 from finetune.compose.commandline import quote_override
-from finetune.log import Bar, History, epoch_line, layer_of, say, start_log, stop_log, table, write_json
+from finetune.log import Bar, epoch_line, layer_of, say, start_log, stop_log, table
+from finetune.records import History, write_json
 from finetune.terminal import command, printable
 
 LOGGER = logging.getLogger("finetune")

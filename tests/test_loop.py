@@ -15,10 +15,10 @@ from finetune import SchedulerConf, create_scheduler
 from finetune.checkpoint import load_state, save_state
 from finetune.config import Interval, OptimConf, TrainConf
 from finetune.layers import LayeredModel, freeze
-from finetune.log import timeless
 from finetune.loop import NotFiniteError, TrainState, fit, is_better, train_step, validate
 from finetune.metrics import Sums, top5
 from finetune.optim import build_optimizer
+from finetune.records import timeless
 
 SIZES = [8, 8, 8, 3]
 CPU32 = contextlib.nullcontext()

@@ -24,9 +24,9 @@ from finetune.config import Conf, Interval, OptimConf, OptimizerKind, TrainConf,
 from finetune.cost import optimizer_bytes
 from finetune.finite import optimizer_reads_mask
 from finetune.layers import LayeredModel, freeze
-from finetune.log import timeless
 from finetune.loop import TrainState, fit, train_step
 from finetune.optim import build_optimizer, is_muons, param_groups
+from finetune.records import timeless
 from finetune.run import run
 
 ROOT = Path(__file__).parent.parent

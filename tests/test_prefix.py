@@ -42,10 +42,10 @@ from finetune.config import (
 )
 from finetune.data.order import epoch_order, most_showings
 from finetune.layers import freeze
-from finetune.log import timeless
 from finetune.prefix import FrozenPrefix
 from finetune.prefix.feed import found_in
 from finetune.prefix.store import Builder, open_on_disk
+from finetune.records import timeless
 from finetune.run import run
 from finetune.shelf import shared_between_runs
 

@@ -32,7 +32,7 @@ from finetune.config import (
     SchedulerConf,
     SourceKind,
 )
-from finetune.log import timeless
+from finetune.records import timeless
 from finetune.run import run
 
 ROOT = Path(__file__).parent.parent
