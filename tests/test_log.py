@@ -1,4 +1,4 @@
-"""Laws of log.py and records.py: files never tear, names never steer a terminal, each line is said once, a bar costs no sync."""
+"""Laws of log.py and records.py: files never tear, names never steer a terminal, each line comes once, no bar syncs."""
 
 from __future__ import annotations
 
