@@ -54,16 +54,18 @@ def _text_blocks(path: str, wanted: Sequence[str], separator: str) -> Iterator[B
             if separator:
                 yield from _csv_blocks(path, file, wanted, separator)
             else:
-                yield from _gathered(_json_rows(path, file, wanted))
+                yield from _gathered(_json_rows(path, file, wanted), len(wanted))
     except (OSError, EOFError) as error:
         raise ValueError(f"data.table={path}: cannot be read: {error}") from error
 
 
-def _gathered(rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterator[Block]:
-    """(number, cells) of each row -> blocks."""
-    while some := list(islice(rows, ROWS)):
-        numbers, cells = zip(*some, strict=True)
-        yield Block(numbers, list(zip(*cells, strict=True)))
+def _gathered(rows: Iterator[Sequence[Any]], wanted: int) -> Iterator[Block]:
+    """Rows, each a number and as many cells as are wanted -> blocks."""
+    width = 1 + wanted
+    # Cells only are kept: a list or tuple a row would set off the search for garbage, four times the work of reading.
+    while some := list(chain.from_iterable(islice(rows, ROWS))):
+        numbers, *columns = (some[place::width] for place in range(width))
+        yield Block(numbers, columns)
 
 
 def _csv_blocks(path: str, file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Block]:
@@ -79,7 +81,7 @@ def _csv_blocks(path: str, file: IO[str], wanted: Sequence[str], separator: str)
         cells = _plain_cells(text, separator, len(header))
         if cells is None:
             rest = csv.reader(chain(io.StringIO(text, newline=""), file), delimiter=separator, strict=True)
-            yield from _gathered(_csv_rows(path, rest, places, len(header), lines))
+            yield from _gathered(_csv_rows(path, rest, places, len(header), lines), len(places))
             return
         numbers = range(lines + 1, lines + 1 + len(cells) // len(header))
         yield Block(numbers, [cells[place :: len(header)] for place in places])
@@ -101,7 +103,7 @@ def _plain_cells(text: str, separator: str, width: int) -> list[str] | None:
     return cells if max(map(len, cells)) <= csv.field_size_limit() else None
 
 
-def _csv_rows(path: str, reader: Any, places: Sequence[int], width: int, lines: int) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: str, reader: Any, places: Sequence[int], width: int, lines: int) -> Iterator[Sequence[Any]]:
     """Number and wanted cells of each row that `reader` gives; `lines` of the file came ahead of it."""
     try:
         for cells in reader:
@@ -110,12 +112,12 @@ def _csv_rows(path: str, reader: Any, places: Sequence[int], width: int, lines: 
             if len(cells) != width:
                 words = f"has {len(cells)} cells where the first line has {width} (a text with a comma needs quotes)"
                 raise ValueError(f"data.table={path}: row {lines + reader.line_num} {words}")
-            yield lines + reader.line_num, [cells[place] for place in places]
+            yield (lines + reader.line_num, *[cells[place] for place in places])
     except csv.Error as error:
         raise ValueError(f"data.table={path}: row {lines + reader.line_num}: {error}") from error
 
 
-def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
+def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -128,7 +130,7 @@ def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[tupl
         for name in wanted:
             if name not in row:
                 raise ValueError(f"data.table={path}: row {number}: {_no_column(name, list(row))}")
-        yield number, [row[name] for name in wanted]
+        yield (number, *[row[name] for name in wanted])
 
 
 def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[Block]:
