@@ -1,6 +1,6 @@
 """How long a start takes from a table of millions of rows: from the process to the first training batch, by stage.
 
-    python scripts/bench_rows.py                                     5,000,000 rows as .csv; as .parquet where pyarrow is
+    python scripts/bench_rows.py                                     5,000,000 rows: .csv, and .parquet with pyarrow
     python scripts/bench_rows.py --rows 200000 --formats csv jsonl   fewer rows, other formats
     python scripts/bench_rows.py --folder DIR                        keep the files there, for the next time
 
