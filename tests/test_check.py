@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from finetune.data import ImageError, Loader, SkippedList, Source, check_at_star
 from finetune.data.check import duplicates, examine
 from finetune.data.contact_sheet import _pixels
 from finetune.data.filestore import FileStore
-from finetune.data.images import decode, read_header
+from finetune.data.images import decode, header_of_whole, read_header
 from finetune.data.verdicts import RECORD, Verdicts, cache_folder
 from finetune.preprocess import Preprocess
 
@@ -395,6 +396,30 @@ def test_a_truncated_jpeg_is_an_error_whatever_others_have_set(
     with pytest.raises(ImageError):
         decode(data[: int(len(data) * share)], "x")
     assert decode(data + b"more", "x").shape == (3, 60, 85)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}])
+def test_a_look_at_a_jpeg_refuses_what_decoding_refuses(mode: str, options: dict[str, object]) -> None:
+    def verdict(read: Callable[[bytes, str], object], data: bytes) -> str:
+        try:
+            read(data, "x")
+        except ImageError as error:
+            return error.reason
+        return ""
+
+    data, random = jpeg(noise(mode), **options), np.random.default_rng(0)
+    assert header_of_whole(data, "x") == (60, 85, mode)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in random.integers(len(data), size=random.integers(1, 4)).tolist():
+            damaged[place] = int(random.integers(256))
+        damaged = damaged[: int(random.integers(len(data) // 2, 2 * len(data)))]
+        expected = verdict(decode, damaged)
+        assert verdict(header_of_whole, damaged) == expected
+        refused += expected != ""
+    assert 30 < refused < 270
 
 
 def test_palettes_with_transparency_and_frames(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from finetune.config import Balance, Conf, DataConf, SourceKind, validate
-from finetune.data import Source, open_source
+from finetune.data import ImageError, Source, open_source, table_formats
 from finetune.data.order import epoch_order, most_showings
 from finetune.data.packed import PackedStrings
 from finetune.data.selection import class_weights
 from finetune.data.streams import mix, ranks
+from finetune.data.tables import find_table
 
 Rows = list[tuple[str, str]]
 
@@ -97,6 +98,35 @@ def test_parquet_says_the_same(tmp_path: Path, rows: Rows) -> None:
         table(tmp_path / "bad.parquet")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [1, 40, 300, 1 << 20])
+def test_a_table_says_the_same_however_it_is_cut_into_blocks(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str, block: int
+) -> None:
+    monkeypatch.setattr(table_formats, "CHARACTERS", block)
+    monkeypatch.setattr(table_formats, "ROWS", block)
+
+    def write(quoted: int, more: str = "", last: str = end) -> Path:
+        """A table whose row `quoted` has a line break within quotes, and `more` behind it."""
+        lines = ["path,label", *(f"{path},{label}" for path, label in rows)]
+        lines[quoted:quoted] = [f'"q.png","2{end}"{more}'] if quoted else []
+        (tmp_path / "a.csv").write_bytes((end.join(lines) + last).encode())
+        return tmp_path / "a.csv"
+
+    expected = labelled(table(write_csv(tmp_path / "b.csv", ["path", "label"], [*rows])))
+    (tmp_path / rows[-1][0]).unlink()
+    for last in (end, "", 2 * end):
+        assert labelled(table(write(0, last=last))) == expected
+    for place in (1, 20, 36):
+        assert set(labelled(table(write(place)))) == {*expected, str(tmp_path / "q.png")}
+        found = find_table(DataConf(source=SourceKind.table, table=str(write(place)))).store
+        for row, number in ((place - 1, place + 2), (36, 39)):  # that of its last line
+            with pytest.raises(ImageError, match=rf"a\.csv, row {number}\)"):
+                found.read(row)
+        with pytest.raises(ValueError, match=rf"row {place + 2} has 3 cells"):
+            table(write(place, more=",x"))
+
+
 def test_several_labels_a_cell(tmp_path: Path, rows: Rows) -> None:
     cells = [(path, f"{label}| wet" if i % 3 else label if i else "") for i, (path, label) in enumerate(rows)]
     source = table(write_csv(tmp_path / "m.csv", ["path", "label"], [*cells]), label_separator="|")
@@ -158,6 +188,9 @@ def test_what_is_wrong_with_a_table_is_said_by_row(tmp_path: Path, rows: Rows) -
 def test_repeated_rows_are_said(tmp_path: Path, rows: Rows) -> None:
     source = table(write_csv(tmp_path / "a.csv", ["path", "label"], [*rows, rows[3]]))
     assert len(source.warnings) == 1 and "1 rows" in source.warnings[0] and "rows 5 and 38" in source.warnings[0]
+    other = (rows[30][0].replace("ä", "a\u0308"), rows[30][1])  # the same name, as another file system writes it
+    source = table(write_csv(tmp_path / "a.csv", ["path", "label"], [*rows, other]))
+    assert len(source.warnings) == 1 and "1 rows" in source.warnings[0] and "rows 32 and 38" in source.warnings[0]
 
 
 def test_long_lists_of_names_are_exact() -> None:
@@ -167,6 +200,7 @@ def test_long_lists_of_names_are_exact() -> None:
     assert list(PackedStrings([])) == []
     assert ranks("split", 3, ["a", "ü\udcff"]).tolist() == [mix("split", 3, "a"), mix("split", 3, "ü\udcff")]
     assert ranks("split", 0, ["u\u0308"]) == ranks("split", 0, ["ü"])  # as another file system writes it
+    assert (ranks("split", 3, packed) == ranks("split", 3, names)).all()
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

@@ -9,24 +9,30 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.data.cores import cores
-from finetune.data.images import ImageError, decode, header_of
+from finetune.data.images import ImageError, header_of_whole
 from finetune.data.split import SPLITS, Source, Store
 from finetune.data.streams import ranks, shuffled
 from finetune.data.verdicts import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, Records, Verdicts
 
 CHUNK = 4096  # files looked for between two looks at the clock
-BATCH = 64  # files decoded between two looks at the clock
+PIECE = 8  # files handed to a thread at once: handing over a single one costs as much as its header
 MAX_THREADS = 16
 MAX_BAD = 100_000  # unreadable files from which on no more are looked for: it is the folder that is wrong
+_HALVES = ("first", "second")  # of the hash of an image's bytes
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -60,26 +66,19 @@ class Findings:
     bad: list[Bad] = field(default_factory=list)
     remembered: int = 0
 
-    def count(self, depth: int) -> int:
-        """How many good images were looked at this far, and no further."""
-        return sum(
-            int(((records["depth"] == depth) & (records["bad"] == 0)).sum()) for records in self.records.values()
-        )
-
     @property
     def coverage(self) -> str:
         """How far the look went, in one line."""
         total = sum(map(len, self.records.values()))
-        parts = [
-            f"{self.count(depth):,} {word}"
-            for depth, word in (
-                (DECODED, "decoded"),
-                (HEADER, "by their headers only"),
-                (PRESENT, "only found to be there"),
-                (UNSEEN, "not looked at"),
-            )
-            if self.count(depth)
-        ]
+        good = (records["depth"][records["bad"] == 0] for records in self.records.values())
+        counts = np.sum([np.bincount(depths, minlength=DECODED + 1) for depths in good], axis=0)
+        words = {
+            DECODED: "decoded",
+            HEADER: "by their headers only",
+            PRESENT: "only found to be there",
+            UNSEEN: "not looked at",
+        }
+        parts = [f"{counts[depth]:,} {word}" for depth, word in words.items() if counts[depth]]
         parts += [f"{len(self.bad):,} unreadable"] * bool(self.bad)
         known = f" ({self.remembered:,} of them known from an earlier look)" if self.remembered else ""
         return f"{total:,} images checked: {', '.join(parts)}{known}"
@@ -100,7 +99,7 @@ class _Look:
     def find_all(self, deadline: float) -> None:
         """Stamp every image until the time is up; take over what is known of it."""
         for start in range(0, len(self.rows), CHUNK):
-            if (start and time.monotonic() > deadline) or len(self.bad) > MAX_BAD:
+            if start and self._is_over(deadline):
                 return
             stamps = [self._stamp(position) for position in range(start, min(start + CHUNK, len(self.rows)))]
             part = self.records[start : start + CHUNK]
@@ -125,27 +124,34 @@ class _Look:
 
     def go_through(self, look: Callable[[Store, int], Records], deadline: float, *, below: int, title: str) -> None:
         """Call `look` on the images that were seen less than `below`, many at a time, until the time is up."""
+        if self._is_over(deadline):
+            return  # to shuffle millions takes a second, too
         order = shuffled(len(self.rows), 0, 0).numpy()
         order = order[(self.records["depth"][order] < below) & (self.records["bad"][order] == 0)]
-        threads = min(MAX_THREADS, cores())
-        with ThreadPoolExecutor(threads) as pool, _bar(title, len(order)) as bar:
-            each = map if threads == 1 else pool.map  # handing a single image over costs as much as its header
-            for start in range(0, len(order), BATCH):
-                if time.monotonic() > deadline or len(self.bad) > MAX_BAD:
+
+        def pieces() -> Iterator[list[int]]:
+            for start in range(0, len(order), PIECE):
+                if self._is_over(deadline):
                     return
-                positions = order[start : start + BATCH].tolist()
-                for position, seen in zip(positions, each(self._guarded(look), positions), strict=True):
+                yield order[start : start + PIECE].tolist()
+
+        def look_at(piece: list[int]) -> list[tuple[int, Records | str]]:
+            return [(position, self._seen(look, position)) for position in piece]
+
+        with _bar(title, len(order)) as bar:
+            for found in _in_threads(look_at, pieces()):
+                for position, seen in found:
                     self._take(position, seen)
-                bar.update(len(positions))
+                bar.update(len(found))
 
-    def _guarded(self, look: Callable[[Store, int], Records]) -> Callable[[int], Records | str]:
-        def guarded(position: int) -> Records | str:
-            try:
-                return look(self.store, int(self.rows[position]))
-            except ImageError as error:
-                return error.reason
+    def _is_over(self, deadline: float) -> bool:
+        return time.monotonic() > deadline or len(self.bad) > MAX_BAD
 
-        return guarded
+    def _seen(self, look: Callable[[Store, int], Records], position: int) -> Records | str:
+        try:
+            return look(self.store, int(self.rows[position]))
+        except ImageError as error:
+            return error.reason
 
     def _take(self, position: int, seen: Records | str) -> None:
         record = self.records[position]
@@ -190,9 +196,7 @@ def _decode(store: Store, row: int) -> Records:
     record = np.zeros((), RECORD)
     data = store.read(row)
     if store.encoded:
-        name = store.name_of(row)
-        header = header_of(data, name)
-        decode(data, name)
+        header = header_of_whole(data, store.name_of(row))
     else:
         header = store.header(row)
         store.load(row)
@@ -211,6 +215,19 @@ def _read_header(store: Store, row: int) -> Records:
     return record
 
 
+def _in_threads(work: Callable[[_Given], _Made], pieces: Iterator[_Given]) -> Iterator[_Made]:
+    """`map(work, pieces)`, by a thread a core; few pieces are asked for ahead, so that whoever gives them can stop."""
+    threads = min(MAX_THREADS, cores())
+    if threads == 1:
+        yield from map(work, pieces)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(work, piece) for piece in islice(pieces, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(work, piece) for piece in islice(pieces, 1))
+
+
 def _mode(word: str) -> int:
     return MODES.index(word) if word in MODES else 0
 
@@ -226,18 +243,22 @@ def duplicates(source: Source, findings: Findings) -> Iterator[list[tuple[str, i
     That is where a group lies in more than one split, or under more than one label. Only images whose bytes were read
     can be told.
     """
-    records = np.concatenate([findings.records[name] for name in SPLITS])
-    splits = np.repeat(np.arange(len(SPLITS)), [len(findings.records[name]) for name in SPLITS])
-    starts = np.cumsum([0] + [len(findings.records[name]) for name in SPLITS])
-    read = np.flatnonzero((records["first"] != 0) | (records["second"] != 0))
-    read = read[np.lexsort((records["second"][read], records["first"][read]))]
-    first, second = records["first"][read], records["second"][read]
+    records = findings.records
+    starts = np.cumsum([0, *(len(records[name]) for name in SPLITS)])
+    # Of millions of images few may have been read at a start, so only these are copied.
+    inside = {name: np.flatnonzero((part["first"] != 0) | (part["second"] != 0)) for name, part in records.items()}
+    read = np.concatenate([start + inside[name] for start, name in zip(starts[:-1], SPLITS, strict=True)])
+    first, second = (np.concatenate([records[name][half][inside[name]] for name in SPLITS]) for half in _HALVES)
+    order = np.lexsort((second, first))
+    read, first, second = read[order], first[order], second[order]
+    splits = np.searchsorted(starts, read, side="right") - 1
     ends = np.flatnonzero((np.diff(first) != 0) | (np.diff(second) != 0)) + 1
     sizes = np.diff(ends, prepend=0, append=len(read))
     begins = np.concatenate([[0], ends])
     for place in np.flatnonzero(sizes > 1).tolist():
-        group = np.sort(read[begins[place] : begins[place] + sizes[place]]).tolist()
-        members = [(SPLITS[splits[position]], position - int(starts[splits[position]])) for position in group]
+        group = slice(begins[place], begins[place] + sizes[place])
+        found = sorted(zip(read[group].tolist(), splits[group].tolist(), strict=True))
+        members = [(SPLITS[split], position - int(starts[split])) for position, split in found]
         if len({split for split, _ in members}) > 1 or _labels_differ(source, members):
             yield members
 

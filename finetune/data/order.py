@@ -28,6 +28,8 @@ class Showings(NamedTuple):
 
     def repeated(self, times: int) -> Showings:
         """Each image `times` times, side by side: a batch has several views of it (Hoffer et al., arXiv:1901.09335)."""
+        if times == 1:
+            return self
         again = torch.arange(times).repeat(len(self.samples))
         return Showings(
             self.samples.repeat_interleave(times), self.occurrences.repeat_interleave(times) * times + again

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import AugmentConf, Recipe
+from finetune.data.packed import PackedStrings
 
 Ranks = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
@@ -40,14 +41,21 @@ def ranks(stream: str, seed: int, names: Iterable[str]) -> Ranks:
 
     Written out because a split of millions of images waits for it.
     """
-    start = hashlib.blake2b(f"{stream}:{seed}:".encode(), digest_size=8, usedforsecurity=False)
+    begin = hashlib.blake2b(f"{stream}:{seed}:".encode(), digest_size=8, usedforsecurity=False).copy
     digests = bytearray()
-    for name in names:
-        text = name if name.isascii() else unicodedata.normalize("NFC", name)
-        state = start.copy()
-        state.update(text.encode("utf-8", "surrogateescape"))
+    for data in names.encoded() if isinstance(names, PackedStrings) else map(_encoded, names):
+        state = begin()
+        state.update(data if data.isascii() else _normal(data))
         digests += state.digest()
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _normal(data: bytes | bytearray) -> bytes:
+    return _encoded(unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape")))
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import os
+import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.config import DataConf, nearest
+from finetune.config import DataConf
 from finetune.data.filestore import FileStore
 from finetune.data.images import Header, ImageError, decode, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.split import SPLITS, Found
 from finetune.data.streams import ranks
+from finetune.data.table_formats import Block, read_blocks
 
 # What a cell of `data.split_column` may say.
 SPLIT_WORDS = {
@@ -28,7 +28,6 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), 1),
     **dict.fromkeys(("test", "testing"), 2),
 }
-FORMATS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": "", ".pq": ""}
 MAX_LISTED = 20  # rows that a message names
 
 
@@ -82,8 +81,9 @@ class _Columns:
     Attributes:
         several: Whether a cell may hold several labels; None: no row was read yet.
         numbers: Row of the file, from 1; in a text file the line.
+        hashes: Of the path: Python's own, so good for this process only; the same for the same path.
         label_ids: Of each label, in the order of reading; index into the keys of `known`.
-        label_ends: Where the labels of each row end in `label_ids`.
+        label_counts: Where there may be several, how many labels each row has.
         splits: Index into SPLITS.
         known: Label to its id.
         problems: What is wrong with rows, a line each, the first MAX_LISTED.
@@ -92,8 +92,9 @@ class _Columns:
 
     several: bool | None = None
     numbers: array[int] = field(default_factory=lambda: array("i"))
+    hashes: array[int] = field(default_factory=lambda: array("q"))
     label_ids: array[int] = field(default_factory=lambda: array("i"))
-    label_ends: array[int] = field(default_factory=lambda: array("q"))
+    label_counts: array[int] = field(default_factory=lambda: array("i"))
     splits: bytearray = field(default_factory=bytearray)
     known: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -104,6 +105,10 @@ class _Columns:
         self.num_problems += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(f"row {number} {problem}")
+
+    def ids_of(self, labels: Sequence[str]) -> list[int]:
+        """The id of each label; one that is new gets the next."""
+        return [self.known.setdefault(label, len(self.known)) for label in labels]
 
 
 def find_table(conf: DataConf) -> Found:
@@ -117,7 +122,8 @@ def find_table(conf: DataConf) -> Found:
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
     columns = _Columns(several=True if conf.label_separator else None)
-    names = PackedStrings(_paths(path, conf, columns))
+    wanted = [conf.path_column, conf.label_column, *([conf.split_column] if conf.split_column else [])]
+    names = PackedStrings(chain.from_iterable(_paths(block, conf, columns) for block in read_blocks(path, wanted)))
     if columns.problems:
         more = columns.num_problems - len(columns.problems)
         listed = "; ".join(columns.problems) + (f"; and {more:,} more" if more else "")
@@ -127,7 +133,7 @@ def find_table(conf: DataConf) -> Found:
     classes = tuple(sorted(columns.known, key=natural_key))
     labels = _labels(columns, classes)
     numbers = np.frombuffer(columns.numbers, dtype=np.int32)
-    warnings = _check_repeats(path, names, labels, numbers)
+    warnings = _check_repeats(path, names, labels, columns)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
     return Found(
         kind="table",
@@ -143,9 +149,41 @@ def find_table(conf: DataConf) -> Found:
     )
 
 
-def _paths(path: str, conf: DataConf, columns: _Columns) -> Iterator[str]:
-    """The path of every usable row; the other columns go to `columns` on the way."""
-    for number, (name, label, split) in _rows(path, conf):
+def _paths(block: Block, conf: DataConf, columns: _Columns) -> Sequence[str]:
+    """The paths of the usable rows; their other columns go to `columns` on the way."""
+    names = _paths_at_once(block, conf, columns)
+    if names is None:
+        names = list(_paths_by_row(block, conf, columns))
+    same = names if all(map(str.isascii, names)) else [unicodedata.normalize("NFC", name) for name in names]
+    columns.hashes.extend(map(hash, same))
+    return names
+
+
+def _paths_at_once(block: Block, conf: DataConf, columns: _Columns) -> Sequence[str] | None:
+    """As `_paths_by_row`, each different cell looked at once; None where a row may need a closer look."""
+    names, labels, *splits = block.columns
+    kinds = set(map(type, labels))
+    # Of mixed types 1, 1.0 and True would be one key; lists are none.
+    if set(map(type, names)) != {str} or len(kinds) > 1 or not kinds <= {str, int, float, bool}:
+        return None
+    names = list(map(str.strip, names))
+    if "" in names:
+        return None
+    words = {cell: _words_of(cell, conf, columns) for cell in dict.fromkeys(labels)}
+    where = {cell: _split_of(cell) for cell in dict.fromkeys(map(str, *splits))} if splits else {}
+    if any(isinstance(found, str) for found in words.values()) or -1 in where.values():
+        return None
+    columns.numbers.extend(block.numbers)
+    columns.splits.extend(map(where.__getitem__, map(str, *splits)) if splits else bytes(len(names)))
+    ids = {cell: columns.ids_of(found) for cell, found in words.items()}
+    columns.label_ids.extend(chain.from_iterable(map(ids.__getitem__, labels)))
+    if columns.several:
+        columns.label_counts.extend(len(ids[cell]) for cell in labels)
+    return names
+
+
+def _paths_by_row(block: Block, conf: DataConf, columns: _Columns) -> Iterator[str]:
+    for number, name, label, *split in zip(block.numbers, *block.columns, strict=True):
         if not isinstance(name, str) or not name.strip():
             columns.refuse(number, f"has no {conf.path_column}")
             continue
@@ -153,18 +191,21 @@ def _paths(path: str, conf: DataConf, columns: _Columns) -> Iterator[str]:
         if isinstance(words, str):
             columns.refuse(number, words)
             continue
-        where = 0
-        if conf.split_column is not None:
-            where = SPLIT_WORDS.get(str(split).strip().lower(), -1)
-            if where < 0:
-                columns.refuse(number, f"has {conf.split_column}={split!r}, expected one of {', '.join(SPLITS)}")
-                continue
+        where = _split_of(*split) if split else 0
+        if where < 0:
+            columns.refuse(number, f"has {conf.split_column}={split[0]!r}, expected one of {', '.join(SPLITS)}")
+            continue
         columns.numbers.append(number)
         columns.splits.append(where)
-        for word in words:
-            columns.label_ids.append(columns.known.setdefault(word, len(columns.known)))
-        columns.label_ends.append(len(columns.label_ids))
+        columns.label_ids.extend(columns.ids_of(words))
+        if columns.several:
+            columns.label_counts.append(len(words))
         yield name.strip()
+
+
+def _split_of(cell: Any) -> int:
+    """Index into SPLITS of a cell of `data.split_column`, -1 for an unknown word."""
+    return SPLIT_WORDS.get(str(cell).strip().lower(), -1)
 
 
 def _words_of(label: Any, conf: DataConf, columns: _Columns) -> Sequence[str] | str:
@@ -201,20 +242,24 @@ def _labels(columns: _Columns, classes: Sequence[str]) -> Tensor:
     labels = place[np.frombuffer(columns.label_ids, dtype=np.int32)] if columns.label_ids else place[:0]
     if not columns.several:
         return torch.from_numpy(labels)
-    ends = np.frombuffer(columns.label_ends, dtype=np.int64)
-    table = torch.zeros(len(ends), len(classes))
-    table[torch.from_numpy(np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))), torch.from_numpy(labels)] = 1
+    counts = np.frombuffer(columns.label_counts, dtype=np.int32)
+    table = torch.zeros(len(counts), len(classes))
+    table[torch.from_numpy(np.repeat(np.arange(len(counts)), counts)), torch.from_numpy(labels)] = 1
     return table
 
 
-def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Any) -> tuple[str, ...]:
+def _check_repeats(path: str, names: PackedStrings, labels: Tensor, columns: _Columns) -> tuple[str, ...]:
     """A path in two rows: with different labels one of them is wrong; with the same it counts twice, which is said."""
-    hashes = ranks("path", 0, names)
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    numbers = np.frombuffer(columns.numbers, dtype=np.int32)
+    hashes = np.frombuffer(columns.hashes, dtype=np.int64)
+    in_order = np.sort(hashes)
+    rows = np.flatnonzero(np.isin(hashes, in_order[1:][in_order[1:] == in_order[:-1]]))
+    marks = ranks("path", 0, (names[row] for row in rows.tolist()))  # the same in every process, so messages are, too
+    order = np.argsort(marks, kind="stable")
+    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
     if not len(same):
         return ()
-    first, second = order[same], order[same + 1]
+    first, second = rows[order[same]], rows[order[same + 1]]
     differ = labels[torch.from_numpy(first)] != labels[torch.from_numpy(second)]
     wrong = np.flatnonzero((differ if differ.ndim == 1 else differ.any(1)).numpy())
     if len(wrong):
@@ -229,97 +274,3 @@ def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Any
     return (
         f"{len(same):,} rows of {path} repeat a path, so these images count twice, perhaps in two splits: {example}",
     )
-
-
-# --- formats ---------------------------------------------------------------------------------------------------------
-
-
-def _rows(path: str, conf: DataConf) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Number of each row and its cells: path, label, split (None where there is no such column)."""
-    stem = path.lower().removesuffix(".gz")
-    ending = os.path.splitext(stem)[1]
-    if ending not in FORMATS:
-        raise ValueError(f"data.table={path}: expected a name that ends in {' '.join(FORMATS)}; .gz may follow")
-    wanted = [conf.path_column, conf.label_column, *([conf.split_column] if conf.split_column else [])]
-    in_parquet = ending in (".parquet", ".pq")
-    rows = _parquet_rows(path, wanted) if in_parquet else _text_rows(path, wanted, FORMATS[ending])
-    for number, cells in rows:
-        yield number, cells if len(cells) == 3 else (*cells, None)
-
-
-def _text_rows(path: str, wanted: Sequence[str], separator: str) -> Iterator[tuple[int, Sequence[Any]]]:
-    opener: Any = gzip.open if path.lower().endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from _csv_rows(path, file, wanted, separator) if separator else _json_rows(path, file, wanted)
-    except (OSError, EOFError) as error:
-        raise ValueError(f"data.table={path}: cannot be read: {error}") from error
-
-
-def _csv_rows(path: str, file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[tuple[int, Sequence[Any]]]:
-    reader = csv.reader(file, delimiter=separator, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        places = [_place(path, name, header) for name in wanted]
-        for cells in reader:
-            if not cells:
-                continue  # an empty line
-            if len(cells) != len(header):
-                words = (
-                    f"has {len(cells)} cells where the first line has {len(header)} (a text with a comma needs quotes)"
-                )
-                raise ValueError(f"data.table={path}: row {reader.line_num} {words}")
-            yield reader.line_num, [cells[place] for place in places]
-    except csv.Error as error:
-        raise ValueError(f"data.table={path}: row {reader.line_num}: {error}") from error
-
-
-def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"data.table={path}: row {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'data.table={path}: row {number}: expected an object such as {{"{wanted[0]}": ...}}')
-        for name in wanted:
-            if name not in row:
-                raise ValueError(f"data.table={path}: row {number}: {_no_column(name, list(row))}")
-        yield number, [row[name] for name in wanted]
-
-
-def _parquet_rows(path: str, wanted: Sequence[str]) -> Iterator[tuple[int, Sequence[Any]]]:
-    try:
-        import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"data.table={path}: Parquet needs pyarrow: pip install 'finetune[parquet]', or save the table as .csv"
-        ) from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            for name in wanted:
-                _place(path, name, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=65_536, columns=list(dict.fromkeys(wanted))):
-                for cells in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
-                    number += 1
-                    yield number, cells
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"data.table={path}: cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _place(path: str, name: str, header: Sequence[str]) -> int:
-    if header.count(name) == 1:
-        return header.index(name)
-    if name in header:
-        raise ValueError(f"data.table={path}: has two columns called {name}")
-    raise ValueError(f"data.table={path}: {_no_column(name, header)}")
-
-
-def _no_column(name: str, header: Sequence[str]) -> str:
-    known = ", ".join(header) or "nothing"
-    keys = "data.path_column, data.label_column and data.split_column name the columns"
-    return f"has no column {name}{nearest(name, header)}; it has {known} ({keys})"
