@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from tiny import tiny_batches, tiny_model
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.checkpoint import load_state, save_state
@@ -20,7 +21,7 @@ from finetune.config import AugmentConf, Conf, DataConf, Interval, OptimConf, Po
 from finetune.data import Loader, Source, open_source
 from finetune.data.loaders import Key, Maker
 from finetune.data.mix import Mixer
-from finetune.data.recipes import OPERATIONS, Erasing, RandAugment, drawing_from
+from finetune.data.recipes import OPERATIONS, Erasing, RandAugment, RandomCrop, RandomMirror, drawing_from
 from finetune.data.streams import augment_generator
 from finetune.data.transforms import build_transform
 from finetune.loop import TrainState, fit
@@ -159,6 +160,58 @@ def test_crops_stay_within_their_limits() -> None:
     assert 0.46 < ratio.min() < 0.6 and 1.7 < ratio.max() < 2.2
     mirrored = shown(recipe("wise_ft", flip=0.3), [image] * 300).int()
     assert 0.2 < (mirrored[:, 0, :, 0] > mirrored[:, 0, :, -1]).all(1).double().mean() < 0.4
+
+
+SIZES = [(1, 1), (1, 7), (7, 1), (20, 20_000), (20_000, 20), (24, 24), (37, 41), (224, 224), (375, 500), (500, 101)]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("scale", "ratio"), [((0.08, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (1.0, 1.0)), ((0.9, 1.0), (0.6, 0.9))]
+)
+def test_crops_and_mirrors_equal_torchvisions(
+    scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
+) -> None:
+    """The same pixels out of the same random numbers, of which as many are left; in every layout, grey or not."""
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate(SIZES * 3):
+        grey = random.integers(0, 256, (height, width, 1), dtype=np.uint8)
+        pixels = torch.from_numpy(random.integers(0, 256, (height, width, 3), dtype=np.uint8) if number % 3 else grey)
+        image = pixels.expand(-1, -1, 3).permute(2, 0, 1)
+        size = (24, 65, 224)[number // len(SIZES)]
+        theirs = v2.Compose([
+            v2.RandomResizedCrop(size, scale, ratio, interpolation=InterpolationMode(interpolation), antialias=True),
+            v2.RandomHorizontalFlip(0.4),
+        ])  # fmt: skip
+        with drawing_from(augment_generator(0, 0, number, 0)):
+            expected, left = theirs(image.contiguous()), torch.rand(3)
+        for laid in (image, image.contiguous(), image.transpose(1, 2).contiguous().transpose(1, 2)):
+            with drawing_from(augment_generator(0, 0, number, 0)):
+                ours = RandomMirror(0.4)(RandomCrop(size, scale, ratio, interpolation)(laid))
+                assert torch.equal(ours, expected), (height, width, size)
+                assert torch.equal(torch.rand(3), left)
+
+
+@pytest.mark.parametrize("ratio", [(0.75, 4 / 3), (1.2, 1.9)])
+def test_a_thousand_boxes_are_torchvisions(ratio: tuple[float, float]) -> None:
+    theirs, ours = v2.RandomResizedCrop(8, ratio=ratio), RandomCrop(8, (0.08, 1.0), ratio, "bilinear")
+    random = np.random.default_rng(1)
+    for number in range(1000):
+        image = torch.zeros(3, *random.integers(1, 60, 2), dtype=torch.uint8)
+        with drawing_from(augment_generator(0, 0, number, 0)):
+            expected = theirs.make_params([image])
+        with drawing_from(augment_generator(0, 0, number, 0)):
+            top, left, tall, wide = ours.box(*image.shape[1:])
+        assert {"top": top, "left": left, "height": tall, "width": wide} == expected
+
+
+def test_a_crop_out_of_the_thinnest_image_is_a_pixel() -> None:
+    """torchvision's box has no width there, and ends in an error."""
+    row = torch.arange(30, dtype=torch.uint8).expand(3, 1, 30)
+    with pytest.raises(RuntimeError):
+        v2.RandomResizedCrop(8, ratio=(0.2, 0.4))(row)
+    assert (RandomCrop(8, (0.08, 1.0), (0.2, 0.4), "bicubic")(row) == 14).all()
+    assert (RandomCrop(8, (0.08, 1.0), (3.0, 5.0), "bicubic")(row.transpose(1, 2)) == 14).all()
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.37, 0.9, 1.0])

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from finetune.config import AugmentConf, DataConf, Recipe, SourceKind
 from finetune.data import ImageError, Loader, Source, natural_key, open_source, read_image
-from finetune.data.loaders import Key, Maker
+from finetune.data.loaders import Key, Maker, Reading, normalise
 from finetune.data.streams import augment_generator, mix, shuffled, view_of
 from finetune.data.transforms import Light, View, build_transform, fit_square, warp
 from finetune.preprocess import Preprocess
@@ -177,6 +178,33 @@ def test_an_image_is_the_same_in_any_company(digits: Source, augment: AugmentCon
         for sample in samples:
             alone = maker[Key([sample], [0], 4)]
             assert isinstance(alone, tuple) and torch.equal(alone[0][0], together[0][sample])
+
+
+def test_images_are_normalised_alike_in_batches_of_any_size() -> None:
+    """In parts, to the bit as in one go."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (SQUARE.mean, SQUARE.std))
+    for count, size in ((1, 3), (70, 32), (3, 224), (64, 224)):
+        generator = torch.Generator().manual_seed(count)
+        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+        ours = normalise(images, mean, std)
+        assert torch.equal(ours, images.to(torch.float32).div_(255).sub_(mean).div_(std))
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConf(), AugmentConf(recipe=Recipe.crop)])
+def test_decoded_images_are_held_one_at_a_time(augment: AugmentConf | None) -> None:
+    """A batch of large images must not take the memory of all of them."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def load(sample: int) -> Tensor:
+        assert all(image() is None for image in alive[:-1])
+        image = torch.full((3, 50, 60), sample, dtype=torch.uint8)
+        alive.append(weakref.ref(image))
+        return image
+
+    reading = Reading(load, Key(list(range(9)), [0] * 9, 0), skip=False)
+    generators = (augment_generator(0, 0, *showing) for showing in reading.shown)
+    batch = build_transform(SQUARE, augment)(reading, generators)
+    assert batch[:, 0, 5, 5].tolist() == list(range(9)) and len(alive) == 9
 
 
 def test_repeated_images_get_views_of_their_own(digits: Source) -> None:

@@ -1,12 +1,13 @@
 """Random resized crops and what follows them: published augmentation, each image by a generator of its own.
 
-Everything is torchvision's `v2` on uint8. Its operations draw from torch's global CPU generator, so that one is lent
-out, image by image (`drawing_from`), and handed back as it was.
+Everything is torchvision's `v2` on uint8, or its equal to the bit where that is faster. Its operations draw from
+torch's global CPU generator, so that one is lent out, image by image (`drawing_from`), and handed back as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from finetune.config import AugmentConf, Policy
+from finetune.data.squares import Images, gather, resize
 from finetune.preprocess import Preprocess
 
 ImageStep = Callable[[Tensor], Tensor]
@@ -49,9 +51,10 @@ class CropRecipe:
 
     steps: tuple[ImageStep, ...]
 
-    def __call__(self, images: Sequence[Tensor], generators: Iterable[torch.Generator]) -> Tensor:
+    def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
         """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
-        return torch.stack([self._one(image, by) for image, by in zip(images, generators, strict=True)])
+        pairs = zip(images, generators, strict=True)
+        return gather((self._one(image, generator) for image, generator in pairs), len(images))
 
     def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
         with drawing_from(generator):
@@ -66,16 +69,10 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
     Shifted, sheared and turned images are filled with the colour that normalises to zero.
     """
     fill = [round(255 * value) for value in preprocess.mean]
-    crop = v2.RandomResizedCrop(
-        preprocess.size,
-        scale=tuple(augment.crop_scale),
-        ratio=tuple(augment.crop_ratio),
-        interpolation=InterpolationMode(preprocess.interpolation),
-        antialias=True,
-    )
+    crop = RandomCrop(preprocess.size, augment.crop_scale, augment.crop_ratio, preprocess.interpolation)
     steps: list[ImageStep] = [crop]
     if augment.flip:
-        steps.append(v2.RandomHorizontalFlip(augment.flip))
+        steps.append(RandomMirror(augment.flip))
     if augment.policy == Policy.randaug:
         steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, fill))
     elif augment.policy == Policy.trivial:
@@ -89,6 +86,71 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
     if augment.erasing:
         steps.append(Erasing(augment.erasing, preprocess.mean, preprocess.std))
     return CropRecipe(tuple(steps))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A box of random area and shape, resized to a square (Szegedy et al., arXiv:1409.4842, section 6).
+
+    torchvision's `v2.RandomResizedCrop` to the bit, out of the same random numbers, with less around them. Only where
+    that fails, on boxes of no width or height out of the thinnest images, is there a pixel.
+
+    Attributes:
+        size: Side of the square.
+        scale: Share of the image's area, from and to.
+        ratio: Width over height, from and to.
+        interpolation: A word that torchvision knows.
+    """
+
+    size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    interpolation: str
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width) -> uint8 (3, size, size)."""
+        height, width = image.shape[-2:]
+        top, left, tall, wide = self.box(height, width)
+        return resize(image[:, top : top + tall, left : left + wide], [self.size, self.size], self.interpolation)
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the crop out of an image of that size, in pixels."""
+        return self._draw(height, width) or self._middle(height, width)
+
+    @functools.cached_property
+    def _log_ratio(self) -> list[float]:
+        """Logarithm and, below, exponential are torch's own, in float32: others round differently."""
+        logarithms: list[float] = torch.log(torch.tensor(self.ratio)).tolist()
+        return logarithms
+
+    def _draw(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """As `box`; None where ten boxes did not fit into the image."""
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*self.scale).item()
+            ratio = torch.empty(1).uniform_(*self._log_ratio).exp_().item()
+            wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < tall <= height:
+                top, left = (int(torch.randint(free + 1, (1,))) for free in (height - tall, width - wide))
+                return top, left, tall, wide
+        return None
+
+    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The middle of the image, as much of it as the limits of the shape allow, but a pixel at least."""
+        narrowest, widest = min(self.ratio), max(self.ratio)
+        tall = max(1, round(width / narrowest)) if width / height < narrowest else height
+        wide = max(1, round(height * widest)) if width / height > widest else width
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+@dataclass(frozen=True)
+class RandomMirror:
+    """Left and right change places, with probability `prob`."""
+
+    prob: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back."""
+        return image.flip(-1) if torch.rand(1) < self.prob else image
 
 
 def three_augment(size: int) -> ImageStep:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from finetune.config import AugmentConf, Recipe
 from finetune.data.recipes import build_crop_recipe
+from finetune.data.squares import Images, gather, resize
 from finetune.preprocess import Preprocess
 
 # A strip longer than this is cut to its middle ahead of a `crop` resize, or a 20 x 20,000 image would grow to gigabytes
@@ -34,26 +34,19 @@ def fit_square(image: Tensor, preprocess: Preprocess) -> Tensor:
     size = preprocess.size
     height, width = image.shape[-2:]
     if preprocess.resize == "squash":
-        return _resize(image, [size, size], preprocess)
+        return resize(image, [size, size], preprocess.interpolation)
     if preprocess.resize == "pad":
         longest = max(height, width)
         shape = [max(1, round(size * height / longest)), max(1, round(size * width / longest))]
         # Cutting out the centre adds black where a side is too short.
-        return _centre(_resize(image, shape, preprocess), size, size)
+        return _centre(resize(image, shape, preprocess.interpolation), size, size)
     assert preprocess.resize == "crop", preprocess.resize
     shortest = min(height, width)
     if max(height, width) > MAX_ASPECT * shortest:
         limit = MAX_ASPECT * shortest
         image = _centre(image, min(height, limit), min(width, limit))
     shorter = math.floor(size / preprocess.crop_fraction)  # as timm rounds it
-    return _centre(_resize(image, [shorter], preprocess), size, size)
-
-
-def _resize(image: Tensor, shape: list[int], preprocess: Preprocess) -> Tensor:
-    """To [height, width], or [shorter side] with the other in proportion."""
-    mode = InterpolationMode(preprocess.interpolation)
-    resized: Tensor = v2.resize(image, shape, interpolation=mode, antialias=True)
-    return resized
+    return _centre(resize(image, [shorter], preprocess.interpolation), size, size)
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:
@@ -148,18 +141,20 @@ class Transform:
     preprocess: Preprocess
     light: Light | None
 
-    def __call__(self, images: Sequence[Tensor], generators: Iterable[torch.Generator]) -> Tensor:
+    def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
         """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
-        squares = torch.stack([fit_square(image, self.preprocess) for image in images])
+        squares = gather((fit_square(image, self.preprocess) for image in images), len(images))
         if self.light is None:
             return squares
         views = [self.light.draw(generator) for generator in generators]
         at_once = max(1, WARP_PIXELS // self.preprocess.size**2)
-        starts = range(0, len(views), at_once)
-        return torch.cat([warp(squares[i : i + at_once], views[i : i + at_once]) for i in starts])
+        for start in range(0, len(views), at_once):
+            part = slice(start, start + at_once)
+            squares[part] = warp(squares[part], views[part])
+        return squares
 
 
-Shower = Callable[[Sequence[Tensor], Iterable[torch.Generator]], Tensor]
+Shower = Callable[[Images, Iterable[torch.Generator]], Tensor]
 
 
 def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> Shower:
