@@ -135,7 +135,7 @@ class _Look:
                     return
                 yield order[start : start + PIECE].tolist()
 
-        def look_at(piece: list[int]) -> list[tuple[int, Records | str]]:
+        def look_at(piece: list[int]) -> list[tuple[int, Records | ImageError]]:
             return [(position, self._seen(look, position)) for position in piece]
 
         with _bar(title, len(order)) as bar:
@@ -147,19 +147,22 @@ class _Look:
     def _is_over(self, deadline: float) -> bool:
         return time.monotonic() > deadline or len(self.bad) > MAX_BAD
 
-    def _seen(self, look: Callable[[Store, int], Records], position: int) -> Records | str:
+    def _seen(self, look: Callable[[Store, int], Records], position: int) -> Records | ImageError:
         try:
             return look(self.store, int(self.rows[position]))
         except ImageError as error:
-            return error.reason
+            return error
 
-    def _take(self, position: int, seen: Records | str) -> None:
+    def _take(self, position: int, seen: Records | ImageError) -> None:
         record = self.records[position]
         key = int(record["key"])
-        if isinstance(seen, str):
-            self.bad[position] = seen
+        if isinstance(seen, ImageError):
+            self.bad[position] = seen.reason
             record["bad"], record["depth"] = 1, DECODED
-            self.reasons[key] = seen
+            if _is_of_the_system(seen):
+                record["key"] = 0  # not remembered: neither size nor time would change when it is mended
+            else:
+                self.reasons[key] = seen.reason
         else:
             self.records[position] = seen
             self.records[position]["key"] = key
@@ -190,6 +193,12 @@ def examine(source: Source, verdicts: Verdicts, *, budget_s: float = math.inf) -
         findings.bad += [Bad(name, place, split.name_of(place), look.bad[start + place]) for place in places]
         start += len(split)
     return findings
+
+
+def _is_of_the_system(error: ImageError) -> bool:
+    """Whether the file was not to be had (its rights, a disk that failed), which says nothing of what is in it."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno is not None  # decoders raise OSError too, without a number
 
 
 def _decode(store: Store, row: int) -> Records:

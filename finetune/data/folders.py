@@ -80,6 +80,7 @@ def list_root(root: str) -> Listing:
         ValueError: It is no folder, or what lies in it is laid out in another way.
     """
     path = os.path.expanduser(root)
+    _check_reachable(path)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"data.root={root}: there is no such folder{_nearest_sibling(path)}; {LAYOUT}")
     if not os.path.isdir(path):
@@ -170,8 +171,21 @@ def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[in
 
 
 def _identity(folder: str) -> tuple[int, int]:
+    _check_reachable(folder)
     status = os.stat(folder)
     return status.st_dev, status.st_ino
+
+
+def _check_reachable(path: str) -> None:
+    """Raises ValueError where a folder above keeps us out: nobody can tell then whether `path` is there."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise ValueError(
+            f"{path}: may not be reached (permission denied); change the rights of a folder above, or data.root"
+        ) from error
+    except OSError:
+        return  # said by who looks closer
 
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:

@@ -14,7 +14,9 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 try:
@@ -27,6 +29,8 @@ _WORDS = "avif bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
 EXTENSIONS = frozenset(f".{word}" for word in _WORDS.split())
 
 _ORIENTATION = 0x0112  # EXIF tag; its values are how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
+_NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS: ImageCms has had a name for it since Pillow 10.3 only
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
 
 # Pillow's own limit. Its warning at half of that is left out: such images are read.
@@ -191,7 +195,7 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError as error:
         empty = file.seek(0, os.SEEK_END) == 0
-        raise ImageError(name, "the file is empty" if empty else "not an image") from error
+        raise ImageError(name, "the file is empty" if empty else "not an image, or of a kind unknown here") from error
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"more than {MAX_PIXELS:,} pixels: a decompression bomb?") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes; it is passed on with the file's name
@@ -213,10 +217,19 @@ def error_words(error: Exception) -> str:
 
 def pixels_of(image: Image.Image) -> Tensor:
     """An open Pillow image as uint8 (3, height, width), RGB, by the rules of `read_image`; not always contiguous."""
+    _scale_clear_grey(image)
     image.load()  # ahead of the EXIF tag: some formats turn the image, and drop the tag, while they decode
     turn = _turn(image)
     pixels = torch.from_numpy(np.array(_to_rgb(image), dtype=np.uint8)).permute(2, 0, 1)
     return pixels if turn is None else _turned(pixels, turn)
+
+
+def _scale_clear_grey(image: Image.Image) -> None:
+    """Of a PNG of 2 or 4 bits, ahead of its pixels: Pillow makes 8 bits of these, but not of the grey that is clear."""
+    clear = image.info.get("transparency")
+    if isinstance(image, PngImageFile) and isinstance(clear, int):
+        stored = {tile[3] for tile in image.tile}
+        image.info["transparency"] = clear * (85 if "L;2" in stored else 17 if "L;4" in stored else 1)
 
 
 def _turn(image: Image.Image) -> int | None:
@@ -236,11 +249,22 @@ def _turned(pixels: Tensor, orientation: int) -> Tensor:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scaled(image)).convert("RGB")
+    if image.mode == "LAB":
+        return _from_lab(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    """CIE Lab to sRGB, each pixel computed: Pillow's own conversion reads a coarse table, up to 18 levels off."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=_NO_TABLE)  # type: ignore[arg-type]
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # it is where nothing is converted in place
+    return converted
 
 
 def _scaled(image: Image.Image) -> Levels:
@@ -258,5 +282,9 @@ def _scaled(image: Image.Image) -> Levels:
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # one grey value that stands for "nothing here"
         wide[wide == clear] = 65535
-    levels = ((wide + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, so this is value / 257, rounded
-    return levels
+    white, inverted = 65535, False
+    if isinstance(image, TiffImageFile) and image.mode == "I;16":
+        # Pillow widens 12 bits without scaling them, and takes white for zero where the file says so of 8 bits only.
+        white, inverted = 2 ** image.tag_v2[_BITS][0] - 1, image.tag_v2[_PHOTOMETRIC] == 0
+    levels = ((2 * 255 * wide + white) // (2 * white)).astype(np.uint8)  # 255 * value / white, rounded
+    return 255 - levels if inverted else levels

@@ -41,7 +41,7 @@ from finetune.signals import at_once
 
 logger = logging.getLogger("finetune")
 
-FORMAT = 1  # raised when the files below change their meaning
+FORMAT = 2  # raised when the files below change their meaning, or `read_image` the pixels
 CHUNK = 64  # images decoded between two looks at the free memory
 Index = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 

@@ -177,13 +177,25 @@ def _list_shards(conf: DataConf) -> list[Shard]:
 
 def _in_folder(folder: str) -> set[Shard]:
     """The shards in a folder, and in its `train/ val/ test/`."""
-    found = {Shard(path, path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))}
-    for name in sorted(os.listdir(folder)):
-        split = SPLIT_WORDS.get(name.lower())
-        if split is not None:
-            inside = glob.glob(os.path.join(glob.escape(folder), name, "*.tar"))
-            found |= {Shard(path, path, split) for path in inside}
+    names = _names_in(folder)
+    found = {Shard(path, path) for path in _tars(folder, names)}
+    for name in names:
+        split, inner = SPLIT_WORDS.get(name.lower()), os.path.join(folder, name)
+        if split is not None and os.path.isdir(inner):
+            found |= {Shard(path, path, split) for path in _tars(inner, _names_in(inner))}
     return found
+
+
+def _names_in(folder: str) -> list[str]:
+    """What a folder holds; one that may not be listed is an error, or a split would be missing without a word."""
+    try:
+        return sorted(os.listdir(folder))
+    except PermissionError as error:
+        raise ValueError(f"data.root: {folder} may not be listed (permission denied); change its rights") from error
+
+
+def _tars(folder: str, names: Sequence[str]) -> list[str]:
+    return [os.path.join(folder, name) for name in names if name.endswith(".tar") and not name.startswith(".")]
 
 
 def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
@@ -250,6 +262,8 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
                     if label is not None and (ending == "cls" or key not in labels):
                         labels[key] = label
             check_end(Path(path), tar.offset)
+    except PermissionError as error:
+        raise ValueError(f"data.root: {path} may not be read (permission denied); change its rights") from error
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"data.root: {path} is damaged or no tar file ({error}); make it anew or remove it") from error
     bare = [name for key, (name, _, _) in images.items() if key not in labels]

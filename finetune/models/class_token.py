@@ -208,9 +208,7 @@ def _rotated(attn: Any, k: Tensor, rope: Tensor) -> Tensor:
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     first = attn.num_prefix_tokens
-    # As upstream reads it: one of the two classes has not had it in every version.
-    half = vars(attn).get("rotate_half", False)
-    return torch.cat([k[:, :, :first], apply_rot_embed_cat(k[:, :, first:], rope, half=half)], dim=2)
+    return torch.cat([k[:, :, :first], apply_rot_embed_cat(k[:, :, first:], rope, half=attn.rotate_half)], dim=2)
 
 
 # open_clip and torchvision: torch's own attention takes other queries than keys as it is.
