@@ -96,7 +96,7 @@ class DataConf:
         CacheKind.none, "keep decoded images in ram, on disk or on the device: same images, faster epochs"
     )
     cache_gib: float = setting(
-        500.0, "cache=disk: all caches of images together; beyond it those go that were used least recently", above=0
+        500.0, "cache=disk: all of them together, beyond it the longest unused go; fetched shards: a warning", above=0
     )
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
@@ -146,9 +146,11 @@ def data_problems(data: DataConf) -> list[str]:
         )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
-    if changed(data, "cache_gib") and data.cache != CacheKind.disk:
+    is_fetched = data.source == SourceKind.webdataset and re.search(REMOTE, data.root or "") is not None
+    if changed(data, "cache_gib") and data.cache != CacheKind.disk and not is_fetched:
         problems.append(
-            f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk"
+            f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk, and"
+            " warns of fetched shards"
         )
     return problems
 

@@ -138,6 +138,7 @@ def test_top_level_holds_only_what_the_plan_names() -> None:
     allowed = {
         "pyproject.toml",
         "constraints.txt",
+        "constraints-lowest.txt",
         "conf",
         "finetune",
         "scripts",

@@ -563,6 +563,22 @@ def test_every_package_is_listed_for_the_wheel() -> None:
     assert listed == there
 
 
-def test_constraints_are_plain_lines() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt"])
+def test_constraints_are_plain_lines(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line) for line in lines if not line.startswith("#"))
+
+
+def test_the_lower_bounds_are_what_the_tests_were_run_with() -> None:
+    def number(version: str) -> tuple[int, ...]:
+        """1.4 is 1.4.0."""
+        parts = [int(part) for part in version.split(".")]
+        return tuple(parts + [0] * (4 - len(parts)))
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    bounds = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)', listed, re.MULTILINE))
+    assert len(bounds) == len(listed.splitlines()) > 10
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").lower().splitlines()
+    ran = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: number(ran[name]) for name in bounds} == {name: number(bounds[name]) for name in bounds}

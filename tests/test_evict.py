@@ -163,5 +163,23 @@ def test_pixel_caches_stay_under_their_limit(tmp_path: Path, caplog: pytest.LogC
     assert torch.equal(caches[0].load(1), step(split.load(1)))  # type: ignore[arg-type]
 
 
+def test_without_locks_nothing_is_removed_and_the_reason_is_true(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows: what looks left by a killed run may be what a living one is making."""
+    for module in ("finetune.data.evict", "finetune.data.pixel_cache"):
+        monkeypatch.setattr(f"{module}.LOCKS", None)
+    folder, split = tmp_path / "cache" / "pixels", images(tmp_path).splits["train"]
+    conf = DataConf(cache=CacheKind.disk, cache_dir=str(tmp_path / "cache"), cache_gib=1e-9)
+    for kind in ("bicubic", "bilinear"):
+        step = first_step(Preprocess(16, (0, 0, 0), (1, 1, 1), interpolation=kind), None)
+        open_cache(split, step, conf)
+    assert len(names(folder)) == 2 and "no locks that tell" in caplog.text and "all in use" not in caplog.text
+    made = tmp_path / "made"
+    beside = made.with_name("made.7.tmp")
+    beside.mkdir()
+    assert made_once(made, made.mkdir) is not None and beside.is_dir()
+
+
 def test_a_bound_without_a_cache_is_an_error() -> None:
     assert any("data.cache_gib=1.0 would be ignored" in line for line in validate(Conf(data=DataConf(cache_gib=1.0))))

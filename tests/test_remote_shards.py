@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.config import CacheKind, DataConf, SourceKind
+from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
 from finetune.data import Source, fetching, open_source, remote_shards
 from finetune.data.check import examine
 from finetune.data.fetching import Remote
@@ -279,6 +279,34 @@ def test_room_is_looked_at_first(tmp_path: Path, server: Server, monkeypatch: py
     with pytest.raises(ValueError, match=r"the shards need .* GiB more in .* choose another data\.cache_dir"):
         open_source(conf(tmp_path, url(server)))
     assert {method for method, _, _ in server.log} == {"HEAD"}
+
+
+def test_a_bound_is_told_of_and_removes_nothing(
+    tmp_path: Path, packed: Path, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At each start, also one that fetches nothing; what other runs fetched counts, and is named apart."""
+    size = sum((packed / name).stat().st_size for name in NAMES)
+    lone = f"{server.base}/set/train-0000.tar"
+    for root, gib, is_told in ((url(server), 1.01, False), (url(server), 0.5, True), (lone, 0.5, True)):
+        caplog.clear()
+        data = conf(tmp_path, root, cache_gib=gib * size / 2**30)
+        assert not [line for line in validate(Conf(data=data)) if "cache_gib" in line]
+        open_source(data)
+        assert (is_told, is_told) == ("nothing removes them" in caplog.text, "fetched shards" in caplog.text)
+    assert len(fetched(tmp_path)) == 4
+    assert any("cache_gib" in line for line in validate(Conf(data=conf(tmp_path, str(packed), cache_gib=1.0))))
+
+
+def test_what_is_not_of_this_run_is_counted(
+    tmp_path: Path, packed: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(remote_shards.logger, "warning", lambda words, *numbers: told.append(numbers))
+    open_source(conf(tmp_path, url(server)))
+    open_source(conf(tmp_path, f"{server.base}/set/train-0000.tar", cache_gib=1e-9))
+    ((_, total, others, _),) = told
+    sizes = [(packed / name).stat().st_size / 2**30 for name in NAMES]
+    assert total == pytest.approx(sum(sizes)) and others == pytest.approx(sum(sizes[1:]))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

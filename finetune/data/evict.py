@@ -114,7 +114,12 @@ def _is_still(file: IO[bytes], path: Path) -> bool:
 
 
 def remove_left(entry: Path) -> None:
-    """Clear away what killed processes left of `entry`; only for who has its lock."""
+    """Clear away what killed processes left of `entry`; only for who has its lock.
+
+    Where there are no locks nothing is cleared away: what looks left may be what another run is making.
+    """
+    if LOCKS is None:
+        return
     for left in entry.parent.glob(f"{entry.name}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.data.content import content_digest
 from finetune.data.cores import cores
-from finetune.data.evict import Held, evict, held_bytes, made_once
+from finetune.data.evict import LOCKS, Held, evict, held_bytes, made_once
 from finetune.data.images import ImageError
 from finetune.data.memory import free_memory
 from finetune.data.split import Split
@@ -130,10 +130,15 @@ def _bound(place: Path, conf: DataConf, needed: int = 0) -> None:
     total = held_bytes(place.parent)
     if not needed and total > limit:
         logger.warning(
-            "%s holds %.2f GiB of decoded images that are all in use, more than data.cache_gib=%g: raise it, or use"
-            " data.cache=none",
-            place.parent, total / 2**30, conf.cache_gib,
+            "%s holds %.2f GiB of decoded images%s, more than data.cache_gib=%g: raise it, or use data.cache=none",
+            place.parent, total / 2**30, _why_kept(), conf.cache_gib,
         )  # fmt: skip
+
+
+def _why_kept() -> str:
+    if LOCKS is None:
+        return ", of which none is removed because this system has no locks that tell which are in use"
+    return " that are all in use"
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import shutil
 import tarfile
@@ -20,6 +22,8 @@ from finetune.data.verdicts import cache_folder
 from finetune.files import write_bytes
 from finetune.signals import at_once
 
+logger = logging.getLogger("finetune")
+
 THREADS = 4
 MEASURED = 64  # shards whose length is asked for ahead of a download that is not allowed yet
 CLASSES_BYTES = 2**22  # a list of class names is no longer than this
@@ -30,7 +34,7 @@ def fetch_shards(remotes: Sequence[Remote], conf: DataConf, class_files: Sequenc
 
     Args:
         remotes: The shards.
-        conf: `data.download` and `data.cache_dir`.
+        conf: `data.download`, `data.cache_dir` and `data.cache_gib`.
         class_files: Names of lists of classes, that may lie beside the first shard or in the folder above.
 
     Raises:
@@ -39,23 +43,48 @@ def fetch_shards(remotes: Sequence[Remote], conf: DataConf, class_files: Sequenc
     """
     folder = cache_folder(conf.cache_dir) / "shards"
     missing = [remote for remote in remotes if not remote.place_in(folder).exists()]
-    if not missing:
-        return [remote.place_in(folder) for remote in remotes]
-    if not conf.download:
-        raise ValueError(_refusal(missing, len(remotes), folder))
+    if missing:
+        if not conf.download:
+            raise ValueError(_refusal(missing, len(remotes), folder))
+        _fetch_missing(missing, remotes[0], folder, class_files)
+    places = [remote.place_in(folder) for remote in remotes]
+    _warn_of_size(places, folder, conf)
+    return places
+
+
+def _fetch_missing(missing: Sequence[Remote], first: Remote, folder: Path, class_files: Sequence[str]) -> None:
+    """Fetch what is not there, and the lists of classes beside the first shard."""
     with at_once():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lengths = _lengths(missing)
             _check_room(missing, lengths, folder)
             _fetch_all(missing, folder, None if None in lengths else sum(filter(None, lengths)))
-            for remote in [one for file in class_files for one in _beside(remotes[0], file)]:
+            for remote in [one for file in class_files for one in _beside(first, file)]:
                 data = read_small(remote, CLASSES_BYTES)
                 if data is not None:
                     write_bytes(remote.place_in(folder), data)
         except OSError as error:
             raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
-    return [remote.place_in(folder) for remote in remotes]
+
+
+def _warn_of_size(places: Sequence[Path], folder: Path, conf: DataConf) -> None:
+    """Say when fetched shards pass `data.cache_gib`; they are not removed.
+
+    Other caches can be made again from what is on this machine. A shard comes back only if its server, its signature
+    and a `data.download=true` are still there, and for as long and as much as it took the first time.
+    """
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run has just renamed its part
+            total += path.stat().st_size
+    own = sum(place.stat().st_size for place in places)
+    if total > conf.cache_gib * 2**30:
+        logger.warning(
+            "%s holds %.2f GiB of fetched shards, %.2f of them not of this run: more than data.cache_gib=%g, and"
+            " nothing removes them; delete those that you no longer need",
+            folder, total / 2**30, (total - own) / 2**30, conf.cache_gib,
+        )  # fmt: skip
 
 
 def fetched_class_files(first: Remote, conf: DataConf, class_files: Sequence[str]) -> list[Path]:
