@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.files import write_atomic, write_bytes
+from finetune.files import write_atomic
 from finetune.layers import LayeredModel
 from finetune.loop import TrainState
 from finetune.preprocess import Preprocess
@@ -89,11 +89,21 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
-    from safetensors.torch import save
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     whole = {**metadata, "sha256": checksum(tensors)}
-    # Not `save_file`, which makes files that nobody but their owner may read.
-    write_bytes(path, save(tensors, metadata=whole))
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, metadata=whole)  # from where they lie: `save` would copy them twice
+        except SafetensorError as error:
+            raise _failed(error, path) from error
+        temporary.chmod(mode)  # theirs lets nobody but the owner read
+
+    write_atomic(path, write)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -113,7 +123,15 @@ def load_weights(path: Path, model: LayeredModel) -> None:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or holds another network's tensors.
     """
-    tensors, _ = read_weights(path)
+    put_weights(read_weights(path)[0], model, path)
+
+
+def put_weights(tensors: Mapping[str, Tensor], model: LayeredModel, path: Path) -> None:
+    """Copy tensors of `read_weights` into the network; every name must match.
+
+    Raises:
+        ValueError: They are another network's; names `path`, where they come from.
+    """
     try:
         model.net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -228,10 +246,15 @@ def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None
     def write(temporary: Path) -> None:
         try:
             torch.save({**content, "frozen": frozen}, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
+        except RuntimeError as error:
+            raise _failed(error, path) from error
 
     write_atomic(path, write, aside=aside)
+
+
+def _failed(error: Exception, path: Path) -> OSError:
+    """What torch and safetensors make of a full disk, as what it is."""
+    return OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path))
 
 
 def read_state(path: Path) -> Content:
@@ -297,11 +320,43 @@ def _restore_rates(content: Content, state: TrainState) -> None:
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
+def restore_frozen(content: Content, model: LayeredModel, path: Path) -> None:
+    """Give `model`, frozen as it trains, the frozen tensors that a state was saved above; before anybody runs them.
+
+    Mostly it has them already. But what is computed as a model is built, such as a position table for another image
+    size, may have other last bits on another processor; then they are taken out of the weights beside the state.
+
+    Args:
+        content: Of `read_state`.
+        model: Built by the run's settings.
+        path: The state's file.
+
+    Raises:
+        ValueError: They are nowhere to be found any more.
+    """
+    own = frozen_weights(model)
+    if content["format"] == 3:
+        wanted = {name: content["model"][name] for name in own if name in content["model"]}
+    elif checksum(own) == content["frozen"]:
+        return
+    else:
+        beside = (path.with_name(name) for name in ("last.safetensors", "best.safetensors"))
+        tensors = (read_weights(file)[0] for file in beside if file.exists())
+        parts = ({name: each[name] for name in own if name in each} for each in tensors)
+        wanted = next((part for part in parts if checksum(part) == content["frozen"]), {})
+        if not wanted:
+            raise ValueError(
+                f"{path} was saved above other frozen layers than this model has, and no weights beside it hold them:"
+                " model.pretrained gives other weights by now; put the old ones back, or start a new run"
+            )
+    model.net.load_state_dict(wanted, strict=False)
+
+
 def restore(content: Content, state: TrainState, path: str) -> None:
     """`load_state` from what `read_state` gave; `path` names it in errors.
 
     Raises:
-        ValueError: It is of another model or optimizer, or other weights are frozen than when it was saved.
+        ValueError: It is of another model or optimizer, or see `restore_frozen`.
     """
     names = [group["name"] for group in state.optimizer.param_groups]
     saved = [group["name"] for group in content["optimizer"]["param_groups"]]
@@ -313,16 +368,11 @@ def restore(content: Content, state: TrainState, path: str) -> None:
         raise ValueError(f"{path} was saved with optim={makers[-1]}: its moments mean nothing to another optimizer")
     if (content["ema"] is None) != (state.ema is None):
         raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
-    frozen = frozen_weights(state.model)
+    restore_frozen(content, state.model, Path(path))
     try:
-        state.model.net.load_state_dict({**frozen, **content["model"]})
+        state.model.net.load_state_dict({**frozen_weights(state.model), **content["model"]})
     except RuntimeError as error:
         raise ValueError(f"{path} is of another model: {' '.join(str(error).split())}") from error
-    if content["format"] > 3 and content["frozen"] != checksum(frozen):
-        raise ValueError(
-            f"{path} was saved above other frozen layers than this model has: model.pretrained gives other weights by"
-            " now; put the old ones back, or begin a new run from the last.safetensors beside it, which holds them"
-        )
     _restore_rates(content, state)
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
@@ -10,11 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from finetune.config import Precision
-
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Larger pieces (caches, files) go back to the system when they are freed.
-KEPT_BYTES = 2**30
 
 # From here on bfloat16 is faster than float32 on a CPU that has it (1.5 to 1.9 times at 384, measured with AMX).
 WIDE = 256
@@ -85,21 +79,6 @@ def set_kernels(word: Precision, dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     torch.backends.cudnn.allow_tf32 = is_tf32
     torch.backends.mha.set_fastpath_enabled(dtype == torch.float32)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next training step; for a run on a CPU.
-
-    Every step frees what the next one asks for again: activations and gradients. glibc gives pieces that large back to
-    the system at once, which must then clear each page anew: 3 % of a ViT-B/32's step on one thread, and more of it
-    on several, since one of them clears for all. What is kept is at most what was needed once. Other C libraries
-    are left as they are.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from finetune import checkpoint
+from finetune.allocator import keep_freed_memory
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.mix import Mixer
-from finetune.device import WIDE, autocast, keep_freed_memory, pick_device, pick_precision, set_kernels
+from finetune.device import WIDE, autocast, pick_device, pick_precision, set_kernels
 from finetune.layers import LayeredModel
 from finetune.loop import Batch, Task
 from finetune.losses import build_criterion
@@ -139,9 +140,9 @@ def build_parts(conf: Conf, run_dir: Path) -> Parts:
         ValueError: A user's mistake that only model, data or machine could show.
     """
     device = pick_device(conf.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     source = check_at_start(open_source(conf.data), conf.data, run_dir)
+    if device.type == "cpu":
+        keep_freed_memory()  # what the check's threads freed has gone back before
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(model_settings(conf.model, is_multilabel=source.is_multilabel), source.classes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune import recipe
-from finetune.checkpoint import restore
+from finetune.checkpoint import Content, restore, restore_frozen
 from finetune.claim import CLOSE, Change, Holding
 from finetune.config import CompileMode, Conf, Interval
 from finetune.device import environment
@@ -27,6 +27,8 @@ from finetune.sched import lr_factor
 from finetune.terminal import printable
 
 logger = logging.getLogger("finetune")
+
+Saved = tuple[Content, Path]  # a state, and the file that it was read from
 
 # Strongest first. bitwise: equal to an unbroken run to the last bit. close: equal but for rounding. none: another run.
 PROMISES = ("bitwise", "close", "none")
@@ -96,20 +98,42 @@ def say_changes(changes: list[Change]) -> None:
         logger.info("  + %s: %s%s", printable(change.key), printable(str(change.now)), allowed)
 
 
-def resume(parts: Parts, state: TrainState, holding: Holding, promise: Promise, *, steps_per_epoch: int) -> bool:
-    """Continue from the newest checkpoint that loads, with the history cut back to it; False where there is none.
+def find_state(parts: Parts) -> Saved | None:
+    """The newest checkpoint that loads, its frozen layers already in the run's model; None where there is none.
+
+    Call it once the model is frozen, and before anything runs the frozen layers or keeps what they give.
+
+    Raises:
+        ValueError: No checkpoint loads, or see `checkpoint.restore_frozen`.
+    """
+    found = latest_state(parts.checkpoints)
+    if found is not None:
+        restore_frozen(found[0], parts.model, found[1])
+    return found
+
+
+def resume(
+    parts: Parts,
+    state: TrainState,
+    found: Saved | None,
+    *,
+    holding: Holding,
+    promise: Promise,
+    steps_per_epoch: int,
+) -> bool:
+    """Continue from the checkpoint that was found, with the history cut back to it; False where there is none.
 
     Args:
         parts: The run's.
         state: Before its first step; changed in place.
+        found: By `find_state`.
         holding: What the folder held.
         promise: Weakened where something differs.
         steps_per_epoch: Optimizer steps an epoch.
 
     Raises:
-        ValueError: No checkpoint loads, it is of another model, or the images are others.
+        ValueError: It is of another model, or the images are others.
     """
-    found = latest_state(parts.checkpoints)
     if found is not None:
         content, path = found
         _compare(content["notes"], notes_of(parts), parts.conf, promise)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune import recipe, report, scores
+from finetune.checkpoint import put_weights
 from finetune.claim import Holding, Result, inspect
 from finetune.compiling import compiled
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
@@ -40,7 +41,7 @@ from finetune.plan import layer_rows, prepare
 from finetune.prefix import Feed
 from finetune.probing import fit_head
 from finetune.records import write_json
-from finetune.resume import first_promise, plan_of, resume, say_changes
+from finetune.resume import find_state, first_promise, plan_of, resume, say_changes
 from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
@@ -178,6 +179,7 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
 
     _optimizer(parts, len(parts.loader("train", train=True)))
+    found = find_state(parts)
     feeding = Feeding(parts, stop.check)
     train, val = feeding.splits()
     if built.has_zeroshot:
@@ -198,8 +200,9 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
-    if resume(parts, state, session.holding, promise, steps_per_epoch=steps):
+    if resume(parts, state, found, holding=session.holding, promise=promise, steps_per_epoch=steps):
         result["resumed_at"] = [*result["resumed_at"], state.step]
+    del found  # as large as the model and its moments
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     logger.info("resume promise: %s", promise)
     write_json(run_dir / "result.json", result)
@@ -306,7 +309,7 @@ def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Res
         if feed.will_fork:
             saver.wait()  # no process is forked while another thread holds who knows what
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
-            parts.model.net.load_state_dict(saver.best_weights())
+            put_weights(saver.best_weights(), parts.model, parts.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.
         meter = parts.meter(scores.chosen_threshold(parts.run_dir))
         test = _evaluate(parts, feed, "test", stop, meter=meter, start=start)

@@ -172,22 +172,26 @@ class Saver:
         # Weights that are those of the best epoch get a second name, not a second copy.
         epoch, is_best = state.epoch, state.best_epoch == state.epoch
         size = _size(content) + self._size_of_best() + (0 if is_best and best is last else _size(last.tensors))
-        steps = self._safely(content, self._frozen_of(state))
-        steps.append(lambda: self._write("last.safetensors", last, like_best=is_best and best is last))
+        beside = [lambda: self._write("last.safetensors", last, like_best=is_best and best is last)]
         if self._keep > 1 and state.epoch in kept:
-            steps.append(lambda: self._write(f"epoch_{epoch:04d}.safetensors", best, like_best=is_best))
-        steps.append(lambda: _prune(self.folder, kept))
-        return steps, size
+            beside.append(lambda: self._write(f"epoch_{epoch:04d}.safetensors", best, like_best=is_best))
+        steps = self._safely(content, self._frozen_of(state), beside)
+        return [*steps, lambda: _prune(self.folder, kept)], size
 
-    def _safely(self, content: Content, frozen: Mapping[str, Tensor]) -> list[Callable[[], None]]:
-        """Write a state, and the best weights that it speaks of where they are not on the disk yet."""
-        if self._best is None:
-            return [self._write_last(content, frozen)]
-        self._under_way, self._best = self._best, None
-        best = self._under_way
+    def _safely(
+        self, content: Content, frozen: Mapping[str, Tensor], beside: Sequence[Callable[[], None]] = ()
+    ) -> list[Callable[[], None]]:
+        """Write a state, ahead of it the best weights that it speaks of where they are not on the disk yet.
+
+        `beside` comes ahead of it, too: killed behind the last state, a run has nothing left to write.
+        """
+        best = self._best
+        if best is None:
+            return [*beside, self._write_last(content, frozen)]
         pending = self.folder / PENDING
         return [
             lambda: write_weights(pending, best.tensors, best.metadata),
+            *beside,
             self._write_last(content, frozen),
             self._promote,
         ]
@@ -202,7 +206,8 @@ class Saver:
         return 0 if self._best is None else _size(self._best.tensors)
 
     def _write(self, name: str, weights: _Weights, *, like_best: bool) -> None:
-        if not (like_best and link(self.folder / "best.safetensors", self.folder / name)):
+        """Weights under a name; a second name of those of a new best epoch, which lie there already, where they are."""
+        if not (like_best and link(self.folder / PENDING, self.folder / name)):
             write_weights(self.folder / name, weights.tensors, weights.metadata)
 
     def _weights(self, state: TrainState) -> dict[str, Tensor]:
@@ -272,7 +277,8 @@ class Saver:
         (self.folder / PENDING).replace(self.folder / "best.safetensors")
 
     def _submit(self, steps: Sequence[Callable[[], None]], num_bytes: int) -> None:
-        self.wait()
+        self.wait()  # the thread before forgets what was under way, so only now something else is
+        self._under_way, self._best = self._best, None
         self._saved_at = time.monotonic()
         # A daemon: at a second Ctrl-C nobody waits for it, and what it leaves half done carries another name.
         self._thread = threading.Thread(target=self._work, args=(steps, num_bytes), name="saver", daemon=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune import training
-from finetune.device import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+from finetune.allocator import hand_back_freed_memory
 from finetune.run import run
 from finetune.shelf import shared_between_runs
 
@@ -188,10 +186,7 @@ def _allocator_handed_back() -> Iterator[None]:
     try:
         yield
     finally:
-        if platform.libc_ver()[0] == "glibc":
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-            libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        hand_back_freed_memory()
 
 
 @contextlib.contextmanager

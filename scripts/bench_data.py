@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torchvision import datasets, transforms
 
+from finetune.allocator import keep_freed_memory
 from finetune.config import AugmentConf, CacheKind, DataConf, Recipe, SourceKind
 from finetune.data import Loader, open_source
 from finetune.data.check import examine
 from finetune.data.verdicts import Verdicts
-from finetune.device import keep_freed_memory
 from finetune.preprocess import Preprocess
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)

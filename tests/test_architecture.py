@@ -17,7 +17,7 @@ LEVELS = {
     "optim_settings": -1, "prefix_settings": -1, "shelf": 0,
     "config": 0, "layers": 0, "metrics": 0, "preprocess": 0, "files": -1, "signals": 0, "terminal": -1, "lock": 0,
     "compose": 1, "losses": 1, "finite": 1, "claim": 1, "ema": 1, "recipe": 1, "sched": 1, "optim": 1,
-    "distributed": 1, "models": 1, "data": 1, "log": 0, "records": 0, "device": 1,
+    "distributed": 1, "models": 1, "data": 1, "log": 0, "records": 0, "allocator": 0, "device": 1,
     "loop": 2, "multilabel": 2, "prefix": 2, "lrd": 2, "plan": 2, "cost": 2, "compiling": 2,
     "checkpoint": 3,
     "saving": 4, "bad_batch": 4, "parts": 4, "resume": 5, "memory": 5, "feeding": 5,

@@ -89,7 +89,7 @@ def test_a_state_holds_no_frozen_tensor_and_goes_on_above_the_same_ones_alone(tm
         run_fit(start(each, fix_layer=1), TrainConf(epochs=2))  # what learns is elsewhere by now
     load_state(path, start(same, fix_layer=1))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
-    with pytest.raises(ValueError, match=r"other frozen layers.*model\.pretrained.*last\.safetensors"):
+    with pytest.raises(ValueError, match=r"other frozen layers.*no weights beside it.*model\.pretrained"):
         load_state(path, start(other, fix_layer=1))
 
 
@@ -105,22 +105,58 @@ def test_a_state_of_before_brings_its_frozen_tensors_along(tmp_path: Path) -> No
 def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper, state, gate = saver(tmp_path), at_step(1), threading.Event()
+    keeper, state, gates = saver(tmp_path), at_step(1), [threading.Event(), threading.Event()]
+    first_gate, second_gate = gates
     state.epoch = state.best_epoch = 1
     write = saving.write_weights
 
     def slow(*args: object) -> None:
-        gate.wait(60)
+        gates.pop(0).wait(60)
         write(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "write_weights", slow)
-    keeper.save_epoch(state, [{"epoch": 1, "val/top1": 0.5}], "val/top1")
+    rows = [{"epoch": 1, "val/top1": 0.5}, {"epoch": 2, "val/top1": 0.9}]
+    keeper.save_epoch(state, rows[:1], "val/top1")
     assert not (tmp_path / "best.safetensors").exists()
+    first = keeper.best_weights()
+    first_gate.set()
+    with torch.no_grad():
+        state.model.net.head.weight.add_(1)
+    state.epoch = state.best_epoch = 2
+    keeper.save_epoch(state, rows, "val/top1")  # the first may be under way still
     early = keeper.best_weights()
-    gate.set()
+    assert torch.equal(early["head.weight"], state.model.net.head.weight)
+    assert not torch.equal(early["head.weight"], first["head.weight"])
+    second_gate.set()
     keeper.wait()
     late = keeper.best_weights()
     assert early.keys() == late.keys() and all(torch.equal(early[name], late[name]) for name in early)
+
+
+def test_a_kill_behind_the_last_state_leaves_nothing_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, state = saver(tmp_path, keep=2), at_step(1)
+    state.epoch = 2
+    rows = [{"epoch": 1, "val/top1": 0.9}, {"epoch": 2, "val/top1": 0.5}]
+    state.best_epoch = 1
+    there: list[set[str]] = []
+    monkeypatch.setattr(
+        saving, "write_state", lambda path, *args, **kw: there.append({p.name for p in tmp_path.iterdir()})
+    )
+    keeper.save_epoch(state, rows, "val/top1", always=True)
+    keeper.wait()
+    assert there == [{"last.safetensors", "epoch_0002.safetensors"}]
+
+
+def test_frozen_tensors_of_another_processor_are_taken_from_the_weights_beside(tmp_path: Path) -> None:
+    """What is computed as a model is built differs there in its last bits: the run goes on with those of its start."""
+    path, model = tmp_path / "last.pt", tiny_model()
+    save_state(path, start(model, fix_layer=1))
+    save_weights(tmp_path / "last.safetensors", model, {})
+    other = tiny_model()
+    with torch.no_grad():
+        other.net.stem.weight.mul_(1 + 1e-6)
+    load_state(path, start(other, fix_layer=1))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_weights_carry_a_checksum(tmp_path: Path) -> None:

@@ -285,6 +285,6 @@ def _scaled(image: Image.Image) -> Levels:
     white, inverted = 65535, False
     if isinstance(image, TiffImageFile) and image.mode == "I;16":
         # Pillow widens 12 bits without scaling them, and takes white for zero where the file says so of 8 bits only.
-        white, inverted = 2 ** image.tag_v2[_BITS][0] - 1, image.tag_v2[_PHOTOMETRIC] == 0
+        white, inverted = 2 ** image.tag_v2[_BITS][0] - 1, image.tag_v2.get(_PHOTOMETRIC, 1) == 0
     levels = ((2 * 255 * wide + white) // (2 * white)).astype(np.uint8)  # 255 * value / white, rounded
     return 255 - levels if inverted else levels

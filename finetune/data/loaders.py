@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finetune.allocator import hand_back_freed_memory
 from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
 from finetune.data.device_cache import DeviceSquares
 from finetune.data.images import ImageError
@@ -368,8 +369,11 @@ def _unchanged(batch: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Leave signals to the training process: it saves and then ends its workers; torch keeps them at one thread.
 
+    Memory goes back to the system: each worker would keep as much as the largest image took.
+
     A terminal or a scheduler signals the whole group, and a run whose workers die first has nothing left to save with.
     """
+    hand_back_freed_memory()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "win32":

@@ -47,30 +47,31 @@ class TableStore(FileStore):
         try:
             return super().read(row)
         except ImageError as error:
-            raise self._with_row(error, row) from error
+            raise self._with_row(error, row) from error.__cause__
 
     def header(self, row: int) -> Header:
         """Size and mode, from the first bytes of the file; raises ImageError."""
         try:
             return super().header(row)
         except ImageError as error:
-            raise self._with_row(error, row) from error
+            raise self._with_row(error, row) from error.__cause__
 
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
         try:
             return decode(super().read(row), self.name_of(row))
         except ImageError as error:
-            raise self._with_row(error, row) from error
+            raise self._with_row(error, row) from error.__cause__
 
     def stamp(self, row: int) -> str:
         """Path, size and time of the last change; raises ImageError where there is no such file."""
         try:
             return super().stamp(row)
         except ImageError as error:
-            raise self._with_row(error, row) from error
+            raise self._with_row(error, row) from error.__cause__
 
     def _with_row(self, error: ImageError, row: int) -> ImageError:
+        """The same error, and where the table names the file; whoever raises it hands the cause on, too."""
         return ImageError(error.path, f"{error.reason}; {self._table}, row {self._numbers[row]}")
 
 

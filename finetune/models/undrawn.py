@@ -40,7 +40,7 @@ class Undrawn(TorchFunctionMode):
                     self._filled[id(tensor)] = tensor
                     tensor.data.fill_(torch.nan)
                 return tensor
-        elif func in SHAPING and id(args[0]) in self._filled:
+        elif func in SHAPING and id(args[0]) in self._filled and bool(args[0].flatten()[:1].isnan().any()):
             return args[0]
         return func(*args, **named)
 
@@ -52,5 +52,5 @@ def built_from_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """
     with Undrawn():
         net = build()
-    left = any(bool(parameter.flatten()[:1].isnan().any()) for parameter in net.parameters())
+    left = any(bool(tensor.isnan().any()) for tensor in [*net.parameters(), *net.buffers()])
     return build() if left else net
