@@ -55,11 +55,16 @@ def start(tmp_path: Path, *words: str, module: str = "finetune") -> tuple[int, l
     return done.returncode, [line for line in text.splitlines() if line.startswith("error:")]
 
 
-def test_a_file_follows_the_policy(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_a_file_follows_the_policy(tmp_path: Path, folder: Path, source: str) -> None:
     (folder / "a" / "3.png").chmod(0)
     words = ["data=folder", f"data.root={folder}"]
+    if source == "table":
+        rows = [f"{path.relative_to(tmp_path)},{path.parts[len(folder.parts)]}" for path in folder.rglob("*.png")]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label", *sorted(rows)]))
+        words = ["data=table", f"data.table={tmp_path}/t.csv"]
     code, (line,) = start(tmp_path, *words)
-    assert code == 1 and "1 images cannot be read" in line and f"{folder}/a/3.png (Permission denied)" in line
+    assert code == 1 and "1 images cannot be read" in line and f"{folder}/a/3.png (Permission denied" in line
     shutil.rmtree(tmp_path / "run")
     code, lines = start(tmp_path, *words, "data.on_error=skip")
     assert code == 0 and not lines
