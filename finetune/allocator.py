@@ -27,20 +27,18 @@ def keep_freed_memory() -> None:
 
 def hand_back_freed_memory() -> None:
     """Undo `keep_freed_memory`: what is free goes back now, and what will be as far as glibc goes by itself."""
-    _set(OWN_BYTES, 2 * OWN_BYTES)
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = _set(OWN_BYTES, 2 * OWN_BYTES)
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"
-
-
-def _set(piece: int, top: int) -> None:
-    if not _is_glibc():
-        return
+def _set(piece: int, top: int) -> ctypes.CDLL | None:
+    """Both thresholds, bytes; glibc itself, or None where it is another library."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
     libc = ctypes.CDLL(None)
     # Setting either ends glibc's own adaptation of both, so both are set, whatever this version takes.
     if not libc.mallopt(M_MMAP_THRESHOLD, piece):
         libc.mallopt(M_MMAP_THRESHOLD, OWN_BYTES)
     libc.mallopt(M_TRIM_THRESHOLD, top)
+    return libc

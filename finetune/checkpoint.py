@@ -299,7 +299,9 @@ def load_state(path: Path, state: TrainState) -> None:
     Raises:
         ValueError: The file is damaged, of another format, or of another model or optimizer.
     """
-    restore(read_state(path), state, str(path))
+    content = read_state(path)
+    restore_frozen(content, state.model, path)
+    restore(content, state, str(path))
 
 
 def _restore_rates(content: Content, state: TrainState) -> None:
@@ -353,10 +355,15 @@ def restore_frozen(content: Content, model: LayeredModel, path: Path) -> None:
 
 
 def restore(content: Content, state: TrainState, path: str) -> None:
-    """`load_state` from what `read_state` gave; `path` names it in errors.
+    """`load_state` from what `read_state` gave, above frozen layers that `restore_frozen` has put right.
+
+    Args:
+        content: Of `read_state`.
+        state: Changed in place.
+        path: Names it in errors.
 
     Raises:
-        ValueError: It is of another model or optimizer, or see `restore_frozen`.
+        ValueError: It is of another model or optimizer.
     """
     names = [group["name"] for group in state.optimizer.param_groups]
     saved = [group["name"] for group in content["optimizer"]["param_groups"]]
@@ -368,7 +375,6 @@ def restore(content: Content, state: TrainState, path: str) -> None:
         raise ValueError(f"{path} was saved with optim={makers[-1]}: its moments mean nothing to another optimizer")
     if (content["ema"] is None) != (state.ema is None):
         raise ValueError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
-    restore_frozen(content, state.model, Path(path))
     try:
         state.model.net.load_state_dict({**frozen_weights(state.model), **content["model"]})
     except RuntimeError as error:
