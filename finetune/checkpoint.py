@@ -116,16 +116,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(path: Path, model: LayeredModel) -> None:
-    """Read `path` into the network; every name must match, and the checksum where the file has one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds another network's tensors.
-    """
-    put_weights(read_weights(path)[0], model, path)
-
-
 def put_weights(tensors: Mapping[str, Tensor], model: LayeredModel, path: Path) -> None:
     """Copy tensors of `read_weights` into the network; every name must match.
 

@@ -101,7 +101,7 @@ class DataConf:
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
-REMOTE = r"(?:^|::)(?:https?|pipe):"  # in a `data.root` that names what is not on this machine
+REMOTE = re.compile("(https?|pipe):")  # how a place begins that is not on this machine
 
 # Who reads a setting that not every source reads.
 _READERS: dict[str, tuple[SourceKind, ...]] = {
@@ -146,8 +146,7 @@ def data_problems(data: DataConf) -> list[str]:
         )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
-    is_fetched = data.source == SourceKind.webdataset and re.search(REMOTE, data.root or "") is not None
-    if changed(data, "cache_gib") and data.cache != CacheKind.disk and not is_fetched:
+    if changed(data, "cache_gib") and data.cache != CacheKind.disk and not _is_fetched(data):
         problems.append(
             f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk, and"
             " warns of fetched shards"
@@ -170,6 +169,12 @@ def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
     return problems
 
 
+def _is_fetched(data: DataConf) -> bool:
+    """Whether any part of `data.root` is to be fetched."""
+    parts = (data.root or "").split("::")
+    return data.source == SourceKind.webdataset and any(REMOTE.match(part) for part in parts)
+
+
 def _source_problems(data: DataConf) -> list[str]:
     problems = []
     for name, value in changed(data, *_READERS).items():
@@ -182,7 +187,7 @@ def _source_problems(data: DataConf) -> list[str]:
     for name, meaning in _NEEDS[data.source].items():
         if not values[name]:
             problems.append(f"data={data.source} needs data.{name}={meaning}")
-    if data.source == SourceKind.webdataset and data.download and data.root and not re.search(REMOTE, data.root):
+    if data.source == SourceKind.webdataset and data.download and data.root and not _is_fetched(data):
         problems.append(f"data.download=True would be ignored: data.root={data.root} is neither a URL nor pipe:COMMAND")
     if data.label_separator == "":
         problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")

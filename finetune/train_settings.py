@@ -96,7 +96,7 @@ class TrainConf:
         0.0, "save within an epoch when the last save is so many minutes old; 0: at the end of epochs only", at_least=0
     )
     max_save_share: float = setting(
-        0.1,
+        0.05,
         "share of the time that saving at the ends of epochs may take: an epoch that comes too soon is saved with a"
         " later one; 1: every epoch is saved",
         above=0,

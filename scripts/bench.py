@@ -3,6 +3,7 @@
     python scripts/bench.py                                    every row, three repetitions: about an hour on two cores
     python scripts/bench.py --rows frozen --repeats 1          one row, once
     python scripts/bench.py --rows full --rivals timm transformers
+    python scripts/bench.py --rows frozen --model vit_base_patch32_224 vit_base_patch16_224 --fix-layer 3 6 9
     python scripts/bench.py --device cuda --model vit_base_patch16_224 --images 4000 --val-images 400 --batch-size 256
 
 Rows:
@@ -62,6 +63,7 @@ from finetune.plan import prepare
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
 STATUS = Path("/proc/self/status")
 Run = Callable[[Task, Flags], Outcome]
+LOOPS: dict[str, Run] = {"plain": bench_arms.plain, "tuned": bench_arms.tuned, "ours": bench_arms.ours}
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,20 @@ def main() -> int:
         "environment": environment(device),
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "models": {},
         "rows": [],
     }
-    print(f"{report['machine']}; {given.model}, {given.images} training and {given.val_images} validation images")
+    print(f"{report['machine']}; {given.images} training and {given.val_images} validation images")
     print(f"load average {report['load_average']}; command: {report['command']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(given, Path(folder))
-        for name in given.rows:
-            report["rows"].append(_optimizer_row(given) if name == "optimizer" else bench.row(name))
-        report |= {"workers": bench.workers, "matmul_peak": bench.peaks}
+        for model in given.model:
+            bench = Bench(given, model, Path(folder) / model)
+            report["models"][model] = {"workers": bench.workers, "matmul_peak": bench.peaks}
+            for name in given.rows:
+                if name != "optimizer":
+                    report["rows"] += [bench.row(name, fix_layer) for fix_layer in bench.fix_layers(name)]
+        if "optimizer" in given.rows:
+            report["rows"].append(_optimizer_row(given))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "bench.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     bench_report.draw(report, given.out / "bench.png")
@@ -146,7 +153,10 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "optimizer"], default=[*ROWS, "optimizer"])
-    parser.add_argument("--model", default="vit_base_patch32_224", help="a ViT of timm")
+    parser.add_argument("--model", nargs="+", default=["vit_base_patch32_224"], help="ViTs of timm")
+    parser.add_argument(
+        "--fix-layer", nargs="+", type=int, default=[], help="of frozen, views, sweep, one after another"
+    )
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--val-images", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -156,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch, for every arm; 0: torch's own choice")
     parser.add_argument("--workers", default="auto", help="of the other loops; auto: what is fastest for tuned here")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=[*LOOPS], help="leave the others out")
     parser.add_argument("--rivals", nargs="*", choices=[*bench_rivals.ARMS], default=[])
     parser.add_argument("--compile", action="store_true", help="torch.compile in the tuned arm")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="more words for our command line")
@@ -164,11 +175,11 @@ def _arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """Images, first weights and machine of one call, and the measuring of a row."""
+    """Images and first weights of one model, and the measuring of a row."""
 
-    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, given: argparse.Namespace, model: str, folder: Path) -> None:
         """Render the images and draw the weights."""
-        self.given, self.folder = given, folder
+        self.given, self.model, self.folder = given, model, folder
         self.workers = -1 if given.workers == "auto" else int(given.workers)
         self.peaks: dict[str, float] = {}
         self.counter = itertools.count()
@@ -177,7 +188,7 @@ class Bench:
         )
         make_images(folder / "images", given.images, given.val_images)
         make_images(folder / "few", 2 * given.batch_size + 3, 8, suffix=".png")
-        common = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
+        common = {"model": model, "batch_size": given.batch_size, "device": given.device}
         self.task = Task(folder / "images", folder / "first.safetensors", extra=tuple(given.ours), **common)
         write_weights(self.task)
         self.blocks = our_model(self.task, load=False, device="meta")[0].num_blocks
@@ -187,19 +198,31 @@ class Bench:
         if self.half:
             self.peaks["bf16"] = matmul_peak(self.task, torch.bfloat16)
         for word, peak in self.peaks.items():
-            print(f"matmul peak on the model's own shapes, {word}: {peak / 1e9:,.0f} GFLOP/s")
+            print(f"\n{model}: matmul peak on its own shapes, {word}: {peak / 1e9:,.0f} GFLOP/s")
         print(f"workers of the other loops: {self.workers}", flush=True)
 
-    def row(self, name: str) -> dict[str, Any]:
+    def fix_layers(self, name: str) -> list[int]:
+        """`fix_layer` of a row, or those that were asked for."""
+        below = ROWS[name].frozen_below
+        if below is None:
+            return [-1]
+        asked: list[int] = self.given.fix_layer if below < 0 else []
+        for fix_layer in asked:
+            if not 0 <= fix_layer < self.blocks:
+                sys.exit(
+                    f"error: --fix-layer {fix_layer}: {self.model} has {self.blocks} blocks, one of them must learn"
+                )
+        return asked or [self.blocks + below]
+
+    def row(self, name: str, fix_layer: int) -> dict[str, Any]:
         """Check that the arms do the same, then time them in turn."""
         row = ROWS[name]
         epochs = self.given.epochs or row.epochs
-        fix_layer = -1 if row.frozen_below is None else self.blocks + row.frozen_below
         task = replace(self.task, epochs=epochs, fix_layer=fix_layer, augment=row.augment)
         arms = self._arms(row)
         for arm in arms:
             replace(task, precision=arm["precision"]).prepare()
-        title = row.title.format(frozen=fix_layer, blocks=self.blocks, epochs=epochs)
+        title = f"{self.model}: {row.title.format(frozen=fix_layer, blocks=self.blocks, epochs=epochs)}"
         print(f"\n## {title}", flush=True)
         self._check(arms, task)
         for repeat in range(self.given.repeats):
@@ -214,7 +237,14 @@ class Bench:
             arm["share_of_peak"] = work / bench_report.median(arm) / self.peaks[arm["precision"]]
             del arm["run"], arm["outcome"]
         print(bench_report.table(title, arms), flush=True)
-        return {"name": name, "title": title, "epochs": epochs, "fix_layer": fix_layer, "arms": arms}
+        return {
+            "name": name,
+            "title": title,
+            "model": self.model,
+            "epochs": epochs,
+            "fix_layer": fix_layer,
+            "arms": arms,
+        }
 
     def work(self, task: Task, views: int, *, ours: bool, runs: int) -> float:
         """FLOPs of the matrix products of one run: a loop that computes everything every time, or ours.
@@ -239,15 +269,15 @@ class Bench:
         return once + task.epochs * (images * (flops.training - prefix) + val * (flops.forward - prefix))
 
     def _arms(self, row: Row) -> list[dict[str, Any]]:
-        loops: dict[str, Run] = {"plain": bench_arms.plain, "tuned": bench_arms.tuned, "ours": bench_arms.ours}
         half = self.half
         wanted = [
             (loop, precision)
             for loop, full, halved in row.loops
+            if loop in self.given.loops
             for precision in (["fp32"] if full or not half else []) + ([half] if halved and half else [])
         ]
         wanted += [(rival, half or "fp32") for rival in self.given.rivals]
-        loops |= bench_rivals.ARMS
+        loops = LOOPS | bench_rivals.ARMS
         return [
             {
                 "name": f"{loop} {precision}",

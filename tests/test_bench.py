@@ -99,15 +99,17 @@ def test_images_are_the_same_in_every_run() -> None:
 
 
 def test_the_script_measures_prints_and_draws(tmp_path: Path) -> None:
-    """A row, in a process of its own, as a person types it."""
-    words = "--model test_vit --images 6 --val-images 4 --batch-size 4 --epochs 1 --repeats 1 --workers 0 --rows head"
+    """Rows, in a process of its own, as a person types it."""
+    words = "--model test_vit --images 6 --val-images 4 --batch-size 4 --epochs 1 --repeats 1 --workers 0"
+    words += " --rows frozen head --fix-layer 2 4 --loops tuned ours"
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *words.split(), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "only the head learns, 1 epochs" in done.stdout
     report = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
-    (row,) = report["rows"]
-    assert {arm["loop"] for arm in row["arms"]} == {"tuned", "ours"}
-    assert all(len(arm["seconds"]) == 1 and arm["share_of_peak"] > 0 for arm in row["arms"])
+    assert [row["fix_layer"] for row in report["rows"]] == [2, 4, 7]
+    for row in report["rows"]:
+        assert {arm["loop"] for arm in row["arms"]} == {"tuned", "ours"}
+        assert all(len(arm["seconds"]) == 1 and arm["share_of_peak"] > 0 for arm in row["arms"])
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -115,13 +115,16 @@ LONG, SHORT = 4, 3
 
 
 def tiff(
-    data: bytes, shape: Sequence[int], bits: int, kind: int, *, order: str = "<", extra: int | None = None
+    data: bytes, shape: Sequence[int], bits: int, kind: int | None, *, order: str = "<", extra: int | None = None
 ) -> bytes:
-    """One uncompressed strip. `extra`: what the channel behind the colours is, 1 premultiplied alpha, 2 alpha."""
+    """One uncompressed strip.
+
+    `kind` None: no such tag. `extra`: what the channel behind the colours is, 1 premultiplied alpha, 2 alpha.
+    """
     height, width, channels = shape
     entries = {256: (LONG, [width]), 257: (LONG, [height]), 258: (SHORT, [bits] * channels), 259: (SHORT, [1])}
-    entries |= {262: (SHORT, [kind]), 273: (LONG, [8]), 277: (SHORT, [channels]), 278: (LONG, [height])}
-    entries |= {279: (LONG, [len(data)])} | ({} if extra is None else {338: (SHORT, [extra])})
+    entries |= {273: (LONG, [8]), 277: (SHORT, [channels]), 278: (LONG, [height]), 279: (LONG, [len(data)])}
+    entries |= {tag: (SHORT, [value]) for tag, value in ((262, kind), (338, extra)) if value is not None}
     data += bytes(len(data) % 2)
     behind, listed = b"", struct.pack(f"{order}H", len(entries))
     start = 8 + len(data) + 2 + 12 * len(entries) + 4
@@ -138,14 +141,15 @@ def tiff(
 def test_tiff_of_16_bits_in_either_order_of_bytes(order: str) -> None:
     values = drawn(HEIGHT, WIDTH, 4, below=2**16)
 
-    def stored(channels: int, kind: int, extra: int | None = None) -> bytes:
+    def stored(channels: int, kind: int | None, extra: int | None = None) -> bytes:
         part = values[..., :channels]
         return tiff(part.astype(f"{order}u2").tobytes(), part.shape, 16, kind, order=order, extra=extra)
 
     assert_read(stored(1, BLACK_IS_ZERO), grey(values[..., :1], 65535), ROUNDED)
     assert_read(stored(3, TIFF_RGB), values[..., :3] * 255 / 65535, BYTE)
     assert_read(stored(4, TIFF_RGB, 2), on_white(values[..., :3] * 255 / 65535, values[..., 3:] / 65535), TWO_BYTES)
-    either = (stored(1, WHITE_IS_ZERO), 255 - grey(values[..., :1], 65535)), (stored(4, INKS), inks(values, 65535))
+    either = [(stored(1, WHITE_IS_ZERO), 255 - grey(values[..., :1], 65535)), (stored(4, INKS), inks(values, 65535))]
+    either.append((stored(1, None), grey(values[..., :1], 65535)))  # as most writers that forget it mean it
     for data, expected in either:  # in one order of bytes Pillow, or an older one, does not know them
         try:
             found = levels(data)

@@ -123,3 +123,22 @@ def test_shards(tmp_path: Path, folder: Path, place: str) -> None:
     (tmp_path / place).chmod(0o755)
     what = "read" if place.endswith("tar") else "listed"
     assert code == 1 and f"{tmp_path / place} may not be {what} (permission denied)" in line, line
+
+
+@pytest.mark.parametrize(
+    ("cache", "mode"),
+    [("data.cache=disk", 0o500), ("data.cache=disk", 0), ("prefix.cache=disk", 0o500)],
+)
+def test_a_cache_that_may_not_be_written_ends_the_run_only_where_it_was_asked_for(
+    tmp_path: Path, folder: Path, cache: str, mode: int
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    words = ["data=folder", f"data.root={folder}", "augment=none", "optim.fix_layer=2"]
+    code, (line,) = start(tmp_path, *words, cache)
+    shutil.rmtree(tmp_path / "run")
+    without = start(tmp_path, *words)
+    (tmp_path / "cache").chmod(0o755)  # for who clears up
+    assert code == 1
+    assert line.startswith(f"error: cannot use {tmp_path / 'cache'}/") and "data.cache_dir" in line, line
+    assert without == (0, [])

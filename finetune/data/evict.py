@@ -53,14 +53,25 @@ def made_once(entry: Path, make: Callable[[], None]) -> Held:
     Args:
         entry: A folder, there only when it is whole.
         make: Makes it, beside its place as `KEY.*.tmp`, and renames it.
+
+    Raises:
+        OSError: The folder of entries cannot be made, written or read.
     """
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    while (held := hold(entry)) is None:
+    try:
+        held = hold(entry)
+        if held is None:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            lock_of(entry).touch()  # the first thing that a folder without the right to write refuses
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot use {entry.parent}: {reason}; data.cache_dir puts caches elsewhere") from error
+    while held is None:
         with locked(lock_of(entry)):
             if not entry.is_dir():  # another run may have made it while this one waited
                 remove_left(entry)
                 make()
                 assert entry.is_dir(), entry
+        held = hold(entry)
     return held
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from finetune.data.verdicts import locked
+from finetune.data_settings import REMOTE
 
 TRIES = 5  # in a row that bring nothing new
 DELAY_S = 1.0  # ahead of the second try; twice that ahead of the next, and so on
@@ -39,7 +40,7 @@ Check = Callable[[Path], None]
 
 def is_remote(place: str) -> bool:
     """Whether `place` is fetched: a URL, or `pipe:` and a command."""
-    return re.match(r"(pipe|https?):", place) is not None
+    return REMOTE.match(place) is not None
 
 
 class StoppedError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ def choose(
     if need.passes <= 1 and not shared:
         return PrefixCache.none, "each would be read once"
     kinds = [PrefixCache.device] if device.type == "cuda" else []
-    for kind in [*kinds, PrefixCache.ram, PrefixCache.disk]:
+    on_disk = [PrefixCache.disk] if _is_writable(_existing(folder)) else []
+    for kind in [*kinds, PrefixCache.ram, *on_disk]:
         room = SHARE[kind] * free(kind, device, folder, conf.prefix.max_gib)
         if size <= room and measured.bytes / READ[kind] < measured.seconds:
             return (
@@ -139,8 +141,16 @@ def free(kind: PrefixCache, device: torch.device, folder: Path, max_gib: float) 
     if kind in (PrefixCache.ram, PrefixCache.device):
         available = free_memory()
         return float("inf") if available is None else float(available)
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
-    return min(max_gib * GIB, float(shutil.disk_usage(existing).free))
+    return min(max_gib * GIB, float(shutil.disk_usage(_existing(folder)).free))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
+    return next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
+
+
+def _is_writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def _too_small(conf: Conf, kind: PrefixCache, size: int, room: float, measured: Measured) -> str:
