@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from finetune.config import PrefixCache
+import torch
+
+from finetune.config import OnError, Precision, PrefixCache
 from finetune.data import Loader
 from finetune.data.streams import num_views
 from finetune.data.verdicts import cache_folder
@@ -18,15 +20,19 @@ from finetune.prefix import (
     Keep,
     Need,
     choose,
+    is_roomy,
     measure,
     prefix_digest,
     split_digest,
     why_not_in_training,
 )
 from finetune.prefix.choice import Measured
+from finetune.schema import changed
 from finetune.shelf import Shelf, is_shared, open_shelf
 
 logger = logging.getLogger("finetune")
+
+IN_MEMORY = (PrefixCache.device, PrefixCache.ram)
 
 
 @dataclass
@@ -58,12 +64,14 @@ class Feeding:
         conf, model = parts.conf, parts.model
         if model.num_frozen and not model.is_chain:
             _refuse_ignored(parts)
+            logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
         self.first_layer = model.boundary
         self._parts = parts
         self._check = check
         self._val = parts.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._kept: _Kept | None = None
+        self._names: list[str] = []  # of this run's blocks in memory, as they begin
         if self.first_layer:
             self._prefix = FrozenPrefix(
                 model, batch_size=conf.data.batch_size, autocast=parts.autocast(), dtype=parts.dtype
@@ -77,11 +85,10 @@ class Feeding:
         if self._kept is None:
             return self._feed(train, "train", None), self._feed(val, "val", None)
         passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + parts.built.has_zeroshot
-        val_keep, val_why = self._keep(val, "val", passes, already=0)
+        val_keep, val_why, missing = self._keep(val, "val", passes)
         fresh = why_not_in_training(conf)
         if fresh is None:
-            already = 0 if val_keep is None else len(val.split)
-            keep, why = self._keep(train, "train", conf.train.epochs / num_views(conf.augment), already=already)
+            keep, why, _ = self._keep(train, "train", conf.train.epochs / num_views(conf.augment), beside=missing)
         else:
             keep, why = None, fresh
         self._say(keep, why, val_keep, val_why)
@@ -98,7 +105,7 @@ class Feeding:
         if self._kept is None:
             return self._feed(loader, "test", None)
         try:
-            keep, why = self._keep(loader, "test", 1.0 + self._parts.built.has_zeroshot, already=0)
+            keep, why, _ = self._keep(loader, "test", 1.0 + self._parts.built.has_zeroshot)
         except ValueError as error:  # no room: no reason to fail now, when all the training is done
             keep, why = None, str(error)
         logger.debug("frozen layers on test: %s", why)
@@ -107,36 +114,53 @@ class Feeding:
     def _settle(self, prefix: FrozenPrefix) -> _Kept:
         parts, conf = self._parts, self._parts.conf
         measured = measure(prefix, self._val, conf.prefix.dtype, parts.dtype)
-        computing = {
-            **environment(parts.device),
-            "dtype": str(parts.dtype),
-            "kept as": str(prefix.kept_as),
-            "batch size": str(conf.data.batch_size),
-        }
         shelf, digest = open_shelf(), ""
         if conf.prefix.cache != PrefixCache.none:
-            digest = prefix_digest(parts.model, parts.model_conf, computing)
-            shelf.keep(digest)
+            digest = prefix_digest(parts.model, parts.model_conf, computing(parts, measured.dtype))
+            shelf.keep(*(f"{kind}-{digest}" for kind in IN_MEMORY))
         return _Kept(digest, measured, shelf)
 
-    def _keep(self, loader: Loader, split: str, passes: float, *, already: int) -> tuple[Keep | None, str]:
-        """Where a split's activations go, or None, and why."""
+    def _keep(
+        self, loader: Loader, split: str, passes: float, *, beside: Mapping[PrefixCache, int] | None = None
+    ) -> tuple[Keep | None, str, dict[PrefixCache, int]]:
+        """Where a split's activations go, or None; why; and how many of them are still to come there.
+
+        Args:
+            loader: Of the split.
+            split: Its name.
+            passes: How often each is read.
+            beside: How many of another split are still to come, by place.
+        """
         parts, kept = self._parts, self._kept
         assert kept is not None
         conf, is_train = parts.conf, split == "train"
-        views = num_views(conf.augment) if is_train else 1
         most = loader.most_showings()
         assert most is not None, "see why_not_in_training"
-        images = int(most.sum()) * views
+        if conf.prefix.cache == PrefixCache.none:
+            return None, "prefix.cache=none", {}
+        augment = conf.augment if is_train and conf.augment.recipe != "none" else None
+        skip = conf.data.on_error == OnError.skip
+        digest = split_digest(loader.split, most, parts.built.preprocess, augment, conf.seed, skip=skip)
         folder = cache_folder(conf.data.cache_dir) / "activations"
-        need = Need(images + already, passes)
+        places = {
+            kind: Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, conf.prefix.max_gib, kept.measured.bytes)
+            for kind in (*IN_MEMORY, PrefixCache.disk)
+        }
+        images, views = int(most.sum()), range(num_views(conf.augment) if is_train else 1)
+        self._names += [f"{kind}-{places[kind].name}" for kind in IN_MEMORY]
+        need = Need(
+            images * len(views),
+            passes,
+            there={kind: images * sum(map(place.is_there, views)) for kind, place in places.items()},
+            beside=beside or {},
+            spare={kind: kept.shelf.spare(f"{kind}-", *self._names) for kind in IN_MEMORY},
+        )
         kind, why = choose(conf, kept.measured, need, parts.device, folder, shared=is_shared())
         if kind == PrefixCache.none:
-            return None, why
-        augment = conf.augment if is_train and conf.augment.recipe != "none" else None
-        digest = split_digest(loader.split, parts.built.preprocess, augment, conf.seed)
-        limit = int(conf.prefix.max_gib * 2**30)
-        return Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, limit, kept.measured.bytes), why
+            return None, why, {}
+        if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, parts.device):
+            kept.shelf.keep(*self._names)
+        return places[kind], why, {kind: need.images - need.there[kind]}
 
     def _feed(self, loader: Loader, split: str, keep: Keep | None) -> Feed:
         return Feed(
@@ -157,18 +181,31 @@ class Feeding:
             self.first_layer - 1,
             1000 * measured.seconds,
             measured.bytes / 1000,
-            str(self._prefix.kept_as).removeprefix("torch."),
+            str(measured.dtype).removeprefix("torch."),
         )
         for split, place, reason in (("train", keep, why), ("val", val_keep, val_why)):
             where = "computed every time" if place is None else f"computed once, kept ({place.kind})"
             logger.info("  %s: %s: %s", split, where, reason)
 
 
+def computing(parts: Parts, kept_as: torch.dtype) -> dict[str, str]:
+    """How a run computes its frozen layers, in words: whatever of it changes their last bits."""
+    conf = parts.conf
+    return {
+        **environment(parts.device),
+        "dtype": str(parts.dtype),
+        "tf32": str(conf.precision == Precision.tf32),
+        "deterministic": str(conf.deterministic),
+        "kept as": str(kept_as),
+        "batch size": str(conf.data.batch_size),
+    }
+
+
 def _refuse_ignored(parts: Parts) -> None:
     """Settings of a prefix that a model without slices has not."""
     prefix, name = parts.conf.prefix, type(parts.model.net).__name__
-    for key, value in (("cache", prefix.cache), ("dtype", prefix.dtype)):
-        if value not in ("auto", "none"):
+    for key, value in changed(prefix, "cache", "dtype", "max_gib").items():
+        if value != PrefixCache.none:
             raise ValueError(
                 f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only whole, so its"
                 f" frozen layers cannot run apart; leave it out, or take a model that is (python -m finetune.describe)"

@@ -306,8 +306,9 @@ def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Res
     """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
     start = state.first_layer
     try:
-        if feed.will_fork:
+        if feed.will_fork(0):
             saver.wait()  # no process is forked while another thread holds who knows what
+        feed.prepare_if_possible(0)
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
             put_weights(saver.best_weights(), parts.model, parts.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.

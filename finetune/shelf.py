@@ -12,19 +12,27 @@ class Shelf:
 
     def __init__(self) -> None:
         """Empty."""
-        self._things: dict[str, Any] = {}
+        self._things: dict[str, tuple[Any, int]] = {}
 
     def get(self, name: str) -> Any | None:
         """What was put there under that name."""
-        return self._things.get(name)
+        return self._things.get(name, (None, 0))[0]
 
-    def put(self, name: str, thing: Any) -> None:
+    def put(self, name: str, thing: Any, num_bytes: int) -> None:
         """Keep it."""
-        self._things[name] = thing
+        self._things[name] = thing, num_bytes
 
-    def keep(self, beginning: str) -> None:
-        """Let go of everything whose name does not begin so: another run needs the memory."""
-        self._things = {name: thing for name, thing in self._things.items() if name.startswith(beginning)}
+    def spare(self, where: str, *beginnings: str) -> int:
+        """Bytes of everything that lies `where`, as its name begins, but for what begins with one of these."""
+        return sum(
+            size
+            for name, (_, size) in self._things.items()
+            if name.startswith(where) and not name.startswith(beginnings)
+        )
+
+    def keep(self, *beginnings: str) -> None:
+        """Let go of everything whose name begins with none of these: another run needs the memory."""
+        self._things = {name: kept for name, kept in self._things.items() if name.startswith(beginnings)}
 
 
 _open: list[Shelf] = []

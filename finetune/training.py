@@ -44,14 +44,14 @@ def train_to_the_end(
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
-        if train.will_fork:
+        if train.will_fork(epoch):
             saver.wait()  # no process is forked while another thread holds who knows what
         train.prepare(epoch)
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
         return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
 
     def val_batches(epoch: int) -> Iterator[Batch]:
-        if val.will_fork:
+        if val.will_fork(0):
             saver.wait()
         # The loop asks a second time where averaged weights are scored, too.
         nonlocal validated

@@ -167,8 +167,7 @@ def test_without_locks_nothing_is_removed_and_the_reason_is_true(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Windows: what looks left by a killed run may be what a living one is making."""
-    for module in ("finetune.data.evict", "finetune.data.pixel_cache"):
-        monkeypatch.setattr(f"{module}.LOCKS", None)
+    monkeypatch.setattr("finetune.data.evict.LOCKS", None)
     folder, split = tmp_path / "cache" / "pixels", images(tmp_path).splits["train"]
     conf = DataConf(cache=CacheKind.disk, cache_dir=str(tmp_path / "cache"), cache_gib=1e-9)
     for kind in ("bicubic", "bilinear"):

@@ -127,7 +127,7 @@ def test_shards(tmp_path: Path, folder: Path, place: str) -> None:
 
 @pytest.mark.parametrize(
     ("cache", "mode"),
-    [("data.cache=disk", 0o500), ("data.cache=disk", 0), ("prefix.cache=disk", 0o500)],
+    [("data.cache=disk", 0o500), ("data.cache=disk", 0), ("prefix.cache=disk", 0o500), ("prefix.cache=disk", 0)],
 )
 def test_a_cache_that_may_not_be_written_ends_the_run_only_where_it_was_asked_for(
     tmp_path: Path, folder: Path, cache: str, mode: int

@@ -40,14 +40,19 @@ from finetune.config import (
     TrainConf,
     validate,
 )
+from finetune.data import ImageError
+from finetune.data.evict import held_bytes
 from finetune.data.order import epoch_order, most_showings
+from finetune.feeding import computing
 from finetune.layers import freeze
-from finetune.prefix import FrozenPrefix
+from finetune.parts import build_parts
+from finetune.prefix import Feed, FrozenPrefix, Need, choice, choose, store
+from finetune.prefix.choice import Measured
 from finetune.prefix.feed import found_in
 from finetune.prefix.store import Builder, open_on_disk
 from finetune.records import timeless
 from finetune.run import run
-from finetune.shelf import shared_between_runs
+from finetune.shelf import open_shelf, shared_between_runs
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,7 @@ def test_balanced_sampling_keeps_every_showing(pictures: Path, tmp_path: Path) -
     conf = settings(pictures)
     conf = replace(conf, data=replace(conf.data, balance=Balance.sampling))
     assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 1.0]
 
 
 def test_every_showing_of_every_epoch_has_a_slot() -> None:
@@ -160,7 +166,13 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(pictures: Path, t
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])  # its header is whole: the check at the start does not see it
     plain = came_out(conf, tmp_path / "none")
-    assert_same(plain, came_out(with_cache(conf, "disk"), tmp_path / "disk"))
+    for name in ("disk", "again"):  # the second takes what the first has kept, and says what it goes without
+        assert_same(plain, came_out(with_cache(conf, "disk"), tmp_path / name))
+        assert victim.name in (tmp_path / name / "skipped.txt").read_text()
+        assert "left out" in (tmp_path / name / "run.log").read_text()
+    assert hits(tmp_path / "again") == [1.0, 1.0, 1.0]
+    with pytest.raises(ImageError, match=victim.name):
+        came_out(replace(with_cache(conf, "disk"), data=replace(data, on_error=OnError.stop)), tmp_path / "stop")
 
 
 def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_path: Path) -> None:
@@ -176,6 +188,15 @@ def test_mixup_is_not_kept(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1, mixup=0.5))
     assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
     assert "MixUp" in (tmp_path / "ram" / "run.log").read_text()
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
+
+
+def test_images_drawn_with_replacement_are_not_kept(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures)
+    conf = replace(conf, data=replace(conf.data, epoch_images=20))
+    assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
+    assert "data.epoch_images" in (tmp_path / "ram" / "run.log").read_text()
 
 
 def test_auto_keeps_what_is_read_again(pictures: Path, tmp_path: Path) -> None:
@@ -240,6 +261,116 @@ def test_jobs_share_what_is_on_disk_and_a_change_makes_another(pictures: Path, t
     assert len(entries(tmp_path / "cache")) == len(second) + len(first)
 
 
+WEIGHTS = ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.random, pretrained="none")
+CHANGES: dict[str, dict[str, object]] = {
+    "other weights": {"model": WEIGHTS},
+    "batch size": {"data.batch_size": 8},
+    "precision": {"precision": Precision.bf16},
+    "rounding": {"prefix.dtype": PrefixDtype.fp16},
+    "views": {"augment": AugmentConf(recipe=Recipe.light, views=1, flip=0.5)},
+    "what is done to bad images": {"data.on_error": OnError.skip},
+    "how often each is shown": {"data.balance": Balance.sampling},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_the_numbers_changes_the_name(pictures: Path, tmp_path: Path, name: str) -> None:
+    conf = with_cache(settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1)), "disk")
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")), train=TrainConf(epochs=1))
+    came_out(conf, tmp_path / "a")
+    came_out(conf, tmp_path / "same")
+    assert hits(tmp_path / "same") == [1.0]
+    for key, value in CHANGES[name].items():
+        group, _, field = key.partition(".")
+        conf = replace(conf, **{group: replace(getattr(conf, group), **{field: value}) if field else value})
+    came_out(conf, tmp_path / "b")
+    assert hits(tmp_path / "b") == [0.0]
+
+
+def test_a_changed_image_is_not_taken_for_what_it_was(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    conf = with_cache(settings(root, train=TrainConf(epochs=1)), "disk")
+    came_out(conf, tmp_path / "a")
+    victim = sorted((root / "dark").iterdir())[4]
+    Image.open(victim).rotate(180).save(victim)
+    assert_same(came_out(conf, tmp_path / "b"), came_out(with_cache(conf, "none"), tmp_path / "none"))
+
+
+def test_the_words_of_the_name_tell_tf32_and_deterministic_kernels(pictures: Path, tmp_path: Path) -> None:
+    """No processor here computes in TF32, so only what the name is made of can be looked at."""
+    told = []
+    for changes in ({}, {"precision": Precision.tf32}, {"deterministic": True}):
+        conf = settings(pictures, **changes)
+        parts = build_parts(replace(conf, precision=Precision.fp32), tmp_path)
+        told.append(computing(replace(parts, conf=conf), torch.float32))
+    assert told[0] != told[1] != told[2] != told[0]
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("first", [Balance.none, Balance.sampling])
+def test_jobs_that_show_images_otherwise_do_not_read_each_others(
+    pictures: Path, tmp_path: Path, kind: str, first: Balance
+) -> None:
+    """The same images, views and layers, but another number of showings: each finds its own."""
+    conf = with_cache(settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1)), kind)
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    second = Balance.sampling if first == Balance.none else Balance.none
+    with shared_between_runs():
+        for balance in (first, second):
+            job = replace(conf, data=replace(conf.data, balance=balance))
+            found = came_out(job, tmp_path / balance)
+            assert "damaged" not in (tmp_path / balance / "run.log").read_text()
+    assert_same(found, came_out(with_cache(job, "none"), tmp_path / "alone"))
+
+
+def test_views_stay_on_disk_where_all_of_them_fit(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=3), train=TrainConf(epochs=6))
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    conf = with_cache(conf, "disk")
+    came_out(conf, tmp_path / "a")
+    gib = 1.02 * held_bytes(tmp_path / "cache" / "activations") / 2**30
+    conf = replace(conf, prefix=replace(conf.prefix, max_gib=gib), seed=1)  # other views: those of seed 0 go
+    came_out(conf, tmp_path / "b")
+    assert hits(tmp_path / "b") == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    assert held_bytes(tmp_path / "cache" / "activations") <= gib * 2**30
+
+
+def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second job, and one with other views, where the memory is full of what the first has left."""
+    conf = with_cache(settings(pictures), "ram")
+    with shared_between_runs():
+        came_out(conf, tmp_path / "a")
+        shelf = open_shelf()
+        total = shelf.spare("ram-", "nothing") + 1000
+        monkeypatch.setattr(choice, "free_memory", lambda: total - shelf.spare("ram-", "nothing"))
+        came_out(replace(conf, optim=replace(conf.optim, layer_decay=0.5)), tmp_path / "b")
+        assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
+        came_out(replace(conf, seed=1), tmp_path / "c")
+        assert hits(tmp_path / "c") == [0.0, 0.0, 1.0]
+        assert shelf.spare("ram-", "nothing") < total  # those of seed 0 went
+
+
+def test_a_pass_over_what_is_kept_waits_for_no_save(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a pass that reads images starts processes."""
+    conf = with_cache(settings(pictures), "ram")
+    conf = replace(conf, data=replace(conf.data, workers="1"))
+    told: list[tuple[str, bool]] = []
+    real = Feed.will_fork
+
+    def noted(self: Feed, epoch: int) -> bool:
+        told.append((self._title, real(self, epoch)))
+        return told[-1][1]
+
+    monkeypatch.setattr(Feed, "will_fork", noted)
+    came_out(conf, tmp_path / "run")
+    assert [forks for title, forks in told if title == "train"] == [True, True, False]  # two views, then the first
+    assert [forks for title, forks in told if title == "val"] == [False, False, False]
+    assert [forks for title, forks in told if title == "test"] == [True]
+
+
 def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> None:
     conf = with_cache(settings(pictures), "ram")
     with shared_between_runs():
@@ -250,21 +381,61 @@ def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> Non
     assert hits(tmp_path / "c")[0] == 0.0
 
 
-@pytest.mark.parametrize("damage", ["byte", "short", "meta", "present"])
+@pytest.mark.parametrize("damage", ["byte", "short", "gone", "meta", "empty", "digit", "old"])
 def test_damage_is_found_said_and_mended(pictures: Path, tmp_path: Path, damage: str) -> None:
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
     whole = came_out(conf, tmp_path / "a")
     for entry in entries(tmp_path / "cache"):
-        path = entry / {"byte": "activations", "short": "activations", "meta": "meta.json"}.get(damage, "present.npy")
+        path = entry / ("activations" if damage in ("byte", "short", "gone") else "meta.json")
         data = bytearray(path.read_bytes())
         if damage == "byte":
             data[len(data) // 2] ^= 1
-        path.write_bytes(data if damage == "byte" else data[: len(data) // 2])
+        elif damage == "digit":
+            data[data.index(b"128")] ^= 1  # of the shape: 028
+        elif damage == "old":
+            data = bytearray(data.replace(b'"format": ', b'"format": 1'))
+        else:
+            del data[0 if damage == "empty" else len(data) // 2 :]
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes(data)
     assert_same(whole, came_out(conf, tmp_path / "b"))
     assert "damaged" in (tmp_path / "b" / "run.log").read_text()
     came_out(conf, tmp_path / "c")
     assert hits(tmp_path / "c") == [1.0, 1.0, 1.0]
+
+
+def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other had read it before it was mended, and must not take away what is whole by now."""
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _slow_fill)
+    (place / "activations").write_bytes(b"")
+    real = store.locked
+
+    @contextlib.contextmanager
+    def overtaken(path: Path) -> Iterator[bool]:
+        monkeypatch.setattr(store, "locked", real)
+        assert open_on_disk(place, 4, _slow_fill)[1]  # the other one, in the moment before this one has the lock
+        with real(path) as waited:
+            yield waited
+
+    monkeypatch.setattr(store, "locked", overtaken)
+    block, built = open_on_disk(place, 4, _slow_fill)
+    assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
+
+
+def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _slow_fill)
+    (place / "activations").write_bytes(b"")
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store.os, "rename", refuse)
+    with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
+        open_on_disk(place, 4, _slow_fill)
 
 
 def _slow_fill(builder: Builder) -> None:
@@ -301,7 +472,7 @@ def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -
 def test_what_is_kept_has_a_bound(pictures: Path, tmp_path: Path) -> None:
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, prefix=replace(conf.prefix, max_gib=1e-6))
-    with pytest.raises(ValueError, match=r"need 0\.0. GiB .* enough for [\d,]+ images\. Try prefix\.max_gib="):
+    with pytest.raises(ValueError, match=r"need 0\.0. GiB .* enough for [\d,]+ images in 2 views\. Try prefix\.max_gib="):
         came_out(conf, tmp_path / "run")
 
 
@@ -348,6 +519,85 @@ def test_values_too_large_for_fp16(pictures: Path, tmp_path: Path, monkeypatch: 
     with contextlib.suppress(FloatingPointError):
         came_out(conf, tmp_path / "auto")
     assert "as bfloat16 at the boundary" in (tmp_path / "auto" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["none", "ram"])
+def test_an_image_beyond_fp16_that_comes_later_ends_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """fp16 was chosen by the first batch of validation; one activation of every later one is far above."""
+    real = FrozenPrefix._run
+    seen: list[float] = []
+
+    def run_on(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
+        h = real(self, images)
+        if self.kept_as is not None:
+            h[:, 1, 1] = 1e6
+        return h
+
+    def kept(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
+        values = call(self, images)
+        seen.append(values.abs().max().item())
+        return values
+
+    call = FrozenPrefix.__call__
+    monkeypatch.setattr(FrozenPrefix, "_run", run_on)
+    monkeypatch.setattr(FrozenPrefix, "__call__", kept)
+    conf = with_cache(settings(pictures, precision=Precision.bf16, train=TrainConf(epochs=1)), kind)
+    rows, _, _ = came_out(conf, tmp_path / "run")
+    assert "as float16 at the boundary" in (tmp_path / "run" / "run.log").read_text()
+    assert max(seen) == 65504 and np.isfinite(rows[0]["train/loss"])
+
+
+# --- where to keep them -----------------------------------------------------------------------------------------------
+
+GIB = 2**30
+CHEAP = Measured(seconds=1e-1, loading=1e-3, bytes=GIB // 100, dtype=torch.float32)
+
+
+def chosen(
+    folder: Path, kind: str = "auto", measured: Measured = CHEAP, device: str = "cpu", shared: bool = False,
+    max_gib: float = 50.0, **need: object,
+) -> str:  # fmt: skip
+    """Of 100 activations, 1 GiB, that are read ten times unless said otherwise."""
+    conf = Conf(prefix=PrefixConf(cache=PrefixCache(kind), max_gib=max_gib))
+    needed = Need(**{"images": 100, "passes": 10.0, **need})  # type: ignore[arg-type]
+    return str(choose(conf, measured, needed, torch.device(device), folder, shared=shared)[0])
+
+
+def test_where_activations_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"ram": 4 * GIB, "device": 4 * GIB, "disk": 4 * GIB}
+    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
+    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["device"], 0))
+    there = {"there": {PrefixCache.ram: 100}}
+    assert chosen(tmp_path) == chosen(tmp_path, device="cpu") == "ram"
+    assert chosen(tmp_path, device="cuda") == "device"
+    assert chosen(tmp_path, passes=1.0) == "none" and chosen(tmp_path, passes=1.0, shared=True) == "ram"
+    free["device"] = free["ram"] = int(1.9 * GIB)  # half of it, or 30 %, may be taken unasked
+    assert chosen(tmp_path, device="cuda") == chosen(tmp_path) == "disk"
+    assert chosen(tmp_path, **there) == "ram" and chosen(tmp_path, spare={PrefixCache.ram: GIB}) == "ram"
+    assert chosen(tmp_path, "ram") == "ram"  # asked for, all of it may be taken
+    assert chosen(tmp_path, max_gib=1.2) == "none" and chosen(tmp_path, max_gib=1.3) == "disk"
+    assert chosen(tmp_path, max_gib=1.3, beside={PrefixCache.disk: 10}) == "none"
+    assert chosen(tmp_path, max_gib=1.0, there={PrefixCache.disk: 100}) == "disk"
+    (tmp_path / "file").write_text("")
+    assert chosen(tmp_path / "file" / "cache") == "none"  # no folder can be made there
+    slow_to_read = replace(CHEAP, seconds=1e-4, loading=0.0)  # 10 MB in 5 ms from memory
+    assert chosen(tmp_path, measured=slow_to_read) == "none"
+    assert chosen(tmp_path, measured=replace(slow_to_read, loading=1e-1)) == "disk"
+
+
+def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "free_memory", lambda: GIB // 2)
+    conf = Conf(prefix=PrefixConf(cache=PrefixCache.ram), augment=AugmentConf(recipe=Recipe.light, views=4))
+    for dtype, is_tried in ((torch.float32, True), (torch.float16, False)):
+        with pytest.raises(
+            ValueError, match=r"need 1\.00 GiB and 0\.50 may be taken, enough for 12 images in 4"
+        ) as told:
+            choose(conf, replace(CHEAP, dtype=dtype), Need(100, 9.0), torch.device("cpu"), tmp_path, shared=False)
+        assert ("prefix.dtype=fp16" in str(told.value)) == is_tried
+        assert "prefix.cache=disk" in str(told.value) and "fewer augment.views" in str(told.value)
 
 
 def test_found_in() -> None:

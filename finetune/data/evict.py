@@ -77,7 +77,7 @@ def made_once(entry: Path, make: Callable[[], None]) -> Held:
 
 def hold(entry: Path) -> Held | None:
     """Keep others from removing `entry`, and note that it is used now; None where it is not there."""
-    if not entry.is_dir():
+    if not os.path.isdir(entry):  # nor where it may not be looked at
         return None
     try:
         file = _shared(entry / USED)
@@ -167,6 +167,28 @@ def evict(folder: Path, keep: Path, limit_bytes: int) -> list[Path]:
     for entry in removed:
         logger.info("removed %s: least recently used, and the limit is %.1f GiB", entry, limit_bytes / 2**30)
     return removed
+
+
+def bound(entry: Path, limit_gib: float, needed: int = 0, *, holds: str, mend: str) -> None:
+    """Keep all entries beside `entry` under a limit, of which `needed` bytes are about to be written for it.
+
+    Args:
+        entry: Stays.
+        limit_gib: Of all of them.
+        needed: 0: it is there, and if all of them are too large now, it is said.
+        holds: What they are, in words.
+        mend: What to do about too many.
+    """
+    limit = int(limit_gib * 2**30)
+    evict(entry.parent, entry, limit - needed)
+    total = held_bytes(entry.parent)
+    if not needed and total > limit:
+        why = " that are all in use"
+        if LOCKS is None:
+            why = ", of which none is removed because this system has no locks that tell which are in use"
+        logger.warning(
+            "%s holds %.2f GiB of %s%s, more than %.4g: %s", entry.parent, total / 2**30, holds, why, limit_gib, mend
+        )
 
 
 def held_bytes(folder: Path) -> int:

@@ -216,6 +216,7 @@ class Loader:
         self._loader: DataLoader[Made | ImageError] | None = None
         self._batches: Iterator[Made | ImageError] = iter(())
         self._turn = 0
+        self._measured_s: float | None = None
 
     def __len__(self) -> int:
         """Micro-batches an epoch; the last may be short."""
@@ -262,6 +263,10 @@ class Loader:
     def will_fork(self) -> bool:
         """Whether the next pass may start worker processes."""
         return self._loader is None and self._conf.workers != "0" and self._conf.cache != CacheKind.device
+
+    def leave_out(self, sample: int, reason: str) -> None:
+        """Tell whoever is told of images that are left out of one that somebody else could not read."""
+        self._on_skip(ImageError(self.split.name_of(sample), reason))
 
     def close(self) -> None:
         """End the workers, if there are any. A later epoch starts new ones."""
@@ -310,20 +315,32 @@ class Loader:
             images=self._drawn,
         )
 
-    def _measured(self) -> int:
-        """Workers by the time that the first images take here; what is made is thrown away."""
+    def seconds_per_image(self) -> float:
+        """How long an image takes to load, with as many workers as there are, by measurement; 0 from the device."""
+        if self._conf.cache == CacheKind.device:
+            return 0.0
+        if self._loader is None:
+            self._loader = self._build()
+        return self._cost_s() / max(1, self._loader.num_workers)
+
+    def _cost_s(self) -> float:
+        """Seconds of one core an image, of the first ones, measured once; what is made is thrown away."""
+        if self._measured_s is not None:
+            return self._measured_s
         watch = Stopwatch()
         for sample in range(min(self._conf.batch_size, len(self.split))):
             self._maker[Key([sample], [0], 0)]
             if watch.lap(1):
                 break
-        return choose_workers(watch.cost_s, self._device)
+        self._measured_s = watch.cost_s
+        return self._measured_s
 
     def _build(self) -> DataLoader[Made | ImageError]:
         if self._is_cached:
             self._maker.use(open_cache(self.split, self._step, self._conf), self._step)
             self._is_cached = False  # opened once, also when workers are started again
-        workers = self._measured() if self._conf.workers == "auto" else int(self._conf.workers)
+        is_auto = self._conf.workers == "auto"
+        workers = choose_workers(self._cost_s(), self._device) if is_auto else int(self._conf.workers)
         return DataLoader(
             self._maker,
             batch_size=None,  # a key is a batch already

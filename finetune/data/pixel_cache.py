@@ -30,7 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.data.content import content_digest
 from finetune.data.cores import cores
-from finetune.data.evict import LOCKS, Held, evict, held_bytes, made_once
+from finetune.data.evict import Held, bound, made_once
 from finetune.data.images import ImageError
 from finetune.data.memory import free_memory
 from finetune.data.split import Split
@@ -125,20 +125,8 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
 
 def _bound(place: Path, conf: DataConf, needed: int = 0) -> None:
     """Keep all caches of pixels under `data.cache_gib`, of which `needed` bytes are about to be written at `place`."""
-    limit = int(conf.cache_gib * 2**30)
-    evict(place.parent, place, limit - needed)
-    total = held_bytes(place.parent)
-    if not needed and total > limit:
-        logger.warning(
-            "%s holds %.2f GiB of decoded images%s, more than data.cache_gib=%g: raise it, or use data.cache=none",
-            place.parent, total / 2**30, _why_kept(), conf.cache_gib,
-        )  # fmt: skip
-
-
-def _why_kept() -> str:
-    if LOCKS is None:
-        return ", of which none is removed because this system has no locks that tell which are in use"
-    return " that are all in use"
+    mend = f"raise data.cache_gib={conf.cache_gib:g}, or use data.cache=none"
+    bound(place, conf.cache_gib, needed, holds="decoded images", mend=mend)
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:

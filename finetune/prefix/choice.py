@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from finetune.config import Conf, Precision, PrefixCache, PrefixDtype
+from finetune.config import Conf, PrefixCache, PrefixDtype
 from finetune.data import Loader
 from finetune.data.memory import free_memory
 from finetune.data.streams import num_views
@@ -30,12 +31,16 @@ class Measured:
     """What the frozen layers cost here.
 
     Attributes:
-        seconds: Of one image, loading included.
+        seconds: Of one image in the frozen layers.
+        loading: Seconds until it is there, with the others of a batch.
         bytes: Of one image's activations, as they are kept.
+        dtype: As they are kept.
     """
 
     seconds: float
+    loading: float
     bytes: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,20 @@ class Need:
     Attributes:
         images: Activations to keep, of all views.
         passes: How often each would be read.
+        there: How many of them are kept already, by place: they need no room.
+        beside: How many of another split are still to come, by place: they need room, too.
+        spare: Bytes in memory, by place, that earlier runs of a sweep left, and that would go for these.
     """
 
     images: int
     passes: float
+    there: Mapping[PrefixCache, int] = field(default_factory=dict)
+    beside: Mapping[PrefixCache, int] = field(default_factory=dict)
+    spare: Mapping[PrefixCache, int] = field(default_factory=dict)
+
+    def missing(self, kind: PrefixCache) -> int:
+        """Activations that a place still has to find room for."""
+        return self.images - self.there.get(kind, 0) + self.beside.get(kind, 0)
 
 
 def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: torch.dtype) -> Measured:
@@ -63,9 +78,16 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
     Raises:
         ValueError: The values overflow the dtype that was asked for.
     """
-    began = time.perf_counter()
     images, _, _ = first_batch(loader)
+    on_gpu = images.device.type == "cuda"
+    if on_gpu:  # the first pass also loads kernels
+        prefix.first(images)
+        prefix.forget()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
     h = prefix.first(images)
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / len(images)
     if wanted != PrefixDtype.auto:
         prefix.kept_as = DTYPES[wanted]
@@ -74,9 +96,10 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
                 f"prefix.dtype=fp16: the frozen layers give values up to {h.abs().amax():.3g}, and fp16 ends at 65,504;"
                 " use prefix.dtype=bf16, fp32 or auto"
             )
-    elif dtype != torch.float32:
+    elif dtype != torch.float32 and h.dtype == torch.float32:
         prefix.kept_as = torch.float16 if overflow_safe(h) else torch.bfloat16
-    return Measured(seconds, h[0].numel() * prefix.kept_dtype(h.dtype).itemsize)
+    kept_as = prefix.kept_as or h.dtype
+    return Measured(seconds, loader.seconds_per_image(), h[0].numel() * kept_as.itemsize, kept_as)
 
 
 def why_not_in_training(conf: Conf) -> str | None:
@@ -107,41 +130,50 @@ def choose(
     Raises:
         ValueError: The place that was asked for is too small.
     """
-    kind, size = conf.prefix.cache, need.images * measured.bytes
-    if kind == PrefixCache.none:
-        return kind, "prefix.cache=none"
+    kind, size, max_gib = conf.prefix.cache, measured.bytes, conf.prefix.max_gib
     if kind != PrefixCache.auto:
-        room = free(kind, device, folder, conf.prefix.max_gib)
-        if size > room:
-            raise ValueError(_too_small(conf, kind, size, room, measured))
+        wanted, room = need.missing(kind) * size, _room(kind, measured, need, device, folder, max_gib)
+        if wanted > room:
+            kept = need.there.get(kind, 0) * size
+            raise ValueError(_too_small(conf, kind, wanted + kept, room + kept, measured))
         return kind, f"prefix.cache={kind}"
     if need.passes <= 1 and not shared:
         return PrefixCache.none, "each would be read once"
     kinds = [PrefixCache.device] if device.type == "cuda" else []
     on_disk = [PrefixCache.disk] if _is_writable(_existing(folder)) else []
+    computing = measured.seconds + measured.loading
     for kind in [*kinds, PrefixCache.ram, *on_disk]:
-        room = SHARE[kind] * free(kind, device, folder, conf.prefix.max_gib)
-        if size <= room and measured.bytes / READ[kind] < measured.seconds:
-            return (
-                kind,
-                f"they fit, and computing takes {measured.seconds / (measured.bytes / READ[kind]):.0f} x longer",
-            )
-        if measured.bytes / READ[kind] >= measured.seconds:
+        reading = size / READ[kind]
+        if reading >= computing:
             return PrefixCache.none, "computing them is as fast as reading them"
+        if need.missing(kind) * size <= SHARE[kind] * _room(kind, measured, need, device, folder, max_gib):
+            return kind, f"they fit, and computing takes {computing / reading:.0f} x longer"
     return (
         PrefixCache.none,
-        f"{size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib, augment.views",
+        f"{need.images * size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib, augment.views",
     )
 
 
-def free(kind: PrefixCache, device: torch.device, folder: Path, max_gib: float) -> float:
-    """Bytes that a cache of this kind may take."""
+def is_roomy(kind: PrefixCache, measured: Measured, need: Need, device: torch.device) -> bool:
+    """Whether a place in memory has room for what is missing beside what earlier runs left there."""
+    return need.missing(kind) * measured.bytes <= SHARE[kind] * _free_memory(kind, device)
+
+
+def _room(
+    kind: PrefixCache, measured: Measured, need: Need, device: torch.device, folder: Path, max_gib: float
+) -> float:
+    """Bytes that a place may take beyond those that it has of `need` already."""
+    if kind != PrefixCache.disk:
+        return _free_memory(kind, device) + need.spare.get(kind, 0)
+    bound = max_gib * GIB - need.there.get(kind, 0) * measured.bytes
+    return min(bound, float(shutil.disk_usage(_existing(folder)).free))
+
+
+def _free_memory(kind: PrefixCache, device: torch.device) -> float:
     if kind == PrefixCache.device and device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    if kind in (PrefixCache.ram, PrefixCache.device):
-        available = free_memory()
-        return float("inf") if available is None else float(available)
-    return min(max_gib * GIB, float(shutil.disk_usage(_existing(folder)).free))
+    available = free_memory()
+    return float("inf") if available is None else float(available)
 
 
 def _existing(folder: Path) -> Path:
@@ -155,18 +187,19 @@ def _is_writable(folder: Path) -> bool:
 
 def _too_small(conf: Conf, kind: PrefixCache, size: int, room: float, measured: Measured) -> str:
     """What to say where activations do not fit: how much they need, and what would."""
-    images = int(room // measured.bytes)
+    views = max(1, num_views(conf.augment))
+    images = int(room // measured.bytes) // views
     tries = []
     if kind != PrefixCache.disk:
         tries.append("prefix.cache=disk")
     elif conf.prefix.max_gib * GIB < size:
         tries.append(f"prefix.max_gib={size / GIB + 1:.0f}")
-    if num_views(conf.augment) > 1:
+    if views > 1:
         tries.append("fewer augment.views")
-    if conf.precision == Precision.fp32 or conf.prefix.dtype == PrefixDtype.fp32:
+    if measured.dtype == torch.float32:
         tries.append("prefix.dtype=fp16, which takes half")
     tries.append("or prefix.cache=none")
     return (
         f"prefix.cache={kind}: the activations need {size / GIB:.2f} GiB and {room / GIB:.2f} may be taken, enough for"
-        f" {images:,} images. Try {', '.join(tries)}"
+        f" {images:,} images{f' in {views} views' if views > 1 else ''}. Try {', '.join(tries)}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +16,15 @@ from torch import Tensor
 
 from finetune.config import PrefixCache
 from finetune.data import Batch, ImageError, Loader
-from finetune.data.evict import evict
+from finetune.data.evict import bound
 from finetune.data.mix import Mixer
 from finetune.data.order import Showings
 from finetune.log import Bar
 from finetune.prefix.frozen import FrozenPrefix
-from finetune.prefix.store import Block, Builder, build_in_memory, open_on_disk
+from finetune.prefix.store import Block, Builder, build_in_memory, find_on_disk, open_on_disk
 from finetune.shelf import Shelf
+
+logger = logging.getLogger("finetune")
 
 AHEAD = 2  # batches fetched while the loop computes
 
@@ -34,7 +38,7 @@ class Keep:
         name: Changes with all that the numbers depend on but the view.
         shelf: Where blocks in memory stand.
         folder: Of blocks on disk.
-        limit: Bytes that all blocks on disk may take.
+        max_gib: What all blocks on disk may take.
         bytes_per_image: Of one image's activations.
     """
 
@@ -42,8 +46,22 @@ class Keep:
     name: str
     shelf: Shelf
     folder: Path
-    limit: int
+    max_gib: float
     bytes_per_image: int
+
+    def place(self, view: int) -> Path:
+        """Of a view's block on disk."""
+        return self.folder / f"{self.name}-{view}"
+
+    def is_there(self, view: int) -> bool:
+        """Whether a view is kept already, as far as its name tells."""
+        if self.kind == PrefixCache.disk:
+            return os.path.isdir(self.place(view))
+        return self.shelf.get(self.on_shelf(view)) is not None
+
+    def on_shelf(self, view: int) -> str:
+        """The name of a view's block in memory."""
+        return f"{self.kind}-{self.name}-{view}"
 
 
 class Feed:
@@ -88,7 +106,7 @@ class Feed:
         self._mixer = mixer
         self._check = check
         self._first_slot = self._most.cumsum(0) - self._most
-        self._opened: tuple[int, Block] | None = None
+        self._opened: dict[int, Block] = {}
         self._waited_s = 0.0
         self._began = 0.0
         self._built = False
@@ -97,16 +115,23 @@ class Feed:
         """Micro-batches an epoch; the last may be short."""
         return len(self._loader)
 
-    @property
-    def will_fork(self) -> bool:
-        """Whether the next pass may start processes."""
-        return self._loader.will_fork
+    def will_fork(self, epoch: int) -> bool:
+        """Whether a pass may start processes."""
+        return self._loader.will_fork and (self._keep is None or self._found(self._loader.view(epoch)) is None)
 
     def prepare(self, epoch: int) -> None:
         """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own."""
         self._built = False
         if self._keep is not None:
             self._block(self._loader.view(epoch))
+
+    def prepare_if_possible(self, epoch: int) -> None:
+        """`prepare`; where it turns out that they cannot be kept, the pass will compute them."""
+        try:
+            self.prepare(epoch)
+        except (OSError, ValueError) as error:
+            logger.warning("what the frozen layers give for %s is not kept: %s", self._title, error)
+            self._keep = None
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """One pass, as `Loader.epoch` has it; the first of a batch are what the loop's first layer takes."""
@@ -144,65 +169,103 @@ class Feed:
         assert self._prefix is not None
         samples, occurrences = self._loader.showings(epoch).after(skip * size)
         slots = self._first_slot[samples] + occurrences
-
-        def rows() -> Iterator[tuple[Tensor, Tensor]]:
-            """(slots, numbers of the images) of each batch, without what could not be read."""
-            for start in range(0, len(slots), size):
-                there = block.present[slots[start : start + size]]
-                if not there.any():
-                    raise ImageError(split.name_of(int(samples[start])), "no image of a batch can be read")
-                yield slots[start : start + size][there], samples[start : start + size][there]
-
-        for values, ids in self._fetched(block, rows()):
+        there = block.present[slots]  # without what could not be read
+        counts = [int(part.sum()) for part in torch.split(there, size)] if len(slots) else []
+        values_of = self._fetched(block, slots[there], counts)
+        for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[there], counts), strict=True)):
+            if not len(ids):
+                raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
             targets = split.labels[ids].to(self._device, non_blocking=self._device.type == "cuda")
             yield self._prefix.restore(values), targets, ids
 
-    def _fetched(self, block: Block, rows: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The activations of each batch on the device; read ahead where that takes longer than a copy in memory."""
+    def _fetched(self, block: Block, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
+        """The activations of each batch on the device; read ahead where that takes longer than a copy in memory.
+
+        Args:
+            block: Holds them.
+            slots: Of an epoch, int64 (n,).
+            counts: Images of each batch.
+        """
         assert self._keep is not None
         if self._keep.kind != PrefixCache.disk and block.values.device.type == self._device.type:
-            for slots, ids in rows:
-                yield block.values[slots.to(self._device)], ids
+            # All slots at once: a copy to a GPU in every step would wait for it.
+            for part in torch.split(slots.to(self._device), counts):
+                yield block.values[part]
             return
         with ThreadPoolExecutor(1) as pool:
-            waiting: list[tuple[Future[Tensor], Tensor]] = []
-            for slots, ids in rows:
-                waiting.append((pool.submit(_fetch, block.values, slots, self._device), ids))
+            waiting: list[Future[Tensor]] = []
+            for part in torch.split(slots, counts):
+                waiting.append(pool.submit(_fetch, block.values, part, self._device))
                 if len(waiting) > AHEAD:
-                    yield self._arrived(*waiting.pop(0))
-            for future, ids in waiting:
-                yield self._arrived(future, ids)
+                    yield self._arrived(waiting.pop(0))
+            for future in waiting:
+                yield self._arrived(future)
 
-    def _arrived(self, future: Future[Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _arrived(self, future: Future[Tensor]) -> Tensor:
         began = time.perf_counter()
         values = future.result()
         self._waited_s += time.perf_counter() - began
-        return values.to(self._device, non_blocking=True), ids
+        return values.to(self._device, non_blocking=True)
+
+    def _found(self, view: int) -> Block | None:
+        """The activations of a view where they are there already, from an earlier epoch or run."""
+        keep = self._keep
+        assert keep is not None
+        if view not in self._opened:
+            on_disk = keep.kind == PrefixCache.disk
+            slots = int(self._most.sum())
+            block = find_on_disk(keep.place(view), slots) if on_disk else keep.shelf.get(keep.on_shelf(view))
+            if block is None:
+                return None
+            self._open(view, block)
+        return self._opened[view]
 
     def _block(self, view: int) -> Block:
         """The activations of a view, computed now if they are not there."""
-        if self._opened is not None and self._opened[0] == view:
-            return self._opened[1]
+        block = self._found(view)
+        if block is None:
+            block = self._build(view)
+        assert self._prefix is not None
+        self._prefix.native = block.native
+        return block
+
+    def _build(self, view: int) -> Block:
+        """Compute the activations of a view, unless another run does so meanwhile."""
         keep, slots = self._keep, int(self._most.sum())
-        assert keep is not None and self._prefix is not None
-        name = f"{keep.name}-{view}"
+        assert keep is not None
+        if keep.kind != PrefixCache.disk:
+            where = self._device if keep.kind == PrefixCache.device else torch.device("cpu")
+            block = build_in_memory(slots, lambda builder: self._fill(builder, view), where)
+            keep.shelf.put(keep.on_shelf(view), block, block.values.nbytes)
+            self._opened[view], self._built = block, True
+            return block
 
         def fill(builder: Builder) -> None:
+            self._bound(view, slots * keep.bytes_per_image)
             self._fill(builder, view)
 
-        if keep.kind == PrefixCache.disk:
-            place = keep.folder / name
-            evict(keep.folder, place, max(0, keep.limit - slots * keep.bytes_per_image))
-            block, self._built = open_on_disk(place, slots, fill)
+        block, self._built = open_on_disk(keep.place(view), slots, fill)
+        if self._built:
+            self._opened[view] = block
         else:
-            found = keep.shelf.get(name)
-            self._built = found is None
-            where = self._device if keep.kind == PrefixCache.device else torch.device("cpu")
-            block = found or build_in_memory(slots, fill, where)
-            keep.shelf.put(name, block)
-        self._prefix.native = block.native
-        self._opened = view, block
+            self._open(view, block)
         return block
+
+    def _open(self, view: int, block: Block) -> None:
+        """Take what an earlier epoch or another run has computed; who asks for it is told of what it lacks, too."""
+        self._opened[view] = block
+        if self._keep is not None and self._keep.kind == PrefixCache.disk:
+            self._bound(view)
+        if not block.present.all():
+            absent = torch.arange(len(self._most)).repeat_interleave(self._most)[~block.present]
+            for sample in sorted(set(absent.tolist())):
+                self._loader.leave_out(sample, "could not be read when the frozen layers ran on it")
+
+    def _bound(self, view: int, needed: int = 0) -> None:
+        keep = self._keep
+        assert keep is not None
+        mend = f"raise prefix.max_gib={keep.max_gib:g}, or use prefix.cache=ram or none"
+        bound(keep.place(view), keep.max_gib, needed, holds="activations", mend=mend)
 
     def _fill(self, builder: Builder, view: int) -> None:
         """Run the frozen layers on every showing that an epoch of this view can hold."""

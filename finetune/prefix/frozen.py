@@ -17,6 +17,7 @@ from finetune.layers import LayeredModel
 
 # Kept values stay this many times below what a float16 can hold: images to come may reach further than those seen.
 HEADROOM = 4.0
+LARGEST = torch.finfo(torch.float16).max
 # What autocast would cast anew in every forward pass: the weights of these alone.
 CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
@@ -26,7 +27,8 @@ class FrozenPrefix:
 
     Attributes:
         boundary: How many layers it runs.
-        kept_as: The dtype at the boundary, in which activations can be kept. Set it before the first batch.
+        kept_as: The dtype at the boundary, in which activations can be kept; None: as they come. Set it before the
+            first batch.
         native: The dtype that the layers above take; known after the first batch, or from a cache.
         batch_size: Images of every pass; a shorter batch is filled up.
     """
@@ -49,7 +51,7 @@ class FrozenPrefix:
         """
         assert model.boundary > 0
         self.boundary = model.boundary
-        self.kept_as = torch.float32
+        self.kept_as: torch.dtype | None = None
         self.native = torch.float32
         self.batch_size = batch_size
         self._autocast = autocast
@@ -59,10 +61,16 @@ class FrozenPrefix:
         self._model = model if dtype == torch.float32 else _cast_once(model, dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Activations at the boundary, rounded, as they can be kept. (batch, 3, size, size) -> (batch, ...)."""
+        """Activations at the boundary, rounded, as they can be kept. (batch, 3, size, size) -> (batch, ...).
+
+        What lies beyond float16, where that was chosen by other images, becomes its largest number: infinities would
+        end the run, and an image's few largest values are not what it is known by.
+        """
         h = self._run(images)
         self.native = h.dtype
-        return h.to(self.kept_dtype(h.dtype))
+        if self.kept_as == torch.float16 != h.dtype:
+            h = h.float().clamp(-LARGEST, LARGEST)  # NaN stays what it is
+        return h.to(self.kept_as or h.dtype)
 
     def first(self, images: Tensor) -> Tensor:
         """Activations as they are, unrounded; remembered, so that the pass that begins with these has them already."""
@@ -89,10 +97,6 @@ class FrozenPrefix:
             h: Tensor = self._model(images, stop=self.boundary)
         return h[:count]
 
-    def kept_dtype(self, native: torch.dtype) -> torch.dtype:
-        """What activations of the dtype `native` are kept as: what has 16 bits already stays as it is."""
-        return self.kept_as if native == torch.float32 else native
-
     def restore(self, kept: Tensor) -> Tensor:
         """Kept activations as the layers above take them."""
         return kept.to(self.native)
@@ -100,7 +104,7 @@ class FrozenPrefix:
 
 def overflow_safe(h: Tensor) -> bool:
     """Whether float16 holds these activations, with room for those of other images."""
-    return bool(h.abs().amax() * HEADROOM < torch.finfo(torch.float16).max)
+    return bool(h.abs().amax() * HEADROOM < LARGEST)
 
 
 def _cast_once(model: LayeredModel, dtype: torch.dtype) -> LayeredModel:

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import finetune
 from finetune.config import AugmentConf, ModelConf, as_dict
@@ -48,18 +50,23 @@ def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, 
     return state.hexdigest()
 
 
-def split_digest(split: Split, preprocess: Preprocess, augment: AugmentConf | None, seed: int) -> str:
-    """The images of a split, what is done to them, and how often an epoch can show each. 32 letters and digits.
+def split_digest(
+    split: Split, most: Tensor, preprocess: Preprocess, augment: AugmentConf | None, seed: int, *, skip: bool
+) -> str:
+    """The images of a split, what is done to them, and where each of them lies. 32 letters and digits.
 
     Args:
         split: The images.
+        most: How often an epoch can show each, int64 (n,): so many slots it has, one image's behind another's.
         preprocess: What the model expects.
         augment: In training; None in evaluation, which draws nothing.
         seed: The run's.
+        skip: Whether an image that cannot be read is left out; else it ends the run, so no other's block will do.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     chance = {"augment": None} if augment is None else {"augment": as_dict(augment), "seed": seed}
-    _add(state, {"preprocess": as_dict(preprocess), **chance})
+    _add(state, {"preprocess": as_dict(preprocess), **chance, "skip": skip})
+    state.update(most.numpy().data)
     state.update(content_digest(split))
     return state.hexdigest()
 
@@ -70,10 +77,10 @@ def _add(state: Any, words: Mapping[str, Any]) -> None:
 
 @cache
 def _source_digest() -> str:
-    """Our own code between an image file and the boundary, byte for byte: a change of it makes other activations."""
+    """Our own code, byte for byte, and the versions of what it calls: a change of either makes other activations."""
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
+    _add(state, {name: version(name) for name in ("torchvision", "timm", "open_clip_torch", "numpy")})
     root = Path(finetune.__file__).parent
-    for path in sorted([*root.glob("models/*.py"), *root.glob("data/*.py"), *root.glob("prefix/*.py")]):
+    for path in sorted(root.rglob("*.py")):
         state.update(path.read_bytes())
-    state.update((root / "layers.py").read_bytes())
     return state.hexdigest()

@@ -14,17 +14,19 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.evict import Held, lock_of, made_once
+from finetune.data.evict import Held, hold, lock_of, made_once
 from finetune.data.verdicts import locked
+from finetune.files import write_text
 
 logger = logging.getLogger("finetune")
 
-FORMAT = 1  # raised when the files below change their meaning
+FORMAT = 2  # raised when the files below change their meaning
 PIECE = 64 * 2**20  # bytes that are checked at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,12 +67,11 @@ class Builder:
             native: The dtype that the layers above take.
 
         Raises:
-            ValueError: They overflow the dtype that they are kept in.
+            ValueError: They are not finite.
         """
         if not torch.isfinite(values).all():
             raise ValueError(
-                f"the frozen layers give values that {str(values.dtype).removeprefix('torch.')} cannot hold, or that"
-                " are not finite; use prefix.dtype=bf16 or fp32, and look at the weights if that does not help"
+                "the frozen layers give values that are not finite: look at the weights, and at the images"
             )
         if not present.all():
             full = values.new_zeros(len(present), *values.shape[1:])
@@ -137,11 +138,38 @@ def build_in_memory(slots: int, fill: Fill, device: torch.device) -> Block:
     return Block(builder.values, builder.present, builder.native)
 
 
+def find_on_disk(place: Path, slots: int) -> Block | None:
+    """The block in the folder `place`; None where it is not there, or is damaged, and then it is said so and it goes.
+
+    Returns:
+        A memory map, which nobody removes while it lives.
+
+    Raises:
+        OSError: What is damaged cannot be removed.
+    """
+    held = hold(place)
+    if held is None:
+        return None
+    block, reason = _read(place, slots)
+    if block is None:
+        held.release()
+        with locked(lock_of(place)):
+            block, reason = _read(place, slots)  # another run may have mended it meanwhile
+            if block is None and place.is_dir():
+                logger.warning("the kept activations in %s are damaged (%s): they are computed again", place, reason)
+                _remove(place)
+        held = None if block is None else hold(place)
+    if block is None or held is None:
+        return None
+    block.held = held
+    return block
+
+
 def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
     """The block in the folder `place`, built now if it is not there or is damaged.
 
     Returns:
-        The block, a memory map, which nobody removes while it lives; whether it was built now.
+        As of `find_on_disk`; whether it was built now.
 
     Raises:
         OSError: The folder cannot be written, or is full.
@@ -154,16 +182,21 @@ def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
         _write(place, slots, fill)
         built = True
 
-    while True:
-        held = made_once(place, make)
-        block = _read(place, slots)
-        if block is not None:
-            block.held = held
-            return block, built
+    while (block := find_on_disk(place, slots)) is None:
         assert not built, f"{place} was written just now"
-        held.release()
-        with locked(lock_of(place)):
-            shutil.rmtree(place, ignore_errors=True)
+        made_once(place, make).release()
+    return block, built
+
+
+def _remove(place: Path) -> None:
+    """Take a damaged block away, in one move; only for who has its lock. Who reads it still has what it maps."""
+    gone = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        os.rename(place, gone)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{place} is damaged and cannot be removed: {reason}; remove it by hand") from error
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write(place: Path, slots: int, fill: Fill) -> None:
@@ -177,15 +210,15 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
         finally:
             builder.close()
         assert builder.filled == slots
-        np.save(beside / "present.npy", builder.present.numpy())
         meta = {
             "format": FORMAT,
             "shape": list(builder.shape),
             "dtype": str(builder.dtype).removeprefix("torch."),
             "native": str(builder.native).removeprefix("torch."),
             "checksum": builder.checksum,
+            "present": np.packbits(builder.present.numpy()).tobytes().hex(),
         }
-        (beside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_text(beside / "meta.json", json.dumps({**meta, "own_checksum": _words_checksum(meta)}))
         os.rename(beside, place)
     except OSError as error:
         raise OSError(f"prefix.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
@@ -193,21 +226,25 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _read(place: Path, slots: int) -> Block | None:
-    """The block, or None where it is damaged, and it is said so."""
+def _read(place: Path, slots: int) -> tuple[Block | None, str]:
+    """The block, or None and why it is damaged."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        shape, dtype, native = tuple(meta["shape"]), DTYPES[meta["dtype"]], DTYPES[meta["native"]]
-        present = torch.from_numpy(np.load(place / "present.npy", allow_pickle=False))
-        path = place / "activations"
-        whole = meta["format"] == FORMAT and shape[0] == len(present) == slots and _checksum(path) == meta["checksum"]
-        if whole:
-            return Block(_map(path, shape, dtype), present, native)
-        reason = "its content is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-    logger.warning("the kept activations in %s are damaged (%s): they are computed again", place, reason)
-    return None
+        if meta.pop("own_checksum") != _words_checksum(meta) or meta["format"] != FORMAT:
+            return None, "its description is not what was written"
+        if _checksum(place / "activations") != meta["checksum"]:
+            return None, "its content is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, str(error).splitlines()[0]
+    bits = np.frombuffer(bytes.fromhex(meta["present"]), dtype=np.uint8)
+    present = torch.from_numpy(np.unpackbits(bits, count=slots).astype(bool))
+    assert meta["shape"][0] == slots, "the name of a block tells how many there are"
+    values = _map(place / "activations", tuple(meta["shape"]), DTYPES[meta["dtype"]])
+    return Block(values, present, DTYPES[meta["native"]]), ""
+
+
+def _words_checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
