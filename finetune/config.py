@@ -45,7 +45,7 @@ from finetune.train_settings import Loss as Loss
 from finetune.train_settings import OnNonfinite as OnNonfinite
 from finetune.train_settings import TrainConf as TrainConf
 from finetune.train_settings import measured_metrics as measured_metrics
-from finetune.train_settings import train_problems
+from finetune.train_settings import train_problems as train_problems
 
 
 class Precision(Choice):

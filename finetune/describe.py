@@ -241,9 +241,11 @@ def _precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.dtype, s
     word, note = conf.precision, ""
     if word == Precision.auto:
         on_gpu = conf.device.startswith("cuda") or (conf.device == "auto" and cuda)
+        if on_gpu and cuda:
+            on_gpu = pick_precision(word, torch.device("cuda"), is_wide=is_wide) == torch.bfloat16
         on_cpu = pick_precision(word, torch.device("cpu"), is_wide=is_wide) == torch.bfloat16
         word = Precision.bf16 if on_gpu or on_cpu else Precision.fp32
-        note = " (precision=auto without a GPU; say precision=bf16 for one)"
+        note = " (precision=auto without a GPU that has bfloat16; say precision=bf16 for one)"
         if word == Precision.bf16:
             note = " (precision=auto)" if on_gpu else " (precision=auto: this CPU has it, and the model is wide enough)"
     dtypes = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}

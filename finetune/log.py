@@ -24,6 +24,10 @@ LOGGER = logging.getLogger("finetune")
 
 # How often a bar shows new numbers: each redraw waits for the device, a person reads no faster.
 REDRAW_S = 0.2
+# Columns of a bar beside its title and its numbers; and the numbers that a narrow terminal goes without, the first of
+# them first: tqdm would cut the line off at its end.
+BESIDE = len(" 100%|#| 1:00:00 left, ")
+GIVE_WAY = ("lr", "top1", "kept", "wait")
 
 
 _open_bars: list[Bar] = []  # on the screen now
@@ -147,7 +151,7 @@ class Bar:
         self._shown: dict[str, str] = {}
         self._bar: Any = None
         if total > 0 and sys.stderr.isatty():
-            # Short enough that 80 columns hold all of it; tqdm puts a comma ahead of the postfix.
+            # tqdm puts a comma ahead of the postfix.
             layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             self._bar = tqdm(
                 total=total,
@@ -194,13 +198,22 @@ class Bar:
             self._shown = {name: _SHOWN_AS.get(name, _metric)(value) for name, value in values.items()}
             self._draw()
 
+    @property
+    def images_per_s(self) -> float:
+        """Of the pass so far; 0 before its first batch is done, and where no bar is shown."""
+        done = 0 if self._bar is None else self._bar.n - self._start
+        return done * self._images_a_batch / max(time.monotonic() - self._began, 1e-9)
+
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        images = (self._bar.n - self._start) * self._images_a_batch
-        shown = [f"{name} {text}" for name, text in self._shown.items()]
-        if images:
-            shown.append(f"{images / max(self._drawn - self._began, 1e-9):,.0f} img/s")
-        self._bar.set_postfix_str(" ".join(shown))
+        shown = {name: f"{name} {text}" for name, text in self._shown.items()}
+        if self.images_per_s:
+            shown["img/s"] = f"{self.images_per_s:,.0f} img/s"
+        room = (self._bar.format_dict["ncols"] or 80) - len(self._bar.desc) - BESIDE
+        for name in GIVE_WAY:
+            if len(" ".join(shown.values())) > room:
+                shown.pop(name, None)
+        self._bar.set_postfix_str(" ".join(shown.values()))
 
     def close(self) -> None:
         """Take the bar away; harmless when it is gone."""

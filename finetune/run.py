@@ -21,8 +21,8 @@ from finetune import recipe, report, scores
 from finetune.checkpoint import put_weights
 from finetune.claim import Holding, Result, inspect
 from finetune.compiling import compiled
-from finetune.config import Conf, HeadKind, OnNonfinite, as_dict
-from finetune.device import make_deterministic
+from finetune.config import Conf, HeadKind, OnNonfinite, as_dict, train_problems
+from finetune.device import computed_in, environment, make_deterministic
 from finetune.ema import Ema
 from finetune.feeding import Feeding
 from finetune.files import sweep_temporaries, write_text
@@ -176,7 +176,8 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     promise = first_promise(conf, device, session.holding)
     logger.info("model: %s", built.description)
     logger.info("data: %s", parts.source.description)
-    logger.info("computing on %s in %s; this run: %s", device, str(parts.dtype).removeprefix("torch."), run_dir)
+    result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, parts.dtype)}
+    logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
 
     _optimizer(parts, len(parts.loader("train", train=True)))
     found = find_state(parts)
@@ -253,6 +254,9 @@ def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
     known = None if earlier is None else earlier.get("auto_batch_size")
     size = int(known) if known else choose_batch(parts)
     conf = with_batch(parts.conf, size)
+    problems = train_problems(conf.train)  # more micro-batches a step than anybody asked for
+    if problems:
+        raise ValueError(f"data.batch_size=auto came to {size} images: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(parts, conf=conf)
 

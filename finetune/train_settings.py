@@ -138,6 +138,12 @@ def train_problems(train: TrainConf) -> list[str]:
         problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
     if train.on_nonfinite == OnNonfinite.stop and changed(train, "max_nonfinite"):
         problems.append(f"train.max_nonfinite={train.max_nonfinite} would be ignored: it needs train.on_nonfinite=skip")
+    if train.compile == CompileMode.max_autotune and train.accumulate > 1:
+        problems.append(
+            f"train.compile=max-autotune with train.accumulate={train.accumulate}: CUDA graphs write the gradients of"
+            " every micro-batch to the same memory, over those that were to be added up; use train.compile=default,"
+            " or train.accumulate=1 with a larger data.batch_size"
+        )
     if train.loss != Loss.asl:
         for name, value in changed(train, "asl_gamma_pos", "asl_gamma_neg", "asl_shift").items():
             problems.append(f"train.{name}={value} would be ignored: it needs train.loss=asl")

@@ -61,7 +61,7 @@ def train_to_the_end(
 
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
-            bar.set(**state.sums.means(), lr=state.optimizer.param_groups[-1]["lr"], **_shown(train.stats()))
+            bar.set(**_shown(state, bar, train, gpu))
         for seen in state.guard.take():
             logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
         saver.check()
@@ -112,10 +112,15 @@ def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iter
     into |= feed.stats()
 
 
-def _shown(stats: dict[str, float]) -> dict[str, float]:
-    """Short names for the bar."""
+def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation | None) -> dict[str, float]:
+    """What the bar shows beside the speed, under short names; the means first: they wait for the device."""
+    shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"]}
+    stats, speed = feed.stats(), bar.images_per_s
     names = {"data_wait": "wait", "prefix_hits": "kept"}
-    return {names[name]: value for name, value in stats.items()}
+    shown |= {names[name]: value for name, value in stats.items()}
+    if gpu is not None and speed:
+        shown["mfu"] = gpu.share(speed, stats.get("prefix_hits", 0.0))
+    return shown
 
 
 @contextmanager

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import small_images, small_model
+from test_run import go, small
+from test_run import stripes as stripes  # the fixture
 
 from finetune.claim import Holding
 from finetune.compiling import compiled
-from finetune.config import CompileMode, Conf, TrainConf
+from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, TrainConf, validate
 from finetune.layers import freeze
 from finetune.resume import first_promise
 
 CPU = torch.device("cpu")
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@needs_a_compiler
 def test_the_same_logits_and_gradients() -> None:
     model = small_model("tv-vit")
     freeze(model, 2)
@@ -55,3 +61,41 @@ def test_the_promise_is_weaker() -> None:
     conf = Conf(train=TrainConf(compile=CompileMode.default))
     assert first_promise(conf, CPU, Holding()).kind == "close"
     assert first_promise(Conf(), CPU, Holding()).kind == "bitwise"
+
+
+def last_block(stripes: Path, mode: CompileMode, **changes: object) -> Conf:
+    """An epoch in which the last block of the small ViT learns, and what comes above it; its last batch is short."""
+    vit = ModelConf(family=Family.vit, name="glyph_vit")
+    plain = AugmentConf(recipe=Recipe.none)
+    return small(stripes, model=vit, augment=plain, optim__fix_layer=5, train__epochs=1, train__compile=mode, **changes)
+
+
+@needs_a_compiler
+def test_a_compiled_run_is_the_same_run_but_for_rounding(stripes: Path, tmp_path: Path) -> None:
+    results, weights, losses = [], [], []
+    torch._dynamo.utils.counters.clear()
+    for mode in (CompileMode.none, CompileMode.default):
+        folder = tmp_path / mode.name
+        results.append(go(last_block(stripes, mode), folder))
+        weights.append(load_file(folder / "checkpoints" / "last.safetensors"))
+        losses.append(json.loads((folder / "history.jsonl").read_text())["train/loss"])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (mode == CompileMode.default)
+    for name, weight in weights[0].items():
+        if not name.endswith("qkv.bias"):  # that of keys has no gradient but rounding, and AdamW makes steps of it
+            torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=2e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert [result["promise"] for result in results] == ["bitwise", "close"]
+
+
+def test_graphs_and_accumulation_are_refused_together(stripes: Path, tmp_path: Path) -> None:
+    graphs = CompileMode.max_autotune
+    (problem,) = validate(last_block(stripes, graphs, train__accumulate=2))
+    for word in ("train.compile=max-autotune with train.accumulate=2", "train.compile=default", "train.accumulate=1"):
+        assert word in problem
+    assert not validate(last_block(stripes, CompileMode.default, train__accumulate=2))
+    conf = last_block(stripes, graphs)  # and where nobody asked for micro-batches, but memory makes them
+    conf.data.batch_size, conf.optim.recipe_batch = 0, 128
+    assert not validate(conf)
+    with pytest.raises(ValueError, match=r"batch_size=auto came to 64 images: .*max-autotune with train\.accumulate=2"):
+        go(conf, tmp_path / "run")
+    assert "epoch" not in (tmp_path / "run" / "run.log").read_text()

@@ -50,6 +50,13 @@ def run_fit(
     )
 
 
+def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
+    model = tiny_model()
+    ((images, targets, ids),) = tiny_batches([4], seed=0)
+    with pytest.raises(AssertionError, match="run on into layers that are frozen"):
+        train_step(start(model), [(images.requires_grad_(), targets, ids)], TrainConf(), CPU32)
+
+
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_equals_a_plain_reference_loop(interval: str) -> None:
     model = tiny_model(dropout=0.2)

@@ -122,6 +122,9 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert result["test/top1"] >= 0.95
     assert result["test/top1"] > result["test/zeroshot/top1"]
     assert result["overrides"] == ["model=clip", "sched.mode=cosine_pi", "train.epochs=2"]
+    if result["device"] == "cpu":
+        assert result["computed_in"] == "float32"  # the model is too narrow for anything else
+    assert f"in {result['computed_in']}; this run" in process.out
     assert yaml.safe_load((folder / "config.yaml").read_text())["sched"]["mode"] == "cosine_pi"
 
     # Layer decay 0.75 on 6 blocks: 8 distinct rates, lr * 0.75 ** distance, times the schedule's factor.

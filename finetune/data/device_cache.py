@@ -66,4 +66,7 @@ class DeviceSquares:
             samples = samples[there]
         else:
             errors = []
-        return self._squares[samples.to(self._squares.device)], samples, errors
+        device = self._squares.device
+        early = device.type == "cuda"  # out of pinned memory: any other copy waits until the device is idle
+        index = (samples.pin_memory() if early else samples).to(device, non_blocking=early)
+        return self._squares[index], samples, errors
