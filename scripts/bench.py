@@ -32,16 +32,12 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import ctypes
-import gc
 import itertools
 import json
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,18 +46,16 @@ import bench_arms
 import bench_report
 import bench_rivals
 import torch
-import torch.nn.functional as F
 from bench_arms import Flags, Outcome, final_logits
+from bench_machine import core_seconds, describe, has_bf16, matmul_peak, peak_memory, timed
 from bench_task import Task, make_images, our_model, write_weights
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.cost import count_flops
-from finetune.device import cpu_has_bf16, environment
+from finetune.device import environment
 from finetune.plan import prepare
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
-STATUS = Path("/proc/self/status")
 Run = Callable[[Task, Flags], Outcome]
 LOOPS: dict[str, Run] = {"plain": bench_arms.plain, "tuned": bench_arms.tuned, "ours": bench_arms.ours}
 
@@ -125,7 +119,7 @@ def main() -> int:
         torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     report: dict[str, Any] = {
-        "machine": _machine(device),
+        "machine": describe(device),
         "environment": environment(device),
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
@@ -329,12 +323,12 @@ class Bench:
     def _measure(self, arm: dict[str, Any], task: Task) -> None:
         task, flags = replace(task, precision=arm["precision"]), self._flags(self.workers)
         with peak_memory(task.device) as memory:
-            cores, began = _core_seconds(), time.perf_counter()
+            cores, began = core_seconds(), time.perf_counter()
             arm["outcome"] = arm["run"](task, flags)
             if task.device == "cuda":
                 torch.cuda.synchronize()
             arm["seconds"].append(time.perf_counter() - began)
-            arm["core_seconds"].append(_core_seconds() - cores)
+            arm["core_seconds"].append(core_seconds() - cores)
         if not memory:
             arm["peak_mib"] = arm["rise_mib"] = None
         elif arm["peak_mib"] is not None:
@@ -356,92 +350,6 @@ class Bench:
         return min(seconds, key=lambda workers: seconds[workers])
 
 
-def has_bf16(device: str) -> bool:
-    """Whether bf16 is fast here; elsewhere torch only imitates it."""
-    return torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
-
-
-@torch.inference_mode()
-def matmul_peak(task: Task, dtype: torch.dtype) -> float:
-    """FLOP/s of the four products of a block on a whole batch, each at its best of several calls."""
-    model, preprocess = our_model(task, load=False, device="meta")
-    net: Any = model.net
-    width, hidden = net.embed_dim, net.blocks[0].mlp.fc1.out_features
-    shape = net.patch_embed(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta")).shape
-    tokens = task.batch_size * (shape[1] + net.num_prefix_tokens)
-    flop = seconds = 0.0
-    for narrow, wide in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
-        left = torch.randn(tokens, narrow, device=task.device, dtype=dtype)
-        right = torch.randn(wide, narrow, device=task.device, dtype=dtype)
-        seconds += min(_timed(lambda left=left, right=right: F.linear(left, right), task.device) for _ in range(20))  # type: ignore[misc]
-        flop += 2.0 * tokens * narrow * wide
-    return flop / seconds
-
-
-def _timed(call: Callable[[], Tensor], device: str) -> float:
-    times = 1 if device == "cpu" else 10
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
-
-
-@contextmanager
-def peak_memory(device: str) -> Iterator[dict[str, float]]:
-    """MiB at the highest point within the block, and above its start; empty where that cannot be told.
-
-    On a GPU what torch allocated. On Linux the memory of this process, without its workers', whose high-water mark is
-    set back at the start; what earlier arms left behind (libraries, arenas) is in the peak and not in the rise.
-    """
-    found: dict[str, float] = {}
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        yield found
-        found["peak"] = torch.cuda.max_memory_allocated() / 2**20
-        found["rise"] = found["peak"] - before
-        return
-    if not STATUS.exists():
-        yield found
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        yield found
-        return
-    before = _status("VmRSS")
-    yield found
-    found["peak"] = _status("VmHWM")
-    found["rise"] = found["peak"] - before
-
-
-def _status(field: str) -> float:
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def _core_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    found = environment(device)
-    half = "bf16 in hardware" if has_bf16("cpu") else "no bf16"
-    threads = f"{torch.get_num_threads()} threads on {platform.machine()}"
-    return f"{threads} ({found['processor']}, {half}), torch {torch.__version__}"
-
-
 def _optimizer_row(given: argparse.Namespace) -> dict[str, Any]:
     """One step of AdamW over a ViT-B/16, gradients given."""
     title = "one step of AdamW, 85.9 million parameters of a ViT-B/16"
@@ -450,10 +358,10 @@ def _optimizer_row(given: argparse.Namespace) -> dict[str, Any]:
     arms = bench_arms.optimizers(task)
     for _ in range(max(7, given.repeats)):
         for arm in arms:
-            arm["seconds"].append(_timed(arm["optimizer"].step, given.device))
+            arm["seconds"].append(timed(arm["step"], given.device))
     for arm in arms:
         arm["seconds"] = arm["seconds"][2:]  # the first step makes the moments
-        del arm["optimizer"]
+        del arm["optimizer"], arm["step"]
     print(bench_report.optimizer_table(title, arms), flush=True)
     return {"name": "optimizer", "title": title, "arms": arms}
 

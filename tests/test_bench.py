@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_arms  # noqa: E402
+import bench_machine  # noqa: E402
 import bench_rivals  # noqa: E402
 from bench_task import Task, make_images, our_model, picture, write_weights  # noqa: E402
 
@@ -96,6 +97,17 @@ def test_images_are_the_same_in_every_run() -> None:
     first, again, other = (picture(name, 1, (40, 30)) for name in ("train0", "train0", "train1"))
     assert first.size == (40, 30)
     assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_an_imitated_bf16_is_none(monkeypatch: pytest.MonkeyPatch, has_it: bool) -> None:
+    """An old GPU says yes unless it is asked about hardware, and the tuned arms would then be slower for it."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert bench_machine.has_bf16("cuda") is has_it
 
 
 def test_the_script_measures_prints_and_draws(tmp_path: Path) -> None:
