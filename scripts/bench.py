@@ -1,8 +1,8 @@
 """Fine-tuning from images on disk to the final checkpoint, beside the loops that people write; prints ratios.
 
-    python scripts/bench.py                                    every row, three repetitions: about an hour on two cores
+    python scripts/bench.py                                    every row, three repetitions: hours on two cores
     python scripts/bench.py --rows frozen --repeats 1          one row, once
-    python scripts/bench.py --rows full --rivals timm transformers
+    python scripts/bench.py --rows full --rivals none          without other people's loops
     python scripts/bench.py --rows frozen --model vit_base_patch32_224 vit_base_patch16_224 --fix-layer 3 6 9
     python scripts/bench.py --device cuda --model vit_base_patch16_224 --images 4000 --val-images 400 --batch-size 256
 
@@ -20,8 +20,14 @@ Arms, in turn within one process, each from the same files, first weights, order
     plain       Pillow, DataLoader, fp32, AdamW as it comes, one group a parameter, `loss.item()` at every step
     tuned       the same with autocast, fused AdamW, merged groups, the loss left on the device
     ours        `python -m finetune`, from its command line on, with cold caches; the test set, plots and reports too
+    timm        timm's loader, optimizer and the steps of its training script
+    transformers    Hugging Face's Trainer
 
-Clocks start with what is imported already, for all arms. `x plain` and `x tuned`: how many times as fast.
+The last two run in the rows `frozen` and `full`, where they are installed and know the model; those that `--rivals`
+names, in every row; with `--rivals none`, in no row. `--loops` leaves arms out.
+
+Clocks start with what is imported already, for all arms. `x plain` and `x tuned`: how many times as fast. `bench.json`
+is written anew after every row, so a call that is cut off keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -32,16 +38,12 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import ctypes
-import gc
 import itertools
 import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,18 +52,18 @@ import bench_arms
 import bench_report
 import bench_rivals
 import torch
-import torch.nn.functional as F
 from bench_arms import Flags, Outcome, final_logits
-from bench_task import Task, make_images, our_model, write_weights
-from torch import Tensor
+from bench_machine import core_seconds, describe, has_bf16, matmul_peak, peak_memory, timed
+from bench_task import Task, decoders_apart, make_images, our_model, write_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.cost import count_flops
-from finetune.device import cpu_has_bf16, environment
+from finetune.device import environment
+from finetune.files import write_text
 from finetune.plan import prepare
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
-STATUS = Path("/proc/self/status")
+WEIGHTS = Path("first.safetensors")  # need not be there to look at a model
 Run = Callable[[Task, Flags], Outcome]
 LOOPS: dict[str, Run] = {"plain": bench_arms.plain, "tuned": bench_arms.tuned, "ours": bench_arms.ours}
 
@@ -90,7 +92,9 @@ class Row:
     runs: int = 1
 
 
-RIVALS_ONLY = (("tuned", False, True), ("ours", False, True))
+WITHOUT_PLAIN = (("tuned", False, True), ("ours", False, True))
+# Where `--rivals auto` runs them: the longest rows would take hours.
+WITH_RIVALS = ("frozen", "full")
 ROWS = {
     "frozen": Row(
         "{frozen} of {blocks} blocks frozen, {epochs} epochs, images only resized",
@@ -104,15 +108,15 @@ ROWS = {
         frozen_below=-2,
         augment=("augment=light", "augment.flip=0.5", "augment.views=4"),
         views=4,
-        loops=RIVALS_ONLY,
+        loops=WITHOUT_PLAIN,
     ),
     "full": Row("nothing frozen, {epochs} epochs", epochs=3, frozen_below=None),
-    "head": Row("only the head learns, {epochs} epochs", epochs=50, frozen_below=1, loops=RIVALS_ONLY),
+    "head": Row("only the head learns, {epochs} epochs", epochs=50, frozen_below=1, loops=WITHOUT_PLAIN),
     "sweep": Row(
         "a sweep of five layer_decay values, {frozen} of {blocks} blocks frozen, {epochs} epochs each",
         epochs=10,
         frozen_below=-3,
-        loops=RIVALS_ONLY,
+        loops=WITHOUT_PLAIN,
         runs=len(DECAYS),
     ),
 }
@@ -121,11 +125,15 @@ ROWS = {
 def main() -> int:
     """Measure, print, draw."""
     given = _arguments()
+    try:
+        check(given)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if given.threads:
         torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     report: dict[str, Any] = {
-        "machine": _machine(device),
+        "machine": describe(device),
         "environment": environment(device),
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
@@ -134,20 +142,62 @@ def main() -> int:
     }
     print(f"{report['machine']}; {given.images} training and {given.val_images} validation images")
     print(f"load average {report['load_average']}; command: {report['command']}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for model in given.model:
-            bench = Bench(given, model, Path(folder) / model)
-            report["models"][model] = {"workers": bench.workers, "matmul_peak": bench.peaks}
-            for name in given.rows:
-                if name != "optimizer":
-                    report["rows"] += [bench.row(name, fix_layer) for fix_layer in bench.fix_layers(name)]
-        if "optimizer" in given.rows:
-            report["rows"].append(_optimizer_row(given))
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "bench.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for row in _rows(given, report["models"]):
+        report["rows"].append(row)
+        write_text(given.out / "bench.json", json.dumps(report, indent=1))
     bench_report.draw(report, given.out / "bench.png")
     print(f"\nwritten: {given.out / 'bench.json'}, {given.out / 'bench.png'}")
     return 0
+
+
+def check(given: argparse.Namespace) -> None:
+    """Find what is wrong with the words of the command line, before hours of measuring.
+
+    Raises:
+        ValueError: A model that nobody knows, a `--fix-layer` that one of them has not or that no row takes, a rival
+            that is not installed, or a row without an arm.
+    """
+    if given.fix_layer and not any(map(_takes_fix_layer, given.rows)):
+        takers = ", ".join(filter(_takes_fix_layer, ROWS))
+        raise ValueError(f"--fix-layer would be ignored: only the rows {takers} take it")
+    for model in given.model:
+        blocks = our_model(Task(Path(), WEIGHTS, model), load=False, device="meta")[0].num_blocks
+        for fix_layer in given.fix_layer:
+            if not 0 <= fix_layer < blocks:
+                raise ValueError(
+                    f"--fix-layer {fix_layer}: {model} has {blocks} blocks, one of which must learn;"
+                    f" expected 0 to {blocks - 1}"
+                )
+    named = _named_rivals(given)
+    for rival in named:
+        if missing := bench_rivals.missing(rival):
+            raise ValueError(f"--rivals {rival}: {missing}")
+    for name in ROWS.keys() & given.rows:
+        loops = {loop for loop, *_ in ROWS[name].loops} | {*(bench_rivals.ARMS if name in WITH_RIVALS else ())}
+        if not named and not loops & {*given.loops}:
+            raise ValueError(f"--loops: the row {name} has none of {', '.join(given.loops)}")
+
+
+def _named_rivals(given: argparse.Namespace) -> list[str]:
+    return [rival for rival in given.rivals if rival in bench_rivals.ARMS]
+
+
+def _takes_fix_layer(name: str) -> bool:
+    return name in ROWS and (ROWS[name].frozen_below or 0) < 0
+
+
+def _rows(given: argparse.Namespace, models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure row by row; what belongs to a model as a whole goes into `models`."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [name for name in given.rows if name in ROWS]
+        for model in given.model if rows else []:
+            bench = Bench(given, model, Path(folder) / model)
+            models[model] = {"workers": bench.workers, "matmul_peak": bench.peaks, "decoders_apart": bench.decoders}
+            for name in rows:
+                yield from (bench.row(name, fix_layer) for fix_layer in bench.fix_layers(name))
+    if "optimizer" in given.rows:
+        yield _optimizer_row(given)
 
 
 def _arguments() -> argparse.Namespace:
@@ -166,12 +216,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch, for every arm; 0: torch's own choice")
     parser.add_argument("--workers", default="auto", help="of the other loops; auto: what is fastest for tuned here")
-    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=[*LOOPS], help="leave the others out")
-    parser.add_argument("--rivals", nargs="*", choices=[*bench_rivals.ARMS], default=[])
+    every = [*LOOPS, *bench_rivals.ARMS]
+    parser.add_argument("--loops", nargs="+", choices=every, default=every, help="leave the others out")
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        choices=["auto", "none", *bench_rivals.ARMS],
+        default=["auto"],
+        help="auto: all that can run here, in the rows frozen and full; by name: in every row",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile in the tuned arm")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="more words for our command line")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
-    return parser.parse_args()
+    given = parser.parse_args()
+    if len(given.rivals) > 1 and {"auto", "none"} & {*given.rivals}:
+        parser.error("--rivals: auto and none stand alone")
+    return given
 
 
 class Bench:
@@ -189,16 +249,19 @@ class Bench:
         make_images(folder / "images", given.images, given.val_images)
         make_images(folder / "few", 2 * given.batch_size + 3, 8, suffix=".png")
         common = {"model": model, "batch_size": given.batch_size, "device": given.device}
-        self.task = Task(folder / "images", folder / "first.safetensors", extra=tuple(given.ours), **common)
+        self.task = Task(folder / "images", folder / WEIGHTS, extra=tuple(given.ours), **common)
         write_weights(self.task)
         self.blocks = our_model(self.task, load=False, device="meta")[0].num_blocks
+        self.rivals = self._suited_rivals()
+        self.decoders = decoders_apart(self.task)
+        print(f"\n{model}: {bench_report.decoders_line(self.decoders)}")
         if self.workers < 0:
             self.workers = self._best_workers()
         self.peaks["fp32"] = matmul_peak(self.task, torch.float32)
         if self.half:
             self.peaks["bf16"] = matmul_peak(self.task, torch.bfloat16)
         for word, peak in self.peaks.items():
-            print(f"\n{model}: matmul peak on its own shapes, {word}: {peak / 1e9:,.0f} GFLOP/s")
+            print(f"{model}: matmul peak on its own shapes, {word}: {peak / 1e9:,.0f} GFLOP/s")
         print(f"workers of the other loops: {self.workers}", flush=True)
 
     def fix_layers(self, name: str) -> list[int]:
@@ -206,12 +269,7 @@ class Bench:
         below = ROWS[name].frozen_below
         if below is None:
             return [-1]
-        asked: list[int] = self.given.fix_layer if below < 0 else []
-        for fix_layer in asked:
-            if not 0 <= fix_layer < self.blocks:
-                sys.exit(
-                    f"error: --fix-layer {fix_layer}: {self.model} has {self.blocks} blocks, one of them must learn"
-                )
+        asked: list[int] = self.given.fix_layer if _takes_fix_layer(name) else []
         return asked or [self.blocks + below]
 
     def row(self, name: str, fix_layer: int) -> dict[str, Any]:
@@ -219,7 +277,7 @@ class Bench:
         row = ROWS[name]
         epochs = self.given.epochs or row.epochs
         task = replace(self.task, epochs=epochs, fix_layer=fix_layer, augment=row.augment)
-        arms = self._arms(row)
+        arms = self._arms(name)
         for arm in arms:
             replace(task, precision=arm["precision"]).prepare()
         title = f"{self.model}: {row.title.format(frozen=fix_layer, blocks=self.blocks, epochs=epochs)}"
@@ -230,7 +288,7 @@ class Bench:
             for arm in arms[shift:] + arms[:shift]:
                 self._measure(arm, task)
                 print(f"  {arm['name']:<24} {arm['seconds'][-1]:8.2f} s", flush=True)
-        self._compare(arms, replace(task, epochs=epochs))
+        self._compare(arms, task, "timed_runs")
         for arm in arms:
             work = row.runs * self.work(task, row.views, ours=arm["loop"] == "ours", runs=row.runs)
             arm["flop"] = work
@@ -268,15 +326,28 @@ class Bench:
         once = (min(views, task.epochs) * images + val) * prefix / runs
         return once + task.epochs * (images * (flops.training - prefix) + val * (flops.forward - prefix))
 
-    def _arms(self, row: Row) -> list[dict[str, Any]]:
-        half = self.half
+    def _suited_rivals(self) -> list[str]:
+        """Those that `--rivals auto` runs; says why another one is left out."""
+        if self.given.rivals != ["auto"] or not {*WITH_RIVALS} & {*self.given.rows}:
+            return []
+        suited = []
+        for rival in filter(self.given.loops.__contains__, bench_rivals.ARMS):
+            if reason := bench_rivals.missing(rival) or bench_rivals.unsuited(rival, self.task):
+                print(f"{self.model}: without the arm {rival}: {reason}", flush=True)
+            else:
+                suited.append(rival)
+        return suited
+
+    def _arms(self, name: str) -> list[dict[str, Any]]:
+        row, half = ROWS[name], self.half
+        rivals = _named_rivals(self.given) or (self.rivals if name in WITH_RIVALS else [])
         wanted = [
             (loop, precision)
             for loop, full, halved in row.loops
             if loop in self.given.loops
             for precision in (["fp32"] if full or not half else []) + ([half] if halved and half else [])
         ]
-        wanted += [(rival, half or "fp32") for rival in self.given.rivals]
+        wanted += [(rival, half or "fp32") for rival in rivals]
         loops = LOOPS | bench_rivals.ARMS
         return [
             {
@@ -304,37 +375,33 @@ class Bench:
             task = replace(few, precision=arm["precision"])
             task.prepare()
             arm["outcome"] = arm["run"](task, self._flags(self.workers, same_pixels=True))
-        self._compare(arms, few)
-        for arm in arms:
-            arm["same_pixels"] = {key: arm.pop(key) for key in ("loss_apart", "logits_apart") if key in arm}
-            if arm["same_pixels"]:
-                apart = "loss {loss_apart:.1e}, logits {logits_apart:.1e}".format(**arm["same_pixels"])
-                print(f"  on the same pixels, {arm['name']} and {arm['against']} are apart by: {apart}", flush=True)
+        self._compare(arms, few, "same_pixels")
+        for line in bench_report.apart_lines(arms, "same_pixels"):
+            print(f"  on the same pixels, {line}", flush=True)
 
-    def _compare(self, arms: list[dict[str, Any]], task: Task) -> None:
-        """Each arm's losses and final validation logits against those of the first arm in its precision."""
-        for arm in arms:
-            logits = final_logits(replace(task, precision="fp32"), arm["outcome"])
-            first = next(other for other in arms if other["precision"] == arm["precision"])
-            if first is arm:
-                arm["logits"] = logits
-                continue
-            pairs = zip(arm["outcome"].losses, first["outcome"].losses, strict=True)
-            arm["against"] = first["name"]
-            arm["loss_apart"] = max(abs(a - b) for a, b in pairs)
-            arm["logits_apart"] = float((logits - first["logits"]).abs().max())
-        for arm in arms:
-            arm.pop("logits", None)
+    def _compare(self, arms: list[dict[str, Any]], task: Task, key: str) -> None:
+        """How far each arm's losses and final validation logits are from its partner's, into `arm[key]`."""
+        logits = [final_logits(replace(task, precision="fp32"), arm["outcome"]) for arm in arms]
+        for arm, mine in zip(arms, logits, strict=True):
+            partner = bench_report.partner_of(arm, arms)
+            if partner is not None:
+                theirs = logits[arms.index(partner)]
+                pairs = zip(arm["outcome"].losses, partner["outcome"].losses, strict=True)
+                arm[key] = {
+                    "from": partner["name"],
+                    "loss": max(abs(a - b) for a, b in pairs),
+                    "logits": float((mine - theirs).abs().max()),
+                }
 
     def _measure(self, arm: dict[str, Any], task: Task) -> None:
         task, flags = replace(task, precision=arm["precision"]), self._flags(self.workers)
         with peak_memory(task.device) as memory:
-            cores, began = _core_seconds(), time.perf_counter()
+            cores, began = core_seconds(), time.perf_counter()
             arm["outcome"] = arm["run"](task, flags)
             if task.device == "cuda":
                 torch.cuda.synchronize()
             arm["seconds"].append(time.perf_counter() - began)
-            arm["core_seconds"].append(_core_seconds() - cores)
+            arm["core_seconds"].append(core_seconds() - cores)
         if not memory:
             arm["peak_mib"] = arm["rise_mib"] = None
         elif arm["peak_mib"] is not None:
@@ -356,104 +423,18 @@ class Bench:
         return min(seconds, key=lambda workers: seconds[workers])
 
 
-def has_bf16(device: str) -> bool:
-    """Whether bf16 is fast here; elsewhere torch only imitates it."""
-    return torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
-
-
-@torch.inference_mode()
-def matmul_peak(task: Task, dtype: torch.dtype) -> float:
-    """FLOP/s of the four products of a block on a whole batch, each at its best of several calls."""
-    model, preprocess = our_model(task, load=False, device="meta")
-    net: Any = model.net
-    width, hidden = net.embed_dim, net.blocks[0].mlp.fc1.out_features
-    shape = net.patch_embed(torch.empty(1, 3, preprocess.size, preprocess.size, device="meta")).shape
-    tokens = task.batch_size * (shape[1] + net.num_prefix_tokens)
-    flop = seconds = 0.0
-    for narrow, wide in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
-        left = torch.randn(tokens, narrow, device=task.device, dtype=dtype)
-        right = torch.randn(wide, narrow, device=task.device, dtype=dtype)
-        seconds += min(_timed(lambda left=left, right=right: F.linear(left, right), task.device) for _ in range(20))  # type: ignore[misc]
-        flop += 2.0 * tokens * narrow * wide
-    return flop / seconds
-
-
-def _timed(call: Callable[[], Tensor], device: str) -> float:
-    times = 1 if device == "cpu" else 10
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
-
-
-@contextmanager
-def peak_memory(device: str) -> Iterator[dict[str, float]]:
-    """MiB at the highest point within the block, and above its start; empty where that cannot be told.
-
-    On a GPU what torch allocated. On Linux the memory of this process, without its workers', whose high-water mark is
-    set back at the start; what earlier arms left behind (libraries, arenas) is in the peak and not in the rise.
-    """
-    found: dict[str, float] = {}
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        yield found
-        found["peak"] = torch.cuda.max_memory_allocated() / 2**20
-        found["rise"] = found["peak"] - before
-        return
-    if not STATUS.exists():
-        yield found
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        yield found
-        return
-    before = _status("VmRSS")
-    yield found
-    found["peak"] = _status("VmHWM")
-    found["rise"] = found["peak"] - before
-
-
-def _status(field: str) -> float:
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def _core_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    found = environment(device)
-    half = "bf16 in hardware" if has_bf16("cpu") else "no bf16"
-    threads = f"{torch.get_num_threads()} threads on {platform.machine()}"
-    return f"{threads} ({found['processor']}, {half}), torch {torch.__version__}"
-
-
 def _optimizer_row(given: argparse.Namespace) -> dict[str, Any]:
     """One step of AdamW over a ViT-B/16, gradients given."""
     title = "one step of AdamW, 85.9 million parameters of a ViT-B/16"
     print(f"\n## {title}", flush=True)
-    task = Task(Path(), Path(), "vit_base_patch16_224", device=given.device)
+    task = Task(Path(), WEIGHTS, "vit_base_patch16_224", device=given.device)
     arms = bench_arms.optimizers(task)
     for _ in range(max(7, given.repeats)):
         for arm in arms:
-            arm["seconds"].append(_timed(arm["optimizer"].step, given.device))
+            arm["seconds"].append(timed(arm["step"], given.device))
     for arm in arms:
         arm["seconds"] = arm["seconds"][2:]  # the first step makes the moments
-        del arm["optimizer"]
+        del arm["optimizer"], arm["step"]
     print(bench_report.optimizer_table(title, arms), flush=True)
     return {"name": "optimizer", "title": title, "arms": arms}
 

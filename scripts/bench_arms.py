@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
 import torch.nn.functional as F
-from bench_task import CLASSES, Task, first_model, freeze_and_group, linear, loaders
+from bench_task import Task, first_model, freeze_and_group, linear, loaders, our_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune import training
 from finetune.allocator import hand_back_freed_memory
+from finetune.finite import FiniteGuard
+from finetune.optim import build_optimizer
 from finetune.run import run
 from finetune.shelf import shared_between_runs
 
@@ -145,22 +146,31 @@ def sweep_of(arm: Any, decays: tuple[float, ...]) -> Any:
 
 
 def optimizers(task: Task) -> list[dict[str, Any]]:
-    """AdamW over the same parameters with the same gradients: torch's default loop, and fused, by kind of groups."""
-    options = {"img_size": task.image_size} if task.image_size else {}
-    net = timm.create_model(task.model, num_classes=CLASSES, **options).to(task.device)
-    parameters = list(net.parameters())
-    for parameter in parameters:
+    """AdamW over the same parameters with the same gradients: torch's default loop, fused, and this project's own.
+
+    Ours is what a run builds, stepped as a run steps it: by the guard, whose mask the kernels read. The norm of the
+    gradients, by which a run sets that mask, is no part of the step.
+    """
+    model, _ = our_model(task, load=False, device=task.device)
+    for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
+
+    def arm(way: str, loop: str, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> dict[str, Any]:
+        name = f"{way}, {len(optimizer.param_groups)} groups"
+        return {"name": name, "loop": loop, "precision": "fp32", "optimizer": optimizer, "step": step, "seconds": []}
+
     made = []
-    for fused in (False, True):
-        for merged in (False, True):
-            groups = freeze_and_group(net, task, merged=merged)
-            way = "fused" if fused else "torch's default"
-            optimizer = torch.optim.AdamW(groups, lr=task.lr, fused=fused or None)
-            loop = "ours" if fused and merged else "tuned" if fused else "plain"
-            name = f"{way}, {len(groups)} groups"
-            made.append({"name": name, "loop": loop, "precision": "fp32", "optimizer": optimizer, "seconds": []})
-    return made
+    for way, loop, fused, merged in (
+        ("torch's default", "plain", None, False),
+        ("torch's default", "plain", None, True),
+        ("fused", "tuned", True, False),
+    ):
+        groups = freeze_and_group(model.net, task, merged=merged)
+        optimizer = torch.optim.AdamW(groups, lr=task.lr, fused=fused)
+        made.append(arm(way, loop, optimizer, optimizer.step))
+    own = build_optimizer(model, task.conf().optim)
+    guard = FiniteGuard(model, torch.device(task.device))
+    return [*made, arm("ours", "ours", own, lambda: guard.step(own))]
 
 
 def half(task: Task) -> contextlib.AbstractContextManager[object]:

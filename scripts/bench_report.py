@@ -25,24 +25,57 @@ def rivals_of(arm: Arm, arms: list[Arm]) -> tuple[Arm | None, Arm | None]:
     return plain, (same or tuned or [None])[0]
 
 
+def partner_of(arm: Arm, arms: list[Arm]) -> Arm | None:
+    """Whose results an arm's are held against: tuned in its precision, which computes everything in every epoch.
+
+    Where tuned does not run in that precision, the first arm that does. None for the partner itself.
+    """
+    same = [other for other in arms if other["precision"] == arm["precision"]]
+    partner = next((other for other in same if other["loop"] == "tuned"), same[0])
+    return None if partner is arm else partner
+
+
+def apart_lines(arms: list[Arm], key: str) -> list[str]:
+    """A line an arm that has a partner: how far they are apart in `same_pixels` or `timed_runs`."""
+    return [
+        "{} and {from} are apart by: loss {loss:.1e}, logits {logits:.1e}".format(arm["name"], **arm[key])
+        for arm in arms
+        if key in arm
+    ]
+
+
+def decoders_line(apart: dict[str, float]) -> str:
+    """The decoders' own difference, for people."""
+    return (
+        f"our decoding and resizing and Pillow's are apart by at most {apart['largest_levels']} of 256 levels, in"
+        f" {100 * apart['share_of_values']:.2f} % of the values of {apart['images']} images"
+    )
+
+
 def table(title: str, arms: list[Arm]) -> str:
-    """One row of the benchmark: medians, ratios, memory, share of the matmul peak, and how far results are apart."""
+    """One row of the benchmark: medians, ratios, memory, share of the matmul peak, and how far results are apart.
+
+    The columns of what is apart are of the same decoded pixels: parity of the training alone. Below the table is how
+    far the timed runs are, whose decoders differ.
+    """
     lines = [
         f"\n### {title}",
         "",
         "| arm | seconds (least to most) | core-seconds | x plain | x tuned | memory MiB | of the matmul peak"
-        " | loss apart | logits apart |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | loss apart | logits apart | from |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         ratios = [f"{median(rival) / median(arm):.2f}" if rival else "" for rival in rivals_of(arm, arms)]
         spread = f"{median(arm):.1f} ({min(arm['seconds']):.1f} to {max(arm['seconds']):.1f})"
         memory = "not measured" if arm["rise_mib"] is None else f"{max(arm['rise_mib']):,.0f}"
-        apart = [f"{arm[key]:.1e}" if key in arm else "" for key in ("loss_apart", "logits_apart")]
+        found = arm.get("same_pixels")
+        apart = [f"{found['loss']:.1e}", f"{found['logits']:.1e}", found["from"]] if found else [""] * 3
         share = f"{100 * arm['share_of_peak']:.0f} %"
         cores = f"{statistics.median(arm['core_seconds']):.1f}"
         lines.append("| " + " | ".join([arm["name"], spread, cores, *ratios, memory, share, *apart]) + " |")
-    return "\n".join(lines)
+    timed = [f"* as timed, {line}" for line in apart_lines(arms, "timed_runs")]
+    return "\n".join([*lines, "", *timed] if timed else lines)
 
 
 def optimizer_table(title: str, arms: list[Arm]) -> str:

@@ -1,12 +1,13 @@
-"""Other people's training code at its best flags, for `bench.py --rivals`: timm's pieces, and transformers' Trainer.
+"""Other people's training code at its best flags, for `bench.py`: timm's pieces, and transformers' Trainer.
 
-Neither is a dependency: timm is there anyway, and the arm `transformers` needs `pip install transformers accelerate`.
+timm is a dependency anyway; the arm `transformers` needs what is none: `pip install transformers accelerate`.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def _as_transformers(task: Task) -> tuple[nn.Module, list[dict[str, Any]]]:
     config = ViTConfig(
         hidden_size=timms.embed_dim, num_hidden_layers=len(timms.blocks), image_size=task.preprocess().size,
         num_attention_heads=timms.blocks[0].attn.num_heads, intermediate_size=timms.blocks[0].mlp.fc1.out_features,
-        patch_size=timms.patch_embed.patch_size[0], layer_norm_eps=timms.norm.eps, num_labels=CLASSES,
+        patch_size=timms.patch_embed.patch_size[0], layer_norm_eps=timms.blocks[0].norm1.eps, num_labels=CLASSES,
     )  # fmt: skip
     net = ViTForImageClassification(config).to(task.device)
     places = _places(net, timms)
@@ -276,7 +277,10 @@ def _places(net: nn.Module, timms: nn.Module) -> list[tuple[Tensor, Tensor]]:
             for letter, third in zip("qkv", parameter.chunk(3), strict=True):
                 found.append((mine.pop(f"{layer}attention.{letter}_proj.{kind}"), third))
             continue
-        place = f"{layer}{(inside if layer else names)[stem]}"
+        known = inside if layer else names
+        if stem not in known:
+            raise ValueError(f"transformers' ViT has no {name}")
+        place = f"{layer}{known[stem]}"
         found.append((mine.pop(f"{place}.{kind}" if kind else place), parameter))
     if mine:
         raise ValueError(f"transformers names a ViT's parameters otherwise than version 5 does: {', '.join(mine)}")
@@ -295,3 +299,26 @@ def _to_timm(net: nn.Module, timms: nn.Module) -> dict[str, Tensor]:
 
 
 ARMS = {"timm": with_timm, "transformers": with_transformers}
+PACKAGES = {"timm": {"timm": 1}, "transformers": {"transformers": 5, "accelerate": 1}}  # and the least major version
+
+
+def missing(rival: str) -> str:
+    """Which package an arm lacks here, and what to do; empty: none."""
+    for package, least in PACKAGES[rival].items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return f"{package} is not installed: pip install {' '.join(PACKAGES[rival])}"
+        if int(found.split(".")[0]) < least:
+            return f"it needs {package} {least} or newer, and this is {found}"
+    return ""
+
+
+def unsuited(rival: str, task: Task) -> str:
+    """Why an arm cannot train the task's model; empty: it can. Its packages must be there."""
+    if rival == "transformers":
+        try:
+            _as_transformers(task)
+        except ValueError as error:
+            return str(error)
+    return ""

@@ -26,7 +26,7 @@ from finetune.data import open_source
 from finetune.data.order import epoch_order
 from finetune.data.sources import Split
 from finetune.data.streams import augment_generator, view_of
-from finetune.data.transforms import build_transform
+from finetune.data.transforms import build_transform, fit_square
 from finetune.layers import LayeredModel, freeze
 from finetune.models import build_model
 from finetune.preprocess import Preprocess
@@ -227,7 +227,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         assert preprocess.resize == "crop", preprocess.resize
         self.files = [str(task.root / split.name_of(i)) for i in range(len(split))]
         self.labels = split.labels.tolist()
-        self.split, self.seed, self.same_pixels = split, task.seed, same_pixels
+        self.split, self.seed, self.same_pixels, self.preprocess = split, task.seed, same_pixels, preprocess
         augment = task.augmentation() if train else None
         self.shower = build_transform(preprocess, augment)
         self.is_plain = augment is None or augment.recipe == Recipe.none
@@ -235,6 +235,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         mode = transforms.InterpolationMode(preprocess.interpolation)
         self.normalize = transforms.Normalize(preprocess.mean, preprocess.std)
         crop = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(preprocess.size)]
+        self.crop = transforms.Compose(crop)
         self.simple = transforms.Compose([*crop, transforms.ToTensor(), self.normalize])
         self.mean = torch.tensor(preprocess.mean)[:, None, None]
         self.std = torch.tensor(preprocess.std)[:, None, None]
@@ -256,8 +257,34 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         pixels = self._shown(v2.pil_to_tensor(rgb), index, view)
         return self.normalize(pixels.float().div_(255)), self.labels[index]
 
+    def levels(self, index: int) -> Tensor:
+        """An image as the model would see it, neither augmented nor normalised: uint8 (3, size, size)."""
+        if self.same_pixels:
+            return fit_square(self.split.load(index), self.preprocess)
+        with Image.open(self.files[index]) as image:
+            return v2.pil_to_tensor(self.crop(image.convert("RGB")))
+
     def _shown(self, pixels: Tensor, index: int, view: int) -> Tensor:
         return self.shower([pixels], [augment_generator(self.seed, view, index, 0)])[0]
+
+
+def decoders_apart(task: Task, images: int = 32) -> dict[str, float]:
+    """`levels_apart` of this project's decoding and resizing and of the plain loop's, on some validation images."""
+    split = open_source(DataConf(source=SourceKind.folder, root=str(task.root))).splits["val"]
+    ours, plain = (
+        Pictures(split, task, task.preprocess(), train=False, same_pixels=same_pixels) for same_pixels in (True, False)
+    )
+    return levels_apart(ours, plain, min(images, len(split)))
+
+
+def levels_apart(one: Pictures, other: Pictures, images: int) -> dict[str, float]:
+    """The largest difference in levels of 256, and the share of values that differ at all, on the first `images`."""
+    gaps = torch.stack([(one.levels(i).int() - other.levels(i).int()).abs() for i in range(images)])
+    return {
+        "images": images,
+        "largest_levels": int(gaps.max()),
+        "share_of_values": float((gaps > 0).double().mean()),
+    }
 
 
 class Order(Sampler[tuple[int, int]]):
