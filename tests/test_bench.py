@@ -119,6 +119,10 @@ def test_transformers_does_the_same_training(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     task = make_task(tmp_path, fix_layer=3)
+    assert bench_rivals.unsuited("transformers", task) == ""
+    registers = replace(task, model="test_vit2", weights=tmp_path / "registers.safetensors")
+    write_weights(registers)
+    assert "reg_token" in bench_rivals.unsuited("transformers", registers)
     losses, logits = outcome_of(bench_arms.ours, task, tmp_path / "ours")
     theirs, their_logits = outcome_of(bench_rivals.with_transformers, task, tmp_path / "theirs")
     assert theirs == pytest.approx(losses, abs=1e-5)
