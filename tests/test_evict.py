@@ -91,16 +91,16 @@ def test_what_this_process_uses_stays_too_until_released(tmp_path: Path) -> None
 
 def test_an_entry_that_goes_while_it_is_looked_at_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = entry(tmp_path, "gone")
-    real = Path.is_dir
+    real = os.path.isdir
 
-    def is_dir(path: Path) -> bool:
-        found = real(path)
-        if path == gone and found:
-            shutil.rmtree(gone)  # another process, between the look and the lock
-        return found
+    def isdir(path: Path) -> bool:
+        monkeypatch.setattr(os.path, "isdir", real)
+        assert path == gone and real(path)
+        shutil.rmtree(gone)  # another process, between the look and the lock
+        return True
 
-    monkeypatch.setattr(Path, "is_dir", is_dir)
-    assert hold(gone) is None
+    monkeypatch.setattr(os.path, "isdir", isdir)
+    assert hold(gone) is None and os.path.isdir is real
 
 
 def _stress(folder: Path, seed: int, results: object) -> None:
