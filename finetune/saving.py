@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -128,15 +129,19 @@ class Saver:
         monitor: str,
         *,
         thresholds: tuple[float | None, float | None] = (None, None),
+        left_s: float = math.inf,
         always: bool = False,
     ) -> bool:
         """Save `state` at the end of an epoch, with its weights for use; False where it is too soon for another save.
+
+        Or too near the end, whose save will hold more than this one.
 
         Args:
             state: After the epoch.
             rows: Of the history, the epoch's own at the end.
             monitor: The metric that picks the best epochs.
             thresholds: What validation chose for the weights, and for their averages; None: one label an image.
+            left_s: Seconds until the run is through, as far as anybody knows.
             always: However soon.
 
         Raises:
@@ -147,7 +152,7 @@ class Saver:
             weights, moments = state.model.net.state_dict(), state.optimizer.state_dict()["state"]
             twice = 2 * _size(weights) - _size(self._frozen_of(state))  # the state holds what learns alone
             self._cost_s = (twice + _size(moments)) / DISK_BYTES_PER_S
-        is_due = always or self._keep > 1 or self._is_affordable()
+        is_due = always or self._keep > 1 or self._is_affordable(left_s)
         is_best = state.best_epoch == state.epoch
         if not (is_due or is_best):
             return False
@@ -214,13 +219,17 @@ class Saver:
         """The weights as they are now, in host memory."""
         return copied_weights(state.model, self._frozen_of(state))
 
-    def _is_affordable(self) -> bool:
-        """Whether a save now keeps to `max_share`, going by what the latest one took; never beside another one."""
+    def _is_affordable(self, left_s: float) -> bool:
+        """Whether a save now keeps to `max_share`, going by what the latest one took; never beside another one.
+
+        As long as it pays to wait after a save it pays to wait for the last one.
+        """
         if self._max_share >= 1:
             return True
         if self._thread is not None and self._thread.is_alive():
             return False
-        return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * (time.monotonic() - self._saved_at)
+        apart_s = min(time.monotonic() - self._saved_at, left_s)
+        return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
     def best_weights(self) -> dict[str, Tensor]:
         """The tensors of the best epoch that was saved: from memory while they are being written, then from their file.

@@ -76,7 +76,7 @@ def train_to_the_end(
             row["mfu"] = gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))
         history.append(row)
         _tell(parts, state, row)
-        is_saved = saver.save_epoch(state, history.rows(), _ranked_by(parts), thresholds=_thresholds(state))
+        is_saved = _save_epoch(parts, state, saver, history.rows())
         stop.check()
 
     with _way_out(parts, state, saver, result):
@@ -93,8 +93,16 @@ def train_to_the_end(
         if not finished:
             stop.check()
         if not is_saved:
-            saver.save_epoch(state, history.rows(), _ranked_by(parts), thresholds=_thresholds(state), always=True)
+            _save_epoch(parts, state, saver, history.rows(), always=True)
     return saver
+
+
+def _save_epoch(
+    parts: Parts, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False
+) -> bool:
+    """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
+    left_s = (parts.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
+    return saver.save_epoch(state, rows, _ranked_by(parts), thresholds=_thresholds(state), left_s=left_s, always=always)
 
 
 def _tell(parts: Parts, state: TrainState, row: Row) -> None:

@@ -442,6 +442,21 @@ def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(tmp_path: Path) 
     assert torch.equal(read_weights(tmp_path / "last.safetensors")[0]["head.weight"], kept[3])
 
 
+@pytest.mark.parametrize(("cost_s", "left_s", "is_saved"), [(5, 101, True), (5, 99, False), (0.05, 0, True)])
+def test_shortly_before_the_end_the_last_save_will_do(
+    tmp_path: Path, cost_s: float, left_s: float, is_saved: bool
+) -> None:
+    """A save of 5 seconds in every 100, where 5 % are allowed; one that costs nothing is made in any case."""
+    keeper, state = Saver(tmp_path, {}, {}, max_share=0.05), at_step(1)
+    state.epoch = 1
+    row = {"epoch": 1, "val/top1": 0.5}
+    keeper.save_epoch(state, [row], "val/top1", always=True)
+    keeper.wait()
+    keeper._cost_s, keeper._saved_at = cost_s, keeper._saved_at - 1000
+    assert keeper.save_epoch(state, [row], "val/top1", left_s=left_s) is is_saved
+    keeper.wait()
+
+
 def test_the_same_weights_are_written_once(tmp_path: Path) -> None:
     keeper, state = Saver(tmp_path, {}, {}), at_step(1)
     state.epoch = state.best_epoch = 1

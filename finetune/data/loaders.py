@@ -262,7 +262,10 @@ class Loader:
     @property
     def will_fork(self) -> bool:
         """Whether the next pass may start worker processes."""
-        return self._loader is None and self._conf.workers != "0" and self._conf.cache != CacheKind.device
+        if self._loader is not None or self._conf.cache == CacheKind.device:
+            return False
+        # As many as the slowest images would be worth: how slow they are is measured when it begins.
+        return (choose_workers(1.0, self._device) if self._conf.workers == "auto" else int(self._conf.workers)) > 0
 
     def leave_out(self, sample: int, reason: str) -> None:
         """Tell whoever is told of images that are left out of one that somebody else could not read."""
