@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from finetune.config import OnError, Precision, PrefixCache
 from finetune.data import Loader
+from finetune.data.evict import Held, hold
 from finetune.data.streams import num_views
 from finetune.data.verdicts import cache_folder
 from finetune.device import environment
@@ -71,12 +72,15 @@ class Feeding:
         self._val = parts.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._kept: _Kept | None = None
-        self._names: list[str] = []  # of this run's blocks in memory, as they begin
+        self._settled: list[Keep] = []  # where the splits so far go
+        self._held: list[Held | None] = []  # what lies on disk of them
         if self.first_layer:
             self._prefix = FrozenPrefix(
                 model, batch_size=conf.data.batch_size, autocast=parts.autocast(), dtype=parts.dtype
             )
             self._kept = self._settle(self._prefix)
+        else:
+            open_shelf().keep()  # what earlier runs of a sweep left is of no use here, and in the way
 
     def splits(self) -> tuple[Feed, Feed]:
         """Training and validation; where layers are frozen, what is kept of them is said here."""
@@ -85,10 +89,10 @@ class Feeding:
         if self._kept is None:
             return self._feed(train, "train", None), self._feed(val, "val", None)
         passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + parts.built.has_zeroshot
-        val_keep, val_why, missing = self._keep(val, "val", passes)
+        val_keep, val_why = self._keep(val, "val", passes)
         fresh = why_not_in_training(conf)
         if fresh is None:
-            keep, why, _ = self._keep(train, "train", conf.train.epochs / num_views(conf.augment), beside=missing)
+            keep, why = self._keep(train, "train", conf.train.epochs / num_views(conf.augment))
         else:
             keep, why = None, fresh
         self._say(keep, why, val_keep, val_why)
@@ -105,7 +109,7 @@ class Feeding:
         if self._kept is None:
             return self._feed(loader, "test", None)
         try:
-            keep, why, _ = self._keep(loader, "test", 1.0 + self._parts.built.has_zeroshot)
+            keep, why = self._keep(loader, "test", 1.0 + self._parts.built.has_zeroshot)
         except ValueError as error:  # no room: no reason to fail now, when all the training is done
             keep, why = None, str(error)
         logger.debug("frozen layers on test: %s", why)
@@ -120,47 +124,59 @@ class Feeding:
             shelf.keep(*(f"{kind}-{digest}" for kind in IN_MEMORY))
         return _Kept(digest, measured, shelf)
 
-    def _keep(
-        self, loader: Loader, split: str, passes: float, *, beside: Mapping[PrefixCache, int] | None = None
-    ) -> tuple[Keep | None, str, dict[PrefixCache, int]]:
-        """Where a split's activations go, or None; why; and how many of them are still to come there.
+    def _keep(self, loader: Loader, split: str, passes: float) -> tuple[Keep | None, str]:
+        """Where a split's activations go, beside those of the splits before, or None; and why."""
+        parts, kept = self._parts, self._kept
+        assert kept is not None
+        conf = parts.conf
+        if conf.prefix.cache == PrefixCache.none:
+            return None, "prefix.cache=none"
+        places = self._places(loader, split)
+        beside = {kind: [keep for keep in self._settled if keep.kind == kind] for kind in places}
+        names = [f"{kind}-{keep.name}" for kind in IN_MEMORY for keep in [places[kind], *self._settled]]
+        need = Need(
+            split=split,
+            views=places[PrefixCache.ram].views,
+            passes=passes,
+            missing={kind: sum(keep.missing for keep in [place, *beside[kind]]) for kind, place in places.items()},
+            total={kind: sum(keep.total for keep in [place, *beside[kind]]) for kind, place in places.items()},
+            spare={kind: kept.shelf.spare(f"{kind}-", *names) for kind in IN_MEMORY},
+        )
+        kind, why = choose(conf, kept.measured, need, parts.device, places[PrefixCache.disk].folder, shared=is_shared())
+        if kind == PrefixCache.none:
+            return None, why
+        if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, parts.device):
+            kept.shelf.keep(*names)
+        self._settled.append(places[kind])
+        if kind == PrefixCache.disk:  # what is there stays, while this run makes room for the rest
+            self._held += [hold(places[kind].place(view)) for view in range(places[kind].views)]
+        return places[kind], why
 
-        Args:
-            loader: Of the split.
-            split: Its name.
-            passes: How often each is read.
-            beside: How many of another split are still to come, by place.
-        """
+    def _places(self, loader: Loader, split: str) -> dict[PrefixCache, Keep]:
+        """Everywhere that a split's activations could go."""
         parts, kept = self._parts, self._kept
         assert kept is not None
         conf, is_train = parts.conf, split == "train"
         most = loader.most_showings()
         assert most is not None, "see why_not_in_training"
-        if conf.prefix.cache == PrefixCache.none:
-            return None, "prefix.cache=none", {}
         augment = conf.augment if is_train and conf.augment.recipe != "none" else None
         skip = conf.data.on_error == OnError.skip
         digest = split_digest(loader.split, most, parts.built.preprocess, augment, conf.seed, skip=skip)
-        folder = cache_folder(conf.data.cache_dir) / "activations"
-        places = {
-            kind: Keep(kind, f"{kept.digest}-{digest}", kept.shelf, folder, conf.prefix.max_gib, kept.measured.bytes)
+        return {
+            kind: Keep(
+                kind,
+                f"{kept.digest}-{digest}",
+                images=int(most.sum()),
+                views=min(num_views(conf.augment), conf.train.epochs) if is_train else 1,
+                bytes_per_image=kept.measured.bytes,
+                shelf=kept.shelf,
+                device=parts.device,
+                folder=cache_folder(conf.data.cache_dir) / "activations",
+                max_gib=conf.prefix.max_gib,
+                is_asked=conf.prefix.cache != PrefixCache.auto and split != "test",
+            )
             for kind in (*IN_MEMORY, PrefixCache.disk)
         }
-        images, views = int(most.sum()), range(num_views(conf.augment) if is_train else 1)
-        self._names += [f"{kind}-{places[kind].name}" for kind in IN_MEMORY]
-        need = Need(
-            images * len(views),
-            passes,
-            there={kind: images * sum(map(place.is_there, views)) for kind, place in places.items()},
-            beside=beside or {},
-            spare={kind: kept.shelf.spare(f"{kind}-", *self._names) for kind in IN_MEMORY},
-        )
-        kind, why = choose(conf, kept.measured, need, parts.device, folder, shared=is_shared())
-        if kind == PrefixCache.none:
-            return None, why, {}
-        if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, parts.device):
-            kept.shelf.keep(*self._names)
-        return places[kind], why, {kind: need.images - need.there[kind]}
 
     def _feed(self, loader: Loader, split: str, keep: Keep | None) -> Feed:
         return Feed(

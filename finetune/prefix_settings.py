@@ -39,7 +39,7 @@ class PrefixConf:
     )
     dtype: PrefixDtype = setting(
         PrefixDtype.auto,
-        "precision at the boundary, kept or not; auto: fp32 in fp32 runs, else fp16 (bf16 where values would overflow)",
+        "precision at the boundary, kept or not; auto: fp32 in fp32 runs, else fp16 (bf16 where they overflow or are)",
     )
     max_gib: float = setting(
         50.0, "largest size of all activations kept on disk, GiB; those used longest ago make room", above=0

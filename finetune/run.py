@@ -312,7 +312,7 @@ def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Res
     try:
         if feed.will_fork(0):
             saver.wait()  # no process is forked while another thread holds who knows what
-        feed.prepare_if_possible(0)
+        feed.prepare(0)
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
             put_weights(saver.best_weights(), parts.model, parts.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.

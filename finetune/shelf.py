@@ -31,7 +31,7 @@ class Shelf:
         )
 
     def keep(self, *beginnings: str) -> None:
-        """Let go of everything whose name begins with none of these: another run needs the memory."""
+        """Let go of everything whose name begins with none of these, if there are any."""
         self._things = {name: kept for name, kept in self._things.items() if name.startswith(beginnings)}
 
 

@@ -127,7 +127,7 @@ def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation
     names = {"data_wait": "wait", "prefix_hits": "kept"}
     shown |= {names[name]: value for name, value in stats.items()}
     if gpu is not None and speed:
-        shown["mfu"] = gpu.share(speed, stats.get("prefix_hits", 0.0))
+        shown["mfu"] = gpu.share(speed, float(feed.is_kept))  # the bar begins behind what was computed for it
     return shown
 
 

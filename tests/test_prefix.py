@@ -40,7 +40,7 @@ from finetune.config import (
     TrainConf,
     validate,
 )
-from finetune.data import ImageError
+from finetune.data import ImageError, open_source
 from finetune.data.evict import held_bytes
 from finetune.data.order import epoch_order, most_showings
 from finetune.feeding import computing
@@ -49,10 +49,12 @@ from finetune.parts import build_parts
 from finetune.prefix import Feed, FrozenPrefix, Need, choice, choose, store
 from finetune.prefix.choice import Measured
 from finetune.prefix.feed import found_in
-from finetune.prefix.store import Builder, open_on_disk
+from finetune.prefix.store import Builder, build_in_memory, open_on_disk
 from finetune.records import timeless
 from finetune.run import run
 from finetune.shelf import open_shelf, shared_between_runs
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,67 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(pictures: Path, t
     assert hits(tmp_path / "again") == [1.0, 1.0, 1.0]
     with pytest.raises(ImageError, match=victim.name):
         came_out(replace(with_cache(conf, "disk"), data=replace(data, on_error=OnError.stop)), tmp_path / "stop")
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kind: str) -> None:
+    """Side by side they are a batch of nothing as they are kept; an epoch mixes them with others."""
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    conf = settings(root, train=TrainConf(epochs=4))
+    conf = replace(conf, data=replace(conf.data, on_error=OnError.skip, check_budget_s=0.0, batch_size=5))
+    train = open_source(conf.data).splits["train"]
+    bad = range(5, 10)
+    for sample in bad:
+        victim = Path(train.name_of(sample))
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    plain = came_out(conf, tmp_path / "none")
+    assert_same(plain, came_out(with_cache(conf, kind), tmp_path / "kept"))
+    assert hits(tmp_path / "kept") == [0.0, 0.0, 1.0, 1.0]
+    assert {json.loads(line)["name"] for line in (tmp_path / "kept" / "skipped.txt").read_text().splitlines()} >= {
+        train.name_of(sample) for sample in bad
+    }
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_slots_of_nothing_take_their_place(tmp_path: Path, on_disk: bool) -> None:
+    """At the beginning, before anybody knows how large activations are, in between and at the end."""
+
+    def fill(builder: Builder) -> None:
+        nobody = torch.zeros(2, dtype=torch.bool)
+        for values in (None, torch.ones(2, 3), None, None, torch.full((1, 3), 2.0), None):
+            present = nobody if values is None else torch.tensor([True, len(values) == 2])
+            builder.put(values, present, torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
+    assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
+    assert block.values[block.present].tolist() == [[1] * 3, [1] * 3, [2] * 3] and block.values.shape == (12, 3)
+    with pytest.raises(ValueError, match="not one image"):
+        build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
+
+
+@pytest.mark.parametrize("kind", ["auto", "disk"])
+def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As a quota does, of which nobody can ask how much is left."""
+
+    def full(self: store.FileBuilder, values: torch.Tensor, first: int) -> None:
+        with store._told_of(self._folder):
+            raise OSError(28, "No space left on device")
+
+    conf = with_cache(settings(pictures), kind)
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    monkeypatch.setattr(choice, "free_memory", lambda: 0)
+    monkeypatch.setattr(store.FileBuilder, "_take", full)
+    if kind == "disk":
+        with pytest.raises(OSError, match=r"prefix\.cache=disk: cannot write to .*activations: No space left"):
+            came_out(conf, tmp_path / "run")
+        return
+    found = came_out(conf, tmp_path / "run")
+    assert (tmp_path / "run" / "run.log").read_text().count("is not kept after all: prefix.cache=disk: cannot") == 2
+    assert hits(tmp_path / "run") == [0.0, 0.0, 0.0]
+    assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
 
 
 def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_path: Path) -> None:
@@ -342,13 +405,15 @@ def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, mon
     with shared_between_runs():
         came_out(conf, tmp_path / "a")
         shelf = open_shelf()
-        total = shelf.spare("ram-", "nothing") + 1000
-        monkeypatch.setattr(choice, "free_memory", lambda: total - shelf.spare("ram-", "nothing"))
+        total = shelf.spare("ram-") + 1000
+        monkeypatch.setattr(choice, "free_memory", lambda: total - shelf.spare("ram-"))
         came_out(replace(conf, optim=replace(conf.optim, layer_decay=0.5)), tmp_path / "b")
         assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
         came_out(replace(conf, seed=1), tmp_path / "c")
         assert hits(tmp_path / "c") == [0.0, 0.0, 1.0]
-        assert shelf.spare("ram-", "nothing") < total  # those of seed 0 went
+        assert shelf.spare("ram-") < total  # those of seed 0 went
+        came_out(replace(with_cache(conf, "auto"), optim=OptimConf(lr=0.003)), tmp_path / "d")
+        assert not shelf.spare("ram-")  # nothing is frozen: all of it is in the way
 
 
 def test_a_pass_over_what_is_kept_waits_for_no_save(
@@ -381,7 +446,7 @@ def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> Non
     assert hits(tmp_path / "c")[0] == 0.0
 
 
-@pytest.mark.parametrize("damage", ["byte", "short", "gone", "meta", "empty", "digit", "old"])
+@pytest.mark.parametrize("damage", ["byte", "short", "gone", "meta", "empty", "digit"])
 def test_damage_is_found_said_and_mended(pictures: Path, tmp_path: Path, damage: str) -> None:
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
@@ -392,9 +457,7 @@ def test_damage_is_found_said_and_mended(pictures: Path, tmp_path: Path, damage:
         if damage == "byte":
             data[len(data) // 2] ^= 1
         elif damage == "digit":
-            data[data.index(b"128")] ^= 1  # of the shape: 028
-        elif damage == "old":
-            data = bytearray(data.replace(b'"format": ', b'"format": 1'))
+            data[data.index(b"128")] ^= 2  # of the shape: 328, which is as good a number
         else:
             del data[0 if damage == "empty" else len(data) // 2 :]
         path.unlink()
@@ -472,7 +535,7 @@ def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -
 def test_what_is_kept_has_a_bound(pictures: Path, tmp_path: Path) -> None:
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, prefix=replace(conf.prefix, max_gib=1e-6))
-    with pytest.raises(ValueError, match=r"need 0\.0. GiB .* [\d,]+ images in 2 views\. Try prefix\.max_gib="):
+    with pytest.raises(ValueError, match=r"those of val .* need 0\.0. GiB .* [\d,]+ images\. Try prefix\.max_gib="):
         came_out(conf, tmp_path / "run")
 
 
@@ -555,49 +618,65 @@ GIB = 2**30
 CHEAP = Measured(seconds=1e-1, loading=1e-3, bytes=GIB // 100, dtype=torch.float32)
 
 
+def needed(
+    *, passes: float = 10.0, there: str = "", beside: int = 0, spare: int = 0, views: int = 1, split: str = "train"
+) -> Need:
+    """100 activations, `there` at one place already, and `beside` them others, all of which are still to come."""
+    kinds = (PrefixCache.device, PrefixCache.ram, PrefixCache.disk)
+    missing = {kind: beside + (0 if kind == there else 100) for kind in kinds}
+    return Need(split, views, passes, missing, dict.fromkeys(kinds, 100 + beside), dict.fromkeys(kinds[:2], spare))
+
+
 def chosen(
-    folder: Path, kind: str = "auto", measured: Measured = CHEAP, device: str = "cpu", shared: bool = False,
-    max_gib: float = 50.0, **need: object,
+    folder: Path, kind: str = "auto", need: Need | None = None, measured: Measured = CHEAP, device: str = "cpu",
+    shared: bool = False, max_gib: float = 50.0,
 ) -> str:  # fmt: skip
-    """Of 100 activations, 1 GiB, that are read ten times unless said otherwise."""
+    """Of 1 GiB that is read ten times unless said otherwise."""
     conf = Conf(prefix=PrefixConf(cache=PrefixCache(kind), max_gib=max_gib))
-    needed = Need(**{"images": 100, "passes": 10.0, **need})  # type: ignore[arg-type]
-    return str(choose(conf, measured, needed, torch.device(device), folder, shared=shared)[0])
+    return str(choose(conf, measured, need or needed(), torch.device(device), folder, shared=shared)[0])
 
 
 def test_where_activations_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"ram": 4 * GIB, "device": 4 * GIB, "disk": 4 * GIB}
+    free = {"ram": 4 * GIB, "device": 3 * GIB, "disk": 4 * GIB}
     monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
     monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["device"], 0))
-    there = {"there": {PrefixCache.ram: 100}}
-    assert chosen(tmp_path) == chosen(tmp_path, device="cpu") == "ram"
-    assert chosen(tmp_path, device="cuda") == "device"
-    assert chosen(tmp_path, passes=1.0) == "none" and chosen(tmp_path, passes=1.0, shared=True) == "ram"
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB // 2)
+    assert chosen(tmp_path) == "ram" and chosen(tmp_path, device="cuda") == "device"  # 30 % of 3.5 GiB
+    once = needed(passes=1.0)
+    assert chosen(tmp_path, need=once) == "none" and chosen(tmp_path, need=once, shared=True) == "ram"
     free["device"] = free["ram"] = int(1.9 * GIB)  # half of it, or 30 %, may be taken unasked
     assert chosen(tmp_path, device="cuda") == chosen(tmp_path) == "disk"
-    assert chosen(tmp_path, **there) == "ram" and chosen(tmp_path, spare={PrefixCache.ram: GIB}) == "ram"
+    assert chosen(tmp_path, need=needed(there="ram")) == chosen(tmp_path, need=needed(spare=GIB)) == "ram"
     assert chosen(tmp_path, "ram") == "ram"  # asked for, all of it may be taken
     assert chosen(tmp_path, max_gib=1.2) == "none" and chosen(tmp_path, max_gib=1.3) == "disk"
-    assert chosen(tmp_path, max_gib=1.3, beside={PrefixCache.disk: 10}) == "none"
-    assert chosen(tmp_path, max_gib=1.0, there={PrefixCache.disk: 100}) == "disk"
+    assert chosen(tmp_path, need=needed(beside=10), max_gib=1.3) == "none"
+    free["disk"] = GIB // 10
+    assert chosen(tmp_path) == "none" and chosen(tmp_path, need=needed(there="disk"), max_gib=1.3) == "disk"
+    assert chosen(tmp_path, "disk", need=needed(there="disk")) == "disk"
+    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.10 may be taken"):
+        chosen(tmp_path, "disk")
+    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.50 may be taken"):
+        chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5)
+    free["disk"] = 4 * GIB
     (tmp_path / "file").write_text("")
     assert chosen(tmp_path / "file" / "cache") == "none"  # no folder can be made there
-    slow_to_read = replace(CHEAP, seconds=1e-4, loading=0.0)  # 10 MB in 5 ms from memory
-    assert chosen(tmp_path, measured=slow_to_read) == "none"
-    assert chosen(tmp_path, measured=replace(slow_to_read, loading=1e-1)) == "disk"
+    quick = replace(CHEAP, seconds=1e-4, loading=0.0)  # 10 MB come in 5 ms from memory, in 20 from disk
+    assert chosen(tmp_path, measured=quick) == "none"
+    assert chosen(tmp_path, measured=replace(quick, loading=1e-1)) == "disk"
 
 
 def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "free_memory", lambda: GIB // 2)
-    conf = Conf(prefix=PrefixConf(cache=PrefixCache.ram), augment=AugmentConf(recipe=Recipe.light, views=4))
     for dtype, is_tried in ((torch.float32, True), (torch.float16, False)):
-        with pytest.raises(
-            ValueError, match=r"need 1\.00 GiB and 0\.50 may be taken, enough for 12 images in 4"
-        ) as told:
-            choose(conf, replace(CHEAP, dtype=dtype), Need(100, 9.0), torch.device("cpu"), tmp_path, shared=False)
-        assert ("prefix.dtype=fp16" in str(told.value)) == is_tried
-        assert "prefix.cache=disk" in str(told.value) and "fewer augment.views" in str(told.value)
+        for views, words in ((4, "12 images in 4 views"), (1, "50 images")):
+            with pytest.raises(ValueError) as told:
+                chosen(tmp_path, "ram", need=needed(views=views), measured=replace(CHEAP, dtype=dtype))
+            text = str(told.value)
+            assert "those of train" in text and f"need 1.00 GiB and 0.50 may be taken, enough for {words}." in text
+            assert "prefix.cache=disk" in text and ("fewer augment.views" in text) == (views > 1)
+            assert ("prefix.dtype=fp16" in text) == is_tried
 
 
 def test_found_in() -> None:

@@ -169,20 +169,18 @@ def evict(folder: Path, keep: Path, limit_bytes: int) -> list[Path]:
     return removed
 
 
-def bound(entry: Path, limit_gib: float, needed: int = 0, *, holds: str, mend: str) -> None:
-    """Keep all entries beside `entry` under a limit, of which `needed` bytes are about to be written for it.
+def bound(entry: Path, limit_gib: float, *, holds: str, mend: str) -> None:
+    """Keep all entries beside `entry`, which stays, under a limit; where too much of it is in use, say so.
 
     Args:
-        entry: Stays.
+        entry: Is there.
         limit_gib: Of all of them.
-        needed: 0: it is there, and if all of them are too large now, it is said.
         holds: What they are, in words.
         mend: What to do about too many.
     """
-    limit = int(limit_gib * 2**30)
-    evict(entry.parent, entry, limit - needed)
+    evict(entry.parent, entry, int(limit_gib * 2**30))
     total = held_bytes(entry.parent)
-    if not needed and total > limit:
+    if total > int(limit_gib * 2**30):
         why = " that are all in use"
         if LOCKS is None:
             why = ", of which none is removed because this system has no locks that tell which are in use"

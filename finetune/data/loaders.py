@@ -32,6 +32,7 @@ from finetune.signals import STOPPING
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
+_NO_IMAGES, _NO_IDS = torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
 CACHED_PIXELS = 2**16  # of three channels of float32: about what a core's cache holds
 
 
@@ -199,12 +200,12 @@ class Loader:
         self.waited_s = 0.0
         self.split = split
         self._on_skip = on_skip or (lambda error: None)
-        skip = conf.on_error == OnError.skip
+        self._skips = conf.on_error == OnError.skip
         self._step = first_step(preprocess, augment)
         self._is_cached = conf.cache in (CacheKind.ram, CacheKind.disk)
         self._squares: DeviceSquares | None = None
         start = self._step.rest if self._is_cached else preprocess
-        self._maker = Maker(split, build_transform(start, augment), seed, skip=skip)
+        self._maker = Maker(split, build_transform(start, augment), seed, skip=self._skips)
         self._conf = conf
         self.batch_size = conf.batch_size
         self._augment = augment
@@ -239,15 +240,24 @@ class Loader:
         assert epoch >= 0 and skip >= 0
         return self.show(self.showings(epoch).after(skip * self._conf.batch_size), self.view(epoch))
 
-    def show(self, showings: Showings, view: int) -> Iterator[Batch]:
-        """Like `epoch`, of any showings in any view."""
+    def show(self, showings: Showings, view: int, *, empty: bool = False) -> Iterator[Batch]:
+        """Like `epoch`, of any showings in any view.
+
+        Args:
+            showings: Images, one after the other.
+            view: Of all of them.
+            empty: Where images are left out, a batch of which nothing is left comes as one of no images; nobody is
+                told of those.
+        """
         self._turn += 1
         turn = self._turn
         self._start(showings, view)
         # `self._batches` has no second owner, not even this frame, so that `close` always ends the workers.
         while (batch := self._next()) is not None:
-            if isinstance(batch, ImageError):
+            if isinstance(batch, ImageError) and not (empty and self._skips):
                 raise batch
+            if isinstance(batch, ImageError):
+                batch = Made(_NO_IMAGES, self.split.labels[:0], _NO_IDS, [])
             for error in batch.left_out:
                 self._on_skip(error)
             yield self._deliver(batch)
@@ -322,9 +332,9 @@ class Loader:
         """How long an image takes to load, with as many workers as there are, by measurement; 0 from the device."""
         if self._conf.cache == CacheKind.device:
             return 0.0
-        if self._loader is None:
-            self._loader = self._build()
-        return self._cost_s() / max(1, self._loader.num_workers)
+        # Not stored: no worker of it has started, and `will_fork` goes by whether there is one.
+        workers = (self._loader or self._build()).num_workers
+        return self._cost_s() / max(1, workers)
 
     def _cost_s(self) -> float:
         """Seconds of one core an image, of the first ones, measured once; what is made is thrown away."""

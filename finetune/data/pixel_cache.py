@@ -30,7 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.data.content import content_digest
 from finetune.data.cores import cores
-from finetune.data.evict import Held, bound, made_once
+from finetune.data.evict import Held, bound, evict, made_once
 from finetune.data.images import ImageError
 from finetune.data.memory import free_memory
 from finetune.data.split import Split
@@ -119,20 +119,15 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
         return PixelCache(index, pixels=pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
     place = cache_folder(conf.cache_dir) / "pixels" / _key(split, step)
     held = made_once(place, lambda: _build(split, step, conf, place))
-    _bound(place, conf)
-    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8", held=held)
-
-
-def _bound(place: Path, conf: DataConf, needed: int = 0) -> None:
-    """Keep all caches of pixels under `data.cache_gib`, of which `needed` bytes are about to be written at `place`."""
     mend = f"raise data.cache_gib={conf.cache_gib:g}, or use data.cache=none"
-    bound(place, conf.cache_gib, needed, holds="decoded images", mend=mend)
+    bound(place, conf.cache_gib, holds="decoded images", mend=mend)
+    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8", held=held)
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
     """Make the folder `place` in one move."""
     if step.square is not None:
-        _bound(place, conf, _squares(split, step.square))
+        evict(place.parent, place, int(conf.cache_gib * 2**30) - _squares(split, step.square))
     beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     beside.mkdir()
     try:

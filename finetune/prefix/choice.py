@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,22 +48,20 @@ class Need:
     """What keeping a split would take.
 
     Attributes:
-        images: Activations to keep, of all views.
-        passes: How often each would be read.
-        there: How many of them are kept already, by place: they need no room.
-        beside: How many of another split are still to come, by place: they need room, too.
-        spare: Bytes in memory, by place, that earlier runs of a sweep left, and that would go for these.
+        split: Its name.
+        views: How many views of it.
+        passes: How often each activation would be read.
+        missing: Activations that a place has to find room for, of this split and of those that were settled before.
+        total: The same with those that are there already.
+        spare: Bytes that earlier runs of a sweep left at a place in memory, and that would go for these.
     """
 
-    images: int
+    split: str
+    views: int
     passes: float
-    there: Mapping[PrefixCache, int] = field(default_factory=dict)
-    beside: Mapping[PrefixCache, int] = field(default_factory=dict)
-    spare: Mapping[PrefixCache, int] = field(default_factory=dict)
-
-    def missing(self, kind: PrefixCache) -> int:
-        """Activations that a place still has to find room for."""
-        return self.images - self.there.get(kind, 0) + self.beside.get(kind, 0)
+    missing: Mapping[PrefixCache, int]
+    total: Mapping[PrefixCache, int]
+    spare: Mapping[PrefixCache, int]
 
 
 def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: torch.dtype) -> Measured:
@@ -83,11 +81,11 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
     if on_gpu:  # the first pass also loads kernels
         prefix.first(images)
         prefix.forget()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(images.device)
     began = time.perf_counter()
     h = prefix.first(images)
     if on_gpu:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(images.device)
     seconds = (time.perf_counter() - began) / len(images)
     if wanted != PrefixDtype.auto:
         prefix.kept_as = DTYPES[wanted]
@@ -132,10 +130,9 @@ def choose(
     """
     kind, size, max_gib = conf.prefix.cache, measured.bytes, conf.prefix.max_gib
     if kind != PrefixCache.auto:
-        wanted, room = need.missing(kind) * size, _room(kind, measured, need, device, folder, max_gib)
-        if wanted > room:
-            kept = need.there.get(kind, 0) * size
-            raise ValueError(_too_small(conf, kind, wanted + kept, room + kept, measured))
+        for wanted, room in _wanted_and_room(kind, size, need, device, folder, max_gib):
+            if wanted > room:
+                raise ValueError(_too_small(kind, wanted, room, need, measured))
         return kind, f"prefix.cache={kind}"
     if need.passes <= 1 and not shared:
         return PrefixCache.none, "each would be read once"
@@ -146,32 +143,39 @@ def choose(
         reading = size / READ[kind]
         if reading >= computing:
             return PrefixCache.none, "computing them is as fast as reading them"
-        if need.missing(kind) * size <= SHARE[kind] * _room(kind, measured, need, device, folder, max_gib):
+        pairs = _wanted_and_room(kind, size, need, device, folder, max_gib)
+        if all(wanted <= SHARE[kind] * room for wanted, room in pairs):
             return kind, f"they fit, and computing takes {computing / reading:.0f} x longer"
     return (
         PrefixCache.none,
-        f"{need.images * size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib, augment.views",
+        f"{need.total[PrefixCache.ram] * size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib,"
+        " augment.views",
     )
 
 
 def is_roomy(kind: PrefixCache, measured: Measured, need: Need, device: torch.device) -> bool:
     """Whether a place in memory has room for what is missing beside what earlier runs left there."""
-    return need.missing(kind) * measured.bytes <= SHARE[kind] * _free_memory(kind, device)
+    return need.missing[kind] * measured.bytes <= SHARE[kind] * _free_memory(kind, device)
 
 
-def _room(
-    kind: PrefixCache, measured: Measured, need: Need, device: torch.device, folder: Path, max_gib: float
-) -> float:
-    """Bytes that a place may take beyond those that it has of `need` already."""
+def _wanted_and_room(
+    kind: PrefixCache, size: int, need: Need, device: torch.device, folder: Path, max_gib: float
+) -> list[tuple[float, float]]:
+    """Bytes that are wanted of a place, and bytes that it has: for what is missing, and for all under its bound."""
+    missing = need.missing[kind] * size
     if kind != PrefixCache.disk:
-        return _free_memory(kind, device) + need.spare.get(kind, 0)
-    bound = max_gib * GIB - need.there.get(kind, 0) * measured.bytes
-    return min(bound, float(shutil.disk_usage(_existing(folder)).free))
+        return [(missing, _free_memory(kind, device) + need.spare[kind])]
+    return [
+        (need.total[kind] * size, max_gib * GIB),
+        (missing, float(shutil.disk_usage(_existing(folder)).free)),
+    ]
 
 
 def _free_memory(kind: PrefixCache, device: torch.device) -> float:
     if kind == PrefixCache.device and device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # What torch holds without using it, such as earlier runs' blocks, is there for new ones.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + held)
     available = free_memory()
     return float("inf") if available is None else float(available)
 
@@ -185,21 +189,21 @@ def _is_writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
-def _too_small(conf: Conf, kind: PrefixCache, size: int, room: float, measured: Measured) -> str:
+def _too_small(kind: PrefixCache, wanted: float, room: float, need: Need, measured: Measured) -> str:
     """What to say where activations do not fit: how much they need, and what would."""
-    views = max(1, num_views(conf.augment))
-    images = int(room // measured.bytes) // views
+    images = int(room // measured.bytes) // need.views
     tries = []
-    if kind != PrefixCache.disk:
+    if kind == PrefixCache.disk:
+        tries.append(f"prefix.max_gib={wanted / GIB + 1:.0f}, or more room on the disk")
+    else:
         tries.append("prefix.cache=disk")
-    elif conf.prefix.max_gib * GIB < size:
-        tries.append(f"prefix.max_gib={size / GIB + 1:.0f}")
-    if views > 1:
+    if need.views > 1:
         tries.append("fewer augment.views")
     if measured.dtype == torch.float32:
         tries.append("prefix.dtype=fp16, which takes half")
     tries.append("or prefix.cache=none")
+    shown = f" in {need.views} views" if need.views > 1 else ""
     return (
-        f"prefix.cache={kind}: the activations need {size / GIB:.2f} GiB and {room / GIB:.2f} may be taken, enough for"
-        f" {images:,} images{f' in {views} views' if views > 1 else ''}. Try {', '.join(tries)}"
+        f"prefix.cache={kind}: with those of {need.split} the activations need {wanted / GIB:.2f} GiB and"
+        f" {room / GIB:.2f} may be taken, enough for {images:,} images{shown}. Try {', '.join(tries)}"
     )

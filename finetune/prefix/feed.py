@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.config import PrefixCache
 from finetune.data import Batch, ImageError, Loader
-from finetune.data.evict import bound
+from finetune.data.evict import bound, evict
 from finetune.data.mix import Mixer
 from finetune.data.order import Showings
 from finetune.log import Bar
@@ -36,18 +36,36 @@ class Keep:
     Attributes:
         kind: ram, device or disk.
         name: Changes with all that the numbers depend on but the view.
+        images: Activations of a view.
+        views: How many views there will be.
+        bytes_per_image: Of one image's activations.
         shelf: Where blocks in memory stand.
+        device: Where the run computes.
         folder: Of blocks on disk.
         max_gib: What all blocks on disk may take.
-        bytes_per_image: Of one image's activations.
+        is_asked: Whether somebody named the place; else what does not fit there after all is computed every time.
     """
 
     kind: PrefixCache
     name: str
+    images: int
+    views: int
+    bytes_per_image: int
     shelf: Shelf
+    device: torch.device
     folder: Path
     max_gib: float
-    bytes_per_image: int
+    is_asked: bool
+
+    @property
+    def total(self) -> int:
+        """Activations of all views."""
+        return self.images * self.views
+
+    @property
+    def missing(self) -> int:
+        """Those of them that are still to be computed."""
+        return self.images * sum(not self.is_there(view) for view in range(self.views))
 
     def place(self, view: int) -> Path:
         """Of a view's block on disk."""
@@ -61,7 +79,19 @@ class Keep:
 
     def on_shelf(self, view: int) -> str:
         """The name of a view's block in memory."""
-        return f"{self.kind}-{self.name}-{view}"
+        where = self.device if self.kind == PrefixCache.device else "host"
+        return f"{self.kind}-{self.name}-{where}-{view}"
+
+    def find(self, view: int) -> Block | None:
+        """A view's block, where it is there; what is damaged is removed.
+
+        Raises:
+            OSError: What is damaged cannot be removed.
+        """
+        if self.kind == PrefixCache.disk:
+            return find_on_disk(self.place(view), self.images)
+        block: Block | None = self.shelf.get(self.on_shelf(view))
+        return block
 
 
 class Feed:
@@ -107,31 +137,45 @@ class Feed:
         self._check = check
         self._first_slot = self._most.cumsum(0) - self._most
         self._opened: dict[int, Block] = {}
-        self._waited_s = 0.0
-        self._began = 0.0
+        self._waited_s = self._waited_before = 0.0
+        self._began = self._prepared_s = 0.0
         self._built = False
 
     def __len__(self) -> int:
         """Micro-batches an epoch; the last may be short."""
         return len(self._loader)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a pass takes what the frozen layers have given before it."""
+        return self._keep is not None
+
     def will_fork(self, epoch: int) -> bool:
         """Whether a pass may start processes."""
-        return self._loader.will_fork and (self._keep is None or self._found(self._loader.view(epoch)) is None)
+        view = self._loader.view(epoch)
+        is_there = view in self._opened or (self._keep is not None and self._keep.is_there(view))
+        return self._loader.will_fork and not is_there
 
     def prepare(self, epoch: int) -> None:
-        """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own."""
-        self._built = False
-        if self._keep is not None:
-            self._block(self._loader.view(epoch))
+        """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own.
 
-    def prepare_if_possible(self, epoch: int) -> None:
-        """`prepare`; where it turns out that they cannot be kept, the pass will compute them."""
+        Raises:
+            OSError: It does not fit where it was asked for.
+        """
+        began, before = time.perf_counter(), self._loader.waited_s
+        self._built = False
         try:
-            self.prepare(epoch)
-        except (OSError, ValueError) as error:
-            logger.warning("what the frozen layers give for %s is not kept: %s", self._title, error)
+            if self._keep is not None:
+                self._block(self._loader.view(epoch))
+        except (OSError, torch.OutOfMemoryError) as error:
+            assert self._keep is not None
+            if self._keep.is_asked:
+                raise
+            reason = str(error).splitlines()[0]
+            logger.warning("what the frozen layers give for %s is not kept after all: %s", self._title, reason)
             self._keep = None
+            self._opened.clear()
+        self._prepared_s, self._waited_before = time.perf_counter() - began, self._loader.waited_s - before
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """One pass, as `Loader.epoch` has it; the first of a batch are what the loop's first layer takes."""
@@ -152,9 +196,11 @@ class Feed:
     def stats(self) -> dict[str, float]:
         """Of the latest epoch, read at its end: `data_wait`, the share of its time that was waited for data.
 
-        Where layers are frozen also `prefix_hits`, the share of images whose activations were there already.
+        Its preparation counts. Where layers are frozen also `prefix_hits`, the share of images whose activations were
+        there before.
         """
-        found = {"data_wait": self._waited_s / max(time.perf_counter() - self._began, 1e-9)}
+        seconds = time.perf_counter() - self._began + self._prepared_s
+        found = {"data_wait": (self._waited_s + self._waited_before) / max(seconds, 1e-9)}
         if self._prefix is not None:
             found["prefix_hits"] = 0.0 if self._keep is None or self._built else 1.0
         return found
@@ -175,8 +221,7 @@ class Feed:
         for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[there], counts), strict=True)):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
-            targets = split.labels[ids].to(self._device, non_blocking=self._device.type == "cuda")
-            yield self._prefix.restore(values), targets, ids
+            yield self._prefix.restore(values), _sent(split.labels[ids], self._device), ids
 
     def _fetched(self, block: Block, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
         """The activations of each batch on the device; read ahead where that takes longer than a copy in memory.
@@ -188,14 +233,13 @@ class Feed:
         """
         assert self._keep is not None
         if self._keep.kind != PrefixCache.disk and block.values.device.type == self._device.type:
-            # All slots at once: a copy to a GPU in every step would wait for it.
-            for part in torch.split(slots.to(self._device), counts):
+            for part in torch.split(_sent(slots, self._device), counts):
                 yield block.values[part]
             return
         with ThreadPoolExecutor(1) as pool:
             waiting: list[Future[Tensor]] = []
             for part in torch.split(slots, counts):
-                waiting.append(pool.submit(_fetch, block.values, part, self._device))
+                waiting.append(pool.submit(_fetch, block.values, part, pin=self._device.type == "cuda"))
                 if len(waiting) > AHEAD:
                     yield self._arrived(waiting.pop(0))
             for future in waiting:
@@ -205,16 +249,13 @@ class Feed:
         began = time.perf_counter()
         values = future.result()
         self._waited_s += time.perf_counter() - began
-        return values.to(self._device, non_blocking=True)
+        return _sent(values, self._device)
 
     def _found(self, view: int) -> Block | None:
         """The activations of a view where they are there already, from an earlier epoch or run."""
-        keep = self._keep
-        assert keep is not None
+        assert self._keep is not None
         if view not in self._opened:
-            on_disk = keep.kind == PrefixCache.disk
-            slots = int(self._most.sum())
-            block = find_on_disk(keep.place(view), slots) if on_disk else keep.shelf.get(keep.on_shelf(view))
+            block = self._keep.find(view)
             if block is None:
                 return None
             self._open(view, block)
@@ -231,20 +272,20 @@ class Feed:
 
     def _build(self, view: int) -> Block:
         """Compute the activations of a view, unless another run does so meanwhile."""
-        keep, slots = self._keep, int(self._most.sum())
+        keep = self._keep
         assert keep is not None
         if keep.kind != PrefixCache.disk:
             where = self._device if keep.kind == PrefixCache.device else torch.device("cpu")
-            block = build_in_memory(slots, lambda builder: self._fill(builder, view), where)
+            block = build_in_memory(keep.images, lambda builder: self._fill(builder, view), where)
             keep.shelf.put(keep.on_shelf(view), block, block.values.nbytes)
             self._opened[view], self._built = block, True
             return block
 
         def fill(builder: Builder) -> None:
-            self._bound(view, slots * keep.bytes_per_image)
+            evict(keep.folder, keep.place(view), int(keep.max_gib * 2**30) - keep.images * keep.bytes_per_image)
             self._fill(builder, view)
 
-        block, self._built = open_on_disk(keep.place(view), slots, fill)
+        block, self._built = open_on_disk(keep.place(view), keep.images, fill)
         if self._built:
             self._opened[view] = block
         else:
@@ -254,18 +295,16 @@ class Feed:
     def _open(self, view: int, block: Block) -> None:
         """Take what an earlier epoch or another run has computed; who asks for it is told of what it lacks, too."""
         self._opened[view] = block
-        if self._keep is not None and self._keep.kind == PrefixCache.disk:
-            self._bound(view)
-        if not block.present.all():
-            absent = torch.arange(len(self._most)).repeat_interleave(self._most)[~block.present]
-            for sample in sorted(set(absent.tolist())):
-                self._loader.leave_out(sample, "could not be read when the frozen layers ran on it")
-
-    def _bound(self, view: int, needed: int = 0) -> None:
         keep = self._keep
-        assert keep is not None
-        mend = f"raise prefix.max_gib={keep.max_gib:g}, or use prefix.cache=ram or none"
-        bound(keep.place(view), keep.max_gib, needed, holds="activations", mend=mend)
+        if keep is not None and keep.kind == PrefixCache.disk:
+            mend = f"raise prefix.max_gib={keep.max_gib:g}, or use prefix.cache=ram or none"
+            bound(keep.place(view), keep.max_gib, holds="activations", mend=mend)
+        if not block.present.all():
+            self._leave_out(torch.arange(len(self._most)).repeat_interleave(self._most)[~block.present])
+
+    def _leave_out(self, samples: Tensor) -> None:
+        for sample in sorted(set(samples.tolist())):
+            self._loader.leave_out(sample, "could not be read when the frozen layers ran on it")
 
     def _fill(self, builder: Builder, view: int) -> None:
         """Run the frozen layers on every showing that an epoch of this view can hold."""
@@ -275,17 +314,30 @@ class Feed:
         size = self._loader.batch_size
         title = f"frozen layers on {self._title}" + (f", view {view + 1}" if view else "")
         bar = Bar(title, total=-(-len(samples) // size), images=len(samples))
-        for number, (images, _, ids) in enumerate(bar.wrap(self._loader.show(everything, view))):
-            present = found_in(samples[number * size : (number + 1) * size], ids)
-            kept = self._prefix(images)
-            builder.put(kept, present, self._prefix.native)
-            self._check()
-        self._loader.close()  # these activations take the place of its images
+        try:
+            batches = self._loader.show(everything, view, empty=True)
+            for number, (images, _, ids) in enumerate(bar.wrap(batches)):
+                asked = samples[number * size : (number + 1) * size]
+                if len(ids):
+                    builder.put(self._prefix(images), found_in(asked, ids), self._prefix.native)
+                else:  # of so many side by side; an epoch shows them among others
+                    builder.put(None, torch.zeros(len(asked), dtype=torch.bool), self._prefix.native)
+                    self._leave_out(asked)
+                self._check()
+        finally:  # these activations take the place of its images; and workers hold locks as long as they live
+            self._loader.close()
 
 
-def _fetch(values: Tensor, slots: Tensor, device: torch.device) -> Tensor:
+def _fetch(values: Tensor, slots: Tensor, *, pin: bool) -> Tensor:
     batch = values[slots]
-    return batch.pin_memory() if device.type == "cuda" else batch
+    return batch.pin_memory() if pin else batch
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the host as they are on `device`; to a GPU without a wait for it."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
+    return values.to(device)
 
 
 def found_in(wanted: Tensor, got: Tensor) -> Tensor:

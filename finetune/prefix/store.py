@@ -6,12 +6,13 @@ renamed, under a lock: a kill leaves nothing that counts, and of two runs that w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from finetune.files import write_text
 
 logger = logging.getLogger("finetune")
 
-FORMAT = 2  # raised when the files below change their meaning
 PIECE = 64 * 2**20  # bytes that are checked at once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,32 +57,51 @@ class Builder:
         self.present = torch.zeros(slots, dtype=torch.bool)
         self.native = torch.float32
         self.filled = 0
+        self._nothing = torch.empty(0)  # (0, ...): what an image's activations look like, once that is known
+        self._absent = 0  # slots at the end of the filled ones for which there is nothing, and not taken yet
 
-    def put(self, values: Tensor, present: Tensor, native: torch.dtype) -> None:
+    def put(self, values: Tensor | None, present: Tensor, native: torch.dtype) -> None:
         """Take the next ones.
 
         Args:
-            values: (n, ...) as they are kept, of the slots that are present alone.
+            values: (n, ...) as they are kept, of the slots that are present alone; None where none is.
             present: bool (m,), of which n are True: which of the next m slots have any.
             native: The dtype that the layers above take.
 
         Raises:
             ValueError: They are not finite.
         """
+        count = len(present)
+        self.present[self.filled : self.filled + count] = present
+        self.filled += count
+        if values is None:
+            self._absent += count
+            return
         if not torch.isfinite(values).all():
             raise ValueError(
                 "the frozen layers give values that are not finite: look at the weights, and at the images"
             )
-        if not present.all():
-            full = values.new_zeros(len(present), *values.shape[1:])
-            full[present.to(values.device)] = values
-            values = full
-        self.native = native
-        self._take(values)
-        self.present[self.filled : self.filled + len(present)] = present
-        self.filled += len(present)
+        self.native, self._nothing = native, values[:0]
+        if self._absent or not present.all():
+            full = values.new_zeros(self._absent + count, *values.shape[1:])
+            full[self._absent :][present.to(values.device)] = values
+            values, self._absent = full, 0
+        self._take(values, self.filled - len(values))
 
-    def _take(self, values: Tensor) -> None:
+    def finish(self) -> None:
+        """Every slot was put.
+
+        Raises:
+            ValueError: There is nothing for any of them.
+        """
+        assert self.filled == self.slots
+        if self._absent == self.slots:
+            raise ValueError("not one image of the split can be read")
+        if self._absent:
+            self._take(self._nothing.new_zeros(self._absent, *self._nothing.shape[1:]), self.slots - self._absent)
+
+    def _take(self, values: Tensor, first: int) -> None:
+        """Those of the slots from `first` on, which follow those before."""
         raise NotImplementedError
 
 
@@ -95,36 +114,48 @@ class MemoryBuilder(Builder):
         self._device = device
         self.values = torch.empty(0, device=device)
 
-    def _take(self, values: Tensor) -> None:
-        if not self.filled:
+    def _take(self, values: Tensor, first: int) -> None:
+        if not first:
             self.values = torch.empty(self.slots, *values.shape[1:], dtype=values.dtype, device=self._device)
-        self.values[self.filled : self.filled + len(values)] = values
+        self.values[first : first + len(values)] = values
 
 
 class FileBuilder(Builder):
     """Into a file, byte after byte: a full disk is an error, not a crash as it would be through a map."""
 
     def __init__(self, slots: int, path: Path) -> None:
-        """The file is made at once."""
+        """The file is made at once, in a folder beside blocks."""
         super().__init__(slots)
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.float32
         self.checksum = 0
+        self._folder = path.parent.parent
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
 
-    def _take(self, values: Tensor) -> None:
+    def _take(self, values: Tensor, first: int) -> None:
         data = values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
         self.shape, self.dtype = (self.slots, *values.shape[1:]), values.dtype
         self.checksum = zlib.crc32(data, self.checksum)
-        while data:
-            data = data[self._file.write(data) :]
+        with _told_of(self._folder):
+            while data:
+                data = data[self._file.write(data) :]
 
     def close(self) -> None:
         """What was taken is on the disk."""
         try:
-            os.fsync(self._file.fileno())
+            with _told_of(self._folder):
+                os.fsync(self._file.fileno())
         finally:
             self._file.close()
+
+
+@contextlib.contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """What keeps a file from being written, with the setting that asks for it and the folder of all blocks."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"prefix.cache=disk: cannot write to {folder}: {error.strerror or error}") from error
 
 
 Fill = Callable[[Builder], None]
@@ -134,7 +165,7 @@ def build_in_memory(slots: int, fill: Fill, device: torch.device) -> Block:
     """A block in the memory of `device`."""
     builder = MemoryBuilder(slots, device)
     fill(builder)
-    assert builder.filled == slots
+    builder.finish()
     return Block(builder.values, builder.present, builder.native)
 
 
@@ -172,19 +203,24 @@ def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
         As of `find_on_disk`; whether it was built now.
 
     Raises:
-        OSError: The folder cannot be written, or is full.
+        OSError: The folder cannot be written, or is full, or does not give back what was written.
         ValueError: See `Builder`.
     """
-    built = False
+    built, held = False, Held(None)
 
     def make() -> None:
         nonlocal built
         _write(place, slots, fill)
         built = True
 
-    while (block := find_on_disk(place, slots)) is None:
-        assert not built, f"{place} was written just now"
-        made_once(place, make).release()
+    try:
+        while (block := find_on_disk(place, slots)) is None:
+            if built:
+                raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
+            held.release()
+            held = made_once(place, make)  # held while it is read: no run that makes room takes it away meanwhile
+    finally:
+        held.release()
     return block, built
 
 
@@ -203,25 +239,25 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
     """Make the folder `place` in one move."""
     beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir()
-        builder = FileBuilder(slots, beside / "activations")
+        with _told_of(place.parent):
+            beside.mkdir()
+            builder = FileBuilder(slots, beside / "activations")
         try:
             fill(builder)
+            builder.finish()
         finally:
             builder.close()
-        assert builder.filled == slots
         meta = {
-            "format": FORMAT,
             "shape": list(builder.shape),
             "dtype": str(builder.dtype).removeprefix("torch."),
             "native": str(builder.native).removeprefix("torch."),
             "checksum": builder.checksum,
             "present": np.packbits(builder.present.numpy()).tobytes().hex(),
         }
-        write_text(beside / "meta.json", json.dumps({**meta, "own_checksum": _words_checksum(meta)}))
-        os.rename(beside, place)
-    except OSError as error:
-        raise OSError(f"prefix.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
+        with _told_of(place.parent):
+            write_text(beside / "meta.json", json.dumps({**meta, "own_checksum": _words_checksum(meta)}))
+            if not place.is_dir():  # where there are no locks, another run may have been faster
+                os.rename(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -230,7 +266,7 @@ def _read(place: Path, slots: int) -> tuple[Block | None, str]:
     """The block, or None and why it is damaged."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        if meta.pop("own_checksum") != _words_checksum(meta) or meta["format"] != FORMAT:
+        if meta.pop("own_checksum") != _words_checksum(meta):
             return None, "its description is not what was written"
         if _checksum(place / "activations") != meta["checksum"]:
             return None, "its content is not what was written"
