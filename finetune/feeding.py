@@ -27,7 +27,7 @@ from finetune.prefix import (
     split_digest,
     why_not_in_training,
 )
-from finetune.prefix.choice import Measured
+from finetune.prefix.choice import READ_ONCE, Measured, read_once
 from finetune.schema import changed
 from finetune.shelf import Shelf, is_shared, open_shelf
 
@@ -131,6 +131,8 @@ class Feeding:
         conf = parts.conf
         if conf.prefix.cache == PrefixCache.none:
             return None, "prefix.cache=none"
+        if read_once(conf, passes, shared=is_shared()):  # before the name, which takes a look at every file
+            return None, READ_ONCE
         places = self._places(loader, split)
         beside = {kind: [keep for keep in self._settled if keep.kind == kind] for kind in places}
         names = [f"{kind}-{keep.name}" for kind in IN_MEMORY for keep in [places[kind], *self._settled]]

@@ -23,6 +23,7 @@ GIB = 2**30
 SHARE = {PrefixCache.device: 0.3, PrefixCache.ram: 0.5, PrefixCache.disk: 0.8}
 # Bytes a second at which kept activations come back, at the least; slower than computing them, keeping is no use.
 READ = {PrefixCache.device: 100e9, PrefixCache.ram: 2e9, PrefixCache.disk: 0.5e9}
+READ_ONCE = "each would be read once"
 DTYPES = {PrefixDtype.fp32: torch.float32, PrefixDtype.fp16: torch.float16, PrefixDtype.bf16: torch.bfloat16}
 
 
@@ -134,8 +135,8 @@ def choose(
             if wanted > room:
                 raise ValueError(_too_small(kind, wanted, room, need, measured))
         return kind, f"prefix.cache={kind}"
-    if need.passes <= 1 and not shared:
-        return PrefixCache.none, "each would be read once"
+    if read_once(conf, need.passes, shared=shared):
+        return PrefixCache.none, READ_ONCE
     kinds = [PrefixCache.device] if device.type == "cuda" else []
     on_disk = [PrefixCache.disk] if _is_writable(_existing(folder)) else []
     computing = measured.seconds + measured.loading
@@ -151,6 +152,11 @@ def choose(
         f"{need.total[PrefixCache.ram] * size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib,"
         " augment.views",
     )
+
+
+def read_once(conf: Conf, passes: float, *, shared: bool) -> bool:
+    """Whether nobody asked to keep what is read once and never again."""
+    return conf.prefix.cache == PrefixCache.auto and passes <= 1 and not shared
 
 
 def is_roomy(kind: PrefixCache, measured: Measured, need: Need, device: torch.device) -> bool:
