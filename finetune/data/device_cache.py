@@ -66,7 +66,11 @@ class DeviceSquares:
             samples = samples[there]
         else:
             errors = []
-        device = self._squares.device
-        early = device.type == "cuda"  # out of pinned memory: any other copy waits until the device is idle
-        index = (samples.pin_memory() if early else samples).to(device, non_blocking=early)
-        return self._squares[index], samples, errors
+        return self._squares[sent(samples, self._squares.device)], samples, errors
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the host as they are on `device`; to a GPU out of pinned memory: any other copy waits for it."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
+    return values.to(device)

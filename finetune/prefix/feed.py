@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.config import PrefixCache
 from finetune.data import Batch, ImageError, Loader
+from finetune.data.device_cache import sent
 from finetune.data.evict import bound, evict
 from finetune.data.mix import Mixer
 from finetune.data.order import Showings
@@ -221,7 +222,7 @@ class Feed:
         for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[there], counts), strict=True)):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
-            yield self._prefix.restore(values), _sent(split.labels[ids], self._device), ids
+            yield self._prefix.restore(values), sent(split.labels[ids], self._device), ids
 
     def _fetched(self, block: Block, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
         """The activations of each batch on the device; read ahead where that takes longer than a copy in memory.
@@ -233,7 +234,7 @@ class Feed:
         """
         assert self._keep is not None
         if self._keep.kind != PrefixCache.disk and block.values.device.type == self._device.type:
-            for part in torch.split(_sent(slots, self._device), counts):
+            for part in torch.split(sent(slots, self._device), counts):
                 yield block.values[part]
             return
         with ThreadPoolExecutor(1) as pool:
@@ -249,7 +250,7 @@ class Feed:
         began = time.perf_counter()
         values = future.result()
         self._waited_s += time.perf_counter() - began
-        return _sent(values, self._device)
+        return sent(values, self._device)
 
     def _found(self, view: int) -> Block | None:
         """The activations of a view where they are there already, from an earlier epoch or run."""
@@ -331,13 +332,6 @@ class Feed:
 def _fetch(values: Tensor, slots: Tensor, *, pin: bool) -> Tensor:
     batch = values[slots]
     return batch.pin_memory() if pin else batch
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values on the host as they are on `device`; to a GPU without a wait for it."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
-    return values.to(device)
 
 
 def found_in(wanted: Tensor, got: Tensor) -> Tensor:
