@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from finetune.config import OnError, Precision, PrefixCache
 from finetune.data import Loader
 from finetune.data.evict import Held, hold
@@ -34,6 +32,7 @@ from finetune.shelf import Shelf, is_shared, open_shelf
 logger = logging.getLogger("finetune")
 
 IN_MEMORY = (PrefixCache.device, PrefixCache.ram)
+MEASURED = "measured"  # on the shelf
 
 
 @dataclass
@@ -117,11 +116,19 @@ class Feeding:
 
     def _settle(self, prefix: FrozenPrefix) -> _Kept:
         parts, conf = self._parts, self._parts.conf
-        measured = measure(prefix, self._val, conf.prefix.dtype, parts.dtype)
-        shelf, digest = open_shelf(), ""
-        if conf.prefix.cache != PrefixCache.none:
-            digest = prefix_digest(parts.model, parts.model_conf, computing(parts, measured.dtype))
-            shelf.keep(*(f"{kind}-{digest}" for kind in IN_MEMORY))
+        shelf = open_shelf()
+        if conf.prefix.cache == PrefixCache.none:
+            return _Kept("", measure(prefix, self._val, conf.prefix.dtype, parts.dtype), shelf)
+        layers = prefix_digest(parts.model, parts.model_conf, computing(parts))
+        # A sweep measures once: a batch takes a CPU seconds.
+        name = f"{MEASURED}-{layers}-{conf.prefix.dtype}-{parts.fingerprint('val')}"
+        measured = shelf.get(name)
+        if measured is None:
+            measured = measure(prefix, self._val, conf.prefix.dtype, parts.dtype)
+            shelf.put(name, measured, 0)
+        prefix.kept_as = measured.dtype
+        digest = f"{layers}-{str(measured.dtype).removeprefix('torch.')}"
+        shelf.keep(name, *(f"{kind}-{digest}" for kind in IN_MEMORY))
         return _Kept(digest, measured, shelf)
 
     def _keep(self, loader: Loader, split: str, passes: float) -> tuple[Keep | None, str]:
@@ -148,7 +155,7 @@ class Feeding:
         if kind == PrefixCache.none:
             return None, why
         if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, parts.device):
-            kept.shelf.keep(*names)
+            kept.shelf.keep(MEASURED, *names)
         self._settled.append(places[kind])
         if kind == PrefixCache.disk:  # what is there stays, while this run makes room for the rest
             self._held += [hold(places[kind].place(view)) for view in range(places[kind].views)]
@@ -206,7 +213,7 @@ class Feeding:
             logger.info("  %s: %s: %s", split, where, reason)
 
 
-def computing(parts: Parts, kept_as: torch.dtype) -> dict[str, str]:
+def computing(parts: Parts) -> dict[str, str]:
     """How a run computes its frozen layers, in words: whatever of it changes their last bits."""
     conf = parts.conf
     return {
@@ -214,7 +221,6 @@ def computing(parts: Parts, kept_as: torch.dtype) -> dict[str, str]:
         "dtype": str(parts.dtype),
         "tf32": str(conf.precision == Precision.tf32),
         "deterministic": str(conf.deterministic),
-        "kept as": str(kept_as),
         "batch size": str(conf.data.batch_size),
     }
 

@@ -107,9 +107,9 @@ class Parts:
         batches = self.mixer().wrap(loader.epoch(epoch, batch), epoch, batch)
         return list(islice(batches, self.conf.train.accumulate))
 
-    def fingerprint(self) -> str:
-        """The training images by number, names and labels: what must be the same for a run to be continued."""
-        split = self.source.splits["train"]
+    def fingerprint(self, name: str = "train") -> str:
+        """A split's images by number, names and labels: those of training must be the same for a run to go on."""
+        split = self.source.splits[name]
         digest = hashlib.sha256(split.labels.cpu().contiguous().numpy().tobytes())
         # Names of a million images take a second; beyond it every second, third... tells as much.
         for index in range(0, len(split), max(1, len(split) // 1_000_000)):

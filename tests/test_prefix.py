@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small import CHAINS, small_images, small_model
 
+from finetune import feeding
 from finetune.config import (
     AugmentConf,
     Balance,
@@ -366,7 +368,7 @@ def test_the_words_of_the_name_tell_tf32_and_deterministic_kernels(pictures: Pat
     for changes in ({}, {"precision": Precision.tf32}, {"deterministic": True}):
         conf = settings(pictures, **changes)
         parts = build_parts(replace(conf, precision=Precision.fp32), tmp_path)
-        told.append(computing(replace(parts, conf=conf), torch.float32))
+        told.append(computing(replace(parts, conf=conf)))
     assert told[0] != told[1] != told[2] != told[0]
 
 
@@ -444,6 +446,36 @@ def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> Non
         assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
     came_out(conf, tmp_path / "c")
     assert hits(tmp_path / "c")[0] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["ram", "auto", "none"])
+def test_jobs_of_one_process_measure_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Frozen layers on the same images; other ones, or kept as another dtype, are measured anew."""
+    measured = []
+
+    def counted(*given: Any) -> choice.Measured:
+        measured.append(given)
+        return choice.measure(*given)
+
+    monkeypatch.setattr(feeding, "measure", counted)
+    conf = with_cache(settings(pictures, train=TrainConf(epochs=1)), kind)
+    jobs = {
+        "a": conf,
+        "decay": replace(conf, optim=replace(conf.optim, layer_decay=0.5)),
+        "dtype": replace(conf, prefix=replace(conf.prefix, dtype=PrefixDtype.bf16)),
+        "layers": replace(conf, optim=replace(conf.optim, fix_layer=1)),
+        "images": replace(conf, data=replace(conf.data, split_seed=5)),
+    }
+    counts = []
+    with shared_between_runs():
+        for name, job in jobs.items():
+            found = came_out(job, tmp_path / name)
+            counts.append(len(measured))
+            assert_same(found, came_out(with_cache(job, "none"), tmp_path / f"{name} alone"))
+            del measured[counts[-1] :]
+    assert counts == ([1, 2, 3, 4, 5] if kind == "none" else [1, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("damage", ["byte", "short", "gone", "meta", "empty", "digit"])
