@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,17 +85,32 @@ def _nothing(cfg: DictConfig) -> None:
     """For commands that Hydra answers itself."""
 
 
+@dataclass
+class _Jobs:
+    """What became of the jobs of this command line, as far as they ran in this process.
+
+    Attributes:
+        codes: Exit code of each.
+        folders: Of each.
+        refused: Folders that hold another run, and why their jobs may not go on with it.
+    """
+
+    codes: list[int] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    refused: dict[Path, str] = field(default_factory=dict)
+
+
 def _single(line: CommandLine, prepared: Prepared) -> int:
     """One run; what goes wrong in it is one line and exit code 1."""
     from finetune.compose.composition import launch
 
+    jobs = _Jobs()
     if prepared.conf.resume is not None and prepared.run_dir is not None:
-        return _finish(prepared.conf, prepared.run_dir, prepared.overrides)
-    codes: list[int] = []
+        return _finish(prepared.conf, prepared.run_dir, prepared.overrides, jobs)
     with run_folder(prepared.run_dir, multirun=False) as folder:
         arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
-        launch(lambda cfg: codes.append(_job(cfg)), arguments, folders(line.config_dir))
-    return codes[0]
+        launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
+    return jobs.codes[0]
 
 
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
@@ -102,20 +118,21 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     from finetune.compose.composition import launch
     from finetune.shelf import shared_between_runs
 
+    jobs = _Jobs()
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
-            launch(_job, arguments, folders(line.config_dir))
+            launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
         finally:
             from finetune.sweep import summarize
 
-            failed = summarize(folder)
-    return 1 if failed else 0
+            failed = summarize(folder, jobs.folders, jobs.refused)
+    return 1 if failed or any(jobs.codes) else 0
 
 
-def _job(cfg: DictConfig) -> int:
-    """One job inside Hydra's launcher; 0, or 1 if it failed, which is on record in its folder."""
+def _job(cfg: DictConfig, jobs: _Jobs) -> None:
+    """One job inside Hydra's launcher; whether it failed is on record in its folder."""
     from finetune.compose.composition import current_job, to_conf
 
     job = current_job()
@@ -127,11 +144,14 @@ def _job(cfg: DictConfig) -> int:
     except MISTAKES as error:
         record_failure(job.folder, job.overrides, error)
         complain(str(error))
-        return 1
-    return _finish(conf, job.folder, job.overrides)
+        jobs.codes.append(1)
+    else:
+        jobs.codes.append(_finish(conf, job.folder, job.overrides, jobs))
+    finally:
+        jobs.folders.append(job.folder)
 
 
-def _finish(conf: Conf, folder: Path, overrides: list[str]) -> int:
+def _finish(conf: Conf, folder: Path, overrides: list[str], jobs: _Jobs) -> int:
     """Run to the end in `folder`; 0, or 1 if it failed, which is on record there."""
     try:
         # Torch's CPU threads spin while they wait for each other, by default so long that, where others want the cores
@@ -141,6 +161,8 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> int:
 
         run(conf, folder, overrides)
     except (RefusedError, HeldError) as error:  # somebody else's folder: not even a record is left there
+        if folder not in jobs.folders:  # else it is that of a job before this one
+            jobs.refused[folder] = str(error)
         complain(str(error))
         return 1
     except MISTAKES as error:

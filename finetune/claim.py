@@ -16,7 +16,11 @@ import yaml
 from finetune.config import Conf, as_dict
 
 # Files by which a folder is known to hold a run.
-OWN_FILES = ("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints")
+OWN_FILES = (
+    *("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints"),
+    *("metrics.json", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png"),
+    *("skipped.txt", "bad_batch"),
+)
 
 # Say how a run is carried on with, never what it is.
 NOT_OF_THE_RUN = ("resume", "resume_force")

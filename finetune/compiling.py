@@ -58,5 +58,5 @@ def compiled(model: LayeredModel, mode: CompileMode, *, batch_size: int, device:
                 f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: install one (such as"
                 " the package g++), set CXX, or use train.compile=none"
             )
-    logger.info("train.compile=%s: the first two steps take a minute or more", mode)
+    logger.info("train.compile=%s: the first steps take a minute or more", mode)
     return CompiledModel(model, mode, batch_size)

@@ -92,6 +92,13 @@ def set_kernels(word: Precision, dtype: torch.dtype) -> None:
     torch.backends.mha.set_fastpath_enabled(dtype == torch.float32)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host under torch, ran out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward pass; weights and optimizer stay fp32."""
     if dtype == torch.float32:
@@ -99,11 +106,15 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
-def make_deterministic() -> None:
-    """Only kernels that give the same bits every time; cuBLAS needs its workspace fixed before its first use."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+def set_deterministic(wanted: bool) -> None:
+    """Whether only kernels run that give the same bits every time; for each run, as the next may not want it.
+
+    cuBLAS needs its workspace fixed before its first use.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -116,7 +127,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "finetune": finetune.__version__,
         "torch": str(torch.__version__),
-        "pillow": version("pillow"),
+        **{name: version(name) for name in ("torchvision", "timm", "open_clip_torch", "numpy", "pillow")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": processor,
         "threads": str(torch.get_num_threads()),

@@ -128,7 +128,8 @@ class Feeding:
             shelf.put(name, measured, 0)
         prefix.kept_as = measured.dtype
         digest = f"{layers}-{str(measured.dtype).removeprefix('torch.')}"
-        shelf.keep(name, *(f"{kind}-{digest}" for kind in IN_MEMORY))
+        # A device is for training: there, what other layers gave does not stay. In memory it goes where room is short.
+        shelf.keep(MEASURED, f"{PrefixCache.ram}-", f"{PrefixCache.device}-{digest}")
         return _Kept(digest, measured, shelf)
 
     def _keep(self, loader: Loader, split: str, passes: float) -> tuple[Keep | None, str]:

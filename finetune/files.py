@@ -68,7 +68,8 @@ def link(source: Path, path: Path) -> bool:
 def sweep_temporaries(folder: Path) -> None:
     """Remove what writers that were killed have left half done in `folder`; only for who works in it alone."""
     for path in folder.glob(".*.tmp"):
-        path.unlink()
+        if path.name.split(".")[-2].isdigit():  # of a process, see `write_atomic`
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from finetune import recipe
-from finetune.config import Conf
+from finetune.config import Conf, PrefixCache
+from finetune.ema import Ema
 from finetune.loop import TrainState, train_step
 from finetune.optim import build_optimizer
 from finetune.parts import Parts
 from finetune.plan import prepare
+from finetune.prefix import SHARE
 
 logger = logging.getLogger("finetune")
 
@@ -22,6 +24,7 @@ DEFAULT_BATCH = 64
 TRIAL_STEPS = 2  # the first makes the optimizer's moments, the second shows the peak
 # Share of the memory that training may reach beyond what the trial took: fragments, other image sizes, the loader.
 SPARE = 0.08
+ON_DEVICE = (PrefixCache.auto, PrefixCache.device)
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -78,7 +81,9 @@ def choose_batch(parts: Parts, fits: Callable[[int], bool] | None = None) -> int
         return size
     size_or_none = largest_fitting(divisors(wanted), fits or (lambda size: _fits(parts, size)))
     if size_or_none is None:
-        raise ValueError(f"data.batch_size=auto: not even one image fits. {_advice(with_batch(parts.conf, 1))}")
+        raise ValueError(
+            f"data.batch_size=auto: not even one image fits. {_advice(with_batch(parts.conf, 1), is_auto=True)}"
+        )
     logger.info(
         "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step",
         size_or_none,
@@ -96,7 +101,9 @@ def _fits(parts: Parts, size: int) -> bool:
     try:
         _trial(parts, size)
         total = torch.cuda.get_device_properties(parts.device).total_memory
-        return torch.cuda.max_memory_reserved(parts.device) <= (1 - SPARE) * total
+        # What the frozen layers give may be kept there, too, out of what is free once this is settled.
+        kept = SHARE[PrefixCache.device] if parts.model.num_frozen and parts.conf.prefix.cache in ON_DEVICE else 0.0
+        return torch.cuda.max_memory_reserved(parts.device) <= (1 - SPARE) * (1 - kept) * total
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -116,6 +123,8 @@ def _trial(parts: Parts, size: int) -> None:
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
     state = TrainState.start(parts.model, optimizer, scheduler, scaler)
     state.task = parts.task()
+    if conf.train.ema:
+        state.ema = Ema(parts.model, conf.train.ema, warmup=conf.train.ema_warmup)
     parts.model.train()
     classes = len(parts.source.classes)
     shape = (size, classes) if parts.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix else (size,)
@@ -125,24 +134,22 @@ def _trial(parts: Parts, size: int) -> None:
         train_step(state, [batch], conf.train, parts.autocast())
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host under torch, ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+def out_of_memory(parts: Parts, *, step: int | None = None) -> str:
+    """What to say where something did not fit: the measured peak, and what to change.
 
-
-def out_of_memory(parts: Parts, step: int) -> str:
-    """What to say where a step did not fit: the measured peak, and what to change."""
-    where = f"out of memory on {parts.device} in step {step + 1}"
+    Args:
+        parts: The run's.
+        step: Optimizer steps so far; None outside training.
+    """
+    where = f"out of memory on {parts.device}" + ("" if step is None else f" in step {step + 1}")
     if parts.device.type == "cuda":
         total = torch.cuda.get_device_properties(parts.device).total_memory
         peak = torch.cuda.max_memory_allocated(parts.device)
         where += f": a peak of {peak / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f} GiB"
-    return f"{where}. {_advice(parts.conf)}"
+    return f"{where}. {_advice(parts.conf, is_auto=parts.is_auto_batch)}"
 
 
-def _advice(conf: Conf) -> str:
+def _advice(conf: Conf, *, is_auto: bool) -> str:
     size, accumulate = conf.data.batch_size, conf.train.accumulate
     tries = []
     if size > 1:
@@ -156,5 +163,7 @@ def _advice(conf: Conf) -> str:
         tries.append("precision=bf16 halves the activations")
     if conf.optim.fix_layer < 0:
         tries.append("optim.fix_layer=N keeps no activations of the layers that it freezes")
-    tries += ["data.batch_size=auto finds what fits", "or take a smaller model or model.image_size"]
+    if not is_auto:
+        tries.append("data.batch_size=auto finds what fits")
+    tries.append("or take a smaller model or model.image_size")
     return "Try: " + "; ".join(tries)

@@ -38,6 +38,7 @@ class Parts:
     dtype: torch.dtype
     metrics: tuple[str, ...]
     monitor: str
+    is_auto_batch: bool = False  # `data.batch_size=auto` was asked for, whatever `conf` now has in its place
 
     @property
     def model(self) -> LayeredModel:
@@ -149,4 +150,5 @@ def build_parts(conf: Conf, run_dir: Path) -> Parts:
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)
-    return Parts(conf, run_dir, source, built, device, dtype, metrics, monitor)
+    is_auto_batch = conf.data.batch_size == 0
+    return Parts(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from finetune.checkpoint import put_weights
 from finetune.claim import Holding, Result, inspect
 from finetune.compiling import compiled
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict, train_problems
-from finetune.device import computed_in, environment, make_deterministic
+from finetune.device import computed_in, environment, is_out_of_memory, set_deterministic
 from finetune.ema import Ema
 from finetune.feeding import Feeding
 from finetune.files import sweep_temporaries, write_text
@@ -31,7 +32,7 @@ from finetune.layers import LayeredModel
 from finetune.lock import Lock
 from finetune.log import Bar, say, start_log, stop_log, table
 from finetune.loop import TrainState, validate
-from finetune.memory import choose_batch, with_batch
+from finetune.memory import choose_batch, out_of_memory, with_batch
 from finetune.metrics import Meter
 from finetune.models import build_model
 from finetune.multilabel import set_offsets
@@ -46,7 +47,7 @@ from finetune.saving import Saver, tidy
 from finetune.sched import create_scheduler
 from finetune.signals import Interrupted, StopSignals
 from finetune.terminal import command
-from finetune.training import scored, stoppable, train_to_the_end, write_scores
+from finetune.training import ranked_by, scored, stoppable, train_to_the_end, write_scores
 
 logger = logging.getLogger("finetune")
 
@@ -72,7 +73,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
         with Lock(run_dir) as lock:
             holding = inspect(run_dir, conf)  # again, now that nobody else can change it
             if not holding.is_finished:
-                return _run(conf, run_dir, _Session(overrides, holding, quiet, lock.taken_over))
+                return _run(conf, run_dir, _Session(conf, overrides, holding, quiet, lock.taken_over))
     assert holding.earlier is not None
     say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
     return holding.earlier
@@ -82,6 +83,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
 class _Session:
     """What one start of a run knows beside its configuration."""
 
+    conf: Conf  # as it was asked for
     overrides: list[str]
     holding: Holding
     quiet: bool
@@ -94,6 +96,7 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     start_log(run_dir, quiet=session.quiet)
     result, stop = session.result, StopSignals()
     result |= {
+        **_carried_on(session.holding),
         "status": "running",
         "error": None,
         "overrides": _all_overrides(conf, session),
@@ -103,8 +106,8 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     try:
         sweep_temporaries(run_dir)
         _announce(conf, run_dir, session)
-        own = dataclasses.replace(conf, resume=None, resume_force=False)
-        write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
+        if session.holding.earlier is None:
+            _write_config(conf, run_dir)
         write_json(run_dir / "result.json", result)
         with stop:
             _fine_tune(conf, run_dir, session, stop)
@@ -120,6 +123,19 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         stop.pass_on()
     stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
     return result
+
+
+def _carried_on(holding: Holding) -> Result:
+    """What an earlier start put on record and this one goes on from, so that it stays known however this one ends.
+
+    Not what the test gave: that was of other weights.
+    """
+    return {name: value for name, value in (holding.earlier or {}).items() if not name.startswith("test/")}
+
+
+def _write_config(conf: Conf, run_dir: Path) -> None:
+    own = dataclasses.replace(conf, resume=None, resume_force=False)
+    write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
 
 
 def _all_overrides(conf: Conf, session: _Session) -> list[str]:
@@ -165,18 +181,25 @@ def _outcome(error: BaseException) -> tuple[str, str]:
 
 def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) -> None:
     """Build, train, test, draw; fills the result."""
-    if conf.deterministic:
-        make_deterministic()
-    result = session.result
+    set_deterministic(conf.deterministic)
     parts = build_parts(conf, run_dir)
-    if conf.data.batch_size == 0:
-        parts = _with_auto_batch(parts, session)
-        conf = parts.conf
+    try:
+        _learn(_with_auto_batch(parts, session) if parts.is_auto_batch else parts, session, stop)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(parts)) from error
+
+
+def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
+    """All of `_fine_tune` behind the building."""
+    conf, run_dir, result = parts.conf, parts.run_dir, session.result
     built, device = parts.built, parts.device
     promise = first_promise(conf, device, session.holding)
     logger.info("model: %s", built.description)
     logger.info("data: %s", parts.source.description)
     result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, parts.dtype)}
+    result["monitor"] = ranked_by(parts)
     logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
 
     _optimizer(parts, len(parts.loader("train", train=True)))
@@ -207,6 +230,8 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     logger.info("resume promise: %s", promise)
     write_json(run_dir / "result.json", result)
+    if session.holding.changes:  # only now: until here the run could refuse to be continued so
+        _write_config(session.conf, run_dir)
     stop.check()
     try:
         saver = train_to_the_end(parts, state, train, val, result, stop)
@@ -338,7 +363,7 @@ def _log_close(run_dir: Path, result: Result) -> None:
         logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], result["test/zeroshot/top1"])
     scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
     names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
-    logger.info(scores, *(result[name] for name in names))
+    logger.info(scores, *(result.get(name, math.nan) for name in names))  # a monitor may have been NaN to the end
     logger.info("run directory: %s", run_dir)
     logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
     logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")

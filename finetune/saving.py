@@ -7,6 +7,7 @@ place, and `best.safetensors` is replaced only once the state that says so is sa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -40,6 +41,7 @@ from finetune.loop import TrainState, is_better
 logger = logging.getLogger("finetune")
 
 PENDING = "best.pending"  # the weights of a new best epoch, until the state that says so is safe
+BEFORE = "best.before"  # those that the last state speaks of, where a run that diverged behind it had better ones
 # Left free beside what a save needs: for logs, and for the files that others write meanwhile.
 SPARE_BYTES = 1 << 20
 # A save that takes no longer is always made.
@@ -103,6 +105,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
+        self._position: tuple[int, int] | None = None  # of the latest state that was asked for: epoch and step
         self._safe = "none was saved yet"
 
     @property
@@ -111,15 +114,18 @@ class Saver:
         return (time.monotonic() - self._saved_at) / 60
 
     def save(self, state: TrainState) -> None:
-        """Save `state`, in the middle of an epoch.
+        """Save `state`, in the middle of an epoch; nothing to do where it was the latest to be saved.
 
         Raises:
             OSError: An earlier save has failed.
             NotFiniteError: See `checkpoint.snapshot`.
         """
+        if self._position == (state.epoch, state.step):
+            return
         began = time.perf_counter()
         content = snapshot(state, self._notes)
         self._submit(self._safely(content, self._frozen_of(state)), _size(content) + self._size_of_best())
+        self._position = state.epoch, state.step
         self.stalled_s += time.perf_counter() - began
 
     def save_epoch(
@@ -166,6 +172,7 @@ class Saver:
             self._best = best
         if is_due:
             self._submit(*self._at_the_end(state, last, best, best_epochs(rows, monitor, self._keep)))
+            self._position = state.epoch, state.step
         self.stalled_s += time.perf_counter() - began
         return is_due
 
@@ -250,7 +257,11 @@ class Saver:
         """
         self.wait()
         if self._best is not None:
-            write_weights(self.folder / "best.safetensors", self._best.tensors, self._best.metadata)
+            # The last state does not speak of them, and a run that goes on from there may come elsewhere.
+            path, before = self.folder / "best.safetensors", self.folder / BEFORE
+            if path.exists() and not link(path, before):
+                path.replace(before)
+            write_weights(path, self._best.tensors, self._best.metadata)
             self._best = None
         write_weights(self.folder / "last.safetensors", copied_weights(state.model), self._metadata)
 
@@ -302,6 +313,7 @@ class Saver:
             for step in steps:
                 step()
         except Exception as error:  # handed to the training thread, which raises it after its step
+            self._error = error
             self._error = self._explained(error)
         finally:
             self._under_way = None
@@ -312,8 +324,10 @@ class Saver:
         if not isinstance(error, OSError):
             return error
         reason = error.strerror or str(error)
-        free = shutil.disk_usage(self.folder).free
-        room = "" if isinstance(error, NoSpaceError) else f" ({_mb(free)} are free)"
+        room = ""
+        if not isinstance(error, NoSpaceError):
+            with contextlib.suppress(OSError):  # the folder itself may be gone
+                room = f" ({_mb(shutil.disk_usage(self.folder).free)} are free)"
         return NoSpaceError(
             f"cannot save a checkpoint in {self.folder}: {reason}{room}. The one before it is not lost: {self._safe}."
             f" Make room, then continue with resume={self.folder.parent}"
@@ -407,6 +421,12 @@ def settle(folder: Path, state: TrainState) -> None:
             pending.replace(folder / "best.safetensors")
         else:
             pending.unlink()
+    before = folder / BEFORE
+    if before.exists():
+        if _epoch_of(before) == state.best_epoch:
+            before.replace(folder / "best.safetensors")
+        else:
+            before.unlink()
     for path, epoch in _epoch_files(folder):
         if epoch > state.epoch:
             path.unlink()

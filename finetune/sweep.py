@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
 from finetune.log import say, table
-from finetune.sweep_figure import Score, sweep_figure
+from finetune.sweep_figure import Score, rank, sweep_figure
 from finetune.terminal import command, printable
 
-SCORES = ("zeroshot/top1", "val/top1", "test/top1")
+SPLITS = ("zeroshot/", "val/", "test/")
 # Longest error shown on the console; `run.log` of the job has it all.
 ERROR_CHARS = 300
 
@@ -31,10 +31,11 @@ class Job:
 
     Attributes:
         folder: `<sweep>/<number>`.
-        status: finished, failed, diverged or interrupted.
+        status: finished, failed, diverged or interrupted; refused, where the folder holds another run.
         words: Its overrides as typed.
         overrides: The same by key.
-        scores: zeroshot/top1, val/top1 (best) and test/top1; NaN for what is not known.
+        scores: What it measured, such as zeroshot/top1, val/top1 (of the best epoch) and test/top1.
+        metric: What picked its best epoch, such as top1 or map.
         epochs: Finished epochs; NaN for not known.
         seconds: Of training; NaN for not known.
         error: Why it did not finish, in one line; empty where it did.
@@ -45,6 +46,7 @@ class Job:
     words: list[str]
     overrides: dict[str, str]
     scores: dict[str, float]
+    metric: str
     epochs: float
     seconds: float
     error: str
@@ -53,6 +55,10 @@ class Job:
     def is_finished(self) -> bool:
         """Whether its scores count."""
         return self.status == "finished"
+
+    def score(self, name: str) -> float:
+        """A score; NaN where it has none."""
+        return self.scores.get(name, math.nan)
 
 
 @dataclass(frozen=True)
@@ -78,19 +84,20 @@ class Setting:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def _values(self, score: str) -> list[float]:
-        return [job.scores[score] for job in self.jobs if math.isfinite(job.scores[score])]
+        return [job.score(score) for job in self.jobs if math.isfinite(job.score(score))]
 
-    @property
-    def best_job(self) -> Job:
-        """The first job with the highest validation score."""
-        return max(self.jobs, key=lambda job: _or_lowest(job.scores["val/top1"]))
+    def best_job(self, metric: str) -> Job:
+        """The first job with the best validation score."""
+        return max(self.jobs, key=lambda job: rank(job.score(f"val/{metric}"), metric))
 
 
-def summarize(sweep_dir: Path) -> int:
+def summarize(sweep_dir: Path, elsewhere: Sequence[Path] = (), refused: Mapping[Path, str] | None = None) -> int:
     """Write `summary.csv` and `sweep.png`, print the tables and the answer.
 
     Args:
         sweep_dir: Holds a numbered folder for each job; other folders are left alone.
+        elsewhere: Folders of more jobs, which `hydra.sweep.subdir` has named.
+        refused: Folders of jobs that were not run, because another run is there, and why: what they hold is not theirs.
 
     Returns:
         How many jobs did not finish. A job without a `result.json`, or with a damaged one, is among them.
@@ -101,17 +108,29 @@ def summarize(sweep_dir: Path) -> int:
     """
     if not sweep_dir.is_dir():
         raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
-    jobs = [read_job(folder) for folder in job_folders(sweep_dir)]
-    varied = varied_keys(jobs)
-    found = settings(jobs, varied)
-    write_csv(sweep_dir / "summary.csv", jobs, varied)
-    say("\n".join(_tables(sweep_dir, jobs, varied, found)))
-    finished = [job for job in jobs if job.is_finished and math.isfinite(job.scores["val/top1"])]
+    numbered = job_folders(sweep_dir)
+    folders = dict.fromkeys([*numbered, *elsewhere, *(refused or {})])
+    jobs = [
+        _refused(folder, refused[folder]) if refused and folder in refused else read_job(folder) for folder in folders
+    ]
+    varied, metric = varied_keys(jobs), metric_of(jobs)
+    val, test = f"val/{metric}", f"test/{metric}"
+    found = settings(jobs, varied, metric)
+    write_csv(sweep_dir / "summary.csv", jobs, varied, metric)
+    say("\n".join(_tables(sweep_dir, jobs, varied, found, metric)))
+    finished = [job for job in jobs if job.is_finished and math.isfinite(job.score(val))]
     if finished:
-        scores = [Score(_values_of(j, varied), j.scores["val/top1"], j.scores["test/top1"]) for j in finished]
-        save_figure(sweep_figure(scores, varied, num_missing=len(jobs) - len(finished)), sweep_dir / "sweep.png")
-    say("\n" + "\n".join(_answer(sweep_dir, jobs, found)))
+        scores = [Score(_values_of(job, varied), job.score(val), job.score(test)) for job in finished]
+        figure = sweep_figure(scores, varied, num_missing=len(jobs) - len(finished), metric=metric)
+        save_figure(figure, sweep_dir / "sweep.png")
+    say("\n" + "\n".join(_answer(sweep_dir, jobs, found, metric)))
     return sum(not job.is_finished for job in jobs)
+
+
+def metric_of(jobs: Sequence[Job]) -> str:
+    """What finished jobs are ranked by: the metric that picked their best epochs, or top1 where theirs differ."""
+    metrics = {job.metric for job in jobs if job.is_finished}
+    return metrics.pop() if len(metrics) == 1 else "top1"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -140,6 +159,11 @@ def read_job(folder: Path) -> Job:
     return _as_job(folder, result)
 
 
+def _refused(folder: Path, reason: str) -> Job:
+    """A job that was not run, since its folder holds another run: nothing that is there is its own."""
+    return _as_job(folder, {"status": "refused", "error": reason})
+
+
 def _as_job(folder: Path, result: dict[str, Any]) -> Job:
     given = result.get("overrides")
     words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
@@ -150,7 +174,8 @@ def _as_job(folder: Path, result: dict[str, Any]) -> Job:
         status=printable(result["status"]),
         words=words,
         overrides=dict(_split(word) for word in words),
-        scores={name: number(result.get(name)) for name in SCORES},
+        scores={name: number(value) for name, value in result.items() if name.startswith(SPLITS)},
+        metric=str(result.get("monitor") or "val/top1").removeprefix("val/"),
         epochs=number(result.get("epochs")),
         seconds=number(result.get("seconds")),
         error=printable(lines[0]) if lines else "" if result["status"] == "finished" else "no reason given",
@@ -172,11 +197,11 @@ def varied_keys(jobs: Sequence[Job]) -> list[str]:
     return varied or keys
 
 
-def settings(jobs: Sequence[Job], varied: Sequence[str]) -> list[Setting]:
+def settings(jobs: Sequence[Job], varied: Sequence[str], metric: str = "top1") -> list[Setting]:
     """Finished jobs with a validation score, put together where they differ in their seed alone."""
     groups: dict[tuple[tuple[str, str], ...], Setting] = {}
     for job in jobs:
-        if job.is_finished and math.isfinite(job.scores["val/top1"]):
+        if job.is_finished and math.isfinite(job.score(f"val/{metric}")):
             identity = tuple(sorted((key, value) for key, value in job.overrides.items() if key != "seed"))
             shown = {key: value for key, value in _values_of(job, varied).items() if key != "seed"}
             groups.setdefault(identity, Setting(shown, [])).jobs.append(job)
@@ -187,22 +212,20 @@ def _values_of(job: Job, keys: Sequence[str]) -> dict[str, str]:
     return {key: job.overrides[key] for key in keys if key in job.overrides}
 
 
-def _or_lowest(score: float) -> float:
-    return score if math.isfinite(score) else -math.inf
-
-
 # --- tables and the answer -------------------------------------------------------------------------------------------
 
 
-def _tables(sweep_dir: Path, jobs: Sequence[Job], varied: Sequence[str], found: Sequence[Setting]) -> list[str]:
+def _tables(
+    sweep_dir: Path, jobs: Sequence[Job], varied: Sequence[str], found: Sequence[Setting], metric: str
+) -> list[str]:
     """What is printed ahead of the answer: jobs, seeds where there are several, and what failed with its error."""
     failed = [job for job in jobs if not job.is_finished]
     lines = ["", f"sweep {sweep_dir}: {len(jobs) - len(failed)} of {len(jobs)} jobs finished"]
     if jobs:
-        columns = ["", "job", *varied, "val/top1", "test/top1", "seconds", "status"]
-        lines += ["", table(_job_rows(jobs, varied), columns=columns)]
+        columns = ["", "job", *varied, f"val/{metric}", f"test/{metric}", "seconds", "status"]
+        lines += ["", table(_job_rows(jobs, varied, metric), columns=columns)]
     if any(len(setting.jobs) > 1 for setting in found):
-        lines += ["", "over seeds, mean and standard deviation:", "", _seeds_table(found)]
+        lines += ["", "over seeds, mean and standard deviation:", "", _seeds_table(found, metric)]
     if failed:
         lines += ["", "did not finish:"]
     for job in failed:
@@ -211,17 +234,18 @@ def _tables(sweep_dir: Path, jobs: Sequence[Job], varied: Sequence[str], found: 
     return lines
 
 
-def write_csv(path: Path, jobs: Sequence[Job], varied: Sequence[str]) -> None:
+def write_csv(path: Path, jobs: Sequence[Job], varied: Sequence[str], metric: str = "top1") -> None:
     """One row a job, with full precision; what is not known is an empty cell.
 
     Raises:
         OSError: It could not be written; an earlier table is untouched.
     """
+    names = dict.fromkeys(f"{split}{name}" for name in ("top1", metric) for split in SPLITS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([_csv_cell(name) for name in ["job", "status", *varied, *SCORES, "epochs", "seconds", "error"]])
+    writer.writerow([_csv_cell(name) for name in ["job", "status", *varied, *names, "epochs", "seconds", "error"]])
     for job in jobs:
-        numbers = [*job.scores.values(), job.epochs, job.seconds]
+        numbers = [*map(job.score, names), job.epochs, job.seconds]
         shown = [f"{value:.10g}" if math.isfinite(value) else "" for value in numbers]
         values = [job.overrides.get(key, "") for key in varied]
         writer.writerow([_csv_cell(cell) for cell in [job.folder.name, job.status, *values, *shown, job.error]])
@@ -238,36 +262,40 @@ def _csv_cell(text: str) -> str:
     return text
 
 
-def _job_rows(jobs: Sequence[Job], varied: Sequence[str]) -> list[dict[str, object]]:
+def _job_rows(jobs: Sequence[Job], varied: Sequence[str], metric: str) -> list[dict[str, object]]:
     """Rows of the printed table; a star at the best validation score, a dash for what a failed job lacks."""
-    finished = [job for job in jobs if job.is_finished]
-    top = max((_or_lowest(job.scores["val/top1"]) for job in finished), default=-math.inf)
+    val = f"val/{metric}"
+    top = max((rank(job.score(val), metric) for job in jobs if job.is_finished), default=-math.inf)
     rows = []
     for job in jobs:
-        is_best = job.is_finished and job.scores["val/top1"] == top
+        is_best = job.is_finished and math.isfinite(job.score(val)) and rank(job.score(val), metric) == top
         row: dict[str, object] = {"": "*" if is_best else "", "job": job.folder.name, "status": job.status}
         row |= {key: job.overrides.get(key, "-") for key in varied}
-        for name in ("val/top1", "test/top1"):
-            row[name] = _score(job.scores[name]) if job.is_finished else None
+        for name in (val, f"test/{metric}"):
+            row[name] = _score(job.score(name)) if job.is_finished else None
         row["seconds"] = f"{job.seconds:.1f}" if math.isfinite(job.seconds) else None
         rows.append(row)
     return rows
 
 
-def _seeds_table(found: Sequence[Setting]) -> str:
-    """Mean and sample standard deviation of each setting over its seeds; a star at the highest mean."""
-    top = max(setting.mean("val/top1") for setting in found)
+def _seeds_table(found: Sequence[Setting], metric: str) -> str:
+    """Mean and sample standard deviation of each setting over its seeds; a star at the best mean."""
+    val, test = f"val/{metric}", f"test/{metric}"
+    top = max(rank(setting.mean(val), metric) for setting in found)
     rows = []
     for setting in found:
-        row: dict[str, object] = {"": "*" if setting.mean("val/top1") == top else "", "seeds": len(setting.jobs)}
+        is_best = rank(setting.mean(val), metric) == top
+        row: dict[str, object] = {"": "*" if is_best else "", "seeds": len(setting.jobs)}
         row |= {key: setting.overrides.get(key, "-") for each in found for key in each.overrides}
-        for name in ("val/top1", "test/top1"):
+        for name in (val, test):
             row[f"{name} mean"] = _score(setting.mean(name))
             std = setting.std(name)
             row[f"{name} std"] = None if std is None else f"{std:.4f}"
         rows.append(row)
     keys = dict.fromkeys(key for setting in found for key in setting.overrides)
-    return table(rows, columns=["", *keys, "seeds", "val/top1 mean", "val/top1 std", "test/top1 mean", "test/top1 std"])
+    return table(
+        rows, columns=["", *keys, "seeds", *(f"{name} {of}" for name in (val, test) for of in ("mean", "std"))]
+    )
 
 
 def _score(value: float) -> str | None:
@@ -278,23 +306,28 @@ def _in_brackets(values: dict[str, str]) -> str:
     return f" ({' '.join(f'{key}={value}' for key, value in values.items())})" if values else ""
 
 
-def _answer(sweep_dir: Path, jobs: Sequence[Job], found: Sequence[Setting]) -> list[str]:
+def _answer(sweep_dir: Path, jobs: Sequence[Job], found: Sequence[Setting], metric: str) -> list[str]:
     """The closing lines: the best setting by validation, where its run is, what to type next."""
     if not jobs:
         return [f"no jobs in {sweep_dir}: their folders are named 0, 1, 2, ..."]
     if not found:
         return [f"no job finished: the reason of the first is in {jobs[0].folder / 'run.log'}"]
-    top = max(setting.mean("val/top1") for setting in found)
-    winners = [setting for setting in found if setting.mean("val/top1") == top]
-    best, job = winners[0], winners[0].best_job
+    means = [rank(setting.mean(f"val/{metric}"), metric) for setting in found]
+    winners = [setting for setting, mean in zip(found, means, strict=True) if mean == max(means)]
+    best, job = winners[0], winners[0].best_job(metric)
     name = " ".join(f"{key}={value}" for key, value in best.overrides.items()) or "all jobs share one setting"
     if len(best.jobs) > 1:
-        lines = [f"best: {name} ({_spread(best, 'val')}, {_spread(best, 'test')}, {len(best.jobs)} seeds)"]
-        lines += [f"its best run: {_run(job)} in {job.folder}"]
+        lines = [
+            f"best: {name} ({_spread(best, 'val', metric)}, {_spread(best, 'test', metric)}, {len(best.jobs)} seeds)"
+        ]
+        lines += [f"its best run: {_run(job, metric)} in {job.folder}"]
     else:
-        lines = [f"best: {name} ({_run(job)}) in {job.folder}"]
+        lines = [f"best: {name} ({_run(job, metric)}) in {job.folder}"]
     if len(winners) > 1:
-        lines.append(f"as good on validation: job {', '.join(setting.best_job.folder.name for setting in winners[1:])}")
+        others = ", ".join(setting.best_job(metric).folder.name for setting in winners[1:])
+        lines.append(f"as good on validation: job {others}")
+    if len({job.metric for job in jobs if job.is_finished}) > 1:
+        lines.append(f"ranked by val/{metric}, since the jobs' own train.monitor differ")
     lines.append(f"table and picture: {sweep_dir / 'summary.csv'}, {sweep_dir / 'sweep.png'}")
     words = [word for word in job.words if _split(word)[0] != "seed"]
     if len(best.jobs) > 1:
@@ -303,10 +336,17 @@ def _answer(sweep_dir: Path, jobs: Sequence[Job], found: Sequence[Setting]) -> l
     return [*lines, f"next, is it more than luck? {again}"]
 
 
-def _spread(setting: Setting, split: str) -> str:
-    std = setting.std(f"{split}/top1")
-    return f"{split} {setting.mean(f'{split}/top1'):.4f}" + (f" ± {std:.4f}" if std is not None else "")
+def _spread(setting: Setting, split: str, metric: str) -> str:
+    std = setting.std(f"{split}/{metric}")
+    mean = f"{_named(split, metric)} {setting.mean(f'{split}/{metric}'):.4f}"
+    return mean + (f" ± {std:.4f}" if std is not None else "")
 
 
-def _run(job: Job) -> str:
-    return ", ".join(f"{split} {_score(job.scores[f'{split}/top1']) or 'not scored'}" for split in ("val", "test"))
+def _run(job: Job, metric: str) -> str:
+    scores = {_named(split, metric): _score(job.score(f"{split}/{metric}")) for split in ("val", "test")}
+    return ", ".join(f"{name} {score or 'not scored'}" for name, score in scores.items())
+
+
+def _named(split: str, metric: str) -> str:
+    """`val`, and where it is not the accuracy that everybody expects `val/map`."""
+    return split if metric == "top1" else f"{split}/{metric}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Score:
 
     Attributes:
         overrides: What the sweep varied, as typed; `seed` may be among it.
-        val: Best validation top1 in [0, 1].
-        test: Test top1 in [0, 1], or NaN.
+        val: The best epoch's validation score, in the metric that the sweep is ranked by.
+        test: The same of the test, or NaN.
     """
 
     overrides: dict[str, str]
@@ -36,35 +36,45 @@ class Score:
         return tuple(self.overrides.get(key, "default") for key in keys)
 
 
-def sweep_figure(scores: Sequence[Score], varied: Sequence[str], *, num_missing: int) -> Any:
+def rank(score: float, metric: str) -> float:
+    """A number that is greater for the better score; nothing is worse than NaN. Of a loss or ECE less is better."""
+    if not math.isfinite(score):
+        return -math.inf
+    return -score if metric.endswith(("loss", "ece")) else score
+
+
+def sweep_figure(scores: Sequence[Score], varied: Sequence[str], *, num_missing: int, metric: str = "top1") -> Any:
     """The picture that suits what was varied, as a matplotlib figure; seeds are points around their mean.
 
     Args:
         scores: Of finished jobs, at least one. A job that failed is absent, never 0.
         varied: Keys that differ between jobs.
         num_missing: How many jobs have no score.
+        metric: What `scores` are of, and what settings are ranked by.
     """
     keys = [key for key in varied if key != "seed"]
     figure = new_figure()
     if len(keys) == 1 and len({score.setting(keys) for score in scores}) > 1:
-        _draw_line(figure, scores, keys[0])
+        _draw_line(figure, scores, keys[0], metric)
     elif len(keys) == 2 and _is_grid(scores, keys):
-        _draw_grid(figure, scores, keys)
+        _draw_grid(figure, scores, keys, metric)
     else:
-        _draw_ranking(figure, scores, keys or list(varied))
+        _draw_ranking(figure, scores, keys or list(varied), metric)
     headline(
-        figure, f"Sweep over {' and '.join(keys or varied) or 'one job'}"[:90], _subtitle(scores, keys, num_missing)
+        figure,
+        f"Sweep over {' and '.join(keys or varied) or 'one job'}"[:90],
+        _subtitle(scores, keys, num_missing, metric),
     )
     return figure
 
 
-def _subtitle(scores: Sequence[Score], keys: Sequence[str], num_missing: int) -> str:
+def _subtitle(scores: Sequence[Score], keys: Sequence[str], num_missing: int, metric: str) -> str:
     """The winner by mean validation in words, and how much is missing."""
     groups = by_setting(scores, keys)
-    best = max(groups, key=lambda setting: mean_val(groups[setting]))
+    best = _best(groups, metric)
     name = " ".join(f"{key}={value}" for key, value in zip(keys, best, strict=True))
     text = f"best by validation: {name}   " if name else ""
-    text += f"val {mean_val(groups[best]):.4f}"
+    text += f"val{'' if metric == 'top1' else f'/{metric}'} {mean_val(groups[best]):.4f}"
     tests = [score.test for score in groups[best] if math.isfinite(score.test)]
     text += f"   test {statistics.fmean(tests):.4f}" if tests else ""
     text += f"   (mean of {len(groups[best])} seeds)" if len(groups[best]) > 1 else ""
@@ -80,8 +90,17 @@ def by_setting(scores: Sequence[Score], keys: Sequence[str]) -> dict[tuple[str, 
 
 
 def mean_val(scores: Sequence[Score]) -> float:
-    """Mean validation top1."""
+    """Mean validation score."""
     return statistics.fmean(score.val for score in scores)
+
+
+def _best(groups: Mapping[tuple[str, ...], Sequence[Score]], metric: str) -> tuple[str, ...]:
+    """The setting with the best mean; of equals the first."""
+    return max(groups, key=lambda setting: rank(mean_val(groups[setting]), metric))
+
+
+def _axis(metric: str) -> str:
+    return "top1 accuracy" if metric == "top1" else metric
 
 
 def levels(values: Sequence[str]) -> list[str]:
@@ -117,10 +136,10 @@ def positions(values: Sequence[str]) -> tuple[list[float], str]:
 # --- one key ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_line(figure: Any, scores: Sequence[Score], key: str) -> None:
+def _draw_line(figure: Any, scores: Sequence[Score], key: str, metric: str) -> None:
     """Validation and test against one key: a dot a seed, and a line through means where the key is a number."""
     axes = figure.subplots(gridspec_kw={"left": 0.085, "right": 0.885, "top": 0.85, "bottom": 0.13})
-    clean_axes(axes, xlabel="", ylabel="top1 accuracy")
+    clean_axes(axes, xlabel="", ylabel=_axis(metric))
     axes.set_xlabel(printable(key), fontsize=12, color=INK, labelpad=8, parse_math=False)
     names = levels([score.setting([key])[0] for score in scores])
     places, scale = positions(names)
@@ -137,7 +156,7 @@ def _draw_line(figure: Any, scores: Sequence[Score], key: str) -> None:
         style: dict[str, Any] = {"linewidth": 2.2} if is_number else {"linestyle": "", "markersize": 11}
         axes.plot(xs, means, color=colour, marker=marker, markeredgecolor="white", label=label, zorder=4, **style)
     groups = by_setting(scores, [key])
-    best = max(groups, key=lambda setting: mean_val(groups[setting]))
+    best = _best(groups, metric)
     ring: dict[str, Any] = {"s": 230, "facecolors": "none", "edgecolors": INK, "linewidths": 1.6}
     axes.scatter([place[best[0]]], [mean_val(groups[best])], zorder=5, label="best val", **ring)
     _name_ticks(axes, names, places, scale)
@@ -174,16 +193,16 @@ def _is_grid(scores: Sequence[Score], keys: Sequence[str]) -> bool:
     return min(len(rows), len(columns)) > 1 and len(found) >= MIN_FILLED * len(rows) * len(columns)
 
 
-def _draw_grid(figure: Any, scores: Sequence[Score], keys: Sequence[str]) -> None:
+def _draw_grid(figure: Any, scores: Sequence[Score], keys: Sequence[str], metric: str) -> None:
     """Two maps, validation and test, of means over seeds; the best cell by validation framed in both."""
     both = figure.subplots(1, 2, gridspec_kw={"left": 0.1, "right": 0.98, "top": 0.8, "bottom": 0.14, "wspace": 0.12})
     groups = by_setting(scores, keys)
     columns, rows = (levels([setting[i] for setting in groups]) for i in (0, 1))
-    best = max(groups, key=lambda setting: mean_val(groups[setting]))
-    for axes, label in zip(both, ("val/top1", "test/top1"), strict=True):
-        cells = [[_cell(groups.get((column, row), []), label) for column in columns] for row in rows]
+    best = _best(groups, metric)
+    for axes, split in zip(both, ("val", "test"), strict=True):
+        cells = [[_cell(groups.get((column, row), []), split) for column in columns] for row in rows]
         _draw_map(axes, cells, frame=(columns.index(best[0]), rows.index(best[1])))
-        axes.set_title(label, fontsize=12, color=INK, loc="left", pad=8)
+        axes.set_title(f"{split}/{metric}", fontsize=12, color=INK, loc="left", pad=8)
         axes.set_xlabel(printable(keys[0]), fontsize=12, color=INK, labelpad=8, parse_math=False)
         turned = {"rotation": 30, "ha": "right"} if sum(map(len, columns)) > 45 else {}
         axes.set_xticks(range(len(columns)), [_cut(name, 16) for name in columns], parse_math=False, **turned)
@@ -192,8 +211,8 @@ def _draw_grid(figure: Any, scores: Sequence[Score], keys: Sequence[str]) -> Non
     both[0].set_ylabel(printable(keys[1]), fontsize=12, color=INK, labelpad=8, parse_math=False)
 
 
-def _cell(scores: Sequence[Score], label: str) -> float:
-    values = [score.val if label == "val/top1" else score.test for score in scores]
+def _cell(scores: Sequence[Score], split: str) -> float:
+    values = [score.val if split == "val" else score.test for score in scores]
     finite = [value for value in values if math.isfinite(value)]
     return statistics.fmean(finite) if finite else math.nan
 
@@ -224,10 +243,10 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
 # --- anything else ---------------------------------------------------------------------------------------------------
 
 
-def _draw_ranking(figure: Any, scores: Sequence[Score], keys: Sequence[str]) -> None:
+def _draw_ranking(figure: Any, scores: Sequence[Score], keys: Sequence[str], metric: str) -> None:
     """Settings by mean validation, best on top: a small dot a seed, large ones the means."""
     groups = by_setting(scores, keys)
-    ranked = sorted(groups, key=lambda setting: mean_val(groups[setting]), reverse=True)[:MAX_ROWS]
+    ranked = sorted(groups, key=lambda setting: rank(mean_val(groups[setting]), metric), reverse=True)[:MAX_ROWS]
     # The last part of a key is enough to tell them apart, unless two end alike.
     ends = [key.rpartition(".")[2] for key in keys]
     shown = ends if len(set(ends)) == len(ends) else list(keys)
@@ -238,7 +257,7 @@ def _draw_ranking(figure: Any, scores: Sequence[Score], keys: Sequence[str]) -> 
     fontsize = max(7.0, min(11.0, 0.72 * row_points))
     left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * SIZE_INCHES[0]))
     axes = figure.subplots(gridspec_kw={"left": left, "right": 0.885, "top": 0.85, "bottom": 0.11})
-    clean_axes(axes, xlabel="top1 accuracy", ylabel="")
+    clean_axes(axes, xlabel=_axis(metric), ylabel="")
     for label, colour, marker in (("val", BLUE, "o"), ("test", GREEN, "D")):
         for row, setting in enumerate(ranked):
             values = [score.val if label == "val" else score.test for score in groups[setting]]

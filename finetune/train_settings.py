@@ -138,6 +138,10 @@ def train_problems(train: TrainConf) -> list[str]:
         problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
     if train.on_nonfinite == OnNonfinite.stop and changed(train, "max_nonfinite"):
         problems.append(f"train.max_nonfinite={train.max_nonfinite} would be ignored: it needs train.on_nonfinite=skip")
+    if train.keep > 1 and train.max_save_share < 1 and changed(train, "max_save_share"):
+        problems.append(
+            f"train.max_save_share={train.max_save_share:g} would be ignored: train.keep={train.keep} saves every epoch"
+        )
     if train.compile == CompileMode.max_autotune and train.accumulate > 1:
         problems.append(
             f"train.compile=max-autotune with train.accumulate={train.accumulate}: CUDA graphs write the gradients of"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ from finetune import bad_batch, scores, utilisation
 from finetune.claim import Result
 from finetune.config import TrainConf
 from finetune.data import ImageError
+from finetune.device import is_out_of_memory
 from finetune.finite import NotFiniteError, Seen
 from finetune.log import Bar, epoch_line
 from finetune.loop import Batch, Row, TrainState, fit
-from finetune.memory import is_out_of_memory, out_of_memory
+from finetune.memory import out_of_memory
 from finetune.metrics import Meter
 from finetune.parts import Parts
 from finetune.prefix import Feed
@@ -39,8 +40,7 @@ def train_to_the_end(
     bar, validated = Bar("", total=0, images=0), -1
     fed: dict[str, float] = {}
     gpu = utilisation.measure(parts) if parts.device.type == "cuda" else None
-    keep, share, is_saved = conf.train.keep, conf.train.max_save_share, True
-    saver = Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=keep, max_share=share)
+    saver, is_saved = _saver(parts), True
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
@@ -62,8 +62,7 @@ def train_to_the_end(
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
             bar.set(**_shown(state, bar, train, gpu))
-        for seen in state.guard.take():
-            logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
+        _tell_skipped(parts, state)
         saver.check()
         if _is_save_due(conf.train, state, saver):
             saver.save(state)
@@ -71,13 +70,14 @@ def train_to_the_end(
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
         nonlocal is_saved
-        row |= fed
-        if gpu is not None:
-            row["mfu"] = gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))
+        _tell_skipped(parts, state)  # what the last look of the epoch has found
+        row |= {**fed, **_mfu(row, fed, gpu)}
         history.append(row)
         _tell(parts, state, row)
-        is_saved = _save_epoch(parts, state, saver, history.rows())
-        stop.check()
+        # Where a stop was asked for as an epoch, too: there may be no other one to write these weights.
+        is_saved = _save_epoch(parts, state, saver, history.rows(), always=(stopping := stop.is_set))
+        if stopping:
+            stop.check()
 
     with _way_out(parts, state, saver, result):
         finished = fit(
@@ -97,12 +97,17 @@ def train_to_the_end(
     return saver
 
 
+def _saver(parts: Parts) -> Saver:
+    keep, share = parts.conf.train.keep, parts.conf.train.max_save_share
+    return Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=keep, max_share=share)
+
+
 def _save_epoch(
     parts: Parts, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False
 ) -> bool:
     """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
     left_s = (parts.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
-    return saver.save_epoch(state, rows, _ranked_by(parts), thresholds=_thresholds(state), left_s=left_s, always=always)
+    return saver.save_epoch(state, rows, ranked_by(parts), thresholds=_thresholds(state), left_s=left_s, always=always)
 
 
 def _tell(parts: Parts, state: TrainState, row: Row) -> None:
@@ -118,6 +123,11 @@ def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iter
     """The same batches; how they were come by is noted at their end."""
     yield from batches
     into |= feed.stats()
+
+
+def _mfu(row: Row, fed: Mapping[str, float], gpu: utilisation.Utilisation | None) -> Row:
+    """How much of a GPU the epoch used."""
+    return {} if gpu is None else {"mfu": gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))}
 
 
 def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation | None) -> dict[str, float]:
@@ -150,13 +160,22 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
         saver.save_weights(state)
         error.args = (_not_finite(error, parts, state),)
         raise
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(out_of_memory(parts, state.step)) from error
+    except Exception as error:
+        try:
+            saver.wait()  # for a save that is under way
+        except OSError as failed:
+            logger.error("%s", failed)  # beside what is told anyway
+        if is_out_of_memory(error):
+            raise ValueError(out_of_memory(parts, step=state.step)) from error
+        raise
     finally:
         result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
         result["seconds_saving"] = round(saver.stalled_s, 3)
+
+
+def _tell_skipped(parts: Parts, state: TrainState) -> None:
+    for seen in state.guard.take():
+        logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
 
 
 def _thresholds(state: TrainState) -> tuple[float | None, float | None]:
@@ -170,7 +189,7 @@ def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
     return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
 
 
-def _ranked_by(parts: Parts) -> str:
+def ranked_by(parts: Parts) -> str:
     """The metric that picks the best epochs."""
     monitor = parts.conf.train.monitor
     return parts.monitor if monitor == "auto" else monitor

@@ -28,17 +28,18 @@ from finetune.saving import Saver  # noqa: E402
 def measure(epochs: int, *, waits: bool) -> tuple[float, float, float]:
     """(waited, writing, training) in seconds, over all epochs."""
     conf, savers = Conf(), []
-    conf.train.epochs = epochs
+    conf.train.epochs, conf.train.max_save_share = epochs, 1.0
     original = Saver.save_epoch
 
-    def save_epoch(self: Saver, *args: Any) -> None:
+    def save_epoch(self: Saver, *args: Any, **named: Any) -> bool:
         savers.append(self)
         began = time.perf_counter()
-        original(self, *args)
+        is_saved = original(self, *args, **named)
         if waits:
             self.wait()
             self.stalled_s = getattr(self, "waited", 0.0) + time.perf_counter() - began
             self.waited = self.stalled_s  # type: ignore[attr-defined]
+        return is_saved
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(Saver, "save_epoch", save_epoch):
         result = run(conf, Path(folder), [], quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -72,13 +73,39 @@ def test_every_image_is_looked_at(root: Path) -> None:
 def test_a_second_look_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "a" / "0.png").write_bytes(b"no image")
     _, first = look(folder_conf(root))
-    monkeypatch.setattr(FileStore, "read", lambda *_: pytest.fail("read"))
+    read, names = FileStore.read, []
+
+    def noted(store: FileStore, row: int) -> bytes:
+        names.append(store.name_of(row))
+        return read(store, row)
+
+    monkeypatch.setattr(FileStore, "read", noted)
     monkeypatch.setattr(FileStore, "header", lambda *_: pytest.fail("read"))
     _, second = look(folder_conf(root))
-    assert second.remembered == 20 and second.bad == first.bad and len(second.bad) == 1
-    assert "19 decoded, 1 unreadable (20 of them known from an earlier look)" in second.coverage
+    assert second.remembered == 19 and second.bad == first.bad and len(second.bad) == 1
+    assert "19 decoded, 1 unreadable (19 of them known from an earlier look)" in second.coverage
+    assert names == [str(root / "a" / "0.png")]  # but for what could not be read
     for name, records in first.records.items():
         assert (records == second.records[name]).all()
+
+
+def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_is_no_time(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Pillow was too old for it, or memory too short: the file itself has not changed since."""
+    read, name = FileStore.read, str(root / "b" / "3.png")
+
+    def failing(store: FileStore, row: int) -> bytes:
+        if store.name_of(row) == name:
+            raise ImageError(name, "it cannot be decoded") from MemoryError()
+        return read(store, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "read", failing)
+        assert [bad.name for bad in look(folder_conf(root))[1].bad] == [name]
+    (again,) = look(folder_conf(root), budget_s=0)[1].bad
+    assert again.reason == "it cannot be decoded"
+    assert look(folder_conf(root))[1].bad == [] and look(folder_conf(root), budget_s=0)[1].bad == []
 
 
 def test_a_changed_file_is_looked_at_anew(root: Path) -> None:
@@ -298,16 +325,18 @@ def test_check_data_as_a_command(root: Path, tmp_path: Path, capsys: pytest.Capt
     assert "did you mean 'data.root'" in errors and "data.shots=-1" in errors
 
 
-def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["data.batch_size=auto"]])
+def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path, words: list[str]) -> None:
     from finetune.data.contact_sheet import CAPTION, GAP, write_contact_sheet
 
-    conf = compose(["data=folder", f"data.root={root}", "data.workers=0"])
+    conf = compose(["data=folder", f"data.root={root}", "data.workers=0", *words])
     source = open_source(conf.data)
     big = Preprocess(128, SQUARE.mean, SQUARE.std)
     write_contact_sheet(tmp_path / "sheet.png", source, big, conf)
     sheet = read_image(str(tmp_path / "sheet.png"))
     split, device = source.splits["train"], torch.device("cpu")
-    loader = Loader(split, big, conf=conf.data, augment=conf.augment, seed=conf.seed, device=device)
+    data = dataclasses.replace(conf.data, batch_size=conf.data.batch_size or 48)
+    loader = Loader(split, big, conf=data, augment=conf.augment, seed=conf.seed, device=device)
     images, _, _ = next(loader.epoch(0))
     for number in (0, 1, 9):
         y, x = GAP + number // 8 * (128 + CAPTION + GAP), GAP + number % 8 * (128 + GAP)

@@ -10,7 +10,7 @@ import torch
 
 from finetune.config import Conf, Precision
 from finetune.describe import _precision
-from finetune.device import computed_in, pick_precision, set_kernels
+from finetune.device import computed_in, pick_precision, set_deterministic, set_kernels
 
 CUDA = torch.device("cuda")
 
@@ -57,6 +57,15 @@ def test_tf32_is_on_where_it_is_asked_for_and_off_again_in_the_next_run() -> Non
     set_kernels(Precision.auto, torch.bfloat16)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert not torch.backends.mha.get_fastpath_enabled()
+
+
+def test_deterministic_kernels_are_off_again_in_the_next_run() -> None:
+    try:
+        for wanted in (True, False):
+            set_deterministic(wanted)
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_what_it_came_to_in_a_word() -> None:

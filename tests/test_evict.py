@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from PIL import Image
 
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
 from finetune.data import Source, open_source
-from finetune.data.evict import evict, held_bytes, hold, made_once
+from finetune.data.evict import evict, held_bytes, hold, lock_of, made_once
 from finetune.data.pixel_cache import first_step, open_cache
 from finetune.data.verdicts import locked
 from finetune.preprocess import Preprocess
+from finetune.signals import Interrupted, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no locks")
 SIZE = 1000
@@ -161,6 +164,20 @@ def test_pixel_caches_stay_under_their_limit(tmp_path: Path, caplog: pytest.LogC
     open_cache(split, step, conf)
     assert len(names(folder)) == 2
     assert torch.equal(caches[0].load(1), step(split.load(1)))  # type: ignore[arg-type]
+
+
+def test_a_wait_for_another_run_is_told_and_can_be_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The handler of a run only sets a flag, which nobody would read while the other one works."""
+    place, stop = tmp_path / "made", StopSignals()
+    caplog.set_level("INFO", "finetune")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with stop, locked(lock_of(place)):  # a second descriptor, as another process has one
+        timer.start()
+        with pytest.raises(Interrupted):
+            made_once(place, pytest.fail)
+    timer.join()
+    assert stop.is_set and caplog.text.count(f"another run is making {place}: waiting for it") == 1
+    made_once(place, place.mkdir)  # nothing of the wait is left
 
 
 def test_without_locks_nothing_is_removed_and_the_reason_is_true(

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_batches, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.checkpoint import load_state, save_state
 from finetune.config import Interval, OptimConf, TrainConf
 from finetune.layers import LayeredModel, freeze
 from finetune.loop import NotFiniteError, TrainState, fit, is_better, train_step, validate
-from finetune.metrics import Sums, top5
+from finetune.losses import cross_entropy
+from finetune.metrics import LabelMeter, Sums, top5
 from finetune.optim import build_optimizer
 from finetune.records import timeless
 
@@ -55,6 +58,42 @@ def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
     ((images, targets, ids),) = tiny_batches([4], seed=0)
     with pytest.raises(AssertionError, match="run on into layers that are frozen"):
         train_step(start(model), [(images.requires_grad_(), targets, ids)], TrainConf(), CPU32)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a value asked for, or a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_a_step_asks_the_device_for_nothing(clip_grad: float) -> None:
+    """Fused AdamW, as on a GPU; a step that skips itself by the mask, too. And validation, until its end."""
+    state = start(tiny_model())
+    assert state.optimizer.defaults["fused"]
+    state.guard.limit = 3
+    batches = tiny_batches([4, 4, 4], seed=0)
+    with Waits() as waits:
+        assert torch.ones(()).item() and len(waits.seen) == 1  # it does see one
+        waits.seen.clear()
+        for images, targets, ids in batches:
+            train_step(state, [(images, targets, ids)], TrainConf(clip_grad=clip_grad), CPU32)
+        poisoned = torch.full_like(batches[0][0], torch.nan)
+        train_step(state, [(poisoned, *batches[0][1:])], TrainConf(clip_grad=clip_grad), CPU32)
+        assert waits.seen == []
+        meter = LabelMeter(cross_entropy)
+        for images, targets, _ in batches:
+            meter.add(state.model(images), targets)
+        assert waits.seen == []
+        state.guard.look()
+    assert len(state.guard.take()) == 1
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])

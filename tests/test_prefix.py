@@ -240,6 +240,24 @@ def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
     assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
 
 
+@pytest.mark.parametrize("kind", ["auto", "ram"])
+def test_memory_that_runs_out_ends_the_run_only_where_it_was_asked_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    conf = with_cache(settings(pictures), kind)
+    monkeypatch.setattr("finetune.prefix.feed.build_in_memory", full)
+    if kind == "ram":
+        with pytest.raises(ValueError, match=r"out of memory on cpu\. Try"):
+            came_out(conf, tmp_path / "run")
+        return
+    found = came_out(conf, tmp_path / "run")
+    assert (tmp_path / "run" / "run.log").read_text().count("is not kept after all: [enforce fail") == 2
+    assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
+
+
 def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light))
     plain = came_out(conf, tmp_path / "none")
@@ -446,6 +464,14 @@ def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> Non
         assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
     came_out(conf, tmp_path / "c")
     assert hits(tmp_path / "c")[0] == 0.0
+
+
+def test_jobs_with_other_frozen_layers_between_them_share_memory(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "ram")
+    with shared_between_runs():
+        for name, fix_layer in (("a", 4), ("b", 1), ("c", 4), ("d", 1)):
+            came_out(replace(conf, optim=replace(conf.optim, fix_layer=fix_layer)), tmp_path / name)
+    assert [hits(tmp_path / name)[0] for name in "abcd"] == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["ram", "auto", "none"])
@@ -709,6 +735,48 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: 
             assert "those of train" in text and f"need 1.00 GiB and 0.50 may be taken, enough for {words}." in text
             assert "prefix.cache=disk" in text and ("fewer augment.views" in text) == (views > 1)
             assert ("prefix.dtype=fp16" in text) == is_tried
+
+
+def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"ram": int(1.2 * GIB), "disk": GIB // 2}
+    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
+    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
+
+    def told(**changes: object) -> str:
+        measured = replace(CHEAP, **changes)
+        kind, why = choose(Conf(), measured, needed(views=4), torch.device("cpu"), tmp_path, shared=False)
+        assert kind == "none"
+        return why
+
+    text = told()
+    assert "ram: 1.00 GiB, of 0.60 that may be taken unasked; disk: 1.00 GiB, of 0.40" in text
+    assert text.endswith("Would do: prefix.cache=ram, fewer augment.views, prefix.dtype=fp16, which takes half")
+    assert "prefix.dtype" not in told(dtype=torch.float16)
+    free["ram"] = GIB
+    assert "prefix.cache=ram" in told()
+    free["ram"] -= 2**21
+    assert "prefix.cache=" not in told()
+
+
+def test_what_earlier_jobs_left_keeps_to_the_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what would be free without it, it and what this run adds together."""
+    monkeypatch.setattr(choice, "free_memory", lambda: 2 * GIB)
+    cpu = torch.device("cpu")
+
+    def is_roomy(spare: int, there: str = "") -> bool:
+        return choice.is_roomy(PrefixCache.ram, CHEAP, needed(spare=spare, there=there), cpu)
+
+    assert is_roomy(0) and is_roomy(0, there="ram")  # 1 GiB of 2
+    assert not is_roomy(GIB // 10)  # 1.1 of 2.1
+    assert is_roomy(9 * GIB, there="ram")  # what is there already takes no more room
+
+
+@pytest.mark.parametrize(
+    ("views", "words"), [(0, "augment.cutmix=0 augment.views=K they"), (2, "augment.cutmix=0 they")]
+)
+def test_a_mixed_run_is_told_what_would_keep(views: int, words: str) -> None:
+    augment = AugmentConf(recipe=Recipe.light, mixup=0.2, views=views)
+    assert words in str(choice.why_not_in_training(Conf(augment=augment)))
 
 
 def test_found_in() -> None:

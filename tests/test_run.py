@@ -33,7 +33,7 @@ from finetune.config import (
     SourceKind,
 )
 from finetune.records import timeless
-from finetune.run import run
+from finetune.run import _log_close, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -269,6 +269,33 @@ def test_a_loss_that_is_not_finite_stops_with_its_images_named(stripes: Path, tm
     weights = load_file(tmp_path / "run" / "checkpoints" / "last.safetensors")
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
     assert weights
+
+
+def test_a_sweep_into_a_folder_of_another_one_says_what_it_could_not_run(stripes: Path, tmp_path: Path) -> None:
+    """Nothing there is changed, and nothing there is taken for its own."""
+    words = ["data=folder", f"data.root={stripes}", "train.epochs=1", "hydra.sweep.dir=sweep", "-m"]
+    assert finetune(*words, "optim.lr=1e-3,1e-4", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "sweep" / "1" / "result.json").read_bytes()
+    process = finetune(*words, "optim.lr=1e-3,5e-4,1e-5", cwd=tmp_path)
+    assert process.returncode == 1 and "Traceback" not in process.err
+    assert "2 of 3 jobs finished" in process.out and "job 1: refused: sweep/1 holds a run of another" in process.out
+    assert (tmp_path / "sweep" / "1" / "result.json").read_bytes() == before
+
+
+def test_a_sweep_with_folders_of_its_own_names(stripes: Path, tmp_path: Path) -> None:
+    words = ["data=folder", f"data.root={stripes}", "train.epochs=1", "hydra.sweep.dir=sweep", "optim.lr=1e-3,1e-4"]
+    process = finetune(*words, "hydra.sweep.subdir=lr_${optim.lr}", "-m", cwd=tmp_path)
+    assert process.returncode == 0, process.err
+    assert "2 of 2 jobs finished" in process.out and "in sweep/lr_0.00" in process.out
+    for subdir in ("", "same"):
+        process = finetune(*words, f"hydra.sweep.subdir={subdir}", "-m", cwd=tmp_path)
+        assert process.returncode == 1 and "a folder of its own" in process.err, process.err
+
+
+def test_the_last_lines_where_no_epoch_had_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "finetune")
+    _log_close(tmp_path, {"overrides": [], "test/top1": 0.5, "epochs": 3, "best_epoch": 0, "seconds": 1.0})
+    assert "val/top1 nan   test/top1 0.5000" in caplog.text
 
 
 def test_a_sweep_goes_on_past_a_failed_job_and_sums_up(stripes: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from finetune.config import Conf, TrainConf
 from finetune.files import write_text
 from finetune.lock import LOCK_NAME, HeldError, Lock, holder
 from finetune.loop import TrainState
-from finetune.memory import DEFAULT_BATCH, divisors, largest_fitting, with_batch
+from finetune.memory import DEFAULT_BATCH, divisors, largest_fitting, out_of_memory, with_batch
 from finetune.saving import NoSpaceError, Saver, best_epochs, latest_state, settle
 
 
@@ -405,6 +406,16 @@ def test_the_search_finds_the_largest_that_fits(batch: int, limit: int) -> None:
     assert len(tried) <= len(divisors(batch)).bit_length()
 
 
+def test_advice_where_memory_runs_out() -> None:
+    """Who asked for `auto` is not sent in a circle."""
+    parts = Mock(device=torch.device("cpu"), conf=Conf(), is_auto_batch=False)
+    text = out_of_memory(parts, step=4)
+    assert "in step 5" in text and "data.batch_size=32 train.accumulate=2" in text and "data.batch_size=auto" in text
+    parts.is_auto_batch = True
+    text = out_of_memory(parts)
+    assert "out of memory on cpu. Try" in text and "data.batch_size=auto" not in text
+
+
 def test_a_found_batch_keeps_the_images_of_a_step() -> None:
     conf = Conf()
     conf.train.accumulate = 3
@@ -440,6 +451,64 @@ def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(tmp_path: Path) 
     keeper.save_epoch(state, rows, "val/top1", always=True)
     keeper.wait()
     assert torch.equal(read_weights(tmp_path / "last.safetensors")[0]["head.weight"], kept[3])
+
+
+def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speaks_of(tmp_path: Path) -> None:
+    """Epoch 1 is saved, epoch 2 is better and stays in memory, then the run diverges; it goes on from epoch 1."""
+    keeper, rows, kept = Saver(tmp_path, {}, {}, max_share=0.1), [], {}
+    for epoch, score in ((1, 0.3), (2, 0.9)):
+        keeper.wait()
+        keeper._cost_s = (epoch - 1) * 50
+        state = at_step(epoch)
+        state.epoch = state.best_epoch = epoch
+        kept[epoch] = state.model.net.head.weight.detach().clone()
+        rows.append({"epoch": epoch, "val/top1": score})
+        assert keeper.save_epoch(state, rows, "val/top1") is (epoch == 1)
+    keeper.save_weights(state)
+    best = tmp_path / "best.safetensors"
+    assert torch.equal(read_weights(best)[0]["head.weight"], kept[2])  # for a person to use
+    content, path = latest_state(tmp_path)  # type: ignore[misc]
+    again = at_step(7)
+    load_state(path, again)
+    assert content["counters"]["best_epoch"] == again.best_epoch == 1
+    settle(tmp_path, again)
+    assert torch.equal(read_weights(best)[0]["head.weight"], kept[1]) and not (tmp_path / saving.BEFORE).exists()
+
+
+def test_weights_put_aside_for_another_state_go(tmp_path: Path) -> None:
+    save_weights(tmp_path / "best.safetensors", tiny_model(seed=2), {"epoch": "2"})
+    save_weights(tmp_path / saving.BEFORE, tiny_model(seed=1), {"epoch": "1"})
+    before, state = (tmp_path / "best.safetensors").read_bytes(), at_step(2)
+    state.epoch = state.best_epoch = 2
+    settle(tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+    assert (tmp_path / "best.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    keeper = saver(folder)
+    folder.rmdir()
+    keeper.save(at_step(1))
+    with pytest.raises(NoSpaceError, match=r"cannot save .*checkpoints: No such file or directory\. The"):
+        keeper.wait()
+
+
+def test_a_state_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop right behind a save finds everything on the disk."""
+    written: list[Path] = []
+    write = saving.write_state
+    monkeypatch.setattr(saving, "write_state", lambda path, *a, **k: (written.append(path), write(path, *a, **k)))
+    keeper, state = saver(tmp_path), at_step(3)
+    for step in (3, 3, 4, 4):
+        state.step = step
+        keeper.save(state)
+    state.epoch = 1
+    keeper.save_epoch(state, [{"epoch": 1, "val/top1": 0.5}], "val/top1", always=True)
+    keeper.save(state)
+    keeper.wait()
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize(("cost_s", "left_s", "is_saved"), [(5, 101, True), (5, 99, False), (0.05, 0, True)])

@@ -20,12 +20,13 @@ from test_run import ROOT, assert_same_run, finetune, go, history, small
 from test_run import stripes as stripes  # the fixture
 from torch import Tensor
 
-from finetune import loop, training
-from finetune.checkpoint import read_state
+from finetune import loop, saving, training
+from finetune.checkpoint import read_state, read_weights
 from finetune.claim import RefusedError
 from finetune.config import Conf, OnNonfinite, Precision
 from finetune.finite import NotFiniteError
 from finetune.lock import LOCK_NAME, HeldError, Lock
+from finetune.parts import Parts
 from finetune.replay import main as replay
 from finetune.run import run
 from finetune.signals import Interrupted
@@ -116,6 +117,81 @@ def test_a_signal_anywhere_saves_and_resumes_to_the_bit(
     assert_same_run(straight, tmp_path / "run")
     assert_equal(everything(straight), everything(tmp_path / "run"))
     assert (straight / "config.yaml").read_bytes() == (tmp_path / "run" / "config.yaml").read_bytes()
+
+
+def test_a_stop_in_the_last_validation_leaves_the_last_weights_too(
+    stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That epoch's own save is put off to the end of the run, which then has no epoch left to save."""
+    monkeypatch.setattr(saving, "CHEAP_S", -1.0)
+    conf = small(stripes, train__max_save_share=1e-6)
+    go(conf, tmp_path / "straight")
+    strike("validate", conf.train.epochs, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(conf, tmp_path / "run")
+    resume(tmp_path / "run", conf)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    last = [read_weights(tmp_path / name / "checkpoints" / "last.safetensors") for name in ("straight", "run")]
+    assert last[0][1]["epoch"] == last[1][1]["epoch"] == str(conf.train.epochs)
+
+
+def test_a_session_that_comes_to_nothing_takes_nothing_away(
+    stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first start found out and promised stays on record, and its settings stay its own."""
+    conf = small(stripes, data__batch_size=0)
+    strike("train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(conf, tmp_path / "run")
+    kept = {name: (tmp_path / "run" / name).read_text() for name in ("config.yaml", "result.json")}
+    before = json.loads(kept["result.json"])
+    assert before["auto_batch_size"] and before["promise"] == "bitwise"
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "fingerprint", lambda self, name="train": "other images")
+        with pytest.raises(ValueError, match="the training images are not those"):
+            resume(tmp_path / "run", conf, train__epochs=conf.train.epochs + 1)
+    after = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {**after, "error": None, "status": None} == {
+        **before, **{name: after[name] for name in ("overrides",)}, "error": None, "status": None
+    }  # fmt: skip
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept["config.yaml"]
+
+
+def test_another_error_waits_for_the_save_under_way(
+    stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_state
+
+    def slowly(*args: Any, **named: Any) -> None:
+        time.sleep(0.5)
+        write(*args, **named)
+
+    def fail() -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(saving, "write_state", slowly)
+    strike("train_step", 3, fail)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        go(small(stripes, train__save_every_steps=2), tmp_path / "run")
+    assert read_state(tmp_path / "run" / "checkpoints" / "last.pt")["counters"]["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["in step 2", "on cpu. Try"])
+def test_memory_that_runs_out_is_told_with_advice(
+    stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """In a step, and ahead of the first."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    if where == "in step 2":
+        strike("train_step", 2, fail)
+    else:
+        monkeypatch.setattr("finetune.run.create_scheduler", fail)
+    with pytest.raises(ValueError, match=rf"out of memory on cpu.*{where}|{where}") as error:
+        go(small(stripes), tmp_path / "run")
+    assert "data.batch_size=4 train.accumulate=2" in str(error.value)
 
 
 def test_an_earlier_handler_is_called_once_all_is_saved(stripes: Path, tmp_path: Path, strike: Any) -> None:

@@ -133,6 +133,7 @@ def test_mean_and_deviation_over_seeds_are_those_of_statistics(scores: list[list
             words=[f"optim.lr={i}", f"seed={k}"],
             overrides={"optim.lr": str(i), "seed": str(k)},
             scores={"val/top1": value, "test/top1": math.nan},
+            metric="top1",
             epochs=1,
             seconds=1,
             error="",
@@ -145,7 +146,7 @@ def test_mean_and_deviation_over_seeds_are_those_of_statistics(scores: list[list
     for setting, values in zip(found, scores, strict=True):
         assert setting.mean("val/top1") == statistics.fmean(values)
         assert setting.std("val/top1") == (statistics.stdev(values) if len(values) > 1 else None)
-        assert setting.best_job.scores["val/top1"] == max(values)
+        assert setting.best_job("top1").scores["val/top1"] == max(values)
         assert math.isnan(setting.mean("test/top1")) and setting.std("test/top1") is None
         assert "seed" not in setting.overrides
 
@@ -170,6 +171,47 @@ def test_the_winner_over_seeds_is_the_best_mean_not_the_luckiest_run(
     assert "best: optim.layer_decay=0.75 (val 0.9820 ± 0.0028, test 0.9720 ± 0.0028, 2 seeds)" in lines
     assert f"its best run: val 0.9840, test 0.9740 in {tmp_path / '3'}" in lines
     assert lines[-1] == "next, a run with the winner: python -m finetune optim.layer_decay=0.75"
+
+
+@pytest.mark.parametrize(("monitor", "winner"), [("val/map", "1"), ("val/loss", "2"), ("val/top1", "0")])
+def test_the_winner_is_the_best_by_what_picked_the_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monitor: str, winner: str
+) -> None:
+    """Of a loss the least. A job of an older version, which does not say, was picked by top1."""
+    metric = monitor.removeprefix("val/")
+    told = {} if monitor == "val/top1" else {"monitor": monitor}
+    for number, (top1, average, loss) in enumerate([(0.9, 0.2, 0.3), (0.8, 0.6, 0.2), (0.7, 0.5, 0.1)]):
+        scores = {"val": top1, "val/map": average, "val/loss": loss, "test/map": average, "test/loss": loss}
+        add_job(tmp_path / str(number), f"optim.lr={number}", **scores, **told)
+    assert summarize(tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (best,) = (line for line in lines if line.startswith("best:"))
+    assert best.startswith(f"best: optim.lr={winner} (val") and best.endswith(f"in {tmp_path / winner}")
+    assert (f"val/{metric} " in best) == (metric != "top1")
+    assert table_of(tmp_path)[0][f"test/{metric}"]
+    (starred,) = (line for line in lines if line.lstrip().startswith("* "))
+    assert starred.split()[1] == winner
+
+
+def test_jobs_picked_by_different_metrics_are_ranked_by_the_common_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_job(tmp_path / "0", "train.monitor=val/loss", monitor="val/loss", **{"val": 0.9, "val/loss": 0.1})
+    add_job(tmp_path / "1", "train.monitor=val/map", monitor="val/map", **{"val": 0.8, "val/map": 0.9})
+    assert summarize(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "best: train.monitor=val/loss" in out and "ranked by val/top1, since" in out
+
+
+def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_job(tmp_path / "0", "optim.lr=1", val=0.5)
+    add_job(tmp_path / "1", "optim.lr=7", val=0.9)
+    add_job(tmp_path / "named", "optim.lr=3", val=0.6)
+    reason = "it holds a run of another configuration"
+    assert summarize(tmp_path, [tmp_path / "0", tmp_path / "named"], {tmp_path / "1": reason}) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
+    assert [row["status"] for row in table_of(tmp_path)] == ["finished", "refused", "finished"]
 
 
 def test_ties_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,13 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_measuring_draws_nothing_from_the_run() -> None:
+    """Else a resumed run would drop out other units than an unbroken one."""
+    before = torch.get_rng_state()
+    utilisation.peak(torch.device("cpu"), torch.float32, side=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, clock = Terminal(), [100.0]
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -113,6 +113,8 @@ def prepare(line: CommandLine) -> Prepared:
         conf = to_conf(cfg)
         given = [o for o in parsed if o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir")]
         run_dir = _run_dir(cfg, multirun=line.multirun) if given else None
+    if line.multirun and findings.jobs > 1:
+        _refuse_one_folder(cfg)
     return Prepared(conf, cfg, [override.safe for override in parsed], first, findings.jobs, run_dir)
 
 
@@ -226,6 +228,18 @@ def _run_dir(cfg: DictConfig, *, multirun: bool) -> Path:
     if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
         raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
     return Path(str(typed))
+
+
+def _refuse_one_folder(cfg: DictConfig) -> None:
+    """A `hydra.sweep.subdir` that is the same for every job would put them all into one folder."""
+    subdir = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    if "${" not in str(subdir):
+        raise ConfigError(
+            [
+                f"hydra.sweep.subdir={'' if subdir is None else subdir}: every job of a sweep needs a folder"
+                " of its own; write hydra.sweep.subdir='${hydra.job.num}', the default, or something else of the job's"
+            ]
+        )
 
 
 def _parse(typed: Sequence[str], *, multirun: bool) -> tuple[list[Override], list[str], list[str]]:

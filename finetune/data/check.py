@@ -95,6 +95,9 @@ class _Look:
         self.bad: dict[int, str] = {}
         self.reasons: dict[int, str] = {}
         self.remembered = 0
+        # Known to be unreadable, but by whom? A newer Pillow, or a machine with more memory, may read them. So they are
+        # looked at again, first of all, and what was known stands where there is no time.
+        self.doubted: list[int] = []
 
     def find_all(self, deadline: float) -> None:
         """Stamp every image until the time is up; take over what is known of it."""
@@ -110,9 +113,10 @@ class _Look:
             part["depth"] = np.where(there, PRESENT, HEADER)
             part[is_known] = known[is_known]
             part["key"] = keys
-            self.remembered += int(is_known.sum())
+            self.remembered += int((is_known & (known["bad"] == 0)).sum())
             for place in np.flatnonzero(is_known & (known["bad"] != 0)).tolist():
                 self.bad[start + place] = self.verdicts.reasons.get(int(keys[place]), "unreadable")
+                self.doubted.append(start + place)
 
     def _stamp(self, position: int) -> str | None:
         try:
@@ -128,6 +132,8 @@ class _Look:
             return  # to shuffle millions takes a second, too
         order = shuffled(len(self.rows), 0, 0).numpy()
         order = order[(self.records["depth"][order] < below) & (self.records["bad"][order] == 0)]
+        order = np.concatenate([np.array(self.doubted, order.dtype), order])
+        self.doubted = []
 
         def pieces() -> Iterator[list[int]]:
             for start in range(0, len(order), PIECE):
@@ -164,6 +170,7 @@ class _Look:
             else:
                 self.reasons[key] = seen.reason
         else:
+            self.bad.pop(position, None)
             self.records[position] = seen
             self.records[position]["key"] = key
 

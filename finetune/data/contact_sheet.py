@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,20 @@ def write_contact_sheet(path: Path, source: Source, preprocess: Preprocess, conf
         preprocess: Of the model.
         conf: The run's.
     """
+    wanted = COLUMNS * ROWS
+    # What `auto` comes to only the training GPU knows; the images are the same in batches of any size.
+    data = conf.data if conf.data.batch_size else dataclasses.replace(conf.data, batch_size=wanted)
     loader = Loader(
         source.splits["train"],
         preprocess,
-        conf=conf.data,
+        conf=data,
         augment=conf.augment,
         seed=conf.seed,
         device=torch.device("cpu"),
     )
     mixer = Mixer(conf.augment, num_classes=len(source.classes), seed=conf.seed)
-    wanted = COLUMNS * ROWS
     try:
-        batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // conf.data.batch_size))
+        batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // data.batch_size))
         tiles = [(image, label) for images, labels, _ in batches for image, label in zip(images, labels, strict=True)]
     finally:
         loader.close()

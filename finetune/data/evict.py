@@ -11,11 +11,13 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from finetune.data.verdicts import locked
+from finetune.signals import at_once
 
 LOCKS: Any = None  # Windows has none: nobody can tell who uses what, so nothing is removed
 with contextlib.suppress(ImportError):
@@ -26,6 +28,7 @@ with contextlib.suppress(ImportError):
 logger = logging.getLogger("finetune")
 
 USED = ".used"
+WAIT_S = 0.1  # between two looks at whether another run is done
 
 
 class Held:
@@ -48,7 +51,7 @@ def lock_of(entry: Path) -> Path:
 
 
 def made_once(entry: Path, make: Callable[[], None]) -> Held:
-    """The entry for use: made now where it is not there, by one process while the others wait.
+    """The entry for use: made now where it is not there, by one process while the others wait, and say so.
 
     Args:
         entry: A folder, there only when it is whole.
@@ -56,7 +59,17 @@ def made_once(entry: Path, make: Callable[[], None]) -> Held:
 
     Raises:
         OSError: The folder of entries cannot be made, written or read.
+        Interrupted: A signal asked for a stop during the wait.
     """
+    told = False
+
+    def wait() -> None:
+        nonlocal told
+        if not told:
+            logger.info("another run is making %s: waiting for it", entry)
+            told = True
+        time.sleep(WAIT_S)
+
     try:
         held = hold(entry)
         if held is None:
@@ -66,7 +79,9 @@ def made_once(entry: Path, make: Callable[[], None]) -> Held:
         reason = error.strerror or error
         raise OSError(f"cannot use {entry.parent}: {reason}; data.cache_dir puts caches elsewhere") from error
     while held is None:
-        with locked(lock_of(entry)):
+        with contextlib.ExitStack() as stack:
+            with at_once():  # a wait that is broken off loses nothing
+                stack.enter_context(locked(lock_of(entry), poll=wait))
             if not entry.is_dir():  # another run may have made it while this one waited
                 remove_left(entry)
                 make()

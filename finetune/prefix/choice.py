@@ -105,7 +105,8 @@ def why_not_in_training(conf: Conf) -> str | None:
     """Why the frozen layers see other images in every epoch, and what would change that; None where they do not."""
     augment = conf.augment
     if augment.mixup or augment.cutmix:
-        return "MixUp and CutMix mix whole images; with augment.mixup=0 augment.cutmix=0 they could be kept"
+        views = "" if num_views(augment) else " augment.views=K"
+        return f"MixUp and CutMix mix whole images; with augment.mixup=0 augment.cutmix=0{views} they could be kept"
     if conf.data.epoch_images:
         return "data.epoch_images draws images with replacement, so there is no telling how often an epoch shows one"
     if num_views(augment) == 0:
@@ -140,6 +141,7 @@ def choose(
     kinds = [PrefixCache.device] if device.type == "cuda" else []
     on_disk = [PrefixCache.disk] if _is_writable(_existing(folder)) else []
     computing = measured.seconds + measured.loading
+    tried: dict[PrefixCache, list[tuple[float, float]]] = {}
     for kind in [*kinds, PrefixCache.ram, *on_disk]:
         reading = size / READ[kind]
         if reading >= computing:
@@ -147,11 +149,8 @@ def choose(
         pairs = _wanted_and_room(kind, size, need, device, folder, max_gib)
         if all(wanted <= SHARE[kind] * room for wanted, room in pairs):
             return kind, f"they fit, and computing takes {computing / reading:.0f} x longer"
-    return (
-        PrefixCache.none,
-        f"{need.total[PrefixCache.ram] * size / GIB:.1f} GiB fit nowhere unasked: see prefix.cache, prefix.max_gib,"
-        " augment.views",
-    )
+        tried[kind] = pairs
+    return PrefixCache.none, _fits_nowhere(tried, need, measured)
 
 
 def read_once(conf: Conf, passes: float, *, shared: bool) -> bool:
@@ -160,8 +159,13 @@ def read_once(conf: Conf, passes: float, *, shared: bool) -> bool:
 
 
 def is_roomy(kind: PrefixCache, measured: Measured, need: Need, device: torch.device) -> bool:
-    """Whether a place in memory has room for what is missing beside what earlier runs left there."""
-    return need.missing[kind] * measured.bytes <= SHARE[kind] * _free_memory(kind, device)
+    """Whether a place in memory has room for what is missing beside what earlier runs left there.
+
+    However many they are, they and this run together keep to the share of what would be free without them.
+    """
+    missing, total = need.missing[kind] * measured.bytes, need.total[kind] * measured.bytes
+    left = need.spare[kind] + total - missing
+    return missing == 0 or left + missing <= SHARE[kind] * (_free_memory(kind, device) + left)
 
 
 def _wanted_and_room(
@@ -195,6 +199,16 @@ def _is_writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
+def _fits_nowhere(tried: Mapping[PrefixCache, list[tuple[float, float]]], need: Need, measured: Measured) -> str:
+    """Why `auto` keeps nothing: what each place lacks, and what would do."""
+    lacks = []
+    for kind, pairs in tried.items():
+        wanted, room = next((wanted, room) for wanted, room in pairs if wanted > SHARE[kind] * room)
+        lacks.append(f"{kind}: {wanted / GIB:.2f} GiB, of {SHARE[kind] * room / GIB:.2f} that may be taken unasked")
+    asked = [f"prefix.cache={kind}" for kind, pairs in tried.items() if all(wanted <= room for wanted, room in pairs)]
+    return f"they fit nowhere ({'; '.join(lacks)}). Would do: {', '.join([*asked, *_smaller(need, measured)])}"
+
+
 def _too_small(kind: PrefixCache, wanted: float, room: float, need: Need, measured: Measured) -> str:
     """What to say where activations do not fit: how much they need, and what would."""
     images = int(room // measured.bytes) // need.views
@@ -203,13 +217,15 @@ def _too_small(kind: PrefixCache, wanted: float, room: float, need: Need, measur
         tries.append(f"prefix.max_gib={wanted / GIB + 1:.0f}, or more room on the disk")
     else:
         tries.append("prefix.cache=disk")
-    if need.views > 1:
-        tries.append("fewer augment.views")
-    if measured.dtype == torch.float32:
-        tries.append("prefix.dtype=fp16, which takes half")
-    tries.append("or prefix.cache=none")
+    tries += [*_smaller(need, measured), "or prefix.cache=none"]
     shown = f" in {need.views} views" if need.views > 1 else ""
     return (
         f"prefix.cache={kind}: with those of {need.split} the activations need {wanted / GIB:.2f} GiB and"
         f" {room / GIB:.2f} may be taken, enough for {images:,} images{shown}. Try {', '.join(tries)}"
     )
+
+
+def _smaller(need: Need, measured: Measured) -> list[str]:
+    """What would make activations smaller."""
+    views = ["fewer augment.views"] if need.views > 1 else []
+    return [*views, *(["prefix.dtype=fp16, which takes half"] if measured.dtype == torch.float32 else [])]

@@ -20,6 +20,7 @@ from finetune.data.device_cache import sent
 from finetune.data.evict import bound, evict
 from finetune.data.mix import Mixer
 from finetune.data.order import Showings
+from finetune.device import is_out_of_memory
 from finetune.log import Bar
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.store import Block, Builder, build_in_memory, find_on_disk, open_on_disk
@@ -168,7 +169,9 @@ class Feed:
         try:
             if self._keep is not None:
                 self._block(self._loader.view(epoch))
-        except (OSError, torch.OutOfMemoryError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, OSError) and not is_out_of_memory(error):
+                raise
             assert self._keep is not None
             if self._keep.is_asked:
                 raise
