@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import finetune
 from finetune.claim import RefusedError
 from finetune.compose import CommandLine, ConfigError, parse_command_line
 from finetune.compose.commandline import hydra_flags, quote
-from finetune.compose.folders import record_failure, run_folder
+from finetune.compose.folders import forget_refusals, record_failure, record_refusal, run_folder
 from finetune.compose.usage import help_page
 from finetune.compose.yamlfiles import folders
 from finetune.lock import HeldError
@@ -92,21 +93,19 @@ class _Jobs:
     Attributes:
         codes: Exit code of each.
         folders: Of each.
-        refused: Folders that hold another run, and why their jobs may not go on with it.
     """
 
     codes: list[int] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
-    refused: dict[Path, str] = field(default_factory=dict)
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:
     """One run; what goes wrong in it is one line and exit code 1."""
     from finetune.compose.composition import launch
 
-    jobs = _Jobs()
     if prepared.conf.resume is not None and prepared.run_dir is not None:
-        return _finish(prepared.conf, prepared.run_dir, prepared.overrides, jobs)
+        return _finish(prepared.conf, prepared.run_dir, prepared.overrides)[0]
+    jobs = _Jobs()
     with run_folder(prepared.run_dir, multirun=False) as folder:
         arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
         launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
@@ -121,59 +120,76 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     jobs = _Jobs()
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
+        forget_refusals(folder)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
             launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
         finally:
             from finetune.sweep import summarize
 
-            failed = summarize(folder, jobs.folders, jobs.refused)
-    return 1 if failed or any(jobs.codes) else 0
+            failed = summarize(folder)
+    # What a launcher ran in other processes only its record tells; else what earlier sweeps left there does not count.
+    return int(any(jobs.codes) if len(jobs.codes) == prepared.jobs else failed > 0)
 
 
-def _job(cfg: DictConfig, jobs: _Jobs) -> None:
-    """One job inside Hydra's launcher; whether it failed is on record in its folder."""
+def _job(cfg: DictConfig, jobs: _Jobs) -> float:
+    """One job inside Hydra's launcher; whether it failed is on record in its folder.
+
+    Returns:
+        The best epoch's validation score by `train.monitor`, for sweepers that search for it; NaN if it failed.
+    """
     from finetune.compose.composition import current_job, to_conf
 
     job = current_job()
     if job.number is not None:
         print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
+    code, score = 1, math.nan
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        conf = to_conf(cfg)
+        code, score = _finish(to_conf(cfg), job.folder, job.overrides, job.sweep, jobs.folders)
     except MISTAKES as error:
         record_failure(job.folder, job.overrides, error)
         complain(str(error))
-        jobs.codes.append(1)
-    else:
-        jobs.codes.append(_finish(conf, job.folder, job.overrides, jobs))
     finally:
+        jobs.codes.append(code)
         jobs.folders.append(job.folder)
+    return score
 
 
-def _finish(conf: Conf, folder: Path, overrides: list[str], jobs: _Jobs) -> int:
-    """Run to the end in `folder`; 0, or 1 if it failed, which is on record there."""
+def _finish(
+    conf: Conf, folder: Path, overrides: list[str], sweep: Path | None = None, before: Sequence[Path] = ()
+) -> tuple[int, float]:
+    """Run to the end in `folder`; 0, or 1 if it failed, which is on record there; and its validation score.
+
+    Args:
+        conf: Of the run.
+        folder: Exists.
+        overrides: The words that were typed.
+        sweep: The folder of the sweep that it is a job of.
+        before: Folders of the jobs before it.
+    """
     try:
         # Torch's CPU threads spin while they wait for each other, by default so long that, where others want the cores
         # too, all starve: 10 images/s instead of 90 on two busy cores. Short spins cost nothing on quiet ones.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         from finetune.run import run  # only now: it imports torch
 
-        run(conf, folder, overrides)
+        result = run(conf, folder, overrides)
     except (RefusedError, HeldError) as error:  # somebody else's folder: not even a record is left there
-        if folder not in jobs.folders:  # else it is that of a job before this one
-            jobs.refused[folder] = str(error)
+        if sweep is not None:
+            record_refusal(sweep, folder, str(error), is_shared=folder in before)
         complain(str(error))
-        return 1
+        return 1, math.nan
     except MISTAKES as error:
         record_failure(folder, overrides, error)
         complain(str(error))
-        return 1
+        return 1, math.nan
     except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
         record_failure(folder, overrides, error)
         complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
-        return 1
-    return 0
+        return 1, math.nan
+    score = result.get(result.get("monitor", "val/top1"))
+    return 0, math.nan if score is None else float(score)
 
 
 if __name__ == "__main__":

@@ -58,5 +58,8 @@ def compiled(model: LayeredModel, mode: CompileMode, *, batch_size: int, device:
                 f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: install one (such as"
                 " the package g++), set CXX, or use train.compile=none"
             )
+    # Of one function torch compiles eight variants and runs the ninth as it stands, without a word: a ninth job of a
+    # sweep would train uncompiled. What earlier jobs compiled is theirs.
+    torch.compiler.reset()
     logger.info("train.compile=%s: the first steps take a minute or more", mode)
     return CompiledModel(model, mode, batch_size)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import recipe
 from finetune.compose import ConfigError, parse_command_line
-from finetune.config import Conf, Interval, Precision, SourceKind, nearest
+from finetune.config import Conf, Interval, Precision, PrefixCache, SourceKind, nearest
 from finetune.log import say, table
 from finetune.terminal import complain
 
 if TYPE_CHECKING:
     import torch
 
-    from finetune.cost import Memory
+    from finetune.cost import Flops, Memory
     from finetune.layers import LayeredModel
     from finetune.preprocess import Preprocess
 
@@ -119,7 +119,7 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
         elif name == "--json":
             found[name] = ""
             problems += [f"{word}: --json takes no value"] * bool(equals)
-        elif equals or (words and not words[0].startswith("-")):
+        elif equals or (words and not words[0].startswith("-") and "=" not in words[0]):  # KEY=VALUE is no value of it
             found[name] = value if equals else words.pop(0)
         else:
             problems.append(f"{name} needs a value")
@@ -202,10 +202,23 @@ def describe(conf: Conf, options: Options) -> tuple[dict[str, Any], dict[str, An
             "gflop_training_image": flops.training / 1e9,
             "class_token_only": model.class_token_only,
             "pflop_run": flops.training * sizes.images * conf.train.epochs / 1e15,
+            "pflop_run_kept": _pflop_kept(conf, flops, sizes.images),
         },
         "schedule": _schedule(conf, steps),
         "notice": recipe.batch_notice(conf),
     }, plan
+
+
+def _pflop_kept(conf: Conf, flops: Flops, images: int) -> float | None:
+    """Work of the run where what the frozen layers give is kept; None where nothing is, or may be."""
+    from finetune.data.streams import num_views
+    from finetune.prefix import why_not_in_training
+
+    if not flops.frozen or conf.prefix.cache == PrefixCache.none or why_not_in_training(conf) is not None:
+        return None
+    epochs = conf.train.epochs
+    once = min(num_views(conf.augment), epochs)
+    return (flops.training * epochs - flops.frozen * (epochs - once)) * images / 1e15
 
 
 def _sizes(conf: Conf, options: Options) -> Sizes:
@@ -240,13 +253,15 @@ def _precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.dtype, s
 
     word, note = conf.precision, ""
     if word == Precision.auto:
-        on_gpu = conf.device.startswith("cuda") or (conf.device == "auto" and cuda)
-        if on_gpu and cuda:
-            on_gpu = pick_precision(word, torch.device("cuda"), is_wide=is_wide) == torch.bfloat16
-        on_cpu = pick_precision(word, torch.device("cpu"), is_wide=is_wide) == torch.bfloat16
-        word = Precision.bf16 if on_gpu or on_cpu else Precision.fp32
+        named = "cuda" if conf.device == "auto" and cuda else "cpu" if conf.device == "auto" else conf.device
+        on_gpu = named.startswith("cuda")
+        device = torch.device(named)
+        is_here = not on_gpu or (cuda and (device.index or 0) < torch.cuda.device_count())
+        # A GPU that is not in this machine is taken for one of today.
+        has_bf16 = not is_here or pick_precision(word, device, is_wide=is_wide) == torch.bfloat16
+        word = Precision.bf16 if has_bf16 else Precision.fp32
         note = " (precision=auto without a GPU that has bfloat16; say precision=bf16 for one)"
-        if word == Precision.bf16:
+        if has_bf16:
             note = " (precision=auto)" if on_gpu else " (precision=auto: this CPU has it, and the model is wide enough)"
     dtypes = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
     return dtypes.get(word, torch.float32), f"{word}{note}"
@@ -343,6 +358,8 @@ def _schedule(conf: Conf, steps: int) -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     """What a person reads; takes what `describe` gives."""
     model, totals, compute = found["model"], found["totals"], found["compute"]
+    least = compute["pflop_run_kept"]
+    kept = "" if least is None else f", {least:,.4g} where what the frozen layers give is kept"
     rows = [
         {
             "id": row["id"],
@@ -367,8 +384,8 @@ def as_text(found: dict[str, Any]) -> str:
         _memory_line(found["memory"]),
         f"compute     {compute['gflop_forward_image']:.4g} GFLOP an image forward,"
         f" {compute['gflop_training_image']:.4g} in training; {compute['pflop_run']:,.4g} PFLOP the run"
-        + "; the last block works for the class token only"
-        * compute["class_token_only"],
+        + kept
+        + "; the last block works for the class token only" * compute["class_token_only"],
         _schedule_line(found["schedule"]),
     ]
     return "\n".join([*lines, *([found["notice"]] if found["notice"] else [])])

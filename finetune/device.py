@@ -50,9 +50,7 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
     """
     if word == Precision.auto:
         on_cpu = device.type == "cpu" and is_wide and cpu_has_bf16()
-        # Older GPUs (T4, V100) only emulate it, and are slower by it than in float32.
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if on_cpu or on_gpu else torch.float32
+        return torch.bfloat16 if on_cpu or (device.type == "cuda" and _gpu_has_bf16(device)) else torch.float32
     if word in (Precision.fp16, Precision.tf32) and device.type != "cuda":
         raise ValueError(
             f"precision={word} needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32"
@@ -68,6 +66,12 @@ def computed_in(word: Precision, dtype: torch.dtype) -> str:
         dtype: What `pick_precision` has made of it; it cannot tell tf32 from float32.
     """
     return str(word) if word == Precision.tf32 else str(dtype).removeprefix("torch.")
+
+
+def _gpu_has_bf16(device: torch.device) -> bool:
+    """Older ones (T4, V100) only emulate it, and are slower by it than in float32. Torch tells of the current GPU."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:

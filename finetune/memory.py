@@ -163,6 +163,8 @@ def _advice(conf: Conf, *, is_auto: bool) -> str:
         tries.append("precision=bf16 halves the activations")
     if conf.optim.fix_layer < 0:
         tries.append("optim.fix_layer=N keeps no activations of the layers that it freezes")
+    if conf.prefix.cache in (PrefixCache.ram, PrefixCache.device):
+        tries.append("prefix.cache=disk or none keeps what the frozen layers give elsewhere, or not")
     if not is_auto:
         tries.append("data.batch_size=auto finds what fits")
     tries.append("or take a smaller model or model.image_size")

@@ -98,16 +98,21 @@ def say_changes(changes: list[Change]) -> None:
         logger.info("  + %s: %s%s", printable(change.key), printable(str(change.now)), allowed)
 
 
-def find_state(parts: Parts) -> Saved | None:
+def find_state(parts: Parts, promise: Promise) -> Saved | None:
     """The newest checkpoint that loads, its frozen layers already in the run's model; None where there is none.
 
     Call it once the model is frozen, and before anything runs the frozen layers or keeps what they give.
 
+    Args:
+        parts: The run's.
+        promise: Weakened where machine or versions differ.
+
     Raises:
-        ValueError: No checkpoint loads, or see `checkpoint.restore_frozen`.
+        ValueError: No checkpoint loads, the images are others, or see `checkpoint.restore_frozen`.
     """
     found = latest_state(parts.checkpoints)
     if found is not None:
+        _compare(found[0]["notes"], notes_of(parts), parts.conf, promise)
         restore_frozen(found[0], parts.model, found[1])
     return found
 
@@ -132,11 +137,10 @@ def resume(
         steps_per_epoch: Optimizer steps an epoch.
 
     Raises:
-        ValueError: It is of another model, or the images are others.
+        ValueError: It is of another model.
     """
     if found is not None:
         content, path = found
-        _compare(content["notes"], notes_of(parts), parts.conf, promise)
         restore(content, state, str(path))
     settle(parts.checkpoints, state)
     History(parts.run_dir / "history.jsonl").cut(state.epoch)

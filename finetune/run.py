@@ -89,6 +89,7 @@ class _Session:
     quiet: bool
     taken_over: str  # whose stale lock was in the way
     result: Result = field(default_factory=dict)
+    is_accepted: bool = False
 
 
 def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
@@ -96,7 +97,6 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     start_log(run_dir, quiet=session.quiet)
     result, stop = session.result, StopSignals()
     result |= {
-        **_carried_on(session.holding),
         "status": "running",
         "error": None,
         "overrides": _all_overrides(conf, session),
@@ -107,8 +107,7 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         sweep_temporaries(run_dir)
         _announce(conf, run_dir, session)
         if session.holding.earlier is None:
-            _write_config(conf, run_dir)
-        write_json(run_dir / "result.json", result)
+            _accept(session, run_dir)
         with stop:
             _fine_tune(conf, run_dir, session, stop)
         result["status"] = "finished"
@@ -118,24 +117,39 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         logger.debug("the run ended early", exc_info=error)
         raise
     finally:
-        _write_result(run_dir, result)
+        if session.is_accepted:
+            _write_result(run_dir, result)
         stop_log()
         stop.pass_on()
     stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
     return result
 
 
-def _carried_on(holding: Holding) -> Result:
-    """What an earlier start put on record and this one goes on from, so that it stays known however this one ends.
+def _accept(session: _Session, run_dir: Path, carried_on: Result | None = None) -> None:
+    """From here on the folder is this session's: until here it may refuse to be continued, and is left as it was.
 
-    Not what the test gave: that was of other weights.
+    Args:
+        session: Its result goes on record.
+        run_dir: The run's.
+        carried_on: What an earlier session put on record and this one goes on from.
     """
-    return {name: value for name, value in (holding.earlier or {}).items() if not name.startswith("test/")}
+    session.result |= {**(carried_on or {}), **session.result}
+    write_json(run_dir / "result.json", session.result)
+    if session.holding.earlier is None or session.holding.changes:
+        own = dataclasses.replace(session.conf, resume=None, resume_force=False)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
+    session.is_accepted = True
 
 
-def _write_config(conf: Conf, run_dir: Path) -> None:
-    own = dataclasses.replace(conf, resume=None, resume_force=False)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
+def _carried_on(parts: Parts, holding: Holding, *, is_found: bool) -> Result:
+    """Of what an earlier session put on record, what this one goes on from: so it stays known however this one ends.
+
+    Not what the test gave, which was of other weights; nor scores, where no state is there to go on from.
+    """
+    kept = ("promise", *(["auto_"] if parts.is_auto_batch else []))
+    if is_found:
+        kept += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if parts.built.has_zeroshot else []))
+    return {name: value for name, value in (holding.earlier or {}).items() if name.startswith(kept)}
 
 
 def _all_overrides(conf: Conf, session: _Session) -> list[str]:
@@ -203,7 +217,10 @@ def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
     logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
 
     _optimizer(parts, len(parts.loader("train", train=True)))
-    found = find_state(parts)
+    found = find_state(parts, promise)
+    carried_on = _carried_on(parts, session.holding, is_found=found is not None)
+    if session.holding.earlier is not None and all(change.is_allowed for change in session.holding.changes):
+        _accept(session, run_dir, carried_on)  # ahead of what takes long: a stop shall not undo it
     feeding = Feeding(parts, stop.check)
     train, val = feeding.splits()
     if built.has_zeroshot:
@@ -220,18 +237,19 @@ def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
     state.first_layer = feeding.first_layer
     state.compiled = compiled(parts.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
     steps = recipe.steps_per_epoch(conf, len(train))
-    _write_plan(parts, state, plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json"))
+    plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
     if resume(parts, state, found, holding=session.holding, promise=promise, steps_per_epoch=steps):
         result["resumed_at"] = [*result["resumed_at"], state.step]
+    if not session.is_accepted:  # what was forced may not fit the state
+        _accept(session, run_dir, carried_on)
+    _write_plan(parts, state, plan)
     del found  # as large as the model and its moments
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     logger.info("resume promise: %s", promise)
     write_json(run_dir / "result.json", result)
-    if session.holding.changes:  # only now: until here the run could refuse to be continued so
-        _write_config(session.conf, run_dir)
     stop.check()
     try:
         saver = train_to_the_end(parts, state, train, val, result, stop)
@@ -360,7 +378,8 @@ def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Res
 def _log_close(run_dir: Path, result: Result) -> None:
     """The last lines of a run: what came out, where it is, what to type next."""
     if "zeroshot/top1" in result:
-        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], result["test/zeroshot/top1"])
+        test = result.get("test/zeroshot/top1", math.nan)
+        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], test)
     scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
     names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
     logger.info(scores, *(result.get(name, math.nan) for name in names))  # a monitor may have been NaN to the end

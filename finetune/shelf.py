@@ -31,7 +31,7 @@ class Shelf:
         )
 
     def keep(self, *beginnings: str) -> None:
-        """Let go of everything whose name begins with none of these, if there are any."""
+        """Let go of everything but what begins with one of these names; of all of it where none is given."""
         self._things = {name: kept for name, kept in self._things.items() if name.startswith(beginnings)}
 
 

@@ -5,15 +5,18 @@ No torch: a finished sweep can be summed up on any machine, also one in which jo
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.compose.folders import REFUSED
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
 from finetune.log import say, table
@@ -30,7 +33,7 @@ class Job:
     """One run of a sweep, as far as its folder tells.
 
     Attributes:
-        folder: `<sweep>/<number>`.
+        folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` has it.
         status: finished, failed, diverged or interrupted; refused, where the folder holds another run.
         words: Its overrides as typed.
         overrides: The same by key.
@@ -91,16 +94,15 @@ class Setting:
         return max(self.jobs, key=lambda job: rank(job.score(f"val/{metric}"), metric))
 
 
-def summarize(sweep_dir: Path, elsewhere: Sequence[Path] = (), refused: Mapping[Path, str] | None = None) -> int:
+def summarize(sweep_dir: Path) -> int:
     """Write `summary.csv` and `sweep.png`, print the tables and the answer.
 
     Args:
-        sweep_dir: Holds a numbered folder for each job; other folders are left alone.
-        elsewhere: Folders of more jobs, which `hydra.sweep.subdir` has named.
-        refused: Folders of jobs that were not run, because another run is there, and why: what they hold is not theirs.
+        sweep_dir: Holds a folder for each job; other folders are left alone.
 
     Returns:
-        How many jobs did not finish. A job without a `result.json`, or with a damaged one, is among them.
+        How many jobs did not finish. A job without a `result.json`, or with a damaged one, is among them, and one that
+        was refused because another run is in its folder.
 
     Raises:
         FileNotFoundError: `sweep_dir` is no folder.
@@ -108,11 +110,10 @@ def summarize(sweep_dir: Path, elsewhere: Sequence[Path] = (), refused: Mapping[
     """
     if not sweep_dir.is_dir():
         raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
-    numbered = job_folders(sweep_dir)
-    folders = dict.fromkeys([*numbered, *elsewhere, *(refused or {})])
-    jobs = [
-        _refused(folder, refused[folder]) if refused and folder in refused else read_job(folder) for folder in folders
-    ]
+    refused = _refusals(sweep_dir)
+    instead = {job.folder: job for job, is_shared in refused if not is_shared}
+    jobs = [instead[folder] if folder in instead else read_job(folder) for folder in job_folders(sweep_dir)]
+    jobs += [job for job, is_shared in refused if is_shared]
     varied, metric = varied_keys(jobs), metric_of(jobs)
     val, test = f"val/{metric}", f"test/{metric}"
     found = settings(jobs, varied, metric)
@@ -137,9 +138,25 @@ def metric_of(jobs: Sequence[Job]) -> str:
 
 
 def job_folders(sweep_dir: Path) -> list[Path]:
-    """The numbered folders of a sweep, 2 before 10."""
-    folders = [path for path in sweep_dir.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
-    return sorted(folders, key=lambda path: (int(path.name), path.name))
+    """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
+    numbered = [path for path in sweep_dir.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+    named = {path.parent for path in sweep_dir.rglob("result.json")} - {sweep_dir, *numbered}
+    return [*sorted(numbered, key=lambda path: (int(path.name), path.name)), *sorted(named)]
+
+
+def _refusals(sweep_dir: Path) -> list[tuple[Job, bool]]:
+    """Jobs that were not run since another run is in their folder; and whether that one is a job of this sweep."""
+    try:
+        lines = (sweep_dir / REFUSED).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # of a process that was killed while it wrote
+            told = json.loads(line)
+            job = _as_job(sweep_dir / told["job"], {"status": "refused", "error": told["reason"]})
+            found.append((job, bool(told["is_shared"])))
+    return found
 
 
 def read_job(folder: Path) -> Job:
@@ -157,11 +174,6 @@ def read_job(folder: Path) -> Job:
     elif not isinstance(status, str):
         result |= {"status": "failed", "error": "result.json is damaged: it has no status"}
     return _as_job(folder, result)
-
-
-def _refused(folder: Path, reason: str) -> Job:
-    """A job that was not run, since its folder holds another run: nothing that is there is its own."""
-    return _as_job(folder, {"status": "refused", "error": reason})
 
 
 def _as_job(folder: Path, result: dict[str, Any]) -> Job:
@@ -311,7 +323,11 @@ def _answer(sweep_dir: Path, jobs: Sequence[Job], found: Sequence[Setting], metr
     if not jobs:
         return [f"no jobs in {sweep_dir}: their folders are named 0, 1, 2, ..."]
     if not found:
-        return [f"no job finished: the reason of the first is in {jobs[0].folder / 'run.log'}"]
+        ran = [job for job in jobs if job.status != "refused"]
+        where = (
+            f"no job finished: the reason of the first is in {ran[0].folder / 'run.log'}" if ran else "no job was run"
+        )
+        return [where]
     means = [rank(setting.mean(f"val/{metric}"), metric) for setting in found]
     winners = [setting for setting, mean in zip(found, means, strict=True) if mean == max(means)]
     best, job = winners[0], winners[0].best_job(metric)

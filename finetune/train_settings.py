@@ -98,7 +98,7 @@ class TrainConf:
     max_save_share: float = setting(
         0.05,
         "share of the time that saving at the ends of epochs may take: an epoch that comes too soon is saved with a"
-        " later one; 1: every epoch is saved",
+        " later one; 1, or train.keep above 1: every epoch is saved",
         above=0,
         at_most=1,
     )
@@ -138,10 +138,6 @@ def train_problems(train: TrainConf) -> list[str]:
         problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
     if train.on_nonfinite == OnNonfinite.stop and changed(train, "max_nonfinite"):
         problems.append(f"train.max_nonfinite={train.max_nonfinite} would be ignored: it needs train.on_nonfinite=skip")
-    if train.keep > 1 and train.max_save_share < 1 and changed(train, "max_save_share"):
-        problems.append(
-            f"train.max_save_share={train.max_save_share:g} would be ignored: train.keep={train.keep} saves every epoch"
-        )
     if train.compile == CompileMode.max_autotune and train.accumulate > 1:
         problems.append(
             f"train.compile=max-autotune with train.accumulate={train.accumulate}: CUDA graphs write the gradients of"

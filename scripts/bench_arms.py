@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,16 +21,21 @@ from finetune import training
 from finetune.allocator import hand_back_freed_memory
 from finetune.finite import FiniteGuard
 from finetune.optim import build_optimizer
+from finetune.records import OF_THE_CLOCK, History
 from finetune.run import run
 from finetune.shelf import shared_between_runs
 
 
 @dataclass
 class Outcome:
-    """What an arm leaves: the mean loss of every training step, and the file with its final weights."""
+    """What an arm leaves: the mean loss of every training step, and the file with its final weights.
+
+    Ours also what its history says of the speed of the last epoch.
+    """
 
     losses: list[float]
     checkpoint: Path
+    last_epoch: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def ours(task: Task, flags: Flags) -> Outcome:
     run_dir.mkdir()
     with _cold_caches(), _recorded() as losses, _allocator_handed_back():
         run(task.conf(), run_dir, task.overrides(), quiet=True)
-    return Outcome(torch.stack(losses).tolist(), run_dir / "checkpoints" / "last.safetensors")
+    row = History(run_dir / "history.jsonl").rows()[-1]
+    speed = {name: row[name] for name in OF_THE_CLOCK if name in row}
+    return Outcome(torch.stack(losses).tolist(), run_dir / "checkpoints" / "last.safetensors", speed)
 
 
 def sweep_of(arm: Any, decays: tuple[float, ...]) -> Any:

@@ -21,6 +21,7 @@ import bench_arms  # noqa: E402
 import bench_machine  # noqa: E402
 import bench_report  # noqa: E402
 import bench_rivals  # noqa: E402
+import bench_saving  # noqa: E402
 from bench_task import (  # noqa: E402
     Pictures,
     Task,
@@ -313,3 +314,10 @@ def test_the_script_measures_prints_and_draws(tmp_path: Path) -> None:
         assert {arm["loop"] for arm in row["arms"]} == {"tuned", "ours"} | rivals
         assert all(len(arm["seconds"]) == 1 and arm["share_of_peak"] > 0 for arm in row["arms"])
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_saving_takes_can_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for a save takes longer than leaving it to a thread, or as long; and every epoch is saved."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    waited, writing, training = bench_saving.measure(1, waits=True)
+    assert training > 0 and waited > 0 and writing > 0

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import struct
@@ -23,11 +24,11 @@ from finetune.check_data import main
 from finetune.compose import compose
 from finetune.config import AugmentConf, DataConf, OnError, SourceKind
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
-from finetune.data.check import duplicates, examine
+from finetune.data.check import _decode, _Look, _read_header, duplicates, examine
 from finetune.data.contact_sheet import _pixels
 from finetune.data.filestore import FileStore
 from finetune.data.images import decode, header_of_whole, read_header
-from finetune.data.verdicts import RECORD, Verdicts, cache_folder
+from finetune.data.verdicts import DECODED, HEADER, RECORD, Verdicts, cache_folder
 from finetune.preprocess import Preprocess
 
 SQUARE = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize="squash")
@@ -105,6 +106,17 @@ def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_i
         assert [bad.name for bad in look(folder_conf(root))[1].bad] == [name]
     (again,) = look(folder_conf(root), budget_s=0)[1].bad
     assert again.reason == "it cannot be decoded"
+    (root / "b" / "4.png").write_bytes((root / "b" / "4.png").read_bytes()[:60])  # its header is whole
+    verdicts = look(folder_conf(root))
+    assert [bad.name for bad in verdicts[1].bad] == [str(root / "b" / "4.png")]
+    source, remembered = verdicts[0], Verdicts(folder_conf(root).data.cache_dir, verdicts[0].location)
+    again = _Look(source, remembered)
+    again.find_all(math.inf)
+    again.go_through(_decode, -math.inf, below=DECODED, title="")  # no time left, as with millions
+    again.go_through(_read_header, math.inf, below=HEADER, title="")
+    assert len(again.bad) == 1
+    (root / "b" / "4.png").unlink()
+    Image.new("RGB", (9, 8)).save(root / "b" / "4.png")
     assert look(folder_conf(root))[1].bad == [] and look(folder_conf(root), budget_s=0)[1].bad == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ def test_the_same_logits_and_gradients() -> None:
         model.zero_grad()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@needs_a_compiler
+def test_the_ninth_job_of_a_sweep_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch compiles one function eight times and then no more. Kernels are left out here: graphs are what counts."""
+    compile_it, graphs = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_it(function, backend=backend, dynamic=False))
+    for job in range(1, 11):
+        model = small_model("vit")
+        run = compiled(model, CompileMode.default, batch_size=2, device=CPU)
+        assert run is not None
+        run(small_images("vit", batch=2), 0)
+        assert len(graphs) == job
 
 
 def test_none_is_none_and_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,6 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("optim.lr=nan", 1, [["optim.lr=nan", "greater than 0"]]),
     ("seed=-1", 1, [["seed=-1", "at least 0"]]),
     ("data=folder", 1, [["data=folder", "data.root=PATH"]]),
-    ("train.keep=2 train.max_save_share=0.2", 1, [["train.max_save_share=0.2", "ignored", "train.keep=2"]]),
     ("data.root=/x", 1, [["data.root=/x", "ignored", "data=folder"]]),
     # several values without -m
     ("optim.lr=1,2", 1, [["optim.lr=1,2", "add -m"]]),

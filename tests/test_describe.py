@@ -154,6 +154,27 @@ def test_the_plan_is_the_runs_own(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rates["frozen"] == [row["layer"] for row in found["layers"] if row["state"] == "frozen"]
 
 
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [(["augment=none"], 1), (["augment=light", "augment.views=4"], 4), (["augment=light", "augment.views=40"], 15)],
+)
+def test_work_with_the_frozen_layers_kept(capsys: pytest.CaptureFixture[str], words: list[str], passes: int) -> None:
+    """Each view of an image once, whatever the 15 epochs; and what learns in all of them."""
+    model = on_meta("vit", fix_layer=4)
+    flops, images = count_flops(model, 32), 1079
+    found = describe(capsys, "model=vit", "optim.fix_layer=4", "train.epochs=15", *words)["compute"]
+    saved = found["pflop_run"] - found["pflop_run_kept"]
+    assert saved == pytest.approx(flops.frozen * (15 - passes) * images / 1e15, rel=1e-6)
+    assert main(["model=vit", "optim.fix_layer=4", *words]) == 0
+    assert "where what the frozen layers give is kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["optim.fix_layer=-1"], ["augment=light"], ["prefix.cache=none"]])
+def test_work_where_nothing_is_kept(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    found = describe(capsys, "model=vit", "optim.fix_layer=4", "augment=none", *words)["compute"]
+    assert found["pflop_run_kept"] is None
+
+
 def test_a_person_reads_a_table_and_sees_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "rates.png"
     assert (
@@ -182,6 +203,7 @@ def test_what_is_assumed_of_absent_data_is_said(tmp_path: Path, capsys: pytest.C
     [
         (["--classes", "0"], 2, "at least 1"),
         (["--plot"], 2, "--plot needs a value"),
+        (["--plot", "optim.lr=1e-3"], 2, "--plot needs a value"),
         (["-m", "optim.lr=1,2"], 2, "--multirun"),
         (["--jsn"], 2, "did you mean '--json'"),
         (["--optim.lr=1"], 2, "without dashes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -23,6 +24,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torc
     monkeypatch.setattr(torch.version, "cuda", "12.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # by emulation
     return expected  # type: ignore[no-any-return]
@@ -33,6 +36,7 @@ def test_auto_takes_bfloat16_where_the_gpu_has_it_and_not_where_it_is_emulated(g
     assert pick_precision(Precision.auto, CUDA, is_wide=False) == gpu
     assert pick_precision(Precision.bf16, CUDA, is_wide=False) == torch.bfloat16
     assert pick_precision(Precision.tf32, CUDA, is_wide=False) == torch.float32
+    assert _precision(Conf(device="cuda:3"), cuda=True, is_wide=False)[0] == torch.bfloat16  # another machine's
     dtype, words = _precision(Conf(), cuda=True, is_wide=False)
     assert dtype == gpu and words.startswith("bf16" if gpu == torch.bfloat16 else "fp32")
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import finetune.data.evict as evict_module
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
 from finetune.data import Source, open_source
 from finetune.data.evict import evict, held_bytes, hold, lock_of, made_once
@@ -166,16 +166,20 @@ def test_pixel_caches_stay_under_their_limit(tmp_path: Path, caplog: pytest.LogC
     assert torch.equal(caches[0].load(1), step(split.load(1)))  # type: ignore[arg-type]
 
 
-def test_a_wait_for_another_run_is_told_and_can_be_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("when", ["during the wait", "ahead of it"])
+def test_a_wait_for_another_run_is_told_and_can_be_stopped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     """The handler of a run only sets a flag, which nobody would read while the other one works."""
     place, stop = tmp_path / "made", StopSignals()
     caplog.set_level("INFO", "finetune")
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(evict_module.time, "sleep", lambda s: os.kill(os.getpid(), signal.SIGTERM))
     with stop, locked(lock_of(place)):  # a second descriptor, as another process has one
-        timer.start()
+        if when == "ahead of it":
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(evict_module.time, "sleep", pytest.fail)
         with pytest.raises(Interrupted):
-            made_once(place, pytest.fail)
-    timer.join()
+            made_once(place, pytest.fail, stop.check)
     assert stop.is_set and caplog.text.count(f"another run is making {place}: waiting for it") == 1
     made_once(place, place.mkdir)  # nothing of the wait is left
 

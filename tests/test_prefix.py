@@ -756,6 +756,13 @@ def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monke
     assert "prefix.cache=ram" in told()
     free["ram"] -= 2**21
     assert "prefix.cache=" not in told()
+    need, conf, place = needed(), Conf(prefix=PrefixConf(max_gib=1.2)), torch.device("cpu")
+    half = replace(CHEAP, dtype=torch.float16)
+    assert choose(conf, half, need, place, tmp_path, shared=False)[1].endswith("may be taken unasked)")
+    free["disk"] = 4 * GIB
+    assert choose(conf, half, need, place, tmp_path, shared=False)[1].endswith(
+        "Would do: prefix.cache=disk, prefix.max_gib=2"
+    )
 
 
 def test_what_earlier_jobs_left_keeps_to_the_share_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,18 +143,35 @@ def test_a_session_that_comes_to_nothing_takes_nothing_away(
     strike("train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         go(conf, tmp_path / "run")
-    kept = {name: (tmp_path / "run" / name).read_text() for name in ("config.yaml", "result.json")}
+    kept = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "result.json", "rates.json")}
     before = json.loads(kept["result.json"])
     assert before["auto_batch_size"] and before["promise"] == "bitwise"
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "fingerprint", lambda self, name="train": "other images")
         with pytest.raises(ValueError, match="the training images are not those"):
-            resume(tmp_path / "run", conf, train__epochs=conf.train.epochs + 1)
-    after = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert {**after, "error": None, "status": None} == {
-        **before, **{name: after[name] for name in ("overrides",)}, "error": None, "status": None
-    }  # fmt: skip
-    assert (tmp_path / "run" / "config.yaml").read_text() == kept["config.yaml"]
+            resume(tmp_path / "run", conf, train__epochs=3)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in kept} == kept
+
+
+def test_more_epochs_that_were_agreed_on_outlive_a_stop_before_the_first_of_them(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a queue that starts `resume=latest` anew: it goes on with what was asked for."""
+    conf = small(stripes)
+    go(conf, tmp_path / "run")
+
+    def stopped(*_: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.run.Feeding.splits", stopped)
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "run", conf, train__epochs=3)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "interrupted" and result["best_epoch"] and "train.epochs=3" in result["overrides"]
+    assert "test/top1" not in result
+    assert "epochs: 3" in (tmp_path / "run" / "config.yaml").read_text()
+    assert resume(tmp_path / "run", conf)["epochs"] == 3
 
 
 def test_another_error_waits_for_the_save_under_way(

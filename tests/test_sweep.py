@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import sweep
+from finetune.compose.folders import REFUSED, forget_refusals, record_refusal
 from finetune.sweep import job_folders, read_job, summarize, varied_keys
 from finetune.sweep_figure import Score, by_setting, levels, positions, sweep_figure
 
@@ -207,11 +208,18 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     add_job(tmp_path / "0", "optim.lr=1", val=0.5)
     add_job(tmp_path / "1", "optim.lr=7", val=0.9)
     add_job(tmp_path / "named", "optim.lr=3", val=0.6)
+    (tmp_path / "notes").mkdir()
     reason = "it holds a run of another configuration"
-    assert summarize(tmp_path, [tmp_path / "0", tmp_path / "named"], {tmp_path / "1": reason}) == 1
+    record_refusal(tmp_path.absolute(), tmp_path / "1", reason, is_shared=False)
+    record_refusal(tmp_path.absolute(), tmp_path / "0", "it holds that of job 0", is_shared=True)
+    with open(tmp_path / REFUSED, "a") as file:
+        file.write('{"job": "na')  # killed while it wrote
+    assert summarize(tmp_path) == 2
     out = capsys.readouterr().out
-    assert "2 of 3 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
-    assert [row["status"] for row in table_of(tmp_path)] == ["finished", "refused", "finished"]
+    assert "2 of 4 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
+    assert [row["status"] for row in table_of(tmp_path)] == ["finished", "refused", "finished", "refused"]
+    forget_refusals(tmp_path)
+    assert summarize(tmp_path) == 0
 
 
 def test_ties_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,11 +405,13 @@ class Job:
         folder: Where it goes.
         overrides: What the command line changed for it.
         number: Of the job in its sweep; None for a single run.
+        sweep: The sweep's folder, absolute; None for a single run.
     """
 
     folder: Path
     overrides: list[str]
     number: int | None
+    sweep: Path | None
 
 
 def current_job() -> Job:
@@ -417,8 +419,9 @@ def current_job() -> Job:
     config = HydraConfig.get()
     multirun = config.mode is not None and config.mode.name == "MULTIRUN"
     number = int(config.job.num) if multirun else None
-    folder = Path(str(config.runtime.output_dir))
-    # As a person would type it: Hydra has made it absolute.
-    if folder.is_relative_to(Path.cwd()):
-        folder = folder.relative_to(Path.cwd())
-    return Job(folder, [str(text) for text in config.overrides.task], number)
+    folder, start = Path(str(config.runtime.output_dir)), Path(str(config.runtime.cwd))
+    # As a person would type it: Hydra has made it absolute. Unless `hydra.job.chdir` has gone there.
+    if folder.is_relative_to(start) and start == Path.cwd():
+        folder = folder.relative_to(start)
+    sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None
+    return Job(folder, [str(text) for text in config.overrides.task], number, sweep)

@@ -80,6 +80,29 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
                 empty.rmdir()
 
 
+REFUSED = "refused.jsonl"  # in a sweep's folder: jobs that were not run, since another run is in their folder
+
+
+def forget_refusals(sweep: Path) -> None:
+    """Ahead of the jobs of a sweep: what could not be run before may be run now."""
+    (sweep / REFUSED).unlink(missing_ok=True)
+
+
+def record_refusal(sweep: Path, folder: Path, reason: str, *, is_shared: bool) -> None:
+    """Note beside a sweep's jobs that one of them was not run; a line, since several processes may write at once.
+
+    Args:
+        sweep: Its folder.
+        folder: The job's, where another run is.
+        reason: Why that run is not the job's.
+        is_shared: Whether that run is another job of this sweep.
+    """
+    name = os.path.relpath(os.path.abspath(folder), sweep)
+    line = json.dumps({"job": name, "reason": reason, "is_shared": is_shared})
+    with contextlib.suppress(OSError), open(sweep / REFUSED, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def record_failure(folder: Path, overrides: list[str], error: Exception) -> None:
     """Leave `result.json` and `run.log` of a job that failed before it could write its own; never over others."""
     result = {"status": "failed", "error": str(error) or type(error).__name__, "overrides": overrides}

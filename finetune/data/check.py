@@ -132,8 +132,8 @@ class _Look:
             return  # to shuffle millions takes a second, too
         order = shuffled(len(self.rows), 0, 0).numpy()
         order = order[(self.records["depth"][order] < below) & (self.records["bad"][order] == 0)]
-        order = np.concatenate([np.array(self.doubted, order.dtype), order])
-        self.doubted = []
+        if below == DECODED:  # a header says nothing of what is behind it
+            order = np.concatenate([np.array(self.doubted, order.dtype), order])
 
         def pieces() -> Iterator[list[int]]:
             for start in range(0, len(order), PIECE):

@@ -50,12 +50,13 @@ def lock_of(entry: Path) -> Path:
     return entry.with_name(f"{entry.name.partition('.')[0]}.lock")
 
 
-def made_once(entry: Path, make: Callable[[], None]) -> Held:
+def made_once(entry: Path, make: Callable[[], None], check: Callable[[], None] = lambda: None) -> Held:
     """The entry for use: made now where it is not there, by one process while the others wait, and say so.
 
     Args:
         entry: A folder, there only when it is whole.
         make: Makes it, beside its place as `KEY.*.tmp`, and renames it.
+        check: Called while waiting; what it raises ends the wait.
 
     Raises:
         OSError: The folder of entries cannot be made, written or read.
@@ -68,6 +69,7 @@ def made_once(entry: Path, make: Callable[[], None]) -> Held:
         if not told:
             logger.info("another run is making %s: waiting for it", entry)
             told = True
+        check()  # for a signal that came ahead of `at_once`
         time.sleep(WAIT_S)
 
     try:

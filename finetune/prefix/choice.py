@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -205,8 +206,14 @@ def _fits_nowhere(tried: Mapping[PrefixCache, list[tuple[float, float]]], need: 
     for kind, pairs in tried.items():
         wanted, room = next((wanted, room) for wanted, room in pairs if wanted > SHARE[kind] * room)
         lacks.append(f"{kind}: {wanted / GIB:.2f} GiB, of {SHARE[kind] * room / GIB:.2f} that may be taken unasked")
-    asked = [f"prefix.cache={kind}" for kind, pairs in tried.items() if all(wanted <= room for wanted, room in pairs)]
-    return f"they fit nowhere ({'; '.join(lacks)}). Would do: {', '.join([*asked, *_smaller(need, measured)])}"
+    tries = [f"prefix.cache={kind}" for kind, pairs in tried.items() if all(wanted <= room for wanted, room in pairs)]
+    if PrefixCache.disk in tried:
+        (wanted, bound), (missing, free) = tried[PrefixCache.disk]
+        share = SHARE[PrefixCache.disk]
+        if wanted > share * bound and missing <= share * free:
+            tries.append(f"prefix.max_gib={math.ceil(wanted / share / GIB)}")
+    tries += _smaller(need, measured)
+    return f"they fit nowhere ({'; '.join(lacks)})" + (f". Would do: {', '.join(tries)}" if tries else "")
 
 
 def _too_small(kind: PrefixCache, wanted: float, room: float, need: Need, measured: Measured) -> str:

@@ -289,7 +289,7 @@ class Feed:
             evict(keep.folder, keep.place(view), int(keep.max_gib * 2**30) - keep.images * keep.bytes_per_image)
             self._fill(builder, view)
 
-        block, self._built = open_on_disk(keep.place(view), keep.images, fill)
+        block, self._built = open_on_disk(keep.place(view), keep.images, fill, self._check)
         if self._built:
             self._opened[view] = block
         else:

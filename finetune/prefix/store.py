@@ -196,8 +196,10 @@ def find_on_disk(place: Path, slots: int) -> Block | None:
     return block
 
 
-def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
+def open_on_disk(place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None) -> tuple[Block, bool]:
     """The block in the folder `place`, built now if it is not there or is damaged.
+
+    `check` is called while another run builds it; what it raises ends the wait.
 
     Returns:
         As of `find_on_disk`; whether it was built now.
@@ -218,7 +220,9 @@ def open_on_disk(place: Path, slots: int, fill: Fill) -> tuple[Block, bool]:
             if built:
                 raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
             held.release()
-            held = made_once(place, make)  # held while it is read: no run that makes room takes it away meanwhile
+            held = made_once(
+                place, make, check
+            )  # held while it is read: no run that makes room takes it away meanwhile
     finally:
         held.release()
     return block, built
