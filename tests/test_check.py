@@ -109,7 +109,7 @@ def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_i
     (root / "b" / "4.png").write_bytes((root / "b" / "4.png").read_bytes()[:60])  # its header is whole
     verdicts = look(folder_conf(root))
     assert [bad.name for bad in verdicts[1].bad] == [str(root / "b" / "4.png")]
-    source, remembered = verdicts[0], Verdicts(folder_conf(root).data.cache_dir, verdicts[0].location)
+    source, remembered = verdicts[0], Verdicts(folder_conf(root).cache_dir, verdicts[0].location)
     again = _Look(source, remembered)
     again.find_all(math.inf)
     again.go_through(_decode, -math.inf, below=DECODED, title="")  # no time left, as with millions

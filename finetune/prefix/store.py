@@ -220,9 +220,8 @@ def open_on_disk(place: Path, slots: int, fill: Fill, check: Callable[[], None] 
             if built:
                 raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
             held.release()
-            held = made_once(
-                place, make, check
-            )  # held while it is read: no run that makes room takes it away meanwhile
+            # Held while it is read: no run that makes room takes it away meanwhile.
+            held = made_once(place, make, check)
     finally:
         held.release()
     return block, built
