@@ -14,7 +14,7 @@ import finetune
 from finetune.claim import RefusedError
 from finetune.compose import CommandLine, ConfigError, parse_command_line
 from finetune.compose.commandline import hydra_flags, quote
-from finetune.compose.folders import forget_refusals, record_failure, record_refusal, run_folder
+from finetune.compose.folders import record_failure, record_job, record_refusal, run_folder
 from finetune.compose.usage import help_page
 from finetune.compose.yamlfiles import folders
 from finetune.lock import HeldError
@@ -88,15 +88,9 @@ def _nothing(cfg: DictConfig) -> None:
 
 @dataclass
 class _Jobs:
-    """What became of the jobs of this command line, as far as they ran in this process.
-
-    Attributes:
-        codes: Exit code of each.
-        folders: Of each.
-    """
+    """What became of the jobs of this command line, as far as they ran in this process: the exit code of each."""
 
     codes: list[int] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:
@@ -120,7 +114,6 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     jobs = _Jobs()
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
-        forget_refusals(folder)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
             launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
@@ -143,41 +136,41 @@ def _job(cfg: DictConfig, jobs: _Jobs) -> float:
     job = current_job()
     if job.number is not None:
         print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
-    code, score = 1, math.nan
+    code, score, ident = 1, math.nan, ""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        code, score = _finish(to_conf(cfg), job.folder, job.overrides, job.sweep, jobs.folders)
+        if job.sweep is not None and job.number is not None:
+            ident = record_job(job.sweep, job.folder, job.number)
+        code, score = _finish(to_conf(cfg), job.folder, job.overrides)
+    except RefusedError as error:
+        if job.sweep is not None:
+            record_refusal(job.sweep, ident, str(error))
+        complain(str(error))
     except MISTAKES as error:
         record_failure(job.folder, job.overrides, error)
         complain(str(error))
     finally:
         jobs.codes.append(code)
-        jobs.folders.append(job.folder)
     return score
 
 
-def _finish(
-    conf: Conf, folder: Path, overrides: list[str], sweep: Path | None = None, before: Sequence[Path] = ()
-) -> tuple[int, float]:
+def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float]:
     """Run to the end in `folder`; 0, or 1 if it failed, which is on record there; and its validation score.
 
-    Args:
-        conf: Of the run.
-        folder: Exists.
-        overrides: The words that were typed.
-        sweep: The folder of the sweep that it is a job of.
-        before: Folders of the jobs before it.
+    Raises:
+        RefusedError: The folder holds another run; nothing is put on record there.
     """
     try:
         # Torch's CPU threads spin while they wait for each other, by default so long that, where others want the cores
         # too, all starve: 10 images/s instead of 90 on two busy cores. Short spins cost nothing on quiet ones.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        from finetune.figure import number
         from finetune.run import run  # only now: it imports torch
 
         result = run(conf, folder, overrides)
-    except (RefusedError, HeldError) as error:  # somebody else's folder: not even a record is left there
-        if sweep is not None:
-            record_refusal(sweep, folder, str(error), is_shared=folder in before)
+    except RefusedError:
+        raise
+    except HeldError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
         complain(str(error))
         return 1, math.nan
     except MISTAKES as error:
@@ -188,8 +181,7 @@ def _finish(
         record_failure(folder, overrides, error)
         complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
         return 1, math.nan
-    score = result.get(result.get("monitor", "val/top1"))
-    return 0, math.nan if score is None else float(score)
+    return 0, number(result.get(str(result.get("monitor", "val/top1"))))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
         elif equals or (words and not words[0].startswith("-") and "=" not in words[0]):  # KEY=VALUE is no value of it
             found[name] = value if equals else words.pop(0)
         else:
-            problems.append(f"{name} needs a value")
+            held = f" (one that holds a = is written {name}=VALUE)" if words and "=" in words[0] else ""
+            problems.append(f"{name} needs a value{held}")
     counts: dict[str, int | None] = {"--classes": None, "--images": None}
     for name in counts:
         if name in found and not (found[name].isascii() and found[name].isdigit() and int(found[name]) > 0):

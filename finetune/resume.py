@@ -98,14 +98,16 @@ def say_changes(changes: list[Change]) -> None:
         logger.info("  + %s: %s%s", printable(change.key), printable(str(change.now)), allowed)
 
 
-def find_state(parts: Parts, promise: Promise) -> Saved | None:
+def find_state(parts: Parts, holding: Holding, promise: Promise, *, steps_per_epoch: int) -> Saved | None:
     """The newest checkpoint that loads, its frozen layers already in the run's model; None where there is none.
 
     Call it once the model is frozen, and before anything runs the frozen layers or keeps what they give.
 
     Args:
         parts: The run's.
-        promise: Weakened where machine or versions differ.
+        holding: What the folder held.
+        promise: Weakened where machine or versions differ, or where more epochs make another rate curve.
+        steps_per_epoch: Optimizer steps an epoch.
 
     Raises:
         ValueError: No checkpoint loads, the images are others, or see `checkpoint.restore_frozen`.
@@ -114,27 +116,20 @@ def find_state(parts: Parts, promise: Promise) -> Saved | None:
     if found is not None:
         _compare(found[0]["notes"], notes_of(parts), parts.conf, promise)
         restore_frozen(found[0], parts.model, found[1])
+        units = max(int(found[0]["scheduler"]["last_epoch"]), 0)
+        for change in holding.changes:
+            if change.key == "train.epochs":
+                _say_grown(parts.conf, change, units, promise, steps_per_epoch)
     return found
 
 
-def resume(
-    parts: Parts,
-    state: TrainState,
-    found: Saved | None,
-    *,
-    holding: Holding,
-    promise: Promise,
-    steps_per_epoch: int,
-) -> bool:
+def resume(parts: Parts, state: TrainState, found: Saved | None) -> bool:
     """Continue from the checkpoint that was found, with the history cut back to it; False where there is none.
 
     Args:
         parts: The run's.
         state: Before its first step; changed in place.
         found: By `find_state`.
-        holding: What the folder held.
-        promise: Weakened where something differs.
-        steps_per_epoch: Optimizer steps an epoch.
 
     Raises:
         ValueError: It is of another model.
@@ -147,9 +142,6 @@ def resume(
     if found is None:
         return False
     logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
-    for change in holding.changes:
-        if change.key == "train.epochs":
-            _say_grown(parts.conf, change, state, promise, steps_per_epoch)
     return True
 
 
@@ -165,9 +157,8 @@ def _compare(before: Mapping[str, str], now: Mapping[str, str], conf: Conf, prom
             promise.weaken(kind, f"{name}: {before[name]} -> {now[name]}")
 
 
-def _say_grown(conf: Conf, change: Change, state: TrainState, promise: Promise, steps_per_epoch: int) -> None:
-    """The new rate curve beside the old one, from here on."""
-    units = max(state.scheduler.last_epoch, 0)
+def _say_grown(conf: Conf, change: Change, units: int, promise: Promise, steps_per_epoch: int) -> None:
+    """The new rate curve beside the old one, from `units` of the scheduler on."""
     per_epoch = steps_per_epoch if conf.sched.interval == Interval.step else 1
     old, new = change.before * per_epoch, conf.train.epochs * per_epoch
     sched = recipe.timed_sched(conf.sched, steps_per_epoch)

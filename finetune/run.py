@@ -107,7 +107,7 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         sweep_temporaries(run_dir)
         _announce(conf, run_dir, session)
         if session.holding.earlier is None:
-            _accept(session, run_dir)
+            _accept(session, run_dir, carried_on={}, plan={})
         with stop:
             _fine_tune(conf, run_dir, session, stop)
         result["status"] = "finished"
@@ -119,26 +119,37 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     finally:
         if session.is_accepted:
             _write_result(run_dir, result)
+        elif not session.holding.changes:  # the run as it was, which could not be continued
+            ended = {name: result[name] for name in ("status", "error")}
+            _write_result(run_dir, {**(session.holding.earlier or {}), **ended})
         stop_log()
         stop.pass_on()
     stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
     return result
 
 
-def _accept(session: _Session, run_dir: Path, carried_on: Result | None = None) -> None:
+def _accept(session: _Session, run_dir: Path, *, carried_on: Result, plan: dict[str, Any]) -> None:
     """From here on the folder is this session's: until here it may refuse to be continued, and is left as it was.
 
     Args:
         session: Its result goes on record.
         run_dir: The run's.
         carried_on: What an earlier session put on record and this one goes on from.
+        plan: `rates.json` of a run that is continued.
     """
-    session.result |= {**(carried_on or {}), **session.result}
-    write_json(run_dir / "result.json", session.result)
-    if session.holding.earlier is None or session.holding.changes:
-        own = dataclasses.replace(session.conf, resume=None, resume_force=False)
-        write_text(run_dir / "config.yaml", yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True))
     session.is_accepted = True
+    own = dataclasses.replace(session.conf, resume=None, resume_force=False)
+    config = yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True)
+    if session.holding.earlier is None:
+        write_text(run_dir / "config.yaml", config)  # first of all: by it a folder is known as a run's
+        write_json(run_dir / "result.json", session.result)
+        return
+    # Killed in between, a run may have lost a promise or show another plan, but never keep one that is broken.
+    session.result |= {**carried_on, **session.result}
+    write_json(run_dir / "result.json", session.result)
+    write_json(run_dir / "rates.json", plan)
+    if session.holding.changes:
+        write_text(run_dir / "config.yaml", config)
 
 
 def _carried_on(parts: Parts, holding: Holding, *, is_found: bool) -> Result:
@@ -208,46 +219,38 @@ def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) 
 def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
     """All of `_fine_tune` behind the building."""
     conf, run_dir, result = parts.conf, parts.run_dir, session.result
-    built, device = parts.built, parts.device
+    device = parts.device
     promise = first_promise(conf, device, session.holding)
-    logger.info("model: %s", built.description)
+    logger.info("model: %s", parts.built.description)
     logger.info("data: %s", parts.source.description)
     result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, parts.dtype)}
     result["monitor"] = ranked_by(parts)
     logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
 
-    _optimizer(parts, len(parts.loader("train", train=True)))
-    found = find_state(parts, promise)
+    steps = recipe.steps_per_epoch(conf, len(parts.loader("train", train=True)))
+    _optimizer(parts, steps)
+    found = find_state(parts, session.holding, promise, steps_per_epoch=steps)
+    plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
     carried_on = _carried_on(parts, session.holding, is_found=found is not None)
-    if session.holding.earlier is not None and all(change.is_allowed for change in session.holding.changes):
-        _accept(session, run_dir, carried_on)  # ahead of what takes long: a stop shall not undo it
+    result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
+    if not session.is_accepted and all(change.is_allowed for change in session.holding.changes):
+        # Ahead of what takes long: a stop shall not undo it.
+        _accept(session, run_dir, carried_on=carried_on, plan=plan)
     feeding = Feeding(parts, stop.check)
     train, val = feeding.splits()
-    if built.has_zeroshot:
-        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter(), start=feeding.first_layer)
-        result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
-        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
-        logger.info("zero-shot, before any training: %s", shown)
-    if conf.model.head == HeadKind.linear_probe:
-        _probe(parts, result, stop)
-    if parts.source.is_multilabel and conf.model.head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
-        labels = parts.source.splits["train"].labels
-        set_offsets(built.model, train.epoch(0), labels, parts.autocast(), feeding.first_layer)
-    state = _start(parts, len(train))
+    _prepare_head(parts, train, val, feeding.first_layer, result, stop)
+    state = _start(parts, steps)
     state.first_layer = feeding.first_layer
     state.compiled = compiled(parts.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
-    steps = recipe.steps_per_epoch(conf, len(train))
-    plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
-    if resume(parts, state, found, holding=session.holding, promise=promise, steps_per_epoch=steps):
+    if resume(parts, state, found):
         result["resumed_at"] = [*result["resumed_at"], state.step]
     if not session.is_accepted:  # what was forced may not fit the state
-        _accept(session, run_dir, carried_on)
+        _accept(session, run_dir, carried_on=carried_on, plan=plan)
     _write_plan(parts, state, plan)
     del found  # as large as the model and its moments
-    result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     logger.info("resume promise: %s", promise)
     write_json(run_dir / "result.json", result)
     stop.check()
@@ -266,13 +269,31 @@ def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
     tidy(parts.checkpoints)
 
 
-def _optimizer(parts: Parts, batches_per_epoch: int) -> tuple[Optimizer, LambdaLR]:
+def _prepare_head(parts: Parts, train: Feed, val: Feed, start: int, result: Result, stop: StopSignals) -> None:
+    """What there is of a classifier before any step: zero-shot scores, a linear probe, offsets for several labels.
+
+    `start` is the first layer that the feeds leave to the model.
+    """
+    head = parts.conf.model.head
+    if parts.built.has_zeroshot:
+        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter(), start=start)
+        result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
+        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
+        logger.info("zero-shot, before any training: %s", shown)
+    if head == HeadKind.linear_probe:
+        _probe(parts, result, stop)
+    if parts.source.is_multilabel and head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
+        labels = parts.source.splits["train"].labels
+        set_offsets(parts.model, train.epoch(0), labels, parts.autocast(), start)
+
+
+def _optimizer(parts: Parts, steps: int) -> tuple[Optimizer, LambdaLR]:
     """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`).
 
     Called ahead of the first look at the images, too: what only model and data can tell of the settings (depth, globs,
     warmup) is refused there.
     """
-    conf, steps = parts.conf, recipe.steps_per_epoch(parts.conf, batches_per_epoch)
+    conf = parts.conf
     prepare(parts.model, conf)
     optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
     return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
@@ -304,10 +325,10 @@ def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
     return dataclasses.replace(parts, conf=conf)
 
 
-def _start(parts: Parts, batches_per_epoch: int) -> TrainState:
+def _start(parts: Parts, steps: int) -> TrainState:
     """Everything that changes while training, as it stands before the first step."""
     conf, model = parts.conf, parts.model
-    optimizer, scheduler = _optimizer(parts, batches_per_epoch)
+    optimizer, scheduler = _optimizer(parts, steps)
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
     parts.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.

@@ -10,13 +10,14 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.compose.folders import REFUSED
+from finetune.compose.folders import JOBS
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
 from finetune.log import say, table
@@ -110,10 +111,7 @@ def summarize(sweep_dir: Path) -> int:
     """
     if not sweep_dir.is_dir():
         raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
-    refused = _refusals(sweep_dir)
-    instead = {job.folder: job for job, is_shared in refused if not is_shared}
-    jobs = [instead[folder] if folder in instead else read_job(folder) for folder in job_folders(sweep_dir)]
-    jobs += [job for job, is_shared in refused if is_shared]
+    jobs = _jobs_of(sweep_dir)
     varied, metric = varied_keys(jobs), metric_of(jobs)
     val, test = f"val/{metric}", f"test/{metric}"
     found = settings(jobs, varied, metric)
@@ -139,24 +137,59 @@ def metric_of(jobs: Sequence[Job]) -> str:
 
 def job_folders(sweep_dir: Path) -> list[Path]:
     """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
-    numbered = [path for path in sweep_dir.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
-    named = {path.parent for path in sweep_dir.rglob("result.json")} - {sweep_dir, *numbered}
-    return [*sorted(numbered, key=lambda path: (int(path.name), path.name)), *sorted(named)]
+    named = [sweep_dir / begun.name for begun in _begun(sweep_dir) if begun.refused is None]
+    above = {parent for folder in named for parent in folder.parents}
+    numbered = [
+        path
+        for path in sweep_dir.iterdir()
+        if path.name.isascii() and path.name.isdigit() and path.is_dir()
+        if path not in above or (path / "result.json").exists()
+    ]
+    numbered.sort(key=lambda path: (int(path.name), path.name))
+    return list(dict.fromkeys([*numbered, *(folder for folder in named if folder.is_dir())]))
 
 
-def _refusals(sweep_dir: Path) -> list[tuple[Job, bool]]:
-    """Jobs that were not run since another run is in their folder; and whether that one is a job of this sweep."""
+def _jobs_of(sweep_dir: Path) -> list[Job]:
+    """Every job; where one was refused its folder, what no job of this sweep has left there counts for nothing."""
+    begun = _begun(sweep_dir)
+    latest = {each.number: each for each in begun}  # a job that was refused once may have been run since
+    refused = {
+        each.name: _as_job(sweep_dir / each.name, {"status": "refused", "error": each.refused})
+        for each in latest.values()
+        if each.refused is not None
+    }
+    own = {each.name for each in begun if each.refused is None}
+    jobs = []
+    for folder in job_folders(sweep_dir):
+        name = os.path.relpath(folder, sweep_dir)
+        jobs.append(refused.pop(name) if name in refused and name not in own else read_job(folder))
+    return [*jobs, *refused.values()]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job that was begun: its number and folder, and why it was not run where that is another run's."""
+
+    number: int
+    name: str
+    refused: str | None
+
+
+def _begun(sweep_dir: Path) -> list[_Begun]:
+    """What jobs have put on record, in their order; lines that a killed process left half written are passed over."""
     try:
-        lines = (sweep_dir / REFUSED).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+        lines = (sweep_dir / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return []
-    found = []
+    found: dict[str, _Begun] = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # of a process that was killed while it wrote
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             told = json.loads(line)
-            job = _as_job(sweep_dir / told["job"], {"status": "refused", "error": told["reason"]})
-            found.append((job, bool(told["is_shared"])))
-    return found
+            if "refused" in told:
+                found[told["id"]] = replace(found[told["id"]], refused=str(told["refused"]))
+            else:
+                found[told["id"]] = _Begun(int(told["number"]), str(told["job"]), None)
+    return list(found.values())
 
 
 def read_job(folder: Path) -> Job:

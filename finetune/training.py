@@ -147,8 +147,8 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
     try:
         yield
     except Interrupted:
-        _tell_skipped(parts, state)  # what the last look has found
         saver.save(state)
+        _tell_skipped(parts, state)  # what the last looks have found
         saver.wait()
         logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
         raise

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ from finetune.feeding import computing
 from finetune.layers import freeze
 from finetune.parts import build_parts
 from finetune.prefix import Feed, FrozenPrefix, Need, choice, choose, store
+from finetune.prefix import feed as feed_module
 from finetune.prefix.choice import Measured
 from finetune.prefix.feed import found_in
 from finetune.prefix.store import Builder, build_in_memory, open_on_disk
@@ -214,6 +216,41 @@ def test_slots_of_nothing_take_their_place(tmp_path: Path, on_disk: bool) -> Non
     assert block.values[block.present].tolist() == [[1] * 3, [1] * 3, [2] * 3] and block.values.shape == (12, 3)
     with pytest.raises(ValueError, match="not one image"):
         build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
+
+
+def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
+    asked, fetch = [], feed_module._fetch
+
+    def noted(values: torch.Tensor, slots: torch.Tensor, *, pin: bool) -> torch.Tensor:
+        asked.append(slots.tolist())
+        return fetch(values, slots, pin=pin)
+
+    monkeypatch.setattr(feed_module, "_fetch", noted)
+    loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
+    feed = Feed(loader, title="train", device=CPU, prefix=Mock(), keep=Mock(kind=PrefixCache.disk))
+    block = store.Block(torch.arange(12.0)[:, None], torch.ones(12, dtype=torch.bool), torch.float32)
+    slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    for number, values in enumerate(feed._fetched(block, slots, [2] * 6)):
+        assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
+        deadline = time.monotonic() + 10
+        while len(asked) < min(6, number + 1 + feed_module.AHEAD) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(asked) == min(6, number + 1 + feed_module.AHEAD)
+
+
+def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
+    def fill(builder: Builder) -> None:
+        builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 4, fill)[0]
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    assert not maps or str(tmp_path / "b") in maps
+    with open(
+        tmp_path / "b" / "activations", "r+b"
+    ) as file:  # as another process would: the file itself is what is seen
+        file.write(np.float32(7).tobytes())
+    assert block.values[0].tolist() == [7, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["auto", "disk"])

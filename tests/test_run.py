@@ -272,13 +272,13 @@ def test_a_loss_that_is_not_finite_stops_with_its_images_named(stripes: Path, tm
 
 
 def test_a_sweep_into_a_folder_of_another_one_says_what_it_could_not_run(stripes: Path, tmp_path: Path) -> None:
-    """Nothing there is changed, and nothing there is taken for its own."""
+    """Nothing there is changed; what was not run is a row of its own beside what there is."""
     words = ["data=folder", f"data.root={stripes}", "train.epochs=1", f"hydra.sweep.dir={tmp_path}/x/../sweep", "-m"]
     assert finetune(*words, "optim.lr=1e-3,1e-4", cwd=tmp_path).returncode == 0
     before = (tmp_path / "sweep" / "1" / "result.json").read_bytes()
     process = finetune(*words, "optim.lr=1e-3,5e-4,1e-5", cwd=tmp_path)
     assert process.returncode == 1 and "Traceback" not in process.err
-    assert "2 of 3 jobs finished" in process.out and "job 1: refused: " in process.out
+    assert "3 of 4 jobs finished" in process.out and "job 1: refused: " in process.out
     assert (tmp_path / "sweep" / "1" / "result.json").read_bytes() == before
     process = finetune(*words, "optim.lr=1e-3,1e-4", cwd=tmp_path)
     assert process.returncode == 0 and "3 of 3 jobs finished" in process.out  # and that of the earlier one

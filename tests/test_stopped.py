@@ -169,9 +169,30 @@ def test_more_epochs_that_were_agreed_on_outlive_a_stop_before_the_first_of_them
             resume(tmp_path / "run", conf, train__epochs=3)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "interrupted" and result["best_epoch"] and "train.epochs=3" in result["overrides"]
-    assert "test/top1" not in result
+    assert "test/top1" not in result and result["promise"] == "none"
+    assert json.loads((tmp_path / "run" / "rates.json").read_text())["before"]["epochs"] == 2
     assert "epochs: 3" in (tmp_path / "run" / "config.yaml").read_text()
-    assert resume(tmp_path / "run", conf)["epochs"] == 3
+    again = resume(tmp_path / "run", conf)
+    assert again["epochs"] == 3 and again["promise"] == "none"  # the first two epochs had another curve
+
+
+def test_a_run_that_cannot_go_on_says_why_now(stripes: Path, tmp_path: Path, strike: Any) -> None:
+    """Not what went wrong the last time."""
+    conf = small(stripes)
+    strike("train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(conf, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "result.json").read_text())
+    stripes.rename(stripes.with_name("elsewhere"))
+    try:
+        with pytest.raises(OSError, match=r"data\.root"):
+            resume(tmp_path / "run", conf)
+    finally:
+        stripes.with_name("elsewhere").rename(stripes)
+    after = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert after["status"] == "failed" and "data.root" in after["error"]
+    assert {**after, "status": None, "error": None} == {**before, "status": None, "error": None}
+    assert resume(tmp_path / "run", conf)["status"] == "finished"
 
 
 def test_another_error_waits_for_the_save_under_way(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import sweep
-from finetune.compose.folders import REFUSED, forget_refusals, record_refusal
+from finetune.compose.folders import JOBS, record_job, record_refusal
 from finetune.sweep import job_folders, read_job, summarize, varied_keys
 from finetune.sweep_figure import Score, by_setting, levels, positions, sweep_figure
 
@@ -210,16 +210,29 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     add_job(tmp_path / "named", "optim.lr=3", val=0.6)
     (tmp_path / "notes").mkdir()
     reason = "it holds a run of another configuration"
-    record_refusal(tmp_path.absolute(), tmp_path / "1", reason, is_shared=False)
-    record_refusal(tmp_path.absolute(), tmp_path / "0", "it holds that of job 0", is_shared=True)
-    with open(tmp_path / REFUSED, "a") as file:
-        file.write('{"job": "na')  # killed while it wrote
+    for number, name, why in ((0, "0", None), (1, "1", reason), (2, "named", None), (3, "0", "it is of job 0")):
+        ident = record_job(tmp_path, tmp_path / name, number)
+        if why is not None:
+            record_refusal(tmp_path, ident, why)
+    with open(tmp_path / JOBS, "a") as file:
+        file.write('null\n{"id": 3}\n{"job": "na')  # damage, and a kill
     assert summarize(tmp_path) == 2
     out = capsys.readouterr().out
     assert "2 of 4 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
     assert [row["status"] for row in table_of(tmp_path)] == ["finished", "refused", "finished", "refused"]
-    forget_refusals(tmp_path)
-    assert summarize(tmp_path) == 0
+    for number, name in ((1, "1"), (3, "3")):  # somebody made room, and they were run
+        record_job(tmp_path, tmp_path / name, number)
+    add_job(tmp_path / "3", "optim.lr=4", val=0.1)
+    assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 4
+
+
+def test_folders_that_begin_with_a_number_are_no_jobs(tmp_path: Path) -> None:
+    """As `hydra.sweep.subdir='${seed}/${optim.lr}'` makes them; and runs that nobody put on record are not asked."""
+    for number, name in enumerate(("0/a", "0/b", "1/a")):
+        record_job(tmp_path, add_job(tmp_path / name, f"optim.lr={number}", val=0.5), number)
+    add_job(tmp_path / "0/a/backup", "optim.lr=9", val=0.9)
+    add_job(tmp_path / "other", "optim.lr=9", val=0.9)
+    assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 3
 
 
 def test_ties_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,14 @@ def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert "mfu" not in training._shown(state, bar, feed, None)
 
 
+def test_the_share_of_an_epoch_goes_by_what_was_kept_in_it() -> None:
+    used, row = utilisation.Utilisation(training=3e9, frozen=2e9, peak=1e12), {"images_per_s": 100.0}
+    assert training._mfu(row, {"prefix_hits": 0.0}, used) == {"mfu": pytest.approx(0.3)}
+    assert training._mfu(row, {"prefix_hits": 1.0}, used) == {"mfu": pytest.approx(0.1)}
+    assert training._mfu(row, {}, used) == {"mfu": pytest.approx(0.3)}  # nothing is frozen
+    assert training._mfu(row, {}, None) == {}  # a CPU
+
+
 @pytest.mark.parametrize("cache", [PrefixCache.none, PrefixCache.ram])
 def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: PrefixCache
@@ -128,6 +136,8 @@ def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
     augment = AugmentConf(recipe=Recipe.none)
     conf = small(stripes, optim__fix_layer=7, augment=augment, data__workers="0", prefix__cache=cache)
     go(conf, tmp_path / "run")
+    built = any(line.startswith("frozen layers on train") for line in terminal.getvalue().split("\r"))
+    assert built == (cache == PrefixCache.ram)
     bars = [line for line in terminal.getvalue().split("\r") if line.startswith("train 2/2")]
     assert bars and all(len(line.rstrip()) <= 80 for line in bars)
     row = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[1])

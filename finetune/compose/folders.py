@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,27 +81,35 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
                 empty.rmdir()
 
 
-REFUSED = "refused.jsonl"  # in a sweep's folder: jobs that were not run, since another run is in their folder
+JOBS = "jobs.jsonl"  # in a sweep's folder: every job that was begun, where, and whether it was refused its folder
 
 
-def forget_refusals(sweep: Path) -> None:
-    """Ahead of the jobs of a sweep: what could not be run before may be run now."""
-    (sweep / REFUSED).unlink(missing_ok=True)
-
-
-def record_refusal(sweep: Path, folder: Path, reason: str, *, is_shared: bool) -> None:
-    """Note beside a sweep's jobs that one of them was not run; a line, since several processes may write at once.
+def record_job(sweep: Path, folder: Path, number: int) -> str:
+    """Note beside a sweep's jobs that one of them begins; by lines, since several processes may write at once.
 
     Args:
         sweep: Its folder.
-        folder: The job's, where another run is.
-        reason: Why that run is not the job's.
-        is_shared: Whether that run is another job of this sweep.
+        folder: The job's.
+        number: The job's.
+
+    Returns:
+        What `record_refusal` knows the job by.
     """
+    ident = f"{os.getpid()}-{time.time_ns()}"
     name = os.path.relpath(os.path.abspath(folder), sweep)
-    line = json.dumps({"job": name, "reason": reason, "is_shared": is_shared})
-    with contextlib.suppress(OSError), open(sweep / REFUSED, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    _append(sweep / JOBS, {"id": ident, "number": number, "job": name})
+    return ident
+
+
+def record_refusal(sweep: Path, ident: str, reason: str) -> None:
+    """Note that a job was not run, since the run in its folder is another one's."""
+    _append(sweep / JOBS, {"id": ident, "refused": reason})
+
+
+def _append(path: Path, entry: dict[str, object]) -> None:
+    """A line more; without it the summary knows less, which is no reason to end a job."""
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(entry) + "\n")  # whatever a killed process has left of its own line
 
 
 def record_failure(folder: Path, overrides: list[str], error: Exception) -> None:
