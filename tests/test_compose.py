@@ -426,6 +426,7 @@ BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "data.workers: 1\n", ["mine.yaml, line 1", "dots"]),
     ("data/mine.yaml", "batch_size: {a: 1}\n", ["mine.yaml, line 1", "data.batch_size", "whole number"]),
     ("data/mine.yaml", "batch_size: !!python/object:os.system 1\n", ["mine.yaml, line 1", "nothing that a setting"]),
+    ("data/mine.yaml", "batch_size: auto\n", ["mine.yaml, line 1", "data.batch_size=auto", "write 0"]),
     ("data/mine.yaml", "source: no\n", ["data.source=false", "digits, folder"]),
     ("data/mine.yaml", "defaults:\n  - foldr\n", ["mine.yaml, line 2", "data=foldr", "'folder'"]),
     ("data/mine.yaml", "defaults:\n  - mine\n", ["brings in itself"]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from finetune.compose.keys import KEYS, SECTIONS, convert, is_interpolation, nearest_key
+from finetune.compose.keys import KEYS, NUMBER_WORDS, SECTIONS, convert, is_interpolation, nearest_key
 from finetune.config import nearest
 
 SCHEMA_NAME = "finetune_schema"  # first in the defaults list of conf/config.yaml, and so the mark of a file of ours
@@ -271,6 +271,9 @@ def _read_value(file: YamlFile, loader: _Loader, node: yaml.Node, name: str, lin
     section = name.rpartition(".")[0]
     try:
         value = _plain(loader, node)
+        number = NUMBER_WORDS.get(name, {}).get(value) if isinstance(value, str) else None
+        if number is not None:  # Hydra, which reads the file too, takes numbers alone there
+            raise ValueError(f"{name}={value} is for the command line; in a file write {number}, which says the same")
         if not is_interpolation(value):
             file.values[name] = convert(KEYS[name], value)
     except ValueError as error:
