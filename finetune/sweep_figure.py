@@ -201,7 +201,8 @@ def _draw_grid(figure: Any, scores: Sequence[Score], keys: Sequence[str], metric
     best = _best(groups, metric)
     for axes, split in zip(both, ("val", "test"), strict=True):
         cells = [[_cell(groups.get((column, row), []), split) for column in columns] for row in rows]
-        _draw_map(axes, cells, frame=(columns.index(best[0]), rows.index(best[1])))
+        place = columns.index(best[0]), rows.index(best[1])
+        _draw_map(axes, cells, frame=place, bright_is_low=rank(1.0, metric) < 0)
         axes.set_title(f"{split}/{metric}", fontsize=12, color=INK, loc="left", pad=8)
         axes.set_xlabel(printable(keys[0]), fontsize=12, color=INK, labelpad=8, parse_math=False)
         turned = {"rotation": 30, "ha": "right"} if sum(map(len, columns)) > 45 else {}
@@ -217,18 +218,20 @@ def _cell(scores: Sequence[Score], split: str) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, int]) -> None:
-    """A heat map with its numbers; a cell without a score is hatched."""
+def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, int], bright_is_low: bool) -> None:
+    """A heat map with its numbers, the brighter the better; a cell without a score is hatched."""
     from matplotlib.patches import Rectangle
 
     found = [value for row in cells for value in row if math.isfinite(value)]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
-    axes.imshow(cells, cmap="cividis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto", origin="lower")
+    colours = "cividis_r" if bright_is_low else "cividis"
+    axes.imshow(cells, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), aspect="auto", origin="lower")
     fontsize = max(6.0, min(12.0, 88.0 / max(len(cells), len(cells[0]))))
     for y, row in enumerate(cells):
         for x, value in enumerate(row):
             if math.isfinite(value):
-                colour = "white" if value < (low + high) / 2 else INK
+                is_dark = (value < (low + high) / 2) != bright_is_low
+                colour = "white" if is_dark else INK
                 axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=fontsize, color=colour)
             else:
                 axes.add_patch(
