@@ -14,7 +14,7 @@ import finetune
 from finetune.claim import RefusedError
 from finetune.compose import CommandLine, ConfigError, parse_command_line
 from finetune.compose.commandline import hydra_flags, quote
-from finetune.compose.folders import record_failure, record_job, record_refusal, run_folder
+from finetune.compose.folders import record_failure, record_job, record_refusal, record_start, run_folder
 from finetune.compose.usage import help_page
 from finetune.compose.yamlfiles import folders
 from finetune.lock import HeldError
@@ -114,6 +114,7 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     jobs = _Jobs()
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
+        record_start(folder)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
             launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
@@ -125,18 +126,18 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     return int(any(jobs.codes) if len(jobs.codes) == prepared.jobs else failed > 0)
 
 
-def _job(cfg: DictConfig, jobs: _Jobs) -> float:
+def _job(cfg: DictConfig, jobs: _Jobs) -> float | None:
     """One job inside Hydra's launcher; whether it failed is on record in its folder.
 
     Returns:
-        The best epoch's validation score by `train.monitor`, for sweepers that search for it; NaN if it failed.
+        The best epoch's validation score by `train.monitor`, for sweepers that search for it; None if it failed.
     """
     from finetune.compose.composition import current_job, to_conf
 
     job = current_job()
     if job.number is not None:
         print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
-    code, score, ident = 1, math.nan, ""
+    code, score, ident = 1, None, ""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.sweep is not None and job.number is not None:
@@ -154,7 +155,7 @@ def _job(cfg: DictConfig, jobs: _Jobs) -> float:
     return score
 
 
-def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float]:
+def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float | None]:
     """Run to the end in `folder`; 0, or 1 if it failed, which is on record there; and its validation score.
 
     Raises:
@@ -172,16 +173,17 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float]
         raise
     except HeldError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
         complain(str(error))
-        return 1, math.nan
+        return 1, None
     except MISTAKES as error:
         record_failure(folder, overrides, error)
         complain(str(error))
-        return 1, math.nan
+        return 1, None
     except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
         record_failure(folder, overrides, error)
         complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
-        return 1, math.nan
-    return 0, number(result.get(str(result.get("monitor", "val/top1"))))
+        return 1, None
+    score = number(result.get(str(result.get("monitor", "val/top1"))))
+    return 0, score if math.isfinite(score) else None
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _say_grown(conf: Conf, change: Change, units: int, promise: Promise, steps_p
         return
     promise.weaken(
         "none",
-        f"train.epochs {change.before} -> {change.now} draws another rate curve, and the epochs so far had the old one",
+        f"train.epochs {change.before} -> {change.now} draws another rate curve; the epochs so far had an earlier one",
     )
     shown = sorted({0, *range(units, new, max(1, (new - units) // 6)), new - 1})
     rows: list[dict[str, object]] = [

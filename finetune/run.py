@@ -233,7 +233,8 @@ def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
     plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
     carried_on = _carried_on(parts, session.holding, is_found=found is not None)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
-    if not session.is_accepted and all(change.is_allowed for change in session.holding.changes):
+    is_forced = conf.resume_force or not all(change.is_allowed for change in session.holding.changes)
+    if not session.is_accepted and not is_forced:
         # Ahead of what takes long: a stop shall not undo it.
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
     feeding = Feeding(parts, stop.check)

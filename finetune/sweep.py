@@ -20,6 +20,7 @@ from typing import Any
 from finetune.compose.folders import JOBS
 from finetune.figure import number, read_json, save_figure
 from finetune.files import write_text
+from finetune.lock import holder
 from finetune.log import say, table
 from finetune.sweep_figure import Score, rank, sweep_figure
 from finetune.terminal import command, printable
@@ -35,7 +36,7 @@ class Job:
 
     Attributes:
         folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` has it.
-        status: finished, failed, diverged or interrupted; refused, where the folder holds another run.
+        status: finished, failed, diverged, interrupted or at work; refused, where the folder holds another run.
         words: Its overrides as typed.
         overrides: The same by key.
         scores: What it measured, such as zeroshot/top1, val/top1 (of the best epoch) and test/top1.
@@ -137,8 +138,9 @@ def metric_of(jobs: Sequence[Job]) -> str:
 
 def job_folders(sweep_dir: Path) -> list[Path]:
     """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
-    named = [sweep_dir / begun.name for begun in _begun(sweep_dir) if begun.refused is None]
-    above = {parent for folder in named for parent in folder.parents}
+    begun = _begun(sweep_dir)
+    named = [sweep_dir / each.name for each in begun if each.refused is None]
+    above = {parent for each in begun for parent in (sweep_dir / each.name).parents}
     numbered = [
         path
         for path in sweep_dir.iterdir()
@@ -152,18 +154,11 @@ def job_folders(sweep_dir: Path) -> list[Path]:
 def _jobs_of(sweep_dir: Path) -> list[Job]:
     """Every job; where one was refused its folder, what no job of this sweep has left there counts for nothing."""
     begun = _begun(sweep_dir)
-    latest = {each.number: each for each in begun}  # a job that was refused once may have been run since
-    refused = {
-        each.name: _as_job(sweep_dir / each.name, {"status": "refused", "error": each.refused})
-        for each in latest.values()
-        if each.refused is not None
-    }
-    own = {each.name for each in begun if each.refused is None}
-    jobs = []
-    for folder in job_folders(sweep_dir):
-        name = os.path.relpath(folder, sweep_dir)
-        jobs.append(refused.pop(name) if name in refused and name not in own else read_job(folder))
-    return [*jobs, *refused.values()]
+    refused = [each for each in begun if each.refused is not None]
+    foreign = {each.name for each in refused} - {each.name for each in begun if each.refused is None}
+    folders = [folder for folder in job_folders(sweep_dir) if os.path.relpath(folder, sweep_dir) not in foreign]
+    rows = [_as_job(sweep_dir / each.name, {"status": "refused", "error": each.refused}) for each in refused]
+    return [*map(read_job, folders), *rows]
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,9 @@ def _begun(sweep_dir: Path) -> list[_Begun]:
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             told = json.loads(line)
-            if "refused" in told:
+            if "start" in told:  # what was refused in an earlier sweep may be run by now, or is asked for no more
+                found = {ident: begun for ident, begun in found.items() if begun.refused is None}
+            elif "refused" in told:
                 found[told["id"]] = replace(found[told["id"]], refused=str(told["refused"]))
             else:
                 found[told["id"]] = _Begun(int(told["number"]), str(told["job"]), None)
@@ -194,6 +191,10 @@ def _begun(sweep_dir: Path) -> list[_Begun]:
 
 def read_job(folder: Path) -> Job:
     """What a job left; a missing or damaged `result.json` makes it a failed one that says so."""
+    at_work = holder(folder)
+    if at_work is not None:
+        told = f"process {at_work['pid']} on {at_work['host']} is working in it"
+        return _as_job(folder, {"status": "at work", "error": told})
     try:
         result = read_json(folder / "result.json")
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import sweep
-from finetune.compose.folders import JOBS, record_job, record_refusal
+from finetune.compose.folders import JOBS, record_job, record_refusal, record_start
+from finetune.lock import Lock
 from finetune.sweep import job_folders, read_job, summarize, varied_keys
 from finetune.sweep_figure import Score, by_setting, levels, positions, sweep_figure
 
@@ -114,6 +116,17 @@ def test_no_file_stops_the_summary_or_steers_the_terminal(
     out = capsys.readouterr().out
     assert "\x1b" not in out and "val 0.9000" in out
     assert "\x1b" not in (tmp_path / "summary.csv").read_text()
+
+
+def test_a_job_that_another_process_works_in_is_not_called_dead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_job(tmp_path / "0", "seed=0", val=0.9)
+    add_job(tmp_path / "1", "seed=1", status="running")
+    with Lock(tmp_path / "1"):
+        assert summarize(tmp_path) == 1
+    assert f"job 1: at work: process {os.getpid()} on" in capsys.readouterr().out
+    assert summarize(tmp_path) == 1 and "killed, or out of memory" in capsys.readouterr().out
 
 
 def test_a_folder_in_place_of_the_result_is_a_failed_job(tmp_path: Path) -> None:
@@ -219,7 +232,8 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     assert summarize(tmp_path) == 2
     out = capsys.readouterr().out
     assert "2 of 4 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
-    assert [row["status"] for row in table_of(tmp_path)] == ["finished", "refused", "finished", "refused"]
+    assert [row["status"] for row in table_of(tmp_path)] == ["finished", "finished", "refused", "refused"]
+    record_start(tmp_path)
     for number, name in ((1, "1"), (3, "3")):  # somebody made room, and they were run
         record_job(tmp_path, tmp_path / name, number)
     add_job(tmp_path / "3", "optim.lr=4", val=0.1)

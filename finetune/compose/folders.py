@@ -84,6 +84,11 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
 JOBS = "jobs.jsonl"  # in a sweep's folder: every job that was begun, where, and whether it was refused its folder
 
 
+def record_start(sweep: Path) -> None:
+    """Note that a sweep begins: what was refused before may be run now, or is not asked for any more."""
+    _append(sweep / JOBS, {"start": datetime.now().isoformat(timespec="seconds")})
+
+
 def record_job(sweep: Path, folder: Path, number: int) -> str:
     """Note beside a sweep's jobs that one of them begins; by lines, since several processes may write at once.
 
