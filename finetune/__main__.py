@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,24 +85,17 @@ def _nothing(cfg: DictConfig) -> None:
     """For commands that Hydra answers itself."""
 
 
-@dataclass
-class _Jobs:
-    """What became of the jobs of this command line, as far as they ran in this process: the exit code of each."""
-
-    codes: list[int] = field(default_factory=list)
-
-
 def _single(line: CommandLine, prepared: Prepared) -> int:
     """One run; what goes wrong in it is one line and exit code 1."""
     from finetune.compose.composition import launch
 
     if prepared.conf.resume is not None and prepared.run_dir is not None:
         return _finish(prepared.conf, prepared.run_dir, prepared.overrides)[0]
-    jobs = _Jobs()
+    codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=False) as folder:
         arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
-        launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
-    return jobs.codes[0]
+        launch(lambda cfg: _job(cfg, codes), arguments, folders(line.config_dir))
+    return codes[0]
 
 
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
@@ -111,23 +103,27 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     from finetune.compose.composition import launch
     from finetune.shelf import shared_between_runs
 
-    jobs = _Jobs()
+    codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
         record_start(folder)
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
-            launch(lambda cfg: _job(cfg, jobs), arguments, folders(line.config_dir))
+            launch(lambda cfg: _job(cfg, codes), arguments, folders(line.config_dir))
         finally:
             from finetune.sweep import summarize
 
             failed = summarize(folder)
     # What a launcher ran in other processes only its record tells; else what earlier sweeps left there does not count.
-    return int(any(jobs.codes) if len(jobs.codes) == prepared.jobs else failed > 0)
+    return int(any(codes) if len(codes) == prepared.jobs else failed > 0)
 
 
-def _job(cfg: DictConfig, jobs: _Jobs) -> float | None:
+def _job(cfg: DictConfig, codes: list[int]) -> float | None:
     """One job inside Hydra's launcher; whether it failed is on record in its folder.
+
+    Args:
+        cfg: As Hydra has composed it.
+        codes: Gets the job's exit code; a launcher with processes of its own fills a copy.
 
     Returns:
         The best epoch's validation score by `train.monitor`, for sweepers that search for it; None if it failed.
@@ -140,8 +136,8 @@ def _job(cfg: DictConfig, jobs: _Jobs) -> float | None:
     code, score, ident = 1, None, ""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        if job.sweep is not None and job.number is not None:
-            ident = record_job(job.sweep, job.folder, job.number)
+        if job.sweep is not None:
+            ident = record_job(job.sweep, job.folder)
         code, score = _finish(to_conf(cfg), job.folder, job.overrides)
     except RefusedError as error:
         if job.sweep is not None:
@@ -151,7 +147,7 @@ def _job(cfg: DictConfig, jobs: _Jobs) -> float | None:
         record_failure(job.folder, job.overrides, error)
         complain(str(error))
     finally:
-        jobs.codes.append(code)
+        codes.append(code)
     return score
 
 

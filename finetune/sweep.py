@@ -138,7 +138,10 @@ def metric_of(jobs: Sequence[Job]) -> str:
 
 def job_folders(sweep_dir: Path) -> list[Path]:
     """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
-    begun = _begun(sweep_dir)
+    return _folders_of(sweep_dir, _begun(sweep_dir))
+
+
+def _folders_of(sweep_dir: Path, begun: Sequence[_Begun]) -> list[Path]:
     named = [sweep_dir / each.name for each in begun if each.refused is None]
     above = {parent for each in begun for parent in (sweep_dir / each.name).parents}
     numbered = [
@@ -156,16 +159,15 @@ def _jobs_of(sweep_dir: Path) -> list[Job]:
     begun = _begun(sweep_dir)
     refused = [each for each in begun if each.refused is not None]
     foreign = {each.name for each in refused} - {each.name for each in begun if each.refused is None}
-    folders = [folder for folder in job_folders(sweep_dir) if os.path.relpath(folder, sweep_dir) not in foreign]
+    folders = [folder for folder in _folders_of(sweep_dir, begun) if os.path.relpath(folder, sweep_dir) not in foreign]
     rows = [_as_job(sweep_dir / each.name, {"status": "refused", "error": each.refused}) for each in refused]
     return [*map(read_job, folders), *rows]
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """A job that was begun: its number and folder, and why it was not run where that is another run's."""
+    """A job that was begun: its folder in the sweep's, and why it was not run where that is another run's."""
 
-    number: int
     name: str
     refused: str | None
 
@@ -185,7 +187,7 @@ def _begun(sweep_dir: Path) -> list[_Begun]:
             elif "refused" in told:
                 found[told["id"]] = replace(found[told["id"]], refused=str(told["refused"]))
             else:
-                found[told["id"]] = _Begun(int(told["number"]), str(told["job"]), None)
+                found[told["id"]] = _Begun(str(told["job"]), None)
     return list(found.values())
 
 

@@ -223,8 +223,8 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     add_job(tmp_path / "named", "optim.lr=3", val=0.6)
     (tmp_path / "notes").mkdir()
     reason = "it holds a run of another configuration"
-    for number, name, why in ((0, "0", None), (1, "1", reason), (2, "named", None), (3, "0", "it is of job 0")):
-        ident = record_job(tmp_path, tmp_path / name, number)
+    for name, why in (("0", None), ("1", reason), ("named", None), ("0", "it is of job 0")):
+        ident = record_job(tmp_path, tmp_path / name)
         if why is not None:
             record_refusal(tmp_path, ident, why)
     with open(tmp_path / JOBS, "a") as file:
@@ -234,8 +234,8 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     assert "2 of 4 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
     assert [row["status"] for row in table_of(tmp_path)] == ["finished", "finished", "refused", "refused"]
     record_start(tmp_path)
-    for number, name in ((1, "1"), (3, "3")):  # somebody made room, and they were run
-        record_job(tmp_path, tmp_path / name, number)
+    for name in ("1", "3"):  # somebody made room, and they were run
+        record_job(tmp_path, tmp_path / name)
     add_job(tmp_path / "3", "optim.lr=4", val=0.1)
     assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 4
 
@@ -243,7 +243,7 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
 def test_folders_that_begin_with_a_number_are_no_jobs(tmp_path: Path) -> None:
     """As `hydra.sweep.subdir='${seed}/${optim.lr}'` makes them; and runs that nobody put on record are not asked."""
     for number, name in enumerate(("0/a", "0/b", "1/a")):
-        record_job(tmp_path, add_job(tmp_path / name, f"optim.lr={number}", val=0.5), number)
+        record_job(tmp_path, add_job(tmp_path / name, f"optim.lr={number}", val=0.5))
     add_job(tmp_path / "0/a/backup", "optim.lr=9", val=0.9)
     add_job(tmp_path / "other", "optim.lr=9", val=0.9)
     assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 3

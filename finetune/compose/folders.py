@@ -89,20 +89,19 @@ def record_start(sweep: Path) -> None:
     _append(sweep / JOBS, {"start": datetime.now().isoformat(timespec="seconds")})
 
 
-def record_job(sweep: Path, folder: Path, number: int) -> str:
+def record_job(sweep: Path, folder: Path) -> str:
     """Note beside a sweep's jobs that one of them begins; by lines, since several processes may write at once.
 
     Args:
         sweep: Its folder.
         folder: The job's.
-        number: The job's.
 
     Returns:
         What `record_refusal` knows the job by.
     """
     ident = f"{os.getpid()}-{time.time_ns()}"
     name = os.path.relpath(os.path.abspath(folder), sweep)
-    _append(sweep / JOBS, {"id": ident, "number": number, "job": name})
+    _append(sweep / JOBS, {"id": ident, "job": name})
     return ident
 
 
