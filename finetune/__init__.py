@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.config import SchedulerConf
-    from finetune.lrd import param_groups_lrd
-    from finetune.sched import create_scheduler
+    from finetune.core.sched import create_scheduler
+    from finetune.models.param_groups import param_groups_lrd
 
 __version__ = "0.1.0"
 __all__ = ["SchedulerConf", "create_scheduler", "param_groups_lrd"]
 
 _HOMES = {
     "SchedulerConf": "finetune.config",
-    "create_scheduler": "finetune.sched",
-    "param_groups_lrd": "finetune.lrd",
+    "create_scheduler": "finetune.core.sched",
+    "param_groups_lrd": "finetune.models.param_groups",
 }
 
 

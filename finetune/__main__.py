@@ -1,35 +1,14 @@
-"""The entry, `finetune` and `python -m finetune`: check the command line, then hand over; torch comes last."""
+"""The entry, `finetune` and `python -m finetune`: the first word may name a command; without one it trains."""
 
 from __future__ import annotations
 
-import math
-import os
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import finetune
-from finetune.claim import RefusedError
-from finetune.compose import CommandLine, ConfigError, parse_command_line
-from finetune.compose.commandline import hydra_flags, quote
-from finetune.compose.folders import record_failure, record_job, record_refusal, record_start, run_folder
-from finetune.compose.usage import help_page
-from finetune.compose.yamlfiles import folders
-from finetune.lock import HeldError
-from finetune.signals import exit_codes
-from finetune.terminal import complain
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from finetune.compose.composition import Prepared
-    from finetune.config import Conf
-
-# Flags that Hydra answers by itself; nothing is run.
-HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
-# What a person can mend. Anything else is a fault of the program, and its traceback is in run.log.
-MISTAKES = (ValueError, OSError, FloatingPointError)
+from finetune.commands import COMMANDS
+from finetune.config import nearest
+from finetune.system.terminal import complain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,148 +17,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 where something failed; 2 for an unusable command line; 130 after Ctrl-C.
     """
-    line = parse_command_line(sys.argv[1:] if argv is None else argv)
-    try:
-        with exit_codes():
-            return _answer(line)
-    except ConfigError as error:
-        for problem in error.problems:
-            complain(problem)
-        return error.code
-    except BrokenPipeError:  # `finetune --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MISTAKES as error:
-        complain(str(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped by Ctrl-C")
-        return 130
-
-
-def _answer(line: CommandLine) -> int:
-    if "--version" in line.flags:
-        print(f"finetune {finetune.__version__}")
-        return 0
-    if "--help" in line.flags:
-        print(help_page(folders(line.config_dir)))
-        return 0
-    from finetune.compose.composition import config_as_yaml, launch, prepare
-
-    asked = [name for name in HYDRA_COMMANDS if name in line.flags]
-    if asked and not line.problems:
-        launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
-        return 0
-    prepared = prepare(line)
-    if line.flags.get("--cfg") == "job":
-        package, resolve = line.flags.get("--package", ""), "--resolve" in line.flags
-        print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")
-        return 0
-    if "--cfg" in line.flags:
-        launch(_nothing, hydra_flags(line) + prepared.first, folders(line.config_dir))
-        return 0
-    return (_sweep if line.multirun else _single)(line, prepared)
-
-
-def _nothing(cfg: DictConfig) -> None:
-    """For commands that Hydra answers itself."""
-
-
-def _single(line: CommandLine, prepared: Prepared) -> int:
-    """One run; what goes wrong in it is one line and exit code 1."""
-    from finetune.compose.composition import launch
-
-    if prepared.conf.resume is not None and prepared.run_dir is not None:
-        return _finish(prepared.conf, prepared.run_dir, prepared.overrides)[0]
-    codes: list[int] = []
-    with run_folder(prepared.run_dir, multirun=False) as folder:
-        arguments = [*prepared.overrides, f"hydra.run.dir={quote(str(folder))}"]
-        launch(lambda cfg: _job(cfg, codes), arguments, folders(line.config_dir))
-    return codes[0]
-
-
-def _sweep(line: CommandLine, prepared: Prepared) -> int:
-    """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
-    from finetune.compose.composition import launch
-    from finetune.shelf import shared_between_runs
-
-    codes: list[int] = []
-    with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
-        print(f"{prepared.jobs} jobs, in {folder}", flush=True)
-        record_start(folder)
-        arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
-        try:
-            launch(lambda cfg: _job(cfg, codes), arguments, folders(line.config_dir))
-        finally:
-            from finetune.sweep import summarize
-
-            failed = summarize(folder)
-    # What a launcher ran in other processes only its record tells; else what earlier sweeps left there does not count.
-    return int(any(codes) if len(codes) == prepared.jobs else failed > 0)
-
-
-def _job(cfg: DictConfig, codes: list[int]) -> float | None:
-    """One job inside Hydra's launcher; whether it failed is on record in its folder.
-
-    Args:
-        cfg: As Hydra has composed it.
-        codes: Gets the job's exit code; a launcher with processes of its own fills a copy.
-
-    Returns:
-        The best epoch's validation score by `train.monitor`, for sweepers that search for it; None if it failed.
-    """
-    from finetune.compose.composition import current_job, to_conf
-
-    job = current_job()
-    if job.number is not None:
-        print(f"\njob {job.number}: {' '.join(job.overrides)}", flush=True)
-    code, score, ident = 1, None, ""
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        if job.sweep is not None:
-            ident = record_job(job.sweep, job.folder)
-        code, score = _finish(to_conf(cfg), job.folder, job.overrides)
-    except RefusedError as error:
-        if job.sweep is not None:
-            record_refusal(job.sweep, ident, str(error))
-        complain(str(error))
-    except MISTAKES as error:
-        record_failure(job.folder, job.overrides, error)
-        complain(str(error))
-    finally:
-        codes.append(code)
-    return score
-
-
-def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float | None]:
-    """Run to the end in `folder`; 0, or 1 if it failed, which is on record there; and its validation score.
-
-    Raises:
-        RefusedError: The folder holds another run; nothing is put on record there.
-    """
-    try:
-        # Torch's CPU threads spin while they wait for each other, by default so long that, where others want the cores
-        # too, all starve: 10 images/s instead of 90 on two busy cores. Short spins cost nothing on quiet ones.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-        from finetune.figure import number
-        from finetune.run import run  # only now: it imports torch
-
-        result = run(conf, folder, overrides)
-    except RefusedError:
-        raise
-    except HeldError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
-        complain(str(error))
-        return 1, None
-    except MISTAKES as error:
-        record_failure(folder, overrides, error)
-        complain(str(error))
-        return 1, None
-    except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
-        record_failure(folder, overrides, error)
-        complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
-        return 1, None
-    score = number(result.get(str(result.get("monitor", "val/top1"))))
-    return 0, score if math.isfinite(score) else None
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = "train"
+    if words and words[0] in COMMANDS:
+        name = words.pop(0)
+    elif words and words[0].isidentifier():
+        complain(f"{words[0]}: no such command, expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}")
+        return 2
+    # Only the command's own module: `finetune report` needs no torch, `finetune --help` nothing at all.
+    command = importlib.import_module(f"finetune.commands.{name}")
+    return int(command.main(words))
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ from bench_machine import core_seconds, describe, has_bf16, matmul_peak, peak_me
 from bench_task import Task, decoders_apart, make_images, our_model, write_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.cost import count_flops
-from finetune.device import environment
-from finetune.files import write_text
-from finetune.plan import prepare
+from finetune.core.cost import count_flops
+from finetune.core.device import environment
+from finetune.core.plan import prepare
+from finetune.system.files import write_text
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
 WEIGHTS = Path("first.safetensors")  # need not be there to look at a model

@@ -17,13 +17,13 @@ from bench_task import Task, first_model, freeze_and_group, linear, loaders, our
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune import training
-from finetune.allocator import hand_back_freed_memory
-from finetune.finite import FiniteGuard
-from finetune.optim import build_optimizer
-from finetune.records import OF_THE_CLOCK, History
-from finetune.run import run
-from finetune.shelf import shared_between_runs
+from finetune.app import training
+from finetune.app.run import run
+from finetune.core.finite import FiniteGuard
+from finetune.core.optim import build_optimizer
+from finetune.prefix.shelf import shared_between_runs
+from finetune.runs.records import OF_THE_CLOCK, History
+from finetune.system.allocator import hand_back_freed_memory
 
 
 @dataclass

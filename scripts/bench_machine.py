@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from bench_task import Task, our_model
 
-from finetune.device import cpu_has_bf16, environment
+from finetune.core.device import cpu_has_bf16, environment
 
 STATUS = Path("/proc/self/status")
 

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from finetune import figure
+from finetune.report import figure
 
 COLOURS = {"plain": figure.FAINT, "tuned": figure.ORANGE, "ours": figure.BLUE}
 Arm = dict[str, Any]

@@ -109,10 +109,10 @@ def start(table: str, cache_dir: str, began: float) -> None:
     import torch
 
     from finetune.config import AugmentConf, DataConf, SourceKind
+    from finetune.core.preprocess import Preprocess
     from finetune.data import Loader, check_at_start
     from finetune.data.selection import split_up
-    from finetune.data.tables import find_table
-    from finetune.preprocess import Preprocess
+    from finetune.data.sources.tables import find_table
 
     logging.getLogger("finetune").setLevel(logging.ERROR)  # of links to one file it warns, and rightly so
     stages = Stages(began)

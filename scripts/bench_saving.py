@@ -20,9 +20,9 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from finetune.app.run import run  # noqa: E402
 from finetune.config import Conf  # noqa: E402
-from finetune.run import run  # noqa: E402
-from finetune.saving import Saver  # noqa: E402
+from finetune.runs.saving import Saver  # noqa: E402
 
 
 def measure(epochs: int, *, waits: bool) -> tuple[float, float, float]:

@@ -20,16 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as v2
 
-from finetune.compose import compose
 from finetune.config import AugmentConf, Conf, DataConf, Recipe, SourceKind
+from finetune.config.words import compose
+from finetune.core.layers import LayeredModel, freeze
+from finetune.core.preprocess import Preprocess
 from finetune.data import open_source
-from finetune.data.order import epoch_order
-from finetune.data.sources import Split
+from finetune.data.images.transforms import build_transform, fit_square
+from finetune.data.loading.order import epoch_order
+from finetune.data.sources.opening import Split
 from finetune.data.streams import augment_generator, view_of
-from finetune.data.transforms import build_transform, fit_square
-from finetune.layers import LayeredModel, freeze
 from finetune.models import build_model
-from finetune.preprocess import Preprocess
 
 CLASSES = 4
 SPARED = ("cls_token", "pos_embed", "reg_token")  # of weight decay, beside whatever has one dimension or none

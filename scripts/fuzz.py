@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from kill_test import make_images  # noqa: E402
 
 from finetune.__main__ import main as finetune  # noqa: E402
-from finetune.compose.keys import KEYS  # noqa: E402
+from finetune.config.words.keys import KEYS  # noqa: E402
 
 # Would go to the network, take long, or make the run endless.
 LEFT_OUT = (
@@ -122,7 +122,7 @@ def problems_of(words: list[str], work: Path, counts: Counter[str]) -> list[str]
 
 
 def _unwhole(folder: Path, code: int) -> list[str]:
-    from finetune.checkpoint import read_state, read_weights
+    from finetune.runs.checkpoint import read_state, read_weights
 
     found = [f"left behind: {path.name}" for path in folder.rglob(".*")]
     try:

@@ -71,7 +71,7 @@ def finish(words: list[str], cwd: Path) -> str:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The history without what a clock says."""
-    from finetune.records import timeless
+    from finetune.runs.records import timeless
 
     rows = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return timeless(json.loads(line) for line in rows)
@@ -99,7 +99,7 @@ def differences(one: Any, other: Any, where: str) -> list[str]:
 def compare(straight: Path, folder: Path) -> list[str]:
     """Every difference between two finished runs."""
     sys.path.insert(0, str(ROOT))
-    from finetune.checkpoint import read_state, read_weights
+    from finetune.runs.checkpoint import read_state, read_weights
 
     found = [] if history(straight) == history(folder) else ["history.jsonl"]
     if (straight / "config.yaml").read_bytes() != (folder / "config.yaml").read_bytes():

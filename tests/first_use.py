@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.layers import Layer, assign_layers
-from finetune.optim import EMBEDDINGS
+from finetune.core.layers import Layer, assign_layers
+from finetune.core.optim import EMBEDDINGS
 
 # What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention;
 # tables are shared by all blocks of a stage; a side branch (a head per stage, a second head) runs beside the main line.

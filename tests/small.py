@@ -14,10 +14,10 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 from torchvision.models import convnext, mobilenetv3, resnet, swin_transformer, vision_transformer
 
-from finetune.layers import LayeredModel
-from finetune.models.clip import ClipClassifier, classifier_layers
-from finetune.models.heads import Head
-from finetune.models.layering import open_clip_layers, timm_layers, torchvision_layers
+from finetune.core.layers import LayeredModel
+from finetune.models.heads.head import Head
+from finetune.models.layering.clip import ClipClassifier, classifier_layers
+from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
 
 CLASSES = 5
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES}

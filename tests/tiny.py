@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from finetune.layers import Layer, LayeredModel
+from finetune.core.layers import Layer, LayeredModel
 
 
 class TinyNet(nn.Module):

@@ -1,9 +1,9 @@
 """Images and labels: sources, the square a model sees, and the batches of an epoch."""
 
-from finetune.data.images import ImageError, natural_key, read_image
-from finetune.data.loaders import Batch, Loader
-from finetune.data.sources import Source, Split, open_source
-from finetune.data.start import SkippedList, check_at_start
+from finetune.data.checks.start import SkippedList, check_at_start
+from finetune.data.images.decode import ImageError, natural_key, read_image
+from finetune.data.loading.loaders import Batch, Loader
+from finetune.data.sources.opening import Source, Split, open_source
 
 __all__ = [
     "Batch",

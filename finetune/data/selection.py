@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune.config import Balance, DataConf, nearest
 from finetune.data.split import SPLITS, Found, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
+from finetune.system.errors import UserError
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -29,7 +30,7 @@ def split_up(found: Found, conf: DataConf) -> Source:
     found, rows = _choose_classes(found, conf.classes)
     several = found.labels.ndim == 2
     if several and conf.balance != Balance.none:
-        raise ValueError(f"data.balance={conf.balance} works with one label an image; {found.place} has several")
+        raise UserError(f"data.balance={conf.balance} works with one label an image; {found.place} has several")
     strata = _strata(found.labels)
     parts, how = _cut_all(found, rows, strata, conf)
     parts["train"], drawn = _draw(found, parts["train"], strata, conf)
@@ -64,7 +65,7 @@ def _choose_classes(found: Found, names: Sequence[str]) -> tuple[Found, Rows]:
     for name in names:
         if name not in found.classes:
             known = ", ".join(found.classes[:20]) + (" ..." if len(found.classes) > 20 else "")
-            raise ValueError(
+            raise UserError(
                 f"data.classes: there is no class {name!r}{nearest(name, found.classes)}; {found.place} has {known}"
             )
     kept = [label for label, name in enumerate(found.classes) if name in names]
@@ -97,7 +98,7 @@ def _cut_all(found: Found, rows: Rows, strata: Rows, conf: DataConf) -> tuple[di
     shares = {"val": conf.val_fraction, "test": conf.test_fraction}
     missing = {name: share for name, share in shares.items() if not len(parts[name])}
     if not len(parts["train"]):
-        raise ValueError(f"{found.place}: no training images")
+        raise UserError(f"{found.place}: no training images")
     needed = ["train", *missing]
     _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed)
     train = parts["train"]
@@ -124,7 +125,7 @@ def _check_sizes(found: Found, counts: Tensor, needed: Sequence[str]) -> None:
     small = [f"{name} ({n})" for name, n in pairs if n < len(needed)]
     if small:
         shown = ", ".join(small[:20]) + (f" and {len(small) - 20} more" if len(small) > 20 else "")
-        raise ValueError(
+        raise UserError(
             f"{found.place}: too few images to give one to each of {', '.join(needed)} in class {shown};"
             " add images or move the class away (data.classes names those to use)"
         )
@@ -215,21 +216,19 @@ def _check_train(found: Found, splits: Mapping[str, Split]) -> None:
     """A class that is tested but never learned is a mistake of the data."""
     if len(found.classes) < 2:
         only = ", ".join(found.classes)
-        raise ValueError(f"{found.place}: only one class, {only}, so there is nothing to tell apart")
+        raise UserError(f"{found.place}: only one class, {only}, so there is nothing to tell apart")
     counts = {name: class_counts(split.labels, len(found.classes)) for name, split in splits.items()}
     for name in ("val", "test"):
         lost = torch.nonzero((counts[name] > 0) & (counts["train"] == 0)).flatten().tolist()
         if lost and found.labels.ndim == 1:
             words = ", ".join(found.classes[label] for label in lost[:20])
-            raise ValueError(f"{found.place}: {name} has class {words}, which train has not: the splits differ")
+            raise UserError(f"{found.place}: {name} has class {words}, which train has not: the splits differ")
         if not len(splits[name]):
-            raise ValueError(f"{found.place}: no images left for {name}; there are too few")
+            raise UserError(f"{found.place}: no images left for {name}; there are too few")
     unseen = torch.nonzero(counts["train"] == 0).flatten().tolist()
     if unseen and found.labels.ndim == 1:
         words = ", ".join(found.classes[label] for label in unseen[:20])
-        raise ValueError(
-            f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes"
-        )
+        raise UserError(f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes")
 
 
 def _empty_classes(classes: Sequence[str], splits: Mapping[str, Split]) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.images import Header
+from finetune.data.images.decode import Header
+from finetune.system.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -127,12 +128,12 @@ class Source:
         splits = {name: split.without(left_out.get(name, ())) for name, split in self.splits.items()}
         for name, split in splits.items():
             if not len(split):
-                raise ValueError(f"no image of the {name} split can be read; see the list of unreadable files")
+                raise UserError(f"no image of the {name} split can be read; see the list of unreadable files")
         gone = class_counts(splits["train"].labels, len(self.classes)) == 0
         gone &= class_counts(self.splits["train"].labels, len(self.classes)) > 0
         if gone.any():
             names = ", ".join(name for name, lost in zip(self.classes, gone.tolist(), strict=True) if lost)
-            raise ValueError(f"no training image of class {names} can be read; see the list of unreadable files")
+            raise UserError(f"no training image of class {names} can be read; see the list of unreadable files")
         return replace(self, splits=splits)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from finetune.config import Family, Library, ModelConf, Pool
-from finetune.layers import LayeredModel
-from finetune.models import from_open_clip, from_timm, from_torchvision, glyphs
-from finetune.models.built import BuiltModel
+from finetune.core.layers import LayeredModel
+from finetune.models.upstream import from_open_clip, from_timm, from_torchvision, glyphs
+from finetune.models.upstream.built import BuiltModel
+from finetune.system.errors import UserError
 
 __all__ = ["BuiltModel", "build_model"]
 
@@ -26,7 +27,7 @@ def build_model(
     """The model of a run, in training mode, with a classifier for `classes`.
 
     What is random, the head's first values above all, comes from torch's global generator: seed it first. A head of
-    `linear_probe` starts at random too; fit it with `finetune.models.probe`.
+    `linear_probe` starts at random too; fit it with `finetune.models.heads.probe`.
 
     Args:
         conf: Which model, weights and head.
@@ -41,9 +42,7 @@ def build_model(
     target = torch.device(device)
     library = library_of(conf)
     if library == Library.torchvision and conf.pool != Pool.auto:
-        raise ValueError(
-            f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out"
-        )
+        raise UserError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
     built = BUILDERS[library](conf, classes, load=load and target.type != "meta", device=target)
     if conf.head_scale != 1:
         scale_head(built.model, conf.head_scale)
@@ -67,7 +66,7 @@ def library_of(conf: ModelConf) -> Library:
     library, family = Library(conf.library), Family(conf.family)
     fits = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}[family]
     if library != Library.auto and library not in fits:
-        raise ValueError(
+        raise UserError(
             f"model.library={library} does not go with model={family}: expected {' or '.join(fits)},"
             f" or model={'clip' if library == Library.open_clip else 'vit'}"
         )
@@ -84,11 +83,11 @@ def library_of(conf: ModelConf) -> Library:
         if knows
     ]
     if library == Library.auto and len(known) == 2:
-        raise ValueError(
+        raise UserError(
             f"model.name={conf.name} is known to timm and to torchvision: say model.library=timm or torchvision"
         )
     if library != Library.auto and known and library not in known:
-        raise ValueError(
+        raise UserError(
             f"model.name={conf.name}: {library} knows no such model, {known[0]} does: leave model.library out"
         )
     return known[0] if library == Library.auto and known else library if library != Library.auto else Library.timm

@@ -14,10 +14,11 @@ import torch
 
 from finetune.config import Conf, PrefixCache, PrefixDtype
 from finetune.data import Loader
-from finetune.data.memory import free_memory
 from finetune.data.streams import num_views
 from finetune.prefix.feed import first_batch
 from finetune.prefix.frozen import FrozenPrefix, overflow_safe
+from finetune.system.errors import UserError
+from finetune.system.memory import free_memory
 
 GIB = 2**30
 # Shares of what is free that are taken unasked: the rest is for training, and for others on the machine.
@@ -92,7 +93,7 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
     if wanted != PrefixDtype.auto:
         prefix.kept_as = DTYPES[wanted]
         if wanted == PrefixDtype.fp16 and not torch.isfinite(h.to(torch.float16)).all():
-            raise ValueError(
+            raise UserError(
                 f"prefix.dtype=fp16: the frozen layers give values up to {h.abs().amax():.3g}, and fp16 ends at 65,504;"
                 " use prefix.dtype=bf16, fp32 or auto"
             )
@@ -135,7 +136,7 @@ def choose(
     if kind != PrefixCache.auto:
         for wanted, room in _wanted_and_room(kind, size, need, device, folder, max_gib):
             if wanted > room:
-                raise ValueError(_too_small(kind, wanted, room, need, measured))
+                raise UserError(_too_small(kind, wanted, room, need, measured))
         return kind, f"prefix.cache={kind}"
     if read_once(conf, need.passes, shared=shared):
         return PrefixCache.none, READ_ONCE

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from finetune.config import PrefixCache
+from finetune.core.device import is_out_of_memory
 from finetune.data import Batch, ImageError, Loader
-from finetune.data.device_cache import sent
-from finetune.data.evict import bound, evict
-from finetune.data.mix import Mixer
-from finetune.data.order import Showings
-from finetune.device import is_out_of_memory
-from finetune.log import Bar
+from finetune.data.caches.device_cache import sent
+from finetune.data.caches.evict import bound, evict
+from finetune.data.images.mix import Mixer
+from finetune.data.loading.order import Showings
 from finetune.prefix.frozen import FrozenPrefix
+from finetune.prefix.shelf import Shelf
 from finetune.prefix.store import Block, Builder, build_in_memory, find_on_disk, open_on_disk
-from finetune.shelf import Shelf
+from finetune.system.log import Bar
 
 logger = logging.getLogger("finetune")
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from finetune.layers import LayeredModel
+from finetune.core.layers import LayeredModel
 
 # Kept values stay this many times below what a float16 can hold: images to come may reach further than those seen.
 HEADROOM = 4.0

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import finetune
 from finetune.config import AugmentConf, ModelConf, as_dict
-from finetune.data.content import content_digest
-from finetune.data.sources import Split
-from finetune.layers import LayeredModel
-from finetune.preprocess import Preprocess
+from finetune.core.layers import LayeredModel
+from finetune.core.preprocess import Preprocess
+from finetune.data.caches.content import content_digest
+from finetune.data.sources.opening import Split
 
 # Of `model.*`: what the frozen layers do not depend on, beyond their weights, which are counted one by one.
 NOT_OF_THE_PREFIX = (

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.evict import Held, hold, lock_of, made_once
-from finetune.data.verdicts import locked
-from finetune.files import write_text
+from finetune.data.caches.evict import Held, hold, lock_of, made_once
+from finetune.data.checks.verdicts import locked
+from finetune.system.errors import UserError
+from finetune.system.files import write_text
 
 logger = logging.getLogger("finetune")
 
@@ -78,9 +79,7 @@ class Builder:
             self._absent += count
             return
         if not torch.isfinite(values).all():
-            raise ValueError(
-                "the frozen layers give values that are not finite: look at the weights, and at the images"
-            )
+            raise UserError("the frozen layers give values that are not finite: look at the weights, and at the images")
         self.native, self._nothing = native, values[:0]
         if self._absent or not present.all():
             full = values.new_zeros(self._absent + count, *values.shape[1:])
@@ -96,7 +95,7 @@ class Builder:
         """
         assert self.filled == self.slots
         if self._absent == self.slots:
-            raise ValueError("not one image of the split can be read")
+            raise UserError("not one image of the split can be read")
         if self._absent:
             self._take(self._nothing.new_zeros(self._absent, *self._nothing.shape[1:]), self.slots - self._absent)
 

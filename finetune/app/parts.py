@@ -1,0 +1,154 @@
+"""What a run is made of, once built: source, model, device, and what is made from them on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from finetune.config import Conf, ModelConf, as_dict, measured_metrics
+from finetune.core.device import WIDE, autocast, pick_device, pick_precision, set_kernels
+from finetune.core.layers import LayeredModel
+from finetune.core.loop import Batch, Task
+from finetune.core.losses import build_criterion
+from finetune.core.metrics import Meter, build_meter
+from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
+from finetune.data.images.mix import Mixer
+from finetune.models import BuiltModel, build_model
+from finetune.models.heads.offsets import model_settings
+from finetune.models.patches import patches_as_products, products_dominate
+from finetune.runs import checkpoint
+from finetune.system.allocator import keep_freed_memory
+
+
+@dataclass
+class Parts:
+    """What a run is made of, once built."""
+
+    conf: Conf
+    run_dir: Path
+    source: Source
+    built: BuiltModel
+    device: torch.device
+    dtype: torch.dtype
+    metrics: tuple[str, ...]
+    monitor: str
+    is_auto_batch: bool = False  # `data.batch_size=auto` was asked for, whatever `conf` now has in its place
+
+    @property
+    def model(self) -> LayeredModel:
+        """The model that learns."""
+        return self.built.model
+
+    @property
+    def model_conf(self) -> ModelConf:
+        """What the model is built by: `conf.model`, as the labels of the source need it."""
+        return model_settings(self.conf.model, is_multilabel=self.source.is_multilabel)
+
+    @property
+    def headlines(self) -> list[str]:
+        """The metrics that a zero-shot model is judged by: top1 and what picks the best epoch."""
+        return list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where weights and states go."""
+        return self.run_dir / "checkpoints"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass."""
+        return autocast(self.dtype, self.device)
+
+    def meter(self, threshold: float | None = None) -> Meter:
+        """A fresh meter; its loss is that of training without smoothing and class weights."""
+        is_multilabel = self.source.is_multilabel
+        losses = build_criterion(self.conf.train, is_multilabel=is_multilabel)
+        return build_meter(
+            lambda logits, targets: losses(logits, targets, 0.0),
+            self.metrics,
+            is_multilabel=is_multilabel,
+            threshold=threshold,
+        )
+
+    def task(self) -> Task:
+        """What the model learns by, and what picks the best epoch."""
+        weights = self.source.class_weights
+        criterion = build_criterion(
+            self.conf.train,
+            is_multilabel=self.source.is_multilabel,
+            class_weights=None if weights is None else weights.to(self.device),
+        )
+        return Task(criterion, self.meter(), self.monitor, ema_meter=self.meter())
+
+    def loader(self, split: str, *, train: bool) -> Loader:
+        """Batches of a split: shuffled and augmented, or in order and plain."""
+        return Loader(
+            self.source.splits[split],
+            self.built.preprocess,
+            conf=self.conf.data,
+            augment=self.conf.augment if train else None,
+            seed=self.conf.seed,
+            device=self.device,
+            on_skip=SkippedList(self.run_dir).add,
+        )
+
+    def mixer(self) -> Mixer:
+        """What mixes training batches, where the augmentation asks for it."""
+        return Mixer(self.conf.augment, num_classes=len(self.source.classes), seed=self.conf.seed)
+
+    def window(self, epoch: int, batch: int) -> list[Batch]:
+        """The micro-batches of the step that begins at micro-batch `batch` of an epoch from 0: the same as before."""
+        data = dataclasses.replace(self.conf.data, workers="0")
+        loader = dataclasses.replace(self, conf=dataclasses.replace(self.conf, data=data)).loader("train", train=True)
+        batches = self.mixer().wrap(loader.epoch(epoch, batch), epoch, batch)
+        return list(islice(batches, self.conf.train.accumulate))
+
+    def fingerprint(self, name: str = "train") -> str:
+        """A split's images by number, names and labels: those of training must be the same for a run to go on."""
+        split = self.source.splits[name]
+        digest = hashlib.sha256(split.labels.cpu().contiguous().numpy().tobytes())
+        # Names of a million images take a second; beyond it every second, third... tells as much.
+        for index in range(0, len(split), max(1, len(split) // 1_000_000)):
+            digest.update(split.name_of(index).encode("utf-8", "surrogateescape"))
+        return f"{len(split)} images {digest.hexdigest()[:16]}"
+
+    def metadata(self) -> dict[str, str]:
+        """What travels with the weights."""
+        return checkpoint.weights_metadata(
+            self.source.classes,
+            self.built.preprocess,
+            as_dict(self.model_conf),
+            is_multilabel=self.source.is_multilabel,
+        )
+
+
+def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:
+    """The model on its device, computing as suits `dtype` there."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        patches_as_products(model.net)
+    return model.to(device)
+
+
+def build_parts(conf: Conf, run_dir: Path) -> Parts:
+    """Open the images, and build the model on its device; draws from torch's generator, seeded.
+
+    Raises:
+        ValueError: A user's mistake that only model, data or machine could show.
+    """
+    device = pick_device(conf.device)
+    source = check_at_start(open_source(conf.data), conf.data, run_dir)
+    if device.type == "cpu":
+        keep_freed_memory()  # what the check's threads freed has gone back before
+    metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
+    torch.manual_seed(conf.seed)
+    built = build_model(model_settings(conf.model, is_multilabel=source.is_multilabel), source.classes)
+    dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
+    set_kernels(conf.precision, dtype)
+    place(built.model, device, dtype)
+    is_auto_batch = conf.data.batch_size == 0
+    return Parts(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch)

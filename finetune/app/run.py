@@ -1,0 +1,416 @@
+"""One run, in the order in which things happen: the only module that sees everything.
+
+The run directory that it leaves: `config.yaml`, `run.log`, `history.jsonl`, `rates.json`, `result.json`, `lr.png`,
+`curves.png`, `metrics.json`, the confusion matrices and `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
+from finetune.app.parts import Parts, build_parts, place
+from finetune.app.probing import fit_head
+from finetune.app.training import ranked_by, scored, stoppable, train_to_the_end, write_scores
+from finetune.config import Conf, HeadKind, OnNonfinite, as_dict, train_problems
+from finetune.core import recipe
+from finetune.core.compiling import compiled
+from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
+from finetune.core.ema import Ema
+from finetune.core.finite import NotFiniteError
+from finetune.core.layers import LayeredModel
+from finetune.core.loop import TrainState, validate
+from finetune.core.metrics import Meter
+from finetune.core.optim import build_optimizer
+from finetune.core.plan import layer_rows, prepare
+from finetune.core.sched import create_scheduler
+from finetune.models import build_model
+from finetune.models.heads.offsets import set_offsets
+from finetune.prefix import Feed
+from finetune.prefix.splits import Feeding
+from finetune.report import run_figures as report
+from finetune.report import scores
+from finetune.runs.checkpoint import put_weights
+from finetune.runs.claim import Holding, Result, inspect
+from finetune.runs.records import write_json
+from finetune.runs.resume import find_state, first_promise, plan_of, resume, say_changes
+from finetune.runs.saving import Saver, tidy
+from finetune.system.errors import UserError
+from finetune.system.files import sweep_temporaries, write_text
+from finetune.system.lock import Lock
+from finetune.system.log import Bar, say, start_log, stop_log, table
+from finetune.system.signals import Interrupted, StopSignals
+from finetune.system.terminal import command
+
+logger = logging.getLogger("finetune")
+
+
+def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) -> Result:
+    """Fine-tune as `conf` says and leave everything in `run_dir`; what `result.json` holds.
+
+    A folder that already holds this very run is continued, or left alone where it has finished.
+
+    Args:
+        conf: A configuration that `finetune.config.validate` found no fault with.
+        run_dir: Exists and is empty, or holds a run.
+        overrides: The command line's own words, for the record.
+        quiet: No console output.
+
+    Raises:
+        ValueError: A user's mistake that only model, data or the folder could show.
+        NotFiniteError: Training diverged; `result.json` says `diverged`.
+        Interrupted: A signal asked for a stop; the state is saved.
+    """
+    holding = inspect(run_dir, conf)
+    if not holding.is_finished:
+        with Lock(run_dir) as lock:
+            holding = inspect(run_dir, conf)  # again, now that nobody else can change it
+            if not holding.is_finished:
+                return _run(conf, run_dir, _Session(conf, overrides, holding, quiet, lock.taken_over))
+    assert holding.earlier is not None
+    say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
+    return holding.earlier
+
+
+@dataclass
+class _Session:
+    """What one start of a run knows beside its configuration."""
+
+    conf: Conf  # as it was asked for
+    overrides: list[str]
+    holding: Holding
+    quiet: bool
+    taken_over: str  # whose stale lock was in the way
+    result: Result = field(default_factory=dict)
+    is_accepted: bool = False
+
+
+def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
+    """`run`, in a folder that this process alone works in."""
+    start_log(run_dir, quiet=session.quiet)
+    result, stop = session.result, StopSignals()
+    result |= {
+        "status": "running",
+        "error": None,
+        "overrides": _all_overrides(conf, session),
+        "seed": conf.seed,
+        "resumed_at": session.holding.resumed_at,
+    }
+    try:
+        sweep_temporaries(run_dir)
+        _announce(conf, run_dir, session)
+        if session.holding.earlier is None:
+            _accept(session, run_dir, carried_on={}, plan={})
+        with stop:
+            _fine_tune(conf, run_dir, session, stop)
+        result["status"] = "finished"
+        _log_close(run_dir, result)
+    except BaseException as error:
+        result["status"], result["error"] = _outcome(error)
+        logger.debug("the run ended early", exc_info=error)
+        raise
+    finally:
+        if session.is_accepted:
+            _write_result(run_dir, result)
+        elif not session.holding.changes:  # the run as it was, which could not be continued
+            ended = {name: result[name] for name in ("status", "error")}
+            _write_result(run_dir, {**(session.holding.earlier or {}), **ended})
+        stop_log()
+        stop.pass_on()
+    stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
+    return result
+
+
+def _accept(session: _Session, run_dir: Path, *, carried_on: Result, plan: dict[str, Any]) -> None:
+    """From here on the folder is this session's: until here it may refuse to be continued, and is left as it was.
+
+    Args:
+        session: Its result goes on record.
+        run_dir: The run's.
+        carried_on: What an earlier session put on record and this one goes on from.
+        plan: `rates.json` of a run that is continued.
+    """
+    session.is_accepted = True
+    own = dataclasses.replace(session.conf, resume=None, resume_force=False)
+    config = yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True)
+    if session.holding.earlier is None:
+        write_text(run_dir / "config.yaml", config)  # first of all: by it a folder is known as a run's
+        write_json(run_dir / "result.json", session.result)
+        return
+    # Killed in between, a run may have lost a promise or show another plan, but never keep one that is broken.
+    session.result |= {**carried_on, **session.result}
+    write_json(run_dir / "result.json", session.result)
+    write_json(run_dir / "rates.json", plan)
+    if session.holding.changes:
+        write_text(run_dir / "config.yaml", config)
+
+
+def _carried_on(parts: Parts, holding: Holding, *, is_found: bool) -> Result:
+    """Of what an earlier session put on record, what this one goes on from: so it stays known however this one ends.
+
+    Not what the test gave, which was of other weights; nor scores, where no state is there to go on from.
+    """
+    kept = ("promise", *(["auto_"] if parts.is_auto_batch else []))
+    if is_found:
+        kept += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if parts.built.has_zeroshot else []))
+    return {name: value for name, value in (holding.earlier or {}).items() if name.startswith(kept)}
+
+
+def _all_overrides(conf: Conf, session: _Session) -> list[str]:
+    """The words of the first start, and those of `resume=` in the place of what they replace."""
+    if conf.resume is None or session.holding.earlier is None:
+        return session.overrides
+    replaced = {word.partition("=")[0] for word in session.overrides}
+    return [w for w in session.holding.earlier["overrides"] if w.partition("=")[0] not in replaced] + session.overrides
+
+
+def _announce(conf: Conf, run_dir: Path, session: _Session) -> None:
+    """The first lines of a run that is continued."""
+    if session.taken_over:
+        logger.warning("took over from %s, which is dead", session.taken_over)
+    if session.holding.earlier is None:
+        return
+    logger.info("continuing the run in %s, so far %s", run_dir, session.holding.earlier["status"])
+    if session.holding.changes:
+        logger.info("changed beside resume=%s:", run_dir)
+        say_changes(session.holding.changes)
+
+
+def _write_result(run_dir: Path, result: Result) -> None:
+    """The last word of a run. A disk too full for it must not hide what went wrong before."""
+    try:
+        write_json(run_dir / "result.json", result)
+    except OSError as error:
+        if result["status"] == "finished":
+            raise
+        logger.error("result.json could not be written: %s", error)
+
+
+def _outcome(error: BaseException) -> tuple[str, str]:
+    """(status, error) of a run that ended early."""
+    if isinstance(error, NotFiniteError):
+        return "diverged", str(error)
+    if isinstance(error, Interrupted):
+        return "interrupted", f"stopped by {error.signal_name}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "stopped by Ctrl-C"
+    return "failed", f"{error}" or type(error).__name__
+
+
+def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) -> None:
+    """Build, train, test, draw; fills the result."""
+    set_deterministic(conf.deterministic)
+    parts = build_parts(conf, run_dir)
+    try:
+        _learn(_with_auto_batch(parts, session) if parts.is_auto_batch else parts, session, stop)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(parts)) from error
+
+
+def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
+    """All of `_fine_tune` behind the building."""
+    conf, run_dir, result = parts.conf, parts.run_dir, session.result
+    device = parts.device
+    promise = first_promise(conf, device, session.holding)
+    logger.info("model: %s", parts.built.description)
+    logger.info("data: %s", parts.source.description)
+    result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, parts.dtype)}
+    result["monitor"] = ranked_by(parts)
+    logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
+
+    steps = recipe.steps_per_epoch(conf, len(parts.loader("train", train=True)))
+    _optimizer(parts, steps)
+    found = find_state(parts, session.holding, promise, steps_per_epoch=steps)
+    plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
+    carried_on = _carried_on(parts, session.holding, is_found=found is not None)
+    result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
+    is_forced = conf.resume_force or not all(change.is_allowed for change in session.holding.changes)
+    if not session.is_accepted and not is_forced:
+        # Ahead of what takes long: a stop shall not undo it.
+        _accept(session, run_dir, carried_on=carried_on, plan=plan)
+    feeding = Feeding(parts, stop.check)
+    train, val = feeding.splits()
+    _prepare_head(parts, train, val, feeding.first_layer, result, stop)
+    state = _start(parts, steps)
+    state.first_layer = feeding.first_layer
+    state.compiled = compiled(parts.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
+    notice = recipe.batch_notice(conf)
+    if notice is not None:
+        logger.warning("%s", notice)
+    if resume(parts, state, found):
+        result["resumed_at"] = [*result["resumed_at"], state.step]
+    if not session.is_accepted:  # what was forced may not fit the state
+        _accept(session, run_dir, carried_on=carried_on, plan=plan)
+    _write_plan(parts, state, plan)
+    del found  # as large as the model and its moments
+    logger.info("resume promise: %s", promise)
+    write_json(run_dir / "result.json", result)
+    stop.check()
+    try:
+        saver = train_to_the_end(parts, state, train, val, result, stop)
+    finally:
+        train.close()
+        val.close()
+    try:  # while the last save goes to the disk
+        _test(parts, state, saver, feeding.test(), result, stop)
+        report.plot_rates(run_dir)
+    finally:
+        saver.wait()
+    write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
+    report.plot_curves(run_dir)
+    tidy(parts.checkpoints)
+
+
+def _prepare_head(parts: Parts, train: Feed, val: Feed, start: int, result: Result, stop: StopSignals) -> None:
+    """What there is of a classifier before any step: zero-shot scores, a linear probe, offsets for several labels.
+
+    `start` is the first layer that the feeds leave to the model.
+    """
+    head = parts.conf.model.head
+    if parts.built.has_zeroshot:
+        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter(), start=start)
+        result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
+        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
+        logger.info("zero-shot, before any training: %s", shown)
+    if head == HeadKind.linear_probe:
+        _probe(parts, result, stop)
+    if parts.source.is_multilabel and head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
+        labels = parts.source.splits["train"].labels
+        set_offsets(parts.model, train.epoch(0), labels, parts.autocast(), start)
+
+
+def _optimizer(parts: Parts, steps: int) -> tuple[Optimizer, LambdaLR]:
+    """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`).
+
+    Called ahead of the first look at the images, too: what only model and data can tell of the settings (depth, globs,
+    warmup) is refused there.
+    """
+    conf = parts.conf
+    prepare(parts.model, conf)
+    optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
+    return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
+
+
+def _probe(parts: Parts, result: Result, stop: StopSignals) -> None:
+    """Fit the head on frozen features, and say what that alone gives."""
+    train, val = parts.loader("train", train=False), parts.loader("val", train=False)
+    try:
+        bar = Bar("linear probe", total=len(train), images=train.num_images)
+        probe = fit_head(parts, stoppable(bar.wrap(train.epoch(0)), stop), stoppable(val.epoch(0), stop))
+    finally:
+        train.close()
+        val.close()
+    result["probe/top1"] = probe.val_top1
+    logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
+
+
+def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
+    """`data.batch_size=auto` as a number: the one of the first start, or what fits now; put on record."""
+    earlier = session.holding.earlier
+    known = None if earlier is None else earlier.get("auto_batch_size")
+    size = int(known) if known else choose_batch(parts)
+    conf = with_batch(parts.conf, size)
+    problems = train_problems(conf.train)  # more micro-batches a step than anybody asked for
+    if problems:
+        raise UserError(f"data.batch_size=auto came to {size} images: {problems[0]}")
+    session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
+    return dataclasses.replace(parts, conf=conf)
+
+
+def _start(parts: Parts, steps: int) -> TrainState:
+    """Everything that changes while training, as it stands before the first step."""
+    conf, model = parts.conf, parts.model
+    optimizer, scheduler = _optimizer(parts, steps)
+    scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
+    parts.checkpoints.mkdir(exist_ok=True)
+    # Dropout draws from here on: not from wherever building the model left the generator.
+    torch.manual_seed(conf.seed)
+    state = TrainState.start(model, optimizer, scheduler, scaler)
+    state.task = parts.task()
+    if conf.train.on_nonfinite == OnNonfinite.skip:
+        state.guard.limit = conf.train.max_nonfinite
+    if conf.train.ema:
+        state.ema = Ema(model, conf.train.ema, warmup=conf.train.ema_warmup)
+    return state
+
+
+def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
+    """Print the table of layers, and write every layer's planned rate."""
+    rows = layer_rows(parts.model, parts.conf)
+    logger.info("%s", table(rows, columns=list(rows[0])))
+    learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
+    logger.info(
+        "%s of %s parameters learn, in %d groups; weight decay spares biases, norms, tokens and positions",
+        f"{learning:,}",
+        f"{sum(row['parameters'] for row in rows):,}",
+        len(state.optimizer.param_groups),
+    )
+    write_json(parts.run_dir / "rates.json", plan)
+
+
+def _evaluate(
+    parts: Parts,
+    feed: Feed,
+    title: str,
+    stop: StopSignals,
+    *,
+    meter: Meter,
+    start: int,
+    model: LayeredModel | None = None,
+) -> dict[str, float]:
+    """Score `model`, by default the one that learns, on a split whose feed ends ahead of layer `start`."""
+    return validate(model or parts.model, scored(feed, title, stop, meter), parts.autocast(), meter, start)
+
+
+def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
+    """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
+    start = state.first_layer
+    try:
+        if feed.will_fork(0):
+            saver.wait()  # no process is forked while another thread holds who knows what
+        feed.prepare(0)
+        if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
+            put_weights(saver.best_weights(), parts.model, parts.checkpoints / "best.safetensors")
+        # The threshold that validation chose: one chosen on the test set would flatter it.
+        meter = parts.meter(scores.chosen_threshold(parts.run_dir))
+        test = _evaluate(parts, feed, "test", stop, meter=meter, start=start)
+        result |= {f"test/{name}": value for name, value in test.items()}
+        write_scores(parts, "test", meter)
+        if parts.built.has_zeroshot:
+            # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
+            torch.manual_seed(parts.conf.seed)
+            untrained = build_model(parts.model_conf, parts.source.classes).model
+            place(untrained, parts.device, parts.dtype)
+            prepare(untrained, parts.conf)
+            zeroshot = _evaluate(parts, feed, "test zero-shot", stop, meter=parts.meter(), start=start, model=untrained)
+            result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
+    finally:
+        feed.close()
+
+
+def _log_close(run_dir: Path, result: Result) -> None:
+    """The last lines of a run: what came out, where it is, what to type next."""
+    if "zeroshot/top1" in result:
+        test = result.get("test/zeroshot/top1", math.nan)
+        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], test)
+    scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
+    names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
+    logger.info(scores, *(result.get(name, math.nan) for name in names))  # a monitor may have been NaN to the end
+    logger.info("run directory: %s", run_dir)
+    logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
+    logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")
+    logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
+    words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
+    logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)

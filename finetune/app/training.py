@@ -1,0 +1,255 @@
+"""The training of a run: `fit` with what happens after a step and after an epoch, and every way out of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from finetune.app import utilisation
+from finetune.app.batch_size import out_of_memory
+from finetune.app.parts import Parts
+from finetune.config import TrainConf
+from finetune.core.device import is_out_of_memory
+from finetune.core.finite import NotFiniteError, Seen
+from finetune.core.loop import Batch, Row, TrainState, fit
+from finetune.core.metrics import Meter
+from finetune.data import ImageError
+from finetune.prefix import Feed
+from finetune.report import scores
+from finetune.runs import bad_batch
+from finetune.runs.claim import Result
+from finetune.runs.records import History
+from finetune.runs.resume import notes_of
+from finetune.runs.saving import Saver
+from finetune.system.errors import UserError
+from finetune.system.log import Bar, epoch_line
+from finetune.system.signals import Interrupted, StopSignals
+
+logger = logging.getLogger("finetune")
+
+
+def train_to_the_end(
+    parts: Parts, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals
+) -> Saver:
+    """Run `fit` with this application's two seams: what happens after a step, and after an epoch.
+
+    Returns:
+        Who saves; the last save may still be under way.
+    """
+    conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
+    bar, validated = Bar("", total=0, images=0), -1
+    fed: dict[str, float] = {}
+    gpu = utilisation.measure(parts) if parts.device.type == "cuda" else None
+    saver, is_saved = _saver(parts), True
+
+    def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
+        nonlocal bar
+        if train.will_fork(epoch):
+            saver.wait()  # no process is forked while another thread holds who knows what
+        train.prepare(epoch)
+        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
+        return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
+
+    def val_batches(epoch: int) -> Iterator[Batch]:
+        if val.will_fork(0):
+            saver.wait()
+        # The loop asks a second time where averaged weights are scored, too.
+        nonlocal validated
+        meter = state.task.ema_meter if validated == epoch else state.task.meter
+        validated = epoch
+        return scored(val, "validate", stop, meter)
+
+    def on_step_end(state: TrainState) -> bool:
+        if bar.due():
+            bar.set(**_shown(state, bar, train, gpu))
+        _tell_skipped(parts, state)
+        saver.check()
+        if _is_save_due(conf.train, state, saver):
+            saver.save(state)
+        return stop.is_set
+
+    def on_epoch_end(state: TrainState, row: Row) -> None:
+        nonlocal is_saved
+        _tell_skipped(parts, state)  # what the last look of the epoch has found
+        row |= {**fed, **_mfu(row, fed, gpu)}
+        history.append(row)
+        _tell(parts, state, row)
+        # Where a stop was asked for as an epoch, too: there may be no other one to write these weights.
+        is_saved = _save_epoch(parts, state, saver, history.rows(), always=(stopping := stop.is_set))
+        if stopping:
+            stop.check()
+
+    with _way_out(parts, state, saver, result):
+        finished = fit(
+            state,
+            conf.train,
+            train_batches=train_batches,
+            val_batches=val_batches,
+            interval=conf.sched.interval,
+            autocast=parts.autocast(),
+            on_step_end=on_step_end,
+            on_epoch_end=on_epoch_end,
+        )
+        if not finished:
+            stop.check()
+        if not is_saved:
+            _save_epoch(parts, state, saver, history.rows(), always=True)
+    return saver
+
+
+def _saver(parts: Parts) -> Saver:
+    keep, share = parts.conf.train.keep, parts.conf.train.max_save_share
+    return Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=keep, max_share=share)
+
+
+def _save_epoch(
+    parts: Parts, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False
+) -> bool:
+    """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
+    left_s = (parts.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
+    return saver.save_epoch(state, rows, ranked_by(parts), thresholds=_thresholds(state), left_s=left_s, always=always)
+
+
+def _tell(parts: Parts, state: TrainState, row: Row) -> None:
+    """The epoch in a line, and where it is the best one its scores class by class."""
+    best = None if math.isnan(state.best_score) else state.best_score
+    epochs = parts.conf.train.epochs
+    logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor))
+    if state.best_epoch == state.epoch:
+        write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
+
+
+def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
+    """The same batches; how they were come by is noted at their end."""
+    yield from batches
+    into |= feed.stats()
+
+
+def _mfu(row: Row, fed: Mapping[str, float], gpu: utilisation.Utilisation | None) -> Row:
+    """How much of a GPU the epoch used."""
+    return {} if gpu is None else {"mfu": gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))}
+
+
+def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation | None) -> dict[str, float]:
+    """What the bar shows beside the speed, under short names; the means first: they wait for the device."""
+    shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"]}
+    stats, speed = feed.stats(), bar.images_per_s
+    names = {"data_wait": "wait", "prefix_hits": "kept"}
+    shown |= {names[name]: value for name, value in stats.items()}
+    if gpu is not None and speed:
+        shown["mfu"] = gpu.share(speed, float(feed.is_kept))  # the bar begins behind what was computed for it
+    return shown
+
+
+@contextmanager
+def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
+    """However training ends: what can be saved is saved, and the result says how far it came."""
+    try:
+        yield
+    except Interrupted:
+        saver.save(state)
+        _tell_skipped(parts, state)  # what the last looks have found
+        saver.wait()
+        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
+        raise
+    except ImageError as error:  # a file that went bad since the check
+        saver.save(state)
+        saver.wait()
+        again = f"continue at step {state.step} with resume={parts.run_dir}, without it by data.on_error=skip"
+        raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
+    except NotFiniteError as error:
+        saver.save_weights(state)
+        error.args = (_not_finite(error, parts, state),)
+        raise
+    except Exception as error:
+        try:
+            saver.wait()  # for a save that is under way
+        except OSError as failed:
+            logger.error("%s", failed)  # beside what is told anyway
+        if is_out_of_memory(error):
+            raise UserError(out_of_memory(parts, step=state.step)) from error
+        raise
+    finally:
+        result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
+        result["seconds_saving"] = round(saver.stalled_s, 3)
+
+
+def _tell_skipped(parts: Parts, state: TrainState) -> None:
+    for seen in state.guard.take():
+        logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
+
+
+def _thresholds(state: TrainState) -> tuple[float | None, float | None]:
+    """What validation has just chosen for the weights, and for their averages."""
+    return state.task.meter.threshold(), None if state.ema is None else state.task.ema_meter.threshold()
+
+
+def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
+    """Whether to save in the middle of an epoch."""
+    by_steps = train.save_every_steps > 0 and state.step % train.save_every_steps == 0
+    return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
+
+
+def ranked_by(parts: Parts) -> str:
+    """The metric that picks the best epochs."""
+    monitor = parts.conf.train.monitor
+    return parts.monitor if monitor == "auto" else monitor
+
+
+def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
+    """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
+    found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
+    row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
+    prefix = "val_ema/" if state.best_is_ema else "val/"
+    found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
+    if state.ema is not None:
+        found["best_weights"] = "ema" if state.best_is_ema else "raw"
+    return found
+
+
+def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
+    """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
+    names = [parts.source.splits["train"].name_of(int(index)) for index in seen.ids]
+    rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    path = bad_batch.store(parts.run_dir, seen, parts.window(seen.epoch, seen.batch), names=names, rates=rates)
+    logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
+    where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
+    return (
+        f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}, rates"
+        f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
+    )
+
+
+def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
+    """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
+    texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
+    limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
+    return (
+        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
+        f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
+        f" {parts.run_dir}"
+    )
+
+
+def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
+    """The same batches, until a signal asks for a stop."""
+    for batch in batches:
+        stop.check()
+        yield batch
+
+
+def scored(loader: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
+    """A split's batches in order, under a bar that shows how `meter` finds them, until a signal asks for a stop."""
+    bar = Bar(title, total=len(loader), images=loader.num_images)
+    for batch in stoppable(bar.wrap(loader.epoch(0)), stop):
+        yield batch
+        if bar.due():
+            bar.set(**meter.running())
+
+
+def write_scores(parts: Parts, split: str, meter: Meter) -> None:
+    """What `meter` has measured on a split, class by class, to the run directory."""
+    scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)

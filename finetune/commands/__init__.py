@@ -1,0 +1,16 @@
+"""The commands: a file each, which reads its part of the command line, calls the rooms below, and prints.
+
+This room may know every other room. A command imports torch only once its command line is known to be good, so that
+`--help` and a typing mistake are answered at once. Read `train.py` first: it is what `finetune` does without a command.
+"""
+
+from __future__ import annotations
+
+# Name and what it does, in the order in which `finetune --help` lists them.
+COMMANDS: dict[str, str] = {
+    "train": "fine-tune a model; the command may be left out",
+    "describe": "every layer with its rate, memory, work and schedule; loads no data and no weights",
+    "check": "look at the data before training: counts, damaged files, duplicates, a contact sheet",
+    "report": "draw the pictures of a run, or the summary of a sweep, again",
+    "replay": "compute a step that was not finite again: which layer, which image",
+}

@@ -1,0 +1,48 @@
+"""`finetune report FOLDER`: draw the pictures of a run again, or sum up a sweep again. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.report.run_figures import plot_curves, plot_rates
+from finetune.system.log import say
+from finetune.system.terminal import complain, printable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Redraw the pictures of a run, or the summary of a sweep; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="finetune report",
+        description="Redraw lr.png and curves.png of a run, or the summary of a sweep.",
+    )
+    parser.add_argument("folder", type=Path, help="a run directory, or the folder of a sweep")
+    folder: Path = parser.parse_args(arguments).folder
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
+        if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
+            _redraw(folder)
+            return 0
+        from finetune.report.sweep import job_folders, summarize
+
+        if not job_folders(folder):
+            raise FileNotFoundError(
+                f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)"
+            )
+        summarize(folder)
+    except (OSError, ValueError) as error:
+        complain(str(error))
+        return 1
+    return 0
+
+
+def _redraw(run_dir: Path) -> None:
+    """Both pictures, as far as their files go."""
+    if (run_dir / "rates.json").exists():
+        plot_rates(run_dir)
+        say(str(run_dir / "lr.png"))
+    if (run_dir / "history.jsonl").exists():
+        plot_curves(run_dir)
+        say(str(run_dir / "curves.png"))

@@ -1,0 +1,97 @@
+"""The settings of augmentation: what happens to a training image before the model sees it. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.config.fields import Choice, changed, setting
+
+
+class Recipe(Choice):
+    """How a training image becomes the square that the model sees."""
+
+    none = "none"
+    light = "light"
+    crop = "crop"
+
+
+class Policy(Choice):
+    """A published set of operations on the colours and the geometry of a cropped image."""
+
+    none = "none"
+    randaug = "randaug"
+    trivial = "trivial"
+    augmix = "augmix"
+    three_augment = "three_augment"
+
+
+@dataclass
+class AugmentConf:
+    """What happens to a training image before the model sees it. Named mixtures of these lie in `conf/augment/`."""
+
+    recipe: Recipe = setting(
+        Recipe.light,
+        "none: resize only; light: a small random rotation, shift and zoom; crop: a random resized crop and more",
+    )
+    degrees: float = setting(10.0, "light: largest rotation either way, in degrees", at_least=0, at_most=180)
+    translate: float = setting(0.08, "light: largest shift either way, as a share of the side", at_least=0, below=1)
+    zoom: float = setting(0.1, "light: largest change of size either way, as a share", at_least=0, below=1)
+    flip: float = setting(
+        0.0, "probability of a left-right mirror image; leave 0 for digits and letters", at_least=0, at_most=1
+    )
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "crop: least and greatest share of the image's area")
+    crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "crop: least and greatest width over height")
+    policy: Policy = setting(Policy.none, "crop: randaug, trivial, augmix or three_augment, after crop and flip")
+    randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", at_least=1)
+    randaug_magnitude: float = setting(9.0, "policy=randaug: mean strength, of 10", at_least=0, at_most=10)
+    randaug_std: float = setting(0.5, "policy=randaug: standard deviation of the strength", at_least=0)
+    jitter: float = setting(
+        0.0, "crop: largest change of brightness, contrast and saturation, as a share", at_least=0, at_most=1
+    )
+    erasing: float = setting(
+        0.0, "crop: probability of filling a random rectangle with noise, after all else", at_least=0, at_most=1
+    )
+    mixup: float = setting(
+        0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", at_least=0
+    )
+    cutmix: float = setting(0.0, "CutMix's alpha: a rectangle comes from another image; 0: off", at_least=0)
+    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", above=0, at_most=1)
+    mix_switch: float = setting(
+        0.5, "with mixup and cutmix: probability that a mixed batch gets cutmix", above=0, below=1
+    )
+    repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", at_least=1)
+    views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", at_least=0)
+
+
+_LIGHT = ("degrees", "translate", "zoom")
+_CROP = ("crop_scale", "crop_ratio", "policy", "jitter", "erasing")
+_RANDAUG = ("randaug_ops", "randaug_magnitude", "randaug_std")
+
+
+def augment_problems(augment: AugmentConf) -> list[str]:
+    """Settings that would be ignored, and ranges that are upside down; one line each."""
+    ignored: dict[str, str] = {}
+    if augment.recipe != Recipe.light:
+        ignored |= dict.fromkeys(_LIGHT, "only augment.recipe=light moves images by it")
+    if augment.recipe != Recipe.crop:
+        ignored |= dict.fromkeys(_CROP, "it needs augment.recipe=crop, as in augment=clip or augment=mae")
+    if augment.policy != Policy.randaug:
+        ignored |= dict.fromkeys(_RANDAUG, "it needs augment.policy=randaug")
+    if not (augment.mixup or augment.cutmix):
+        ignored["mix_prob"] = "it needs augment.mixup or augment.cutmix above 0"
+    if not (augment.mixup and augment.cutmix):
+        ignored["mix_switch"] = "there is nothing to choose between unless both augment.mixup and augment.cutmix are on"
+    if augment.recipe == Recipe.none:
+        every = (*_LIGHT, "flip", *_CROP, *_RANDAUG, "mixup", "cutmix", "mix_prob", "mix_switch", "repeats", "views")
+        ignored = dict.fromkeys(every, "augment=none changes no image")
+    problems = [
+        f"augment.{name}={value} would be ignored: {ignored[name]}"
+        for name, value in changed(augment, *ignored).items()
+    ]
+    for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
+        low, high = getattr(augment, name)
+        if not 0 < low <= high <= most:
+            problems.append(
+                f"augment.{name}=[{low:g}, {high:g}]: expected least, greatest in (0, {most:g}], in this order"
+            )
+    return problems

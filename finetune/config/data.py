@@ -1,0 +1,224 @@
+"""Every setting of the data: where images come from, which of them are used, and how they are fed.
+
+Part of the configuration in `config.py`, on a page of its own; standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+
+from finetune.config.fields import Choice, changed, setting
+
+
+class SourceKind(Choice):
+    """Where images and labels come from."""
+
+    digits = "digits"
+    folder = "folder"
+    table = "table"
+    torchvision = "torchvision"
+    hf = "hf"
+    webdataset = "webdataset"
+
+
+class OnError(Choice):
+    """What becomes of an image that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Balance(Choice):
+    """What is done about classes of different sizes."""
+
+    none = "none"
+    weights = "weights"
+    sampling = "sampling"
+
+
+class CacheKind(Choice):
+    """Where decoded images are kept between epochs."""
+
+    none = "none"
+    ram = "ram"
+    disk = "disk"
+    device = "device"
+
+
+@dataclass
+class DataConf:
+    """Images, labels, their splits, and how they are fed."""
+
+    source: SourceKind = setting(
+        SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
+    )
+    root: str | None = setting(
+        None, "folder of the images (folder), of the data set (torchvision), of tar shards (also URLs, pipe:COMMAND)"
+    )
+    table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image")
+    path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
+    label_column: str = setting("label", "column (table, hf) or json key (webdataset) that holds the label")
+    split_column: str | None = setting(None, "table: column that says train, val or test; null: cut by data.split_seed")
+    label_separator: str | None = setting(None, "table: what stands between several labels of a cell (multi-label)")
+    name: str | None = setting(None, "torchvision: the class, such as CIFAR10; hf: a hub id or a local path")
+    subset: str | None = setting(None, "hf: which configuration of the data set")
+    image_column: str = setting("image", "hf: column that holds the image")
+    download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of what is not there")
+    classes: list[str] = setting([], "use these classes only, by name; empty: all")
+    shots: int = setting(0, "training images of each class; 0: all", at_least=0)
+    fraction: float = setting(1.0, "share of each class's training images that is used", above=0, at_most=1)
+    shots_seed: int = setting(0, "which images data.shots and data.fraction draw", at_least=0)
+    balance: Balance = setting(
+        Balance.none, "weights: rare classes weigh more in the loss; sampling: every class is shown equally often"
+    )
+    epoch_images: int = setting(
+        0, "an epoch shows so many training images, drawn with replacement; 0: every image once", at_least=0
+    )
+    folds: int = setting(0, "cut train and val anew into so many folds; 0: no folds", at_least=0)
+    fold: int = setting(0, "which fold is val, from 0", at_least=0)
+    val_fraction: float = setting(0.1, "share of each class kept for validation", above=0, below=1)
+    test_fraction: float = setting(0.3, "share of each class kept for the final test", above=0, below=1)
+    split_seed: int = setting(
+        0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0
+    )
+    batch_size: int = setting(
+        64, "images a micro-batch; auto (or 0): the most that fit the GPU, the images of a step kept", at_least=0
+    )
+    workers: str = setting(
+        "auto", "loader processes: a number (0: load in the training process) or auto, by measurement; only speed"
+    )
+    on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
+    check_budget_s: float = setting(
+        15.0, "seconds that the check at the start may decode images; what it finds is remembered", at_least=0
+    )
+    cache: CacheKind = setting(
+        CacheKind.none, "keep decoded images in ram, on disk or on the device: same images, faster epochs"
+    )
+    cache_gib: float = setting(
+        500.0, "cache=disk: all of them together, beyond it the longest unused go; fetched shards: a warning", above=0
+    )
+    cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
+
+
+REMOTE = re.compile("(https?|pipe):")  # how a place begins that is not on this machine
+
+# Who reads a setting that not every source reads.
+_READERS: dict[str, tuple[SourceKind, ...]] = {
+    "root": (SourceKind.folder, SourceKind.table, SourceKind.torchvision, SourceKind.webdataset),
+    "table": (SourceKind.table,),
+    "path_column": (SourceKind.table,),
+    "label_column": (SourceKind.table, SourceKind.hf, SourceKind.webdataset),
+    "split_column": (SourceKind.table,),
+    "label_separator": (SourceKind.table,),
+    "name": (SourceKind.torchvision, SourceKind.hf),
+    "subset": (SourceKind.hf,),
+    "image_column": (SourceKind.hf,),
+    "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
+}
+
+# What a source cannot do without, and what that is.
+_NEEDS: dict[SourceKind, dict[str, str]] = {
+    SourceKind.digits: {},
+    SourceKind.folder: {"root": "PATH, the folder that holds one folder of images a class"},
+    SourceKind.table: {"table": "PATH, a .csv, .tsv, .jsonl or .parquet with a line an image"},
+    SourceKind.torchvision: {
+        "name": "CLASS, a data set of torchvision.datasets such as CIFAR10",
+        "root": "PATH, the folder that the data set lies in or is downloaded to",
+    },
+    SourceKind.hf: {"name": "NAME, a data set of the Hugging Face hub or a local path"},
+    SourceKind.webdataset: {
+        "root": "PATH, a folder of .tar shards, a pattern such as shards/train-*.tar, a URL or pipe:COMMAND"
+    },
+}
+
+
+def data_problems(data: DataConf) -> list[str]:
+    """What is wrong with the settings of the data taken together: one line each.
+
+    A setting that would be ignored is among it: whoever typed it believes that it does something.
+    """
+    problems = _source_problems(data) + _selection_problems(data)
+    if data.val_fraction + data.test_fraction >= 1:
+        problems.append(
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to learn:"
+            " their sum must be less than 1"
+        )
+    if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
+        problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
+    if changed(data, "cache_gib") and data.cache != CacheKind.disk and not _is_fetched(data):
+        problems.append(
+            f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk, and"
+            " warns of fetched shards"
+        )
+    return problems
+
+
+def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
+    """What keeps `data.cache=device` from working: whatever the host still has to do for each image."""
+    if data.cache != CacheKind.device:
+        return []
+    problems = []
+    if recipe != "none":
+        problems.append(
+            f"data.cache=device with augment={recipe}: the host draws and warps a view of each image, so nothing can be"
+            " fed from the device; use data.cache=ram, or augment=none"
+        )
+    if changed(data, "workers"):
+        problems.append(f"data.workers={data.workers} would be ignored: data.cache=device needs no loader processes")
+    return problems
+
+
+def _is_fetched(data: DataConf) -> bool:
+    """Whether any part of `data.root` is to be fetched."""
+    parts = (data.root or "").split("::")
+    return data.source == SourceKind.webdataset and any(REMOTE.match(part) for part in parts)
+
+
+def _source_problems(data: DataConf) -> list[str]:
+    problems = []
+    for name, value in changed(data, *_READERS).items():
+        if data.source not in _READERS[name]:
+            readers = " or ".join(f"data={kind}" for kind in _READERS[name])
+            why = "is bundled" if data.source == SourceKind.digits else "does not read it"
+            meant = "; use data=folder for your own images" if name == "root" else f"; {readers} does"
+            problems.append(f"data.{name}={value} would be ignored: data={data.source} {why}{meant}")
+    values = asdict(data)
+    for name, meaning in _NEEDS[data.source].items():
+        if not values[name]:
+            problems.append(f"data={data.source} needs data.{name}={meaning}")
+    if data.source == SourceKind.webdataset and data.download and data.root and not _is_fetched(data):
+        problems.append(f"data.download=True would be ignored: data.root={data.root} is neither a URL nor pipe:COMMAND")
+    if data.label_separator == "":
+        problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
+    return problems
+
+
+def _selection_problems(data: DataConf) -> list[str]:
+    problems = []
+    if data.folds == 1:
+        problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
+    if data.folds and data.fold >= data.folds:
+        problems.append(f"data.fold={data.fold}: expected 0 to {data.folds - 1}, with data.folds={data.folds}")
+    if data.folds and changed(data, "val_fraction"):
+        problems.append(f"data.val_fraction={data.val_fraction} would be ignored: data.folds={data.folds} cuts val")
+    if not data.folds and data.fold:
+        problems.append(f"data.fold={data.fold} would be ignored: data.folds=0; set data.folds, such as data.folds=5")
+    if data.shots and changed(data, "fraction"):
+        problems.append(f"data.shots={data.shots} and data.fraction={data.fraction} exclude each other: keep one")
+    if data.shots_seed and not data.shots and not changed(data, "fraction"):
+        problems.append(
+            f"data.shots_seed={data.shots_seed} would be ignored: neither data.shots nor data.fraction is set"
+        )
+    if data.label_separator and data.balance != Balance.none:
+        problems.append(f"data.balance={data.balance} works with one label an image; remove it or data.label_separator")
+    if data.epoch_images and data.balance == Balance.sampling:
+        problems.append(
+            f"data.epoch_images={data.epoch_images} and data.balance=sampling both say how often images come: keep one"
+            " (data.balance=weights goes with either)"
+        )
+    if len(data.classes) == 1:
+        problems.append(f"data.classes={data.classes}: one class leaves nothing to tell apart; name two or more")
+    if len(set(data.classes)) < len(data.classes):
+        problems.append(f"data.classes={data.classes}: names a class twice")
+    return problems

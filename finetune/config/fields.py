@@ -1,0 +1,81 @@
+"""What settings are made of: words out of a list, fields with a meaning and a range, the nearest valid word.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from finetune.system.errors import UserError
+
+
+class Choice(str, Enum):
+    """A word out of a closed list. Members equal their plain string, so `conf.mode == "linear"` holds."""
+
+    def __str__(self) -> str:
+        """The plain word."""
+        return str(self.value)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and its range, which `validate` holds and `--help` shows.
+
+    Args:
+        default: The value where nothing else is said; a list is copied for each instance.
+        help: One line with the unit and what the default means.
+        above: The value must be greater than this.
+        at_least: The value must be this or greater.
+        below: The value must be less than this.
+        at_most: The value must be this or less.
+    """
+    metadata = {"help": help, "above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+C = TypeVar("C", bound=Choice)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
+    valid = list(words)
+    same = [candidate for candidate in valid if candidate.lower() == word.lower()]
+    found = same or difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def choose(kind: type[C], word: str, key: str) -> C:
+    """The member of `kind` that `word` names.
+
+    Raises:
+        ValueError: The word is not in the list; says which are and which is nearest.
+    """
+    words = [member.value for member in kind]
+    if word not in words:
+        raise UserError(f"{key}={word}: expected one of {', '.join(words)}{nearest(str(word), words)}")
+    return kind(word)
+
+
+def changed(conf: Any, *names: str) -> dict[str, Any]:
+    """Those of the settings `names` of a section that are not at their defaults, with their values, in this order."""
+    now, fresh = asdict(conf), asdict(type(conf)())
+    return {name: now[name] for name in names if _plain(now[name]) != _plain(fresh[name])}
+
+
+def _plain(value: object) -> object:
+    """A pair is a list or a tuple by where it came from."""
+    return list(value) if isinstance(value, (list, tuple)) else value

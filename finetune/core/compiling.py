@@ -1,0 +1,66 @@
+"""The layers that the loop runs as one compiled program: those that learn, or the whole model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+from finetune.config import CompileMode
+from finetune.core.layers import LayeredModel
+from finetune.system.errors import UserError
+
+logger = logging.getLogger("finetune")
+
+
+class CompiledModel:
+    """Stands in for a model in training steps: whole batches run compiled, a short last one as ever.
+
+    So nothing is compiled a second time for it. On CUDA `max-autotune` also records the step as CUDA graphs.
+    """
+
+    def __init__(self, model: LayeredModel, mode: CompileMode, batch_size: int) -> None:
+        """Nothing is compiled before the first step.
+
+        Args:
+            model: Frozen as it will train.
+            mode: default or max-autotune.
+            batch_size: Images of a whole batch.
+        """
+        self._model = model
+        self._batch_size = batch_size
+        self._graphs = mode == CompileMode.max_autotune
+        self._compiled = torch.compile(model.forward, mode=None if not self._graphs else "max-autotune", dynamic=False)
+
+    def __call__(self, inputs: Tensor, start: int = 0) -> Tensor:
+        """As `LayeredModel.forward`."""
+        if len(inputs) != self._batch_size:
+            return self._model(inputs, start=start)  # type: ignore[no-any-return]
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return self._compiled(inputs, start)
+
+
+def compiled(model: LayeredModel, mode: CompileMode, *, batch_size: int, device: torch.device) -> CompiledModel | None:
+    """What `train.compile` asks for; None where it asks for nothing.
+
+    Raises:
+        ValueError: There is no C++ compiler, which code for a CPU needs.
+    """
+    if mode == CompileMode.none:
+        return None
+    if device.type == "cpu":
+        wanted = os.environ.get("CXX", "g++")
+        if shutil.which(wanted) is None and shutil.which("clang++") is None:
+            raise UserError(
+                f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: install one (such as"
+                " the package g++), set CXX, or use train.compile=none"
+            )
+    # Of one function torch compiles eight variants and runs the ninth as it stands, without a word: a ninth job of a
+    # sweep would train uncompiled. What earlier jobs compiled is theirs.
+    torch.compiler.reset()
+    logger.info("train.compile=%s: the first steps take a minute or more", mode)
+    return CompiledModel(model, mode, batch_size)

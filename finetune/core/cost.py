@@ -1,0 +1,188 @@
+"""What training a model costs, without training it or holding it: memory in bytes and work in FLOPs.
+
+Both are measured on tensors that have shapes and no values, by running the model's own forward and backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.config import OptimConf, OptimizerKind
+from finetune.core.layers import LayeredModel
+from finetune.core.optim import param_groups
+
+# Weights, gradients and most optimizers' moments are fp32 whatever the forward pass computes in.
+FP32_BYTES = 4
+# bitsandbytes: tensors of fewer numbers keep fp32 moments; so many 8-bit ones share an fp32 scale.
+SMALLEST_8BIT = 4096
+BLOCK_8BIT = 256
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations for one image; a multiplication and an addition are two.
+
+    Attributes:
+        forward: Of the forward pass.
+        training: Of forward and backward pass, the backward pass of what learns only.
+        frozen: Of the forward pass through the layers ahead of `model.boundary`, which need not run in every epoch.
+    """
+
+    forward: float
+    training: float
+    frozen: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds at the end of a forward pass, and in the optimizer.
+
+    Attributes:
+        weights: Parameters and buffers, fp32.
+        gradients: Of what learns, fp32.
+        optimizer: What the optimizer keeps of what learns between two steps.
+        average: The moving average of the weights, where there is one.
+        activations: What the forward pass of one micro-batch keeps for the backward pass: activations, and the copies
+            of weights in the precision that it computes in.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum. A GPU needs some GiB more: its context, workspaces, gaps between tensors."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def count_flops(model: LayeredModel, image_size: int) -> Flops:
+    """Count the work on one image as the model is frozen now.
+
+    Matrix products, convolutions and attention are counted, as `torch.utils.flop_counter` does; what works element by
+    element (norms, activations) is not, and is below a percent. What is recomputed is counted again.
+
+    Args:
+        model: On the meta device.
+        image_size: Pixels a side.
+    """
+    images = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        h = model(images, stop=model.boundary) if model.boundary else images
+        frozen = counter.get_total_flops()
+        logits = model(h, start=model.boundary)
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+        both = counter.get_total_flops()
+    model.zero_grad()
+    return Flops(forward / len(images), both / len(images), frozen / len(images))
+
+
+def estimate_memory(
+    model: LayeredModel,
+    image_size: int,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    averaged: bool = False,
+    optim: OptimConf | None = None,
+) -> Memory:
+    """Add up what training a model takes, as it is frozen now.
+
+    Args:
+        model: On the meta device.
+        image_size: Pixels a side.
+        batch_size: Images a micro-batch.
+        dtype: What the forward pass computes in.
+        averaged: Whether a moving average is kept of what learns.
+        optim: The optimizer; the default one where it is left out.
+    """
+    everything = [*model.parameters(), *model.buffers()]
+    learning = FP32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape = (batch_size, 3, image_size, image_size)
+    activations = _saved_bytes(model, shape, dtype)
+    if model.recompute:
+        # While one layer is computed again, its own activations stand beside the inputs of all others.
+        with _without_recompute(model):
+            whole = _saved_bytes(model, shape, dtype)
+        activations += max(0, whole - activations) // max(1, len(model.layers) - model.num_frozen)
+    return Memory(
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in everything),
+        gradients=learning,
+        optimizer=optimizer_bytes(model, optim or OptimConf()),
+        average=learning if averaged else 0,
+        activations=activations,
+    )
+
+
+def optimizer_bytes(model: LayeredModel, conf: OptimConf) -> int:
+    """What the optimizer keeps between two steps of what learns, step counters (4 bytes a tensor) left out."""
+    return sum(
+        _state_bytes(parameter, conf, group["optimizer"])
+        for group in param_groups(model, conf)
+        for parameter in group["params"]
+    )
+
+
+def _state_bytes(parameter: Tensor, conf: OptimConf, kind: str) -> int:
+    size = parameter.numel()
+    if kind == OptimizerKind.adafactor and parameter.ndim > 1:
+        # A mean for each row and each column of the last two dimensions.
+        return FP32_BYTES * (size // parameter.shape[-1] + size // parameter.shape[-2])
+    if kind == OptimizerKind.adamw8bit and size >= SMALLEST_8BIT:
+        return 2 * (size + FP32_BYTES * -(-size // BLOCK_8BIT))
+    moments = {"adamw": 2, "adamw8bit": 2, "sgd": int(conf.momentum > 0), "lion": 1, "muon": 1, "adafactor": 1}
+    return FP32_BYTES * moments[kind] * size
+
+
+@contextmanager
+def _without_recompute(model: LayeredModel) -> Iterator[None]:
+    model.recompute = False
+    try:
+        yield
+    finally:
+        model.recompute = True
+
+
+def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Bytes of the storages that one forward pass keeps for the backward pass, each counted once.
+
+    The tensors are fakes that claim to lie on a CPU: so torch takes its fused attention, which keeps no square of
+    attention weights, as it does on a GPU; on the meta device it would take the plain one. Autocast is at work too.
+    """
+    half = dtype != torch.float32
+    kept: dict[int, Tensor] = {}
+    with FakeTensorMode():
+        fakes: dict[str, Tensor] = {
+            name: nn.Parameter(_like(p), requires_grad=p.requires_grad) for name, p in model.named_parameters()
+        }
+        fakes |= {name: _like(buffer) for name, buffer in model.named_buffers()}
+        own = {tensor.untyped_storage()._cdata for tensor in fakes.values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            # The tensor stays alive in `kept`, so no other storage can get its address.
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        model.train()
+        context = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
+        with context, saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = torch.func.functional_call(model, fakes, (torch.empty(shape),))
+        total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    del logits
+    return total
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

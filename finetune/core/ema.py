@@ -1,0 +1,97 @@
+"""An exponential moving average of the weights: a second model, smoother than the one that learns, at no extra step.
+
+After every optimizer step each average moves a little towards its weight: `average += (1 - decay) * (weight - average)`
+(Polyak and Juditsky, 1992). It is scored beside the weights themselves, and the better of the two is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from finetune.core.layers import LayeredModel
+from finetune.system.errors import UserError
+
+
+class Ema:
+    """Averages of all that learns: parameters, and the running statistics of BatchNorm where they move.
+
+    Frozen tensors are their own average, so they cost nothing. Averages are fp32 and live where the weights live.
+
+    Attributes:
+        decay: In (0, 1): the average remembers about 1 / (1 - decay) steps.
+        warmup: Whether a young average forgets faster, see `decay_at`.
+    """
+
+    def __init__(self, model: LayeredModel, decay: float, *, warmup: bool = True) -> None:
+        """Start at the present weights. Freeze the model, and move it to its device, first."""
+        if not 0 < decay < 1:
+            raise UserError(f"train.ema={decay}: must be greater than 0 and less than 1; 0.9998 is usual")
+        self.decay = decay
+        self.warmup = warmup
+        self._weights = _moving_tensors(model)
+        self._averages = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+
+    def decay_at(self, step: int) -> float:
+        """The decay of optimizer step `step`, from 1.
+
+        With `warmup` it is min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it with
+        `num_updates`: the average then forgets the untrained head within some steps, not within 1 / (1 - decay).
+        """
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages towards the weights that optimizer step `step` has left. No wait for the device."""
+        averages, weights = list(self._averages.values()), list(self._weights.values())
+        torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within it the model computes with the averages; after it, with its own weights again, to the last bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # By values, tensor by tensor: no second model in memory, and whatever holds on to a parameter (optimizer,
+        # compiled graph) still holds the right one.
+        for name, weight in self._weights.items():
+            average = self._averages[name]
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, for a checkpoint."""
+        return dict(self._averages)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over averages from `state_dict`.
+
+        Raises:
+            ValueError: They are those of other parameters.
+        """
+        if state.keys() != self._averages.keys():
+            names = ", ".join(sorted(state.keys() ^ self._averages.keys())[:3])
+            raise UserError(f"the checkpoint averages other parameters than this run, such as {names}")
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+
+def _moving_tensors(model: LayeredModel) -> dict[str, Tensor]:
+    """What training changes, by name: parameters that learn, and running statistics above the frozen layers."""
+    found: dict[str, Tensor] = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+    for path, module in model.net.named_modules():
+        if isinstance(module, _NormBase):
+            for name, buffer in module.named_buffers(path, recurse=False):
+                if buffer.is_floating_point() and model.layer_ids[name] >= model.num_frozen:
+                    found[name] = buffer
+    return found

@@ -1,0 +1,130 @@
+"""What a model learns by: one number an image, so that every image weighs the same in any batch.
+
+Targets are class indices, int64 (batch,), or a share of every class, float (batch, classes): several labels an image
+(each 0 or 1), or the mixtures that MixUp and CutMix make. Each loss is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import Loss, TrainConf
+from finetune.system.errors import UserError
+
+# (logits (batch, classes), targets, label smoothing in [0, 1)) -> (batch,)
+Criterion = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, class_weights: Tensor | None = None
+) -> Tensor:
+    """Negative log-likelihood of the right class. (batch, classes), targets -> (batch,).
+
+    Args:
+        logits: Any floating type.
+        targets: Class indices, or shares that add up to 1; what is a mixture already is smoothed after mixing, which
+            is the same as mixing smoothed targets.
+        label_smoothing: Share of each target spread evenly over all classes (Szegedy et al., arXiv:1512.00567).
+        class_weights: Factor on each class's part of the loss, (classes,). Not divided by their sum over the batch, as
+            torch's own mean is: an image's loss must not depend on its company.
+    """
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, class_weights, reduction="none", label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, class_weights: Tensor | None = None
+) -> Tensor:
+    """A yes-or-no question for each class, averaged over classes. (batch, classes), targets -> (batch,).
+
+    Args:
+        logits: Any floating type.
+        targets: Class indices, or shares in [0, 1] that need not add up to 1.
+        label_smoothing: Share of each label spread evenly over all classes, as in `cross_entropy`.
+        class_weights: Factor on each class's term, (classes,).
+    """
+    shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
+    return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights, reduction="none").mean(dim=1)
+
+
+def asymmetric_loss(
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    gamma_pos: float,
+    gamma_neg: float,
+    shift: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Binary cross entropy that forgets easy negatives. (batch, classes), targets -> (batch,).
+
+    Ridnik et al., arXiv:2009.14119: with p the sigmoid of a logit and q = max(p - shift, 0), a label
+    costs -(1 - p)^gamma_pos log p and its absence -q^gamma_neg log(1 - q). Averaged over classes, where the paper sums:
+    AdamW does not feel the factor, gradient clipping does.
+
+    Args:
+        logits: Any floating type.
+        targets: Class indices, or shares in [0, 1]; a share y costs y times the first term plus 1 - y times the second.
+        label_smoothing: As in `binary_cross_entropy`.
+        gamma_pos: Focusing of labels that are there; 0: none.
+        gamma_neg: Focusing of labels that are not.
+        shift: Probability under which an absent label costs nothing.
+        class_weights: Factor on each class's term, (classes,).
+    """
+    logits = logits.float()
+    shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
+    present = torch.sigmoid(-logits).clamp(min=1e-30).pow(gamma_pos) * F.logsigmoid(logits)
+    shifted = (torch.sigmoid(logits) - shift).clamp(min=0)
+    # Without a shift the logarithm comes from the logit itself: 1 - p rounds to 0 in fp32 from a logit of 17 on.
+    log_absent = torch.log1p(-shifted) if shift > 0 else F.logsigmoid(-logits)
+    # `0 ** gamma` has an infinite slope for gamma below 1, and nothing to teach where the probability was shifted off.
+    focus = torch.where(shifted > 0, shifted, 1.0).pow(gamma_neg).where(shifted > 0, float(gamma_neg == 0))
+    terms = -(shares * present + (1 - shares) * focus * log_absent)
+    return (terms if class_weights is None else terms * class_weights).mean(dim=1)
+
+
+def _shares(targets: Tensor, num_classes: int) -> Tensor:
+    """Targets as float32 (batch, classes)."""
+    return F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
+
+
+def _smoothed(shares: Tensor, label_smoothing: float) -> Tensor:
+    """Each row keeps its sum; for one label a row this is what `cross_entropy` learns from."""
+    return shares if label_smoothing == 0 else torch.lerp(shares, shares.mean(dim=1, keepdim=True), label_smoothing)
+
+
+def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weights: Tensor | None = None) -> Criterion:
+    """The loss that `train.loss` names.
+
+    Args:
+        conf: `loss` and the settings of the asymmetric loss.
+        is_multilabel: Whether an image may have several labels, or none; decides what `auto` is.
+        class_weights: Factor on each class, (classes,) on the model's device.
+
+    Raises:
+        ValueError: Cross entropy, which knows exactly one right class, for several labels an image.
+    """
+    kind = conf.loss
+    if kind == Loss.auto:
+        kind = Loss.bce if is_multilabel else Loss.ce
+    if kind == Loss.ce and is_multilabel:
+        raise UserError(
+            "train.loss=ce needs exactly one label an image, and these images have several: use train.loss=bce or asl"
+        )
+    if kind == Loss.ce:
+        return partial(cross_entropy, class_weights=class_weights)
+    if kind == Loss.bce:
+        return partial(binary_cross_entropy, class_weights=class_weights)
+    return partial(
+        asymmetric_loss,
+        gamma_pos=conf.asl_gamma_pos,
+        gamma_neg=conf.asl_gamma_neg,
+        shift=conf.asl_shift,
+        class_weights=class_weights,
+    )

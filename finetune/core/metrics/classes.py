@@ -1,0 +1,88 @@
+"""From a confusion matrix, or its margins alone, to numbers a class; and calibration from sums over bins.
+
+All of it streams: what is kept does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.core.metrics.sums import sum_dtype
+
+ECE_BINS = 15
+
+# A matrix of more classes than this (32 MiB) is not kept; the numbers of each class are.
+MATRIX_CLASSES = 2048
+
+
+class ClassCounts:
+    """How often each class is there, is predicted, and is predicted where it is there.
+
+    Attributes:
+        present: Images of each class, int64 (classes,).
+        predicted: Images given to each class, int64 (classes,).
+        right: Images of each class given to it, int64 (classes,).
+        matrix: Images of class [row] given to class [column], int64 (classes, classes); None with too many classes.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        """Start from zero."""
+        self.present, self.predicted, self.right = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+        keep = num_classes <= MATRIX_CLASSES
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device) if keep else None
+
+    def add(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count one batch; class indices, int64 (batch,) each."""
+        ones = torch.ones_like(labels)
+        self.present.index_add_(0, labels, ones)
+        self.predicted.index_add_(0, predictions, ones)
+        self.right.index_add_(0, labels, (predictions == labels).to(ones.dtype))
+        if self.matrix is not None:
+            self.matrix.view(-1).index_add_(0, labels * len(self.matrix) + predictions, ones)
+
+    def recall(self) -> Tensor:
+        """Share of each class's images that are given to it: its accuracy. NaN where it has none. float (classes,)."""
+        return _ratio(self.right, self.present)
+
+    def precision(self) -> Tensor:
+        """Share of the images given to a class that are of it; NaN where none is. float (classes,)."""
+        return _ratio(self.right, self.predicted)
+
+    def f1(self) -> Tensor:
+        """Twice the hits over present plus predicted; NaN where both are 0. float (classes,)."""
+        return _ratio(2 * self.right, self.present + self.predicted)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    dtype = sum_dtype(part.device)
+    return part.to(dtype) / whole.to(dtype)
+
+
+class Calibration:
+    """Sums for the expected calibration error over bins of equal width (Guo et al., arXiv:1706.04599, equation 5).
+
+    An image falls into the bin of its confidence, the highest softmax probability: bin i holds (i/15, (i + 1)/15]. The
+    error is the mean over images of |accuracy - mean confidence| of their bin. It is a sum over fixed bins, so it is
+    exact however the images were batched; as an estimate of calibration it is biased upwards for few images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start from zero."""
+        self._edges = torch.linspace(0, 1, ECE_BINS + 1, dtype=sum_dtype(device), device=device)[1:-1]
+        self._sums = torch.zeros(3, ECE_BINS, dtype=sum_dtype(device), device=device)  # images, confidences, hits
+
+    def add(self, logits: Tensor, right: Tensor) -> None:
+        """Add one batch: (batch, classes), and 1.0 where the highest is right, (batch,)."""
+        confidence = logits.float().softmax(dim=1).amax(dim=1).to(self._sums.dtype)
+        bins = F.one_hot(torch.bucketize(confidence.nan_to_num(0.0), self._edges), ECE_BINS)
+        rows = torch.stack([torch.ones_like(confidence), confidence, right.to(self._sums.dtype)])
+        # A product, since adding by index sums floats in any order on a GPU. A confidence that is NaN spoils it all.
+        self._sums += rows @ bins.to(self._sums.dtype)
+
+    def error(self) -> Tensor:
+        """The expected calibration error, in [0, 1]; a 0-D tensor."""
+        images, confidences, hits = self._sums
+        error: Tensor = (hits - confidences).abs().sum() / images.sum()
+        return error

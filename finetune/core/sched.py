@@ -1,0 +1,89 @@
+"""The factor on every group's rate: a curve over one cycle, what follows it, and the warmup ahead of it.
+
+A schedule mode is one function of progress t in [0, 1], from 1 down to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from finetune.config import Interval, Mode, PastCycle, SchedulerConf, choose
+from finetune.system.errors import UserError
+
+CURVES: dict[Mode, Callable[[float], float]] = {
+    Mode.linear: lambda t: 1 - t,
+    Mode.cosine: lambda t: math.cos(math.pi / 2 * t),
+    Mode.cosine_pi: lambda t: (1 + math.cos(math.pi * t)) / 2,  # SGDR, arXiv:1608.03983, eq. 5, one cycle
+}
+
+
+def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
+    """What every group's peak rate is multiplied by at time `t`; in [0, 1], never negative.
+
+    Args:
+        t: Time in units of `conf.interval`, from 0.
+        conf: The schedule. For t < warmup the factor is (t + 1) / (warmup + 1); then the curve runs over
+            (t - warmup) / (T - warmup), where T is `cycle`, or `num_steps` where that is 0.
+        num_steps: Length of the whole run in the same unit.
+    """
+    if t < conf.warmup:
+        return (t + 1) / (conf.warmup + 1)
+    cycle = conf.cycle or num_steps
+    progress = (t - conf.warmup) / (cycle - conf.warmup)
+    # Past the cycle the bare formulas of linear and cosine go negative, which is gradient ascent.
+    past_cycle = choose(PastCycle, conf.past_cycle, "sched.past_cycle")
+    if past_cycle == PastCycle.hold:
+        progress = min(progress, 1.0)
+    elif past_cycle == PastCycle.restart:
+        progress %= 1.0
+    else:
+        progress %= 2.0
+        progress = min(progress, 2.0 - progress)
+    # cos(pi/2) is 6e-17 in floating point and could round below 0.
+    curve = max(0.0, CURVES[choose(Mode, conf.mode, "sched.mode")](progress))
+    return curve * (1 - conf.scale_min) + conf.scale_min
+
+
+def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -> LambdaLR:
+    """A `LambdaLR` that multiplies each group's own rate by `lr_factor`.
+
+    Groups that still carry an `lr_scale` (see `param_groups_lrd`) have it folded into their rate here, exactly once,
+    because LambdaLR would never read it.
+
+    Args:
+        cfg: The schedule; `interval` says when to call `scheduler.step()`: after train and validate, or after each
+            optimizer step (not each micro-batch).
+        optimizer: With its groups' peak rates.
+        num_steps: Epochs or optimizer steps of the whole run, as `interval` says.
+
+    Raises:
+        ValueError: An unknown word, or numbers that make no curve.
+    """
+    choose(Interval, cfg.interval, "sched.interval")
+    choose(Mode, cfg.mode, "sched.mode")
+    choose(PastCycle, cfg.past_cycle, "sched.past_cycle")
+    if num_steps < 1:
+        raise UserError(f"num_steps={num_steps}: a schedule needs at least one {cfg.interval}")
+    if cfg.cycle < 0:
+        raise UserError(f"sched.cycle={cfg.cycle}: must be 0 (the whole run) or more")
+    if not 0 <= cfg.scale_min <= 1:
+        raise UserError(f"sched.scale_min={cfg.scale_min}: must be between 0 and 1")
+    if cfg.warmup_epochs:
+        raise UserError(
+            f"sched.warmup_epochs={cfg.warmup_epochs:g}: only a run knows its steps an epoch;"
+            f" give `warmup`, in {cfg.interval}s"
+        )
+    length = cfg.cycle or num_steps
+    if not 0 <= cfg.warmup < length:
+        raise UserError(
+            f"sched.warmup={cfg.warmup}: must be 0 or more, and less than the length of the curve,"
+            f" {length} {cfg.interval}s"
+        )
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            group["lr"] *= group.pop("lr_scale")
+    return LambdaLR(optimizer, lambda t: lr_factor(t, cfg, num_steps))

@@ -1,0 +1,101 @@
+"""A picture of training images exactly as the model will see them: same order, same views, normalising undone."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from finetune.config import Conf
+from finetune.core.preprocess import Preprocess
+from finetune.data.images.mix import Mixer
+from finetune.data.loading.loaders import Loader
+from finetune.data.split import Source
+from finetune.system.files import write_atomic
+
+COLUMNS, ROWS = 8, 6
+MIN_SIDE = 128  # pixels of a tile; smaller images are shown in whole multiples of their pixels
+GAP, CAPTION = 8, 18
+
+
+def write_contact_sheet(path: Path, source: Source, preprocess: Preprocess, conf: Conf) -> None:
+    """Draw the first images of the first training epoch of this very configuration.
+
+    Args:
+        path: The PNG to write.
+        source: Without unreadable images.
+        preprocess: Of the model.
+        conf: The run's.
+    """
+    wanted = COLUMNS * ROWS
+    # What `auto` comes to only the training GPU knows; the images are the same in batches of any size.
+    data = conf.data if conf.data.batch_size else dataclasses.replace(conf.data, batch_size=wanted)
+    loader = Loader(
+        source.splits["train"],
+        preprocess,
+        conf=data,
+        augment=conf.augment,
+        seed=conf.seed,
+        device=torch.device("cpu"),
+    )
+    mixer = Mixer(conf.augment, num_classes=len(source.classes), seed=conf.seed)
+    try:
+        batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // data.batch_size))
+        tiles = [(image, label) for images, labels, _ in batches for image, label in zip(images, labels, strict=True)]
+    finally:
+        loader.close()
+    sheet = _sheet([(_pixels(image, preprocess), _caption(source, label)) for image, label in tiles[:wanted]])
+    write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def _pixels(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """Normalised float32 (3, size, size) -> uint8, as it was on the way to the device."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _caption(source: Source, label: Tensor) -> str:
+    """The class; several with their shares where images or labels are mixed."""
+    if label.ndim == 0:
+        return source.classes[int(label)]
+    shares = sorted(
+        ((share, name) for share, name in zip(label.tolist(), source.classes, strict=True) if share), reverse=True
+    )
+    return " + ".join(name if share == 1 else f"{share:.0%} {name}" for share, name in shares) or "no label"
+
+
+def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
+    """Tiles in rows, each over its caption."""
+    size = tiles[0][0].shape[-1]
+    side = size * -(-MIN_SIDE // size)
+    columns = min(COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (GAP + columns * (side + GAP), GAP + rows * (side + CAPTION + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), _font()
+    for number, (pixels, caption) in enumerate(tiles):
+        x = GAP + number % columns * (side + GAP)
+        y = GAP + number // columns * (side + CAPTION + GAP)
+        tile = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + side + 2), _shortened(caption, font, side), fill="black", font=font)
+    return sheet
+
+
+def _font() -> Any:
+    """Matplotlib's own font: it knows more alphabets than Pillow's."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    text = " ".join(text.split())
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+    return text

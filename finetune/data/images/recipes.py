@@ -1,0 +1,322 @@
+"""Random resized crops and what follows them: published augmentation, each image by a generator of its own.
+
+Everything is torchvision's `v2` on uint8, or its equal to the bit where that is faster. Its operations draw from
+torch's global CPU generator, so that one is lent out, image by image (`drawing_from`), and handed back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from finetune.config import AugmentConf, Policy
+from finetune.core.preprocess import Preprocess
+from finetune.data.images.squares import Images, gather, resize
+
+ImageStep = Callable[[Tensor], Tensor]
+Fill = list[int]
+
+BILINEAR = InterpolationMode.BILINEAR
+
+
+@contextlib.contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Let whatever draws from torch's global CPU generator draw from `generator`, and leave no trace.
+
+    Not `torch.manual_seed`, which would seed the GPU's generator too, and with it the training process's dropout.
+    """
+    before = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@dataclass(frozen=True)
+class CropRecipe:
+    """One image after the other: crop, mirror, policy, colour jitter, erasing, in this order.
+
+    Attributes:
+        steps: uint8 (3, height, width) -> uint8 (3, size, size), each drawing from torch's global generator.
+    """
+
+    steps: tuple[ImageStep, ...]
+
+    def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
+        """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
+        pairs = zip(images, generators, strict=True)
+        return gather((self._one(image, generator) for image, generator in pairs), len(images))
+
+    def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        with drawing_from(generator):
+            for step in self.steps:
+                image = step(image)
+        return image
+
+
+def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecipe:
+    """The steps that the settings ask for; what is off is not there and draws nothing.
+
+    Shifted, sheared and turned images are filled with the colour that normalises to zero.
+    """
+    fill = [round(255 * value) for value in preprocess.mean]
+    crop = RandomCrop(preprocess.size, augment.crop_scale, augment.crop_ratio, preprocess.interpolation)
+    steps: list[ImageStep] = [crop]
+    if augment.flip:
+        steps.append(RandomMirror(augment.flip))
+    if augment.policy == Policy.randaug:
+        steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, fill))
+    elif augment.policy == Policy.trivial:
+        steps.append(v2.TrivialAugmentWide(interpolation=BILINEAR, fill=fill))
+    elif augment.policy == Policy.augmix:
+        steps.append(v2.AugMix(interpolation=BILINEAR, fill=fill))
+    elif augment.policy == Policy.three_augment:
+        steps.append(three_augment(preprocess.size))
+    if augment.jitter:
+        steps.append(v2.ColorJitter(augment.jitter, augment.jitter, augment.jitter))
+    if augment.erasing:
+        steps.append(Erasing(augment.erasing, preprocess.mean, preprocess.std))
+    return CropRecipe(tuple(steps))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A box of random area and shape, resized to a square (Szegedy et al., arXiv:1409.4842, section 6).
+
+    torchvision's `v2.RandomResizedCrop` to the bit, out of the same random numbers, with less around them. Only where
+    that fails, on boxes of no width or height out of the thinnest images, is there a pixel.
+
+    Attributes:
+        size: Side of the square.
+        scale: Share of the image's area, from and to.
+        ratio: Width over height, from and to.
+        interpolation: A word that torchvision knows.
+    """
+
+    size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    interpolation: str
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width) -> uint8 (3, size, size)."""
+        height, width = image.shape[-2:]
+        top, left, tall, wide = self.box(height, width)
+        return resize(image[:, top : top + tall, left : left + wide], [self.size, self.size], self.interpolation)
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the crop out of an image of that size, in pixels."""
+        return self._draw(height, width) or self._middle(height, width)
+
+    @functools.cached_property
+    def _log_ratio(self) -> list[float]:
+        """Logarithm and, below, exponential are torch's own, in float32: others round differently."""
+        logarithms: list[float] = torch.log(torch.tensor(self.ratio)).tolist()
+        return logarithms
+
+    def _draw(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """As `box`; None where ten boxes did not fit into the image."""
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*self.scale).item()
+            ratio = torch.empty(1).uniform_(*self._log_ratio).exp_().item()
+            wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < tall <= height:
+                top, left = (int(torch.randint(free + 1, (1,))) for free in (height - tall, width - wide))
+                return top, left, tall, wide
+        return None
+
+    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The middle of the image, as much of it as the limits of the shape allow, but a pixel at least."""
+        narrowest, widest = min(self.ratio), max(self.ratio)
+        tall = max(1, round(width / narrowest)) if width / height < narrowest else height
+        wide = max(1, round(height * widest)) if width / height > widest else width
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+@dataclass(frozen=True)
+class RandomMirror:
+    """Left and right change places, with probability `prob`."""
+
+    prob: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back."""
+        return image.flip(-1) if torch.rand(1) < self.prob else image
+
+
+def three_augment(size: int) -> ImageStep:
+    """DeiT III's 3-Augment: grey, solarised or blurred, one of the three (Touvron et al., arXiv:2204.07118).
+
+    Solarised from the middle of the range up; blurred with a standard deviation of 0.1 to 2 pixels.
+    """
+    width = min(13, size - 1 + size % 2)  # three standard deviations either way, where the image is that large
+    choice: ImageStep = v2.RandomChoice([
+        v2.Grayscale(num_output_channels=3),
+        v2.RandomSolarize(threshold=128, p=1.0),
+        v2.GaussianBlur(width, sigma=(0.1, 2.0)),
+    ])  # fmt: skip
+    return choice
+
+
+def _uniform(low: float = 0.0, high: float = 1.0) -> float:
+    return float(torch.rand((), dtype=torch.float64)) * (high - low) + low
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """RandAugment (Cubuk et al., arXiv:1909.13719) in the variant that timm calls `rand-m9-mstd0.5-inc1`.
+
+    It is what BEiT, MAE, DeiT and FT-CLIP were trained with. For each of `ops` operations: one of fifteen, evenly and
+    with replacement, happens with probability 0.5 at a strength from N(magnitude, std) cut to [0, 10]. All grow with
+    the strength ("inc1"). torchvision's own RandAugment is another recipe: fourteen operations, each always applied, at
+    9 of 30 instead of 9 of 10. Unlike timm, which draws between bilinear and bicubic, shears and turns are bilinear.
+
+    Attributes:
+        ops: How many operations.
+        magnitude: Mean strength, 0 to 10.
+        std: Standard deviation of the strength.
+        fill: Colour of what comes in from outside, (red, green, blue), 0 to 255.
+    """
+
+    ops: int
+    magnitude: float
+    std: float
+    fill: Fill
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back."""
+        for _ in range(self.ops):
+            operation = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
+            happens, noise, sign = _uniform() < 0.5, float(torch.randn(())), 1.0 if _uniform() < 0.5 else -1.0
+            strength = min(10.0, max(0.0, self.magnitude + self.std * noise)) / 10
+            if happens:
+                image = operation(image, strength, sign, self.fill)
+        return image
+
+
+# image, strength in [0, 1], sign -1 or 1, fill
+Operation = Callable[[Tensor, float, float, Fill], Tensor]
+
+
+def _shear_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, shear=[math.degrees(math.atan(0.3 * strength * sign)), 0.0])
+
+
+def _shear_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, shear=[0.0, math.degrees(math.atan(0.3 * strength * sign))])
+
+
+def _translate_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0.0])
+
+
+def _translate_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, translate=[0.0, -0.45 * strength * sign * image.shape[-2]])
+
+
+def _rotate(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    return _affine(image, fill, angle=-30 * strength * sign)  # PIL counts against the clock
+
+
+def _affine(
+    image: Tensor,
+    fill: Fill,
+    *,
+    angle: float = 0.0,
+    translate: Sequence[float] = (0.0, 0.0),
+    shear: Sequence[float] = (0.0, 0.0),
+) -> Tensor:
+    # PIL, which timm and so the published recipes use, shears from the top left corner and turns around the centre.
+    moved: Tensor = F.affine(
+        image,
+        angle=angle,
+        translate=list(translate),
+        scale=1.0,
+        shear=list(shear),
+        interpolation=BILINEAR,
+        fill=fill,
+        center=[0.0, 0.0] if any(shear) else None,
+    )
+    return moved
+
+
+def _factor(strength: float, sign: float) -> float:
+    """Of an enhancement that 1 leaves alone: up to 0.9 less or more."""
+    return max(0.1, 1 + 0.9 * strength * sign)
+
+
+def _solarize(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    """What is brighter than a threshold, 256 at no strength, is inverted."""
+    return torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image)
+
+
+def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+    """What is darker than the middle grows brighter by up to 110."""
+    brighter = image.int().add_(int(110 * strength)).clamp_(max=255).to(torch.uint8)
+    return torch.where(image < 128, brighter, image)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    lambda image, strength, sign, fill: F.autocontrast(image),
+    lambda image, strength, sign, fill: F.equalize(image),
+    lambda image, strength, sign, fill: F.invert(image),
+    _rotate,
+    lambda image, strength, sign, fill: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits: black
+    _solarize,
+    _solarize_add,
+    lambda image, strength, sign, fill: F.adjust_saturation(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_contrast(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_brightness(image, _factor(strength, sign)),
+    lambda image, strength, sign, fill: F.adjust_sharpness(image, _factor(strength, sign)),
+    _shear_x,
+    _shear_y,
+    _translate_x,
+    _translate_y,
+)
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """Random erasing (Zhong et al., arXiv:1708.04896) as timm's mode `pixel`: one rectangle of noise.
+
+    Its area is 2 % to a third of the image, its height over width 0.3 to 1/0.3; ten tries to fit it in. The noise is
+    normal after normalisation, up to what 0 to 255 can hold: timm erases behind the normalisation, this ahead of it.
+
+    Attributes:
+        prob: How often.
+        mean: Of the normalisation.
+        std: Of the normalisation.
+    """
+
+    prob: float
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, height, width), the same shape back; the image itself is left alone."""
+        height, width = image.shape[-2:]
+        if _uniform() >= self.prob:
+            return image
+        for _ in range(10):
+            area = _uniform(0.02, 1 / 3) * height * width
+            aspect = math.exp(_uniform(math.log(0.3), math.log(1 / 0.3)))
+            tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if tall < height and wide < width:
+                top, left = (int(torch.randint(free + 1, ())) for free in (height - tall, width - wide))
+                erased: Tensor = F.erase(image, top, left, tall, wide, self._noise(tall, wide))
+                return erased
+        return image
+
+    def _noise(self, tall: int, wide: int) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        noise = torch.randn(3, tall, wide) * std + mean
+        return (noise * 255).round_().clamp_(0, 255).to(torch.uint8)

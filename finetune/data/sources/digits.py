@@ -1,0 +1,64 @@
+"""Scikit-learn's handwritten digits: bundled, so that every command runs offline."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.config import DataConf
+from finetune.data.images.decode import Header
+from finetune.data.split import Found, no_split
+
+
+class DigitStore:
+    """Handwritten digits in memory: white ink on black."""
+
+    encoded = False
+
+    def __init__(self, images: Tensor) -> None:
+        """Hold `images`, uint8 (n, 8, 8)."""
+        self._images = images
+
+    def load(self, row: int) -> Tensor:
+        """The digit, uint8 (3, 8, 8), the same in all three channels."""
+        return self._images[row].expand(3, -1, -1)
+
+    def header(self, row: int) -> Header:
+        """Grey, 8 by 8."""
+        height, width = self._images[row].shape
+        return Header(height, width, "L")
+
+    def read(self, row: int) -> bytes:
+        """Its pixels."""
+        return self._images[row].numpy().tobytes()
+
+    def stamp(self, row: int) -> str:
+        """Nothing: it is in memory, and looking it up would take longer."""
+        return ""
+
+    def name_of(self, row: int) -> str:
+        """Its number in scikit-learn's order."""
+        return f"digits[{row}]"
+
+
+def find_digits(conf: DataConf) -> Found:
+    """The 1,797 digits of `sklearn.datasets.load_digits` (the test part of UCI Optical Recognition of Digits)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    levels = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))  # 0 to 16, the ink in each pixel
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    store = DigitStore(levels)
+    return Found(
+        kind="digits",
+        store=store,
+        names=[store.name_of(row) for row in range(len(labels))],
+        classes=tuple(str(digit) for digit in range(10)),
+        labels=labels,
+        given=no_split(len(labels)),
+        place="data=digits",
+        title="digits",
+        note="; 8x8 pixels, from scikit-learn",
+        location="digits",
+    )

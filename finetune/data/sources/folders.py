@@ -1,0 +1,239 @@
+"""Class folders on a disk: which files belong to which class, and clear words where the layout is another."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from finetune.config import DataConf, nearest
+from finetune.data.images.decode import EXTENSIONS, natural_key
+from finetune.data.packed import PackedStrings
+from finetune.data.sources.filestore import FileStore
+from finetune.data.split import SPLITS, Found
+from finetune.system.errors import UserError
+
+LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+# Left behind by systems and tools, some of them with small copies of the images inside; names with a dot in front too.
+_LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies under a root.
+
+    Attributes:
+        root: With `~` expanded.
+        classes: In natural order.
+        names: Relative paths with `/`, class by class.
+        labels: Index into `classes`, one for each name.
+        splits: `train`, `val` or `test` for each name; all `train` where the folders say nothing.
+        left_out: What in the class folders was no image, as ` [left out: 3 .txt]`, or nothing.
+    """
+
+    root: str
+    classes: tuple[str, ...]
+    names: list[str]
+    labels: list[int]
+    splits: list[str]
+    left_out: str
+
+
+def find_folder(conf: DataConf) -> Found:
+    """One folder of images a class under `data.root`; or such folders under `train/`, `val/` and `test/`.
+
+    Where there is a `train/` without one of the others, that one is cut from `train/` by its share.
+
+    Raises:
+        ValueError: The layout is not one of these.
+        FileNotFoundError: `data.root` is missing.
+    """
+    listing = list_root(conf.root or "")
+    names = PackedStrings(listing.names)
+    return Found(
+        kind="folder",
+        store=FileStore(listing.root, names),
+        names=names,
+        classes=listing.classes,
+        labels=torch.tensor(listing.labels, dtype=torch.int64),
+        given=torch.tensor([SPLITS.index(split) for split in listing.splits], dtype=torch.uint8),
+        place=f"data.root={listing.root}",
+        title=f"folder {listing.root}",
+        note=listing.left_out,
+        location=os.path.abspath(listing.root),
+    )
+
+
+def list_root(root: str) -> Listing:
+    """Find the class folders under `root`, or under its `train/`, `val/` and `test/`, and the images in them.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is no folder, or what lies in it is laid out in another way.
+    """
+    path = os.path.expanduser(root)
+    _check_reachable(path)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"data.root={root}: there is no such folder{_nearest_sibling(path)}; {LAYOUT}")
+    if not os.path.isdir(path):
+        raise UserError(f"data.root={root}: is not a folder; {LAYOUT}")
+    left_out: Counter[str] = Counter()
+    found = {
+        split: _list_classes(path, folder, left_out)
+        for split, folder in (_split_folders(path) or {"train": ""}).items()
+    }
+    _check_class_maps(path, found)
+    classes = tuple(sorted(found["train"], key=natural_key))
+    names: list[str] = []
+    labels: list[int] = []
+    splits: list[str] = []
+    for split, of_class in found.items():
+        for label, name in enumerate(classes):
+            names += of_class[name]
+            labels += [label] * len(of_class[name])
+            splits += [split] * len(of_class[name])
+    return Listing(path, classes, names, labels, splits, _brackets(left_out))
+
+
+def _split_folders(root: str) -> dict[str, str]:
+    """The folder of each split, or nothing where `root` holds class folders itself."""
+    folders, _ = _entries(root)
+    found = {}
+    for split, words in SPLIT_FOLDERS.items():
+        same = [folder for folder in folders if folder.lower() in words]
+        if len(same) > 1:
+            raise UserError(f"data.root={root}: {' and '.join(same)} both mean {split}; keep one of them")
+        if same:
+            found[split] = same[0]
+    if len(found) == len(folders) > 0 and "train" not in found:
+        raise UserError(f"data.root={root}: {' and '.join(found.values())} but no train; {LAYOUT}")
+    if "train" not in found or not _entries(os.path.join(root, found["train"]))[0]:
+        return {}  # no train/, or a class of railway pictures: images, not folders, lie in it
+    others = [folder for folder in folders if folder not in found.values()]
+    if others and len(found) > 1:
+        raise UserError(
+            f"data.root={root}: {', '.join(others)} beside {', '.join(found.values())}: expected either class folders"
+            " or train, val and test, each with its class folders; move the others away"
+        )
+    return {} if others else found
+
+
+def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, list[str]]:
+    """The images of each class folder in `root/folder`, as sorted paths relative to `root`; adds to `left_out`."""
+    place = os.path.join(root, folder) if folder else root
+    folders, files = _entries(place)
+    if not folders:
+        seen = _brackets(Counter(_kind(file) for file in files), "found only") or " [found nothing]"
+        raise UserError(f"data.root={place}: no class folders in it{seen}; {LAYOUT}")
+    classes: dict[str, list[str]] = {}
+    empty = []
+    for name in folders:
+        others: Counter[str] = Counter()
+        start = f"{folder}/{name}" if folder else name
+        classes[name] = sorted(_walk(root, start, others, above=(_identity(place),)))
+        if not classes[name]:
+            empty.append(name + _brackets(others, "found only"))
+        left_out.update(others)
+    if empty:
+        raise UserError(
+            f"data.root={place}: no images in class folder {', '.join(empty)}; add some or remove the folder"
+            f" (images end in {' '.join(sorted(EXTENSIONS))})"
+        )
+    if len(classes) == 1:
+        raise UserError(f"data.root={place}: only one class, {folders[0]}, so there is nothing to tell apart; {LAYOUT}")
+    left_out.update(_kind(file) for file in files)
+    return classes
+
+
+def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[int, int], ...]) -> Iterable[str]:
+    """Image files under `root/folder`, at any depth, relative to `root`; counts in `others` what is no image."""
+    here = _identity(os.path.join(root, folder))
+    if here in above:
+        return  # a link back to a folder above: everything in it is listed there
+    folders, files = _entries(os.path.join(root, folder))
+    for file in files:
+        if os.path.splitext(file)[1].lower() in EXTENSIONS:
+            yield f"{folder}/{file}"
+        else:
+            others[_kind(file)] += 1
+    for name in folders:
+        yield from _walk(root, f"{folder}/{name}", others, above=(*above, here))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    _check_reachable(folder)
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _check_reachable(path: str) -> None:
+    """Raises ValueError where a folder above keeps us out: nobody can tell then whether `path` is there."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: may not be reached (permission denied); change the rights of a folder above, or data.root"
+        ) from error
+    except OSError:
+        return  # said by who looks closer
+
+
+def _entries(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the visible folders, in natural order, and of the visible files. Links count as what they point to."""
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in _LITTER:
+                    continue
+                # Whatever is no folder stays in, broken links and pipes too: reading it names it.
+                (folders if _is_folder(entry) else files).append(entry.name)
+    except PermissionError as error:
+        raise UserError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
+    return sorted(folders, key=natural_key), files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _check_class_maps(root: str, found: dict[str, dict[str, list[str]]]) -> None:
+    """The splits must know the same classes, or a label would mean one thing in training and another in the test."""
+    known = found["train"].keys()
+    problems = []
+    for split, classes in found.items():
+        lacks = sorted(known - classes.keys(), key=natural_key)
+        extra = sorted(classes.keys() - known, key=natural_key)
+        problems += [f"{split} lacks {', '.join(lacks)}"] * bool(lacks)
+        problems += [f"{split} has {', '.join(extra)}, which train has not"] * bool(extra)
+    if problems:
+        raise UserError(f"data.root={root}: the splits differ in their classes: {'; '.join(problems)}")
+
+
+def _kind(file: str) -> str:
+    ending = os.path.splitext(file)[1].lower()
+    return "images" if ending in EXTENSIONS else ending or "files without an ending"
+
+
+def _brackets(counts: Counter[str], word: str = "left out:") -> str:
+    if not counts:
+        return ""
+    return f" [{word} {', '.join(f'{number:,} {kind}' for kind, number in counts.most_common(5))}]"
+
+
+def _nearest_sibling(path: str) -> str:
+    above, name = os.path.split(os.path.abspath(path))
+    return nearest(name, _entries(above)[0]) if os.path.isdir(above) else ""

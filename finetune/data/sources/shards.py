@@ -1,0 +1,317 @@
+"""Tar shards as WebDataset lays them out: an index over them gives every image by its number.
+
+So epochs are exact, shuffled over all shards, and resumed like any others. Shards by URL or from a command are fetched
+once and lie on a disk from then on.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.config import DataConf
+from finetune.data.images.decode import EXTENSIONS, MISSING, Header, ImageError, decode, header_of, natural_key
+from finetune.data.packed import PackedStrings
+from finetune.data.sources.fetching import Remote, is_remote
+from finetune.data.sources.remote_shards import check_end, fetch_shards, fetched_class_files
+from finetune.data.sources.tables import SPLIT_WORDS
+from finetune.data.split import Found
+from finetune.system.errors import UserError
+
+CLASS_FILES = ("classes.txt", "classnames.txt")  # a name a line, for labels that are numbers
+MAX_SHARDS = 1_000_000  # of one pattern; more is a slip of the pen
+LAYOUT = "expected .tar shards with pairs such as 0001.jpg and 0001.cls (a class number or name)"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file.
+
+    Attributes:
+        path: Where it lies on this machine.
+        shown: How a person knows it: its path, or the address that it was fetched from.
+        split: Index into SPLITS.
+        remote: What it was fetched from; None where it was here.
+    """
+
+    path: str
+    shown: str
+    split: int = 0
+    remote: Remote | None = None
+
+
+class ShardStore:
+    """Images inside tar files, found by shard, offset and size; opened for each read, so that workers share nothing."""
+
+    encoded = True
+
+    def __init__(
+        self, shards: Sequence[Shard], keys: PackedStrings, places: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> None:
+        """Hold the shards, the images' keys, and (shard, offset, size) of each, int64 (n, 3)."""
+        self._shards = [shard.path for shard in shards]
+        self._folders = [os.path.dirname(shard.shown) for shard in shards]
+        self._keys = keys
+        self._places = places
+
+    def load(self, row: int) -> Tensor:
+        """The image, uint8 (3, height, width), RGB; raises ImageError."""
+        return decode(self.read(row), self.name_of(row))
+
+    def header(self, row: int) -> Header:
+        """Size and mode; raises ImageError."""
+        return header_of(self.read(row), self.name_of(row))
+
+    def read(self, row: int) -> bytes:
+        """The image file; raises ImageError."""
+        shard, offset, size = self._places[row].tolist()
+        try:
+            with open(self._shards[shard], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except FileNotFoundError as error:
+            raise ImageError(self.name_of(row), MISSING) from error
+        except OSError as error:
+            raise ImageError(self.name_of(row), str(error)) from error
+        if len(data) != size:
+            raise ImageError(self.name_of(row), "the shard ends within the image")
+        return data
+
+    def stamp(self, row: int) -> str:
+        """Size and time of the shard, and the place in it; raises ImageError."""
+        shard, offset, size = self._places[row].tolist()
+        try:
+            status = os.stat(self._shards[shard])
+        except OSError as error:
+            raise ImageError(self.name_of(row), MISSING) from error
+        return f"{status.st_size}:{status.st_mtime_ns}:{offset}:{size}:{self._shards[shard]}"
+
+    def name_of(self, row: int) -> str:
+        """Path or address of the shard, then the name in it."""
+        return os.path.join(self._folders[int(self._places[row, 0])], self._keys[row])
+
+
+@dataclass
+class _Index:
+    """What lies in the shards: (shard, offset, size) of each image in a row, its label as a text, its split."""
+
+    places: array[int] = field(default_factory=lambda: array("q"))
+    keys: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    given: bytearray = field(default_factory=bytearray)
+
+
+def find_shards(conf: DataConf) -> Found:
+    """The images of all shards at `data.root`: a folder, perhaps with `train/ val/ test/`, patterns, addresses.
+
+    Raises:
+        FileNotFoundError: No shards there.
+        ValueError: A shard is damaged or cannot be fetched, or an image has no label.
+    """
+    shards = _list_shards(conf)
+    index = _Index()
+    for number, shard in enumerate(shards):
+        _read_shard(shard, number, conf.label_column, index)
+    root = "::".join(_shown(part) for part in _parts(conf))
+    if not index.keys:
+        raise UserError(f"data.root={root}: no images in {len(shards)} shards; {LAYOUT}")
+    classes, labels = _classes(_class_files(shards[0], conf), index.labels)
+    keys = PackedStrings(index.keys)
+    return Found(
+        kind="webdataset",
+        store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)),
+        names=keys,
+        classes=classes,
+        labels=labels,
+        given=torch.frombuffer(index.given, dtype=torch.uint8),
+        place=f"data.root={root}",
+        title=f"webdataset {root} ({len(shards)} shards)",
+        location=os.path.abspath(root),
+    )
+
+
+def _parts(conf: DataConf) -> list[str]:
+    """The places that `data.root` names, `::` between them as WebDataset writes it."""
+    return [os.path.expanduser(part) for part in (conf.root or "").split("::")]
+
+
+def _shown(part: str) -> str:
+    return Remote(part).shown if is_remote(part) else part
+
+
+def _list_shards(conf: DataConf) -> list[Shard]:
+    """Every shard once, in natural order of what they are called, those that were elsewhere fetched."""
+    found: set[Shard] = set()
+    remotes: list[Remote] = []
+    for part in _parts(conf):
+        if is_remote(part):
+            remotes += map(Remote, _braces(part))
+        elif re.match(r"[a-z][a-z0-9]+:", part):
+            raise UserError(
+                f"data.root={part}: expected a path, a URL (https://...) or a command that prints a shard, such as"
+                f" data.root='pipe:aws s3 cp s3://bucket/train-{{0000..0012}}.tar -'"
+            )
+        elif os.path.isdir(part):
+            found |= _in_folder(part)
+        else:
+            found |= {Shard(path, path) for pattern in _braces(part) for path in glob.glob(pattern)}
+    remotes = list(dict.fromkeys(remotes))
+    if remotes:
+        paths = fetch_shards(remotes, conf, CLASS_FILES)
+        found |= {Shard(str(path), one.shown, 0, one) for path, one in zip(paths, remotes, strict=True)}
+    if not found:
+        raise FileNotFoundError(f"data.root={conf.root}: no .tar files there; {LAYOUT}")
+    return sorted(_with_splits(found), key=lambda shard: (natural_key(shard.shown), shard.path))
+
+
+def _in_folder(folder: str) -> set[Shard]:
+    """The shards in a folder, and in its `train/ val/ test/`."""
+    names = _names_in(folder)
+    found = {Shard(path, path) for path in _tars(folder, names)}
+    for name in names:
+        split, inner = SPLIT_WORDS.get(name.lower()), os.path.join(folder, name)
+        if split is not None and os.path.isdir(inner):
+            found |= {Shard(path, path, split) for path in _tars(inner, _names_in(inner))}
+    return found
+
+
+def _names_in(folder: str) -> list[str]:
+    """What a folder holds; one that may not be listed is an error, or a split would be missing without a word."""
+    try:
+        return sorted(os.listdir(folder))
+    except PermissionError as error:
+        raise UserError(f"data.root: {folder} may not be listed (permission denied); change its rights") from error
+
+
+def _tars(folder: str, names: Sequence[str]) -> list[str]:
+    return [os.path.join(folder, name) for name in names if name.endswith(".tar") and not name.startswith(".")]
+
+
+def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
+    """The splits that names speak of: `val/000.tar` or `val-000.tar`, where there is a `train` too.
+
+    Shards of one word only are all to be cut by seed.
+    """
+    if any(shard.split for shard in shards):
+        return shards
+    words = {shard: _split_word(shard.shown) for shard in shards}
+    if 0 not in words.values() or not {1, 2} & set(words.values()):
+        return shards
+    return [replace(shard, split=split or 0) for shard, split in words.items()]
+
+
+def _split_word(shown: str) -> int | None:
+    """Index into SPLITS by the folder of a shard, or by the words of its name; None: they say nothing."""
+    folder, _, name = shown.replace(os.sep, "/").rpartition("/")
+    words = [folder.rpartition("/")[2], *re.split(r"[-_.]", name)]
+    return next((SPLIT_WORDS[word.lower()] for word in words if word.lower() in SPLIT_WORDS), None)
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """`{train,val}-{000..012}.tar` -> each of the twenty-six names."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last, words = found.groups()
+    middles: Iterable[str] = words.split(",") if words else ()
+    if not words:
+        if abs(int(last) - int(first)) > MAX_SHARDS:
+            raise UserError(f"data.root={_shown(pattern)}: more than {MAX_SHARDS:,} shards")
+        step = 1 if int(first) <= int(last) else -1
+        middles = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step))
+    for middle in middles:
+        yield from _braces(f"{pattern[: found.start()]}{middle}{pattern[found.end() :]}")
+
+
+def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> None:
+    """Add the images of a shard; files of one sample share the name up to its first dot and stand together."""
+    path = shard.path
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or memory grows with the archive
+                folder, _, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if f".{ending.lower()}" in EXTENSIONS:
+                    if key in images:
+                        raise UserError(
+                            f"data.root: {shard.shown}: {images[key][0]} and {member.name} are both the image of {key}"
+                        )
+                    images[key] = (member.name, member.offset_data, member.size)
+                elif ending in ("cls", "json"):
+                    content = tar.extractfile(member)
+                    assert content is not None, "it is a file"
+                    label = _label(content.read(), ending, label_key)
+                    if label is not None and (ending == "cls" or key not in labels):
+                        labels[key] = label
+            check_end(Path(path), tar.offset)
+    except PermissionError as error:
+        raise UserError(f"data.root: {path} may not be read (permission denied); change its rights") from error
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"data.root: {path} is damaged or no tar file ({error}); make it anew or remove it") from error
+    bare = [name for key, (name, _, _) in images.items() if key not in labels]
+    if bare:
+        raise UserError(
+            f"data.root: {shard.shown}: {len(bare):,} images have no label, such as {', '.join(bare[:5])}; {LAYOUT},"
+            f" or a .json with {label_key!r} (data.label_column)"
+        )
+    for key, (name, offset, size) in images.items():
+        index.places.extend((number, offset, size))
+        index.keys.append(f"{os.path.basename(shard.shown)}/{name}")
+        index.labels.append(labels[key])
+        index.given.append(shard.split)
+
+
+def _label(content: bytes, ending: str, label_key: str) -> str | None:
+    """The label in a .cls or .json file of a shard, or None."""
+    try:
+        text = content.decode("utf-8").strip()
+        if ending == "json":
+            value = json.loads(text)
+            text = str(value[label_key]) if isinstance(value, dict) and label_key in value else ""
+    except ValueError:
+        return None
+    return text or None
+
+
+def _class_files(first: Shard, conf: DataConf) -> list[Path]:
+    """Lists of class names: beside the first shard, in the folder that was named, or above; the nearest first."""
+    if first.remote is not None:
+        return fetched_class_files(first.remote, conf, CLASS_FILES)
+    folder = os.path.dirname(first.path)
+    places = [Path(place, file) for place in (folder, _parts(conf)[0], os.path.dirname(folder)) for file in CLASS_FILES]
+    return [place for place in places if place.is_file()]
+
+
+def _classes(files: Sequence[Path], labels: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+    """Names and int64 (n,) labels: by `classes.txt` where it is there and labels are numbers, else in natural order."""
+    if files and all(label.isdecimal() for label in labels):
+        path = files[0]
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        highest = max(map(int, labels))
+        if highest >= len(names) or len(set(names)) < len(names):
+            raise UserError(
+                f"{path}: has {len(names)} names, expected one for each label up to {highest}, all different"
+            )
+        return names, torch.tensor([int(label) for label in labels], dtype=torch.int64)
+    names = tuple(sorted(set(labels), key=natural_key))
+    index = {name: label for label, name in enumerate(names)}
+    return names, torch.tensor([index[label] for label in labels], dtype=torch.int64)

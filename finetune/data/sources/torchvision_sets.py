@@ -1,0 +1,194 @@
+"""Any classification data set of `torchvision.datasets`, by the name of its class."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune.config import DataConf, nearest
+from finetune.data.images.decode import Header, ImageError, pixels_of
+from finetune.data.split import Found
+from finetune.system.errors import UserError
+
+# What `split=` is called for each of our splits, the first that a data set knows is taken.
+_SPLIT_WORDS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
+# Where torchvision's data sets keep their labels: a list of them, or of (path, label).
+_LABEL_NAMES = ("targets", "labels", "_labels", "y", "_samples", "samples")
+
+
+class TorchvisionStore:
+    """The parts of a data set, one behind the other."""
+
+    encoded = False
+
+    def __init__(self, name: str, root: str, parts: Sequence[tuple[str, Any]]) -> None:
+        """Hold (split word, data set) pairs of the data set `name` in the folder `root`."""
+        self._root = os.path.abspath(root)
+        self._name = name
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for _, part in parts])
+
+    def _find(self, row: int) -> tuple[str, Any, int]:
+        place = int(np.searchsorted(self._ends, row, side="right"))
+        word, part = self._parts[place]
+        return word, part, row - int(self._ends[place]) + len(part)
+
+    def load(self, row: int) -> Tensor:
+        """The image, uint8 (3, height, width), RGB; raises ImageError."""
+        _, part, index = self._find(row)
+        try:
+            image = part[index][0]
+            if isinstance(image, Image.Image):
+                return pixels_of(image)
+        except Exception as error:  # a reader of torchvision's raises anything; it is passed on with the image's name
+            raise ImageError(self.name_of(row), " ".join(str(error).split()) or type(error).__name__) from error
+        raise ImageError(self.name_of(row), f"expected a picture, got {type(image).__name__}")
+
+    def header(self, row: int) -> Header:
+        """Its size; torchvision shows nothing of its files, so it is decoded."""
+        _, height, width = self.load(row).shape
+        return Header(height, width, "RGB")
+
+    def read(self, row: int) -> bytes:
+        """Its pixels: torchvision shows nothing of its files."""
+        pixels = self.load(row)
+        return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
+
+    def stamp(self, row: int) -> str:
+        """Place and number: what is downloaded under a name never changes, and its check sums were compared."""
+        word, part, index = self._find(row)
+        return f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
+
+    def name_of(self, row: int) -> str:
+        """Data set, split and number."""
+        word, _, index = self._find(row)
+        return f"{self._name}/{word}[{index}]"
+
+
+def find_torchvision(conf: DataConf) -> Found:
+    """The data set `data.name` under `data.root`, downloaded only with `data.download=true`.
+
+    Its own splits are kept; `val` or `test` that it lacks is cut from `train`. Its classes keep their own order.
+
+    Raises:
+        ValueError: No such data set, it is not there, or it is none of images with one label each.
+    """
+    name, root = conf.name or "", os.path.expanduser(conf.root or "")
+    parts = _open_parts(_kind(name), name, root, download=conf.download)
+    labels = [_labels(name, part) for _, part in parts.values()]
+    classes = _classes(parts["train"][1], labels)
+    store = TorchvisionStore(name, root, list(parts.values()))
+    sizes = [len(part) for part in labels]
+    given = np.repeat(np.array([("train", "val", "test").index(split) for split in parts], dtype=np.uint8), sizes)
+    return Found(
+        kind="torchvision",
+        store=store,
+        names=[store.name_of(row) for row in range(sum(sizes))],
+        classes=classes,
+        labels=torch.from_numpy(np.concatenate(labels)),
+        given=torch.from_numpy(given),
+        place=f"data.name={name}",
+        title=f"torchvision {name} in {root}",
+        location=os.path.abspath(root),
+    )
+
+
+def _kind(name: str) -> Callable[..., Any]:
+    import torchvision.datasets as library
+
+    known = [word for word in library.__all__ if inspect.isclass(vars(library).get(word)) and word != "FakeData"]
+    if name not in known:
+        raise UserError(
+            f"data.name={name}: torchvision has no such data set{nearest(name, known)}; it has {', '.join(known)}"
+        )
+    kind: Callable[..., Any] = vars(library)[name]
+    return kind
+
+
+def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: bool) -> dict[str, tuple[str, Any]]:
+    """Split -> (its word there, data set)."""
+    accepted = inspect.signature(kind).parameters
+    required = [
+        word
+        for word, parameter in accepted.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if required not in (["root"], []) or "root" not in accepted:
+        raise UserError(f"data.name={name}: asks for {', '.join(required)}, so it cannot be opened by its name alone")
+    options: dict[str, Any] = {"download": download} if "download" in accepted else {}
+    if download and "download" not in accepted:
+        raise UserError(f"data.download=true would be ignored: torchvision does not download {name}; put it in {root}")
+    tries: list[tuple[str, str, dict[str, Any]]]
+    if "split" in accepted:
+        tries = [(split, word, {"split": word}) for split, words in _SPLIT_WORDS.items() for word in words]
+    elif "train" in accepted:
+        tries = [("train", "train", {"train": True}), ("test", "test", {"train": False})]
+    else:
+        tries = [("train", "all", {})]
+    parts: dict[str, tuple[str, Any]] = {}
+    refusals = []
+    for split, word, choice in tries:
+        if split in parts:
+            continue
+        try:
+            parts[split] = (word, kind(root, **choice, **options))
+        except ValueError as error:  # it knows no such split
+            refusals.append(str(error))
+        except (RuntimeError, OSError) as error:
+            if split == "train":
+                raise UserError(_not_there(name, root, error, download="download" in accepted)) from error
+            refusals.append(str(error))
+    if "train" not in parts:
+        raise UserError(f"data.name={name}: has no train split ({'; '.join(refusals)[:300]})")
+    return parts
+
+
+def _not_there(name: str, root: str, error: Exception, *, download: bool) -> str:
+    how = "data.download=true fetches it" if download else "torchvision does not download it"
+    return f"data.name={name}: cannot be opened in data.root={root} ({' '.join(str(error).split())[:200]}); {how}"
+
+
+def _labels(name: str, part: Any) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """The label of every image, without decoding them where the data set keeps a list of them."""
+    for word in _LABEL_NAMES:
+        values = vars(part).get(word)
+        if values is None or len(values) != len(part):
+            continue
+        labels = _as_labels([value[1] if word.endswith("samples") else value for value in values])
+        # Trusted only where it says the same as the data set itself does.
+        if labels is not None and all(_as_labels([part[index][1]]) == labels[index] for index in (0, len(part) - 1)):
+            return labels
+    labels = _as_labels([part[index][1] for index in range(len(part))])
+    if labels is None:
+        raise UserError(f"data.name={name}: its labels are no class numbers, so it is no classification data set")
+    return labels
+
+
+def _as_labels(values: Sequence[Any]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+    try:
+        array = np.asarray([int(value) for value in values])
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return array.astype(np.int64) if len(array) and array.min() >= 0 else None
+
+
+def _classes(part: Any, labels: Sequence[Any]) -> tuple[str, ...]:
+    """Its own names, in its own order; numbers where it has none."""
+    count = max(int(array.max()) for array in labels) + 1
+    for read in (attrgetter("classes"), attrgetter("categories")):
+        try:
+            # ImageNet has tuples of synonyms.
+            words = tuple(str(word[0] if isinstance(word, (tuple, list)) else word) for word in read(part))
+        except (AttributeError, TypeError):
+            continue
+        if len(words) >= count and len(set(words)) == len(words):
+            return words
+    return tuple(str(label) for label in range(count))

@@ -1,0 +1,124 @@
+"""A linear probe: the regularised logistic regression on frozen features that a fine-tuning can start from (LP-FT).
+
+Kumar et al., arXiv:2202.10054: a random head's first gradients distort good features; a fitted head's do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.core.layers import LayeredModel
+from finetune.models.heads.head import find_head
+from finetune.system.errors import UserError
+
+# Strengths of the penalty that are tried, strongest first: each fit starts where the one before ended.
+STRENGTHS = tuple(10.0**exponent for exponent in range(1, -7, -1))
+ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier over features as the model gives them.
+
+    Attributes:
+        weight: (classes, features).
+        bias: (classes,).
+        strength: The penalty on squared weights that did best on validation; of features scaled to unit deviation.
+        val_top1: Share of validation images that it classifies rightly.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+    val_top1: float
+
+
+def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, num_classes: int) -> Probe:
+    """Multinomial logistic regression with a squared penalty, by L-BFGS, its strength picked on validation.
+
+    Minimises mean cross-entropy + strength / 2 * |W|^2 over features standardised by the training set; the bias is
+    free. Of equal accuracies the lower validation loss wins. The result works on features as they are.
+
+    Args:
+        features: Of the training images, (n, features).
+        labels: (n,), int64.
+        val_features: Of the validation images, (m, features).
+        val_labels: (m,), int64.
+        num_classes: Number of logits.
+
+    Raises:
+        ValueError: No features, or values that are not finite.
+    """
+    if not len(features) or not len(val_features):
+        raise UserError(
+            f"a linear probe needs images: got {len(features)} to train on and {len(val_features)} to validate"
+        )
+    if not (features.isfinite().all() and val_features.isfinite().all()):
+        raise UserError("a linear probe needs finite features: the frozen model gives NaN or infinity")
+    features, val_features = features.float(), val_features.float()
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-6)
+    x, val_x = (features - mean) / deviation, (val_features - mean) / deviation
+    weight = x.new_zeros(num_classes, x.shape[1])
+    bias = x.new_zeros(num_classes)
+    found: list[tuple[float, float, float, Tensor, Tensor]] = []
+    for strength in STRENGTHS:
+        weight, bias = _fit(x, labels, weight, bias, strength)
+        logits = F.linear(val_x, weight, bias)
+        top1 = (logits.argmax(dim=1) == val_labels).double().mean().item()
+        found.append((top1, -F.cross_entropy(logits, val_labels).item(), strength, weight, bias))
+    top1, _, strength, weight, bias = max(found, key=lambda fit: fit[:2])
+    weight = weight / deviation
+    return Probe(weight, bias - weight @ mean, strength, top1)
+
+
+def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """One regression, started from `weight` and `bias`."""
+    weight, bias = (tensor.clone().requires_grad_(True) for tensor in (weight, bias))
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + strength / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+@torch.no_grad()
+def features_of(model: LayeredModel, images: Tensor) -> Tensor:
+    """What reaches the classifier. (batch, 3, height, width) -> (batch, features), float32.
+
+    Works on every architecture with one linear classifier, plain chain or not. Put the model in eval mode first.
+
+    Raises:
+        ValueError: The model has no linear classifier, or two.
+    """
+    head = find_head(model.net)
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    features = seen[0].float()
+    features = features.mean(dim=(2, 3)) if features.ndim == 4 else features
+    features = features.mean(dim=1) if features.ndim == 3 else features
+    return F.normalize(features, dim=-1) if head.normalize else features
+
+
+def set_head(model: LayeredModel, probe: Probe) -> None:
+    """Let the model classify as the probe does.
+
+    Raises:
+        ValueError: The head has no bias or other shapes: it was not built with model.head=linear_probe or random.
+    """
+    find_head(model.net).set(probe.weight, probe.bias)

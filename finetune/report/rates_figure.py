@@ -1,0 +1,242 @@
+"""`lr.png`: the rate of every layer over the run, as planned and as the optimizer really held it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from finetune.report.figure import FAINT, INK, SIZE_INCHES, clean_axes, headline, new_figure, number, ramp, short
+from finetune.system.errors import UserError
+from finetune.system.log import layer_of
+
+
+@dataclass(frozen=True)
+class RateLine:
+    """Layers next to each other that share one rate, drawn as one line.
+
+    Attributes:
+        label: `block.3`, `readout + head`, `stem ... block.4`.
+        planned: A rate for each x of `rates.json`.
+        measured: (epochs done, rate) as each epoch really began.
+        is_frozen: Whether these layers do not learn.
+    """
+
+    label: str
+    planned: list[float]
+    measured: list[tuple[float, float]]
+    is_frozen: bool
+
+    @property
+    def peak(self) -> float:
+        """Highest planned rate; 0 for frozen layers."""
+        return max((rate for rate in self.planned if math.isfinite(rate)), default=0.0)
+
+
+def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
+    """The rate of every layer over the run as a matplotlib figure: curves at the left, peak by layer at the right.
+
+    Args:
+        plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
+            `frozen` (names); `before` (`epochs`, `x`, `layers`) where a resumed run was made longer.
+        rows: Of `history.jsonl`.
+
+    Raises:
+        ValueError: `plan` lacks a key or its lists differ in length.
+    """
+    lines, x = rate_lines(plan, rows)
+    learning = [line for line in lines if not line.is_frozen]
+    figure = new_figure()
+    curves, ladder = figure.subplots(
+        1,
+        2,
+        width_ratios=(2.5, 1),
+        gridspec_kw={"left": 0.085, "right": 0.985, "top": 0.82, "bottom": 0.11, "wspace": 0.28},
+    )
+    _draw_curves(curves, lines, x, is_stepwise=plan["interval"] == "epoch")
+    if "before" in plan:
+        _draw_before(curves, plan["before"], is_stepwise=plan["interval"] == "epoch")
+    _draw_ladder(ladder, lines)
+    headline(figure, "Learning rate of every layer", _rates_subtitle(learning, x))
+    return figure
+
+
+def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[list[RateLine], list[float]]:
+    """Layers from the stem up, neighbours of one rate merged, and the x of their planned rates, in epochs.
+
+    Raises:
+        ValueError: See `rates_figure`.
+    """
+    for key in ("interval", "x", "layers", "frozen"):
+        if key not in plan:
+            raise UserError(f"rates.json is damaged: it lacks '{key}'")
+    x = [number(value) for value in plan["x"]]
+    planned = {name: [number(rate) for rate in rates] for name, rates in plan["layers"].items()}
+    frozen = set(plan["frozen"])
+    for name, rates in planned.items():
+        if len(rates) != len(x):
+            raise UserError(f"rates.json is damaged: layer {name} has {len(rates)} rates for {len(x)} values of x")
+    measured: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for group, rate in row["lr"].items():
+            measured.setdefault(layer_of(group), {})[number(row["epoch"]) - 1] = number(rate)
+
+    # A frozen layer may be named without rates: it has none.
+    names = [*(name for name in plan["frozen"] if name not in planned), *planned]
+    merged: list[tuple[list[str], RateLine]] = []
+    for name in names:
+        line = RateLine(name, planned.get(name, [0.0] * len(x)), sorted(measured.get(name, {}).items()), name in frozen)
+        if merged and _is_same(merged[-1][1], line):
+            merged[-1][0].append(name)
+        else:
+            merged.append(([name], line))
+    return [replace(line, label=_label(group)) for group, line in merged], x
+
+
+def _label(names: Sequence[str]) -> str:
+    """One name for neighbours: `stem`, `readout + head`, `stem ... block.4`."""
+    return names[0] if len(names) == 1 else f"{names[0]} {'+' if len(names) == 2 else '...'} {names[-1]}"
+
+
+def _is_same(one: RateLine, other: RateLine) -> bool:
+    """Whether two layers can share a line: same plan, same measurements."""
+    if one.is_frozen or other.is_frozen:
+        return one.is_frozen and other.is_frozen
+    pairs = [*zip(one.planned, other.planned, strict=True)]
+    pairs += [(a[1], b[1]) for a, b in zip(one.measured, other.measured, strict=False)]
+    same_points = [a[0] for a in one.measured] == [b[0] for b in other.measured]
+    return same_points and all(math.isclose(a, b, rel_tol=1e-9) or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
+
+
+def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
+    """The rule behind the picture in words, where the peaks follow one."""
+    peaks = [line.peak for line in learning]
+    if not peaks or peaks[-1] == 0:
+        return "nothing learns"
+    text = f"peak {short(peaks[-1])} at {learning[-1].label}"
+    ratios = [low / high for low, high in pairwise(peaks) if high > 0]
+    if ratios and all(math.isclose(ratio, ratios[0], rel_tol=1e-6) for ratio in ratios):
+        text += f"; each layer further from the output at {ratios[0]:.4g} of the one above"
+        text += f"; {short(peaks[0])} at {learning[0].label}"
+    return text
+
+
+def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
+    """Where a curve turns: the index at which its warmup ends (0: none), and those at which its cycles end.
+
+    A cycle ends at the lowest point ahead of a rise, at a restart's jump, or where the curve stays on its floor.
+    """
+    last = len(rates) - 1
+    top = 0
+    while top < last and rates[top + 1] > rates[top]:
+        top += 1
+    warmup_end = top if top < last else 0
+    ends = []
+    for i in range(max(top, 1), last):
+        falls, rises = rates[i] < rates[i - 1], rates[i + 1] > rates[i]
+        if falls and (rises or all(rate == rates[i] for rate in rates[i:])):
+            # A restart jumps from wherever it stood straight to the top; a mirror turns at the bottom itself.
+            ends.append(i + 1 if rises and rates[i + 1] >= rates[top] > rates[i - 1] else i)
+    return warmup_end, ends
+
+
+def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is_stepwise: bool) -> None:
+    """Planned rates as lines, measured ones as dots, warmup shaded, ends of cycles marked.
+
+    A schedule that steps once an epoch holds each rate for the whole of it, and is drawn as the stairs that it is.
+    """
+    clean_axes(axes, xlabel="epoch", ylabel="learning rate")
+    learning = [line for line in lines if not line.is_frozen]
+    top = (
+        max([line.peak for line in learning] + [rate for line in learning for _, rate in line.measured], default=0)
+        or 1.0
+    )
+    end = (x[-1] + 1 if is_stepwise else x[-1]) if x else 1.0
+    if learning and x:
+        _mark_phases(axes, learning[-1].planned, x, top)
+    for line in lines:
+        if line.is_frozen:
+            axes.plot([0, end], [0, 0], color=FAINT, linewidth=2.2, label=line.label, zorder=2)
+    for line, colour in zip(learning, ramp(len(learning)), strict=True):
+        xs, ys = ([*x, end], [*line.planned, *line.planned[-1:]]) if is_stepwise else (list(x), line.planned)
+        style: dict[str, Any] = {"color": colour, "linewidth": 2.2 if len(learning) <= 16 else 1.2, "label": line.label}
+        axes.plot(xs, ys, drawstyle="steps-post" if is_stepwise else "default", zorder=3, **style)
+        num_dots = len(learning) * len(line.measured)
+        size = 36 if num_dots <= 250 else 20 if num_dots <= 700 else 8
+        points = {"s": size, "color": [colour], "edgecolors": "white", "linewidths": 0.8 if size > 8 else 0.3}
+        axes.scatter([p[0] for p in line.measured], [p[1] for p in line.measured], zorder=4, clip_on=False, **points)
+    axes.set_ylim(-0.015 * top, 1.06 * top)
+    axes.set_xlim(0, end if end > 0 else 1)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.yaxis.set_major_formatter(lambda value, _: short(round(value, 12)))
+    _explain_marks(axes, is_measured=any(line.measured for line in learning))
+
+
+def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> None:
+    """The head's curve as it was planned before the run was made longer, dashed."""
+    rates = [number(rate) for rate in list(before["layers"].values())[-1]]
+    x = [number(value) for value in before["x"]]
+    if not rates or len(rates) != len(x):
+        raise UserError("rates.json is damaged: `before` needs a rate for every x")
+    xs, ys = ([*x, x[-1] + 1], [*rates, rates[-1]]) if is_stepwise else (x, rates)
+    style: dict[str, Any] = {"color": INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
+    axes.plot(xs, ys, drawstyle="steps-post" if is_stepwise else "default", **style)
+    note = f" as planned for {before['epochs']} epochs"
+    axes.annotate(note, (xs[-1], ys[-1]), xytext=(0, 6), textcoords="offset points", fontsize=10, color=INK, ha="right")
+
+
+def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: float) -> None:
+    """Shade the warmup and mark where cycles end."""
+    warmup_end, ends = turning_points(rates)
+    note = {"fontsize": 10.5, "color": "#555b66", "va": "top"}
+    if warmup_end:
+        axes.axvspan(x[0], x[warmup_end], color="#f1f3f6", zorder=0, linewidth=0)
+        axes.text(x[0], 1.05 * top, " warmup", ha="left", **note)
+    for index in ends[:12]:
+        axes.axvline(x[index], color=FAINT, linewidth=1.2, linestyle=(0, (2, 3)), zorder=1)
+        axes.text(x[index], 1.05 * top, " end of cycle", ha="left", **note)
+
+
+def _explain_marks(axes: Any, *, is_measured: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], color=INK, linewidth=2.2, label="planned")]
+    if is_measured:
+        dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
+        marks.append(Line2D([], [], color=INK, label="what the optimizer held as the epoch began", **dot))
+    axes.legend(
+        handles=marks,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize=10.5,
+        borderaxespad=0.2,
+    )
+
+
+def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
+    """Every layer by name with its peak rate, head on top: the key to the colours and the rule at a glance."""
+    learning = [line for line in lines if not line.is_frozen]
+    top = max((line.peak for line in learning), default=0) or 1.0
+    colours = iter(ramp(len(learning)))
+    row_points = 0.73 * SIZE_INCHES[1] * 72 / max(len(lines), 7)
+    fontsize = max(6.5, min(11.0, 0.72 * row_points))
+    every = math.ceil(1.15 * fontsize / row_points)  # more layers than lines of text: name every second, third...
+    for row, line in enumerate(lines):
+        is_named = (len(lines) - 1 - row) % every == 0 or line.is_frozen
+        colour = FAINT if line.is_frozen else next(colours)
+        axes.barh(row, line.peak, height=0.62, color=colour, zorder=3)
+        text = "frozen: rate 0" if line.is_frozen else short(line.peak)
+        if is_named:
+            style = {"fontsize": fontsize, "color": FAINT if line.is_frozen else INK, "va": "center"}
+            axes.text(line.peak + 0.02 * top, row, text, **style)
+            axes.text(-0.03 * top, row, line.label, ha="right", **style)
+    axes.set_xlim(0, 1.28 * top)
+    # A few layers stay bars, not walls: as many rows as the ladder of a small model has.
+    spare = max(7 - len(lines), 0) / 2
+    axes.set_ylim(-0.6 - spare, len(lines) - 0.4 + spare)
+    axes.set_axis_off()
+    axes.set_title("peak rate by layer", fontsize=12, color=INK, loc="left", pad=9)

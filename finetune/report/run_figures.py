@@ -1,0 +1,183 @@
+"""Pictures of a run from the files it left: the rate of every layer (`lr.png`) and the learning curves (`curves.png`).
+
+No torch: a finished run can be looked at on any machine.
+
+    finetune report outputs/2026-01-31/12-00-00.123456
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.report.figure import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    clean_axes,
+    headline,
+    new_figure,
+    number,
+    read_json,
+    save_figure,
+    spread,
+)
+from finetune.report.rates_figure import rates_figure
+from finetune.runs.records import History
+
+
+def plot_rates(run_dir: Path) -> None:
+    """Draw `lr.png` from `rates.json` (the plan) and `history.jsonl` (what each epoch really began with).
+
+    Raises:
+        FileNotFoundError: No `rates.json`.
+        ValueError: A damaged file.
+        OSError: `lr.png` could not be written.
+    """
+    plan = read_json(run_dir / "rates.json")
+    save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
+
+
+# --- curves.png ------------------------------------------------------------------------------------------------------
+
+
+def plot_curves(run_dir: Path) -> None:
+    """Draw `curves.png` from `history.jsonl`, with zero-shot and test from `result.json` where it has them.
+
+    Raises:
+        ValueError: A damaged file.
+        OSError: `curves.png` could not be written.
+    """
+    path = run_dir / "result.json"
+    result = read_json(path) if path.exists() else {}
+    save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
+
+
+def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
+    """Loss and accuracy over the epochs as a matplotlib figure.
+
+    Args:
+        rows: Of `history.jsonl`; none, one, or with null for NaN.
+        result: `result.json`, or empty.
+    """
+    figure = new_figure()
+    loss, accuracy = figure.subplots(
+        1, 2, gridspec_kw={"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
+    )
+    clean_axes(loss, xlabel="epoch", ylabel="loss (cross-entropy)")
+    clean_axes(accuracy, xlabel="epoch", ylabel="top1 accuracy")
+    epochs = [number(row["epoch"]) for row in rows]
+    series = {
+        key: [number(row.get(key)) for row in rows] for key in ("train/loss", "val/loss", "train/top1", "val/top1")
+    }
+    _draw_series(loss, epochs, [("train", series["train/loss"], ORANGE), ("val", series["val/loss"], BLUE)], {})
+    extra = _reference_scores(accuracy, epochs, series["val/top1"], result)
+    shown = [("train", series["train/top1"], ORANGE), ("val", series["val/top1"], BLUE)]
+    _draw_series(accuracy, epochs, shown, extra)
+    for axes, keys in ((loss, ("train/loss", "val/loss")), (accuracy, ("train/top1", "val/top1"))):
+        _mark_not_finite(axes, epochs, [series[key] for key in keys])
+        axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    headline(figure, "Learning curves", _curves_subtitle(epochs, series["val/top1"], result))
+    return figure
+
+
+def _draw_series(
+    axes: Any,
+    epochs: Sequence[float],
+    shown: Sequence[tuple[str, Sequence[float], str]],
+    extra: dict[str, tuple[float, str]],
+) -> None:
+    """Lines with points, named at their right ends instead of in a legend.
+
+    Args:
+        axes: Where.
+        epochs: x.
+        shown: (name, values, colour) of each line.
+        extra: Further names at the right edge: (value, colour).
+    """
+    labels = {}
+    for name, values, colour in shown:
+        if not any(math.isfinite(value) for value in values):
+            continue
+        size = 5 if len(epochs) <= 40 else 0
+        axes.plot(epochs, values, color=colour, linewidth=2.2, marker="o", markersize=size, label=name, zorder=3)
+        labels[name] = (next(value for value in reversed(values) if math.isfinite(value)), colour)
+    labels |= extra
+    if not labels:
+        axes.text(0.5, 0.5, "no epoch has finished", transform=axes.transAxes, ha="center", color=FAINT, fontsize=12)
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    # In shares of the axis, so that names are as far apart as their letters are high.
+    heights = spread([(value - low) / (high - low) for value, _ in labels.values()], gap=0.042)
+    for (name, (value, colour)), height in zip(labels.items(), heights, strict=True):
+        text = f"{name} {value:.3f}" if abs(value) >= 0.01 else f"{name} {value:.1e}"
+        axes.text(1.02, height, text, transform=axes.transAxes, color=colour, fontsize=11, va="center")
+
+
+def _reference_scores(
+    axes: Any, epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]
+) -> dict[str, tuple[float, str]]:
+    """Zero-shot as a dashed line, the best epoch as a ring, test as a diamond at the end; their names and values."""
+    from matplotlib.patheffects import withStroke
+
+    extra = {}
+    zeroshot, test = number(result.get("zeroshot/top1")), number(result.get("test/top1"))
+    if math.isfinite(zeroshot):
+        axes.axhline(zeroshot, color=PURPLE, linewidth=1.8, linestyle=(0, (5, 3)), zorder=2)
+        extra["zero-shot"] = (zeroshot, PURPLE)
+    best = best_epoch(epochs, scores, result)
+    if best is not None and math.isfinite(scores[best]):
+        ring = {"s": 190, "facecolors": "none", "edgecolors": INK, "linewidths": 1.6}
+        axes.scatter([epochs[best]], [scores[best]], zorder=5, clip_on=False, **ring)
+        halo = [withStroke(linewidth=3, foreground="white")]
+        place: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top"}
+        text = f"best, epoch {epochs[best]:.0f}"
+        spot = (epochs[best], scores[best])
+        axes.annotate(text, spot, fontsize=10.5, color=INK, zorder=4, path_effects=halo, **place)
+    if math.isfinite(test) and epochs:
+        diamond = {"s": 110, "marker": "D", "color": GREEN, "edgecolors": "white", "linewidths": 1.2}
+        axes.scatter([max(epochs)], [test], zorder=6, clip_on=False, label="test", **diamond)
+        extra["test"] = (test, GREEN)
+    return extra
+
+
+def best_epoch(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> int | None:
+    """Index of the best epoch: as the run itself says, else the first with the highest validation top1."""
+    named = number(result.get("best_epoch"))
+    if named in epochs:
+        return list(epochs).index(named)
+    finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
+    return max(finite, key=lambda i: scores[i]) if finite else None
+
+
+def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequence[float]]) -> None:
+    """A cross at the top for each epoch with a value that was NaN or infinite: a gap alone would look like nothing."""
+    bad = [epoch for i, epoch in enumerate(epochs) if not all(math.isfinite(values[i]) for values in series)]
+    if bad:
+        above = axes.get_xaxis_transform()
+        axes.scatter(bad, [0.985] * len(bad), marker="x", s=50, color=INK, linewidths=2, transform=above, zorder=6)
+        axes.text(bad[0], 0.955, "not finite", transform=above, ha="center", va="top", fontsize=10.5, color=INK)
+
+
+def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:
+    """The outcome in one line."""
+    parts = []
+    status = result.get("status")
+    if status in ("failed", "diverged", "interrupted"):
+        parts.append(f"{status} after {len(epochs)} epochs")
+    best = best_epoch(epochs, scores, result)
+    for name, value in (
+        ("zero-shot", number(result.get("zeroshot/top1"))),
+        ("best validation", scores[best] if best is not None else math.nan),
+        ("test", number(result.get("test/top1"))),
+    ):
+        if math.isfinite(value):
+            parts.append(f"{name} {value:.3f}")
+    return "   ".join(parts) or "nothing measured yet"

@@ -1,0 +1,133 @@
+"""What a run leaves about single classes: `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`.
+
+No torch: reads and writes plain types.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.report.figure import BLUE, FAINT, INK, clean_axes, headline, new_figure, read_json, save_figure
+from finetune.runs.records import write_json
+from finetune.system.files import write_text
+
+# More classes than this make a matrix of specks: the pairs that are most often confused are drawn instead.
+MATRIX_CLASSES = 40
+PAIRS = 25
+
+
+def write_scores(
+    run_dir: Path, split: str, scores: Mapping[str, float], *, details: Mapping[str, Any], classes: Sequence[str]
+) -> None:
+    """Put the numbers of one split into `metrics.json`, its confusion matrix beside it, and draw that of the test.
+
+    Args:
+        run_dir: Of the run; what it already says of other splits stays.
+        split: `val` (the best epoch) or `test`.
+        scores: Metrics by name.
+        details: What `finetune.core.metrics.Meter.details` gives.
+        classes: Names, in the order of the labels.
+    """
+    path = run_dir / "metrics.json"
+    known = read_json(path) if path.exists() else {}
+    extra = {name: value for name, value in details.items() if name not in ("classes", "confusion")}
+    of_class = {name: row for name, row in zip(classes, details["classes"], strict=True)}
+    write_json(path, {**known, split: {**scores, **extra, "classes": of_class}})
+    matrix = details.get("confusion")
+    if matrix is None:
+        return
+    write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), _as_csv(matrix, classes))
+    if split == "test":
+        draw_confusion(run_dir / "confusion.png", matrix, classes)
+
+
+def chosen_threshold(run_dir: Path) -> float | None:
+    """The threshold that validation chose in the best epoch; None where there is none, as with one label an image."""
+    path = run_dir / "metrics.json"
+    threshold = read_json(path)["val"].get("threshold") if path.exists() else None
+    return None if threshold is None else float(threshold)
+
+
+def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """A line a true class, a column a predicted one."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["true \\ predicted", *classes])
+    rows.writerows([name, *row] for name, row in zip(classes, matrix, strict=True))
+    return text.getvalue()
+
+
+def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Where the test images of each class went: the whole matrix, or with many classes the worst pairs.
+
+    Raises:
+        OSError: The picture could not be written.
+    """
+    total = sum(map(sum, matrix))
+    right = sum(row[label] for label, row in enumerate(matrix))
+    subtitle = f"{right:,} of {total:,} test images right; a row is a true class, a column what it was taken for"
+    if len(classes) <= MATRIX_CLASSES:
+        figure = _draw_matrix(matrix, classes)
+    else:
+        figure = _draw_pairs(matrix, classes)
+        subtitle = f"{right:,} of {total:,} test images right; the pairs of classes most often confused"
+    headline(figure, "Confusion", subtitle)
+    save_figure(figure, path)
+
+
+def _short_name(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
+    count = len(classes)
+    names = [_short_name(name) for name in classes]
+    upright = max(map(len, names)) <= 3
+    side = min(8.8, 2.5 + 0.4 * count)  # inches; the figure is 12 wide and the names need up to 2.2
+    height = 1.2 + side + (0.9 if upright else 2.4)
+    figure = new_figure(height=height)
+    left = max(2.4, 6 - side / 2)
+    axes = figure.add_axes((left / 12, (height - 1.2 - side) / height, side / 12, side / height))
+    shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
+    # The square root lifts rare confusions above white: one in a hundred is what one looks for.
+    axes.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    size = 9 if count > 25 else 11
+    axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.tick_params(colors=INK, length=0, pad=6)
+    axes.spines[:].set_color(FAINT)
+    axes.set_xlabel("predicted", fontsize=12, color=INK, labelpad=8)
+    axes.set_ylabel("true", fontsize=12, color=INK, labelpad=8)
+    for y, row in enumerate(matrix):
+        for x, value in enumerate(row):
+            if value:
+                dark = shares[y][x] ** 0.5 > 0.55
+                small = size - 2 if value > 999 or count > 25 else size
+                axes.text(x, y, f"{value}", ha="center", va="center", fontsize=small, color="white" if dark else INK)
+    return figure
+
+
+def _draw_pairs(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
+    pairs = [(value, y, x) for y, row in enumerate(matrix) for x, value in enumerate(row) if value and x != y]
+    pairs.sort(key=lambda pair: (-pair[0] / sum(matrix[pair[1]]), -pair[0], pair[1], pair[2]))
+    shown = pairs[:PAIRS][::-1]
+    height = 2.4 + 0.3 * max(1, len(shown))
+    figure = new_figure(height=height)
+    axes = figure.add_axes((0.36, 0.8 / height, 0.56, 1 - 2.0 / height))
+    shares = [value / sum(matrix[y]) for value, y, _ in shown]
+    axes.barh(range(len(shown)), shares, color=BLUE, height=0.7)
+    clean_axes(axes, xlabel="share of the true class's test images", ylabel="")
+    axes.grid(visible=False, axis="y")
+    labels = [f"{_short_name(classes[y])} taken for {_short_name(classes[x])}" for _, y, x in shown]
+    axes.set_yticks(range(len(shown)), labels, parse_math=False)
+    for place, (share, (value, _, _)) in enumerate(zip(shares, shown, strict=True)):
+        axes.text(share, place, f"  {value}", va="center", fontsize=10, color=INK)
+    axes.set_xlim(0, max([*shares, 0.01]) * 1.12)
+    axes.set_ylim(-0.6, max(1, len(shown)) - 0.4)
+    if not shown:
+        axes.text(0.0005, 0, "no two classes were confused", va="center", fontsize=12, color=INK)
+    return figure

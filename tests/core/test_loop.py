@@ -1,0 +1,324 @@
+"""The loop equals a plain 20-line reference loop, weighs images right, and learns from no loss that is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_batches, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune import SchedulerConf, create_scheduler
+from finetune.config import Interval, OptimConf, TrainConf
+from finetune.core.layers import LayeredModel, freeze
+from finetune.core.loop import NotFiniteError, TrainState, fit, is_better, train_step, validate
+from finetune.core.losses import cross_entropy
+from finetune.core.metrics import LabelMeter, Sums, top5
+from finetune.core.optim import build_optimizer
+from finetune.runs.checkpoint import load_state, save_state
+from finetune.runs.records import timeless
+
+SIZES = [8, 8, 8, 3]
+CPU32 = contextlib.nullcontext()
+
+
+def start(
+    model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accumulate: int = 1, fix_layer: int = -1
+) -> TrainState:
+    freeze(model, fix_layer)
+    optimizer = build_optimizer(model, OptimConf(lr=0.02, layer_decay=0.7))
+    steps = epochs if interval == "epoch" else epochs * -(-len(SIZES) // accumulate)
+    scheduler = create_scheduler(SchedulerConf(mode="cosine_pi", interval=interval), optimizer, steps)
+    torch.manual_seed(5)
+    return TrainState.start(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def run_fit(
+    state: TrainState, conf: TrainConf, *, interval: str = "epoch", stop_at: int = -1, rows: list | None = None
+) -> bool:
+    return fit(
+        state,
+        conf,
+        train_batches=lambda epoch, skip: tiny_batches(SIZES, seed=epoch)[skip:],
+        val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
+        interval=Interval(interval),
+        autocast=CPU32,
+        on_step_end=lambda state: state.step == stop_at,
+        on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
+    )
+
+
+def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
+    model = tiny_model()
+    ((images, targets, ids),) = tiny_batches([4], seed=0)
+    with pytest.raises(AssertionError, match="run on into layers that are frozen"):
+        train_step(start(model), [(images.requires_grad_(), targets, ids)], TrainConf(), CPU32)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a value asked for, or a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_a_step_asks_the_device_for_nothing(clip_grad: float) -> None:
+    """Fused AdamW, as on a GPU; a step that skips itself by the mask, too. And validation, until its end."""
+    state = start(tiny_model())
+    assert state.optimizer.defaults["fused"]
+    state.guard.limit = 3
+    batches = tiny_batches([4, 4, 4], seed=0)
+    with Waits() as waits:
+        assert torch.ones(()).item() and len(waits.seen) == 1  # it does see one
+        waits.seen.clear()
+        for images, targets, ids in batches:
+            train_step(state, [(images, targets, ids)], TrainConf(clip_grad=clip_grad), CPU32)
+        poisoned = torch.full_like(batches[0][0], torch.nan)
+        train_step(state, [(poisoned, *batches[0][1:])], TrainConf(clip_grad=clip_grad), CPU32)
+        assert waits.seen == []
+        meter = LabelMeter(cross_entropy)
+        for images, targets, _ in batches:
+            meter.add(state.model(images), targets)
+        assert waits.seen == []
+        state.guard.look()
+    assert len(state.guard.take()) == 1
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_equals_a_plain_reference_loop(interval: str) -> None:
+    model = tiny_model(dropout=0.2)
+    reference = copy.deepcopy(model)
+    rows: list[dict] = []
+    run_fit(
+        start(model, interval=interval),
+        TrainConf(epochs=3, clip_grad=0.5, label_smoothing=0.1),
+        interval=interval,
+        rows=rows,
+    )
+
+    optimizer = build_optimizer(reference, OptimConf(lr=0.02, layer_decay=0.7))
+    scheduler = create_scheduler(
+        SchedulerConf(mode="cosine_pi", interval=interval), optimizer, 3 if interval == "epoch" else 12
+    )
+    torch.manual_seed(5)
+    losses = []
+    for epoch in range(3):
+        reference.train()
+        total = 0.0
+        for images, labels, _ in tiny_batches(SIZES, seed=epoch):
+            loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1, reduction="sum") / len(labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            optimizer.step()
+            total += loss.item() * len(labels)
+            if interval == "step":
+                scheduler.step()
+        losses.append(total / sum(SIZES))
+        if interval == "epoch":
+            scheduler.step()
+
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+
+
+def test_accumulation_weighs_every_image_alike() -> None:
+    """Micro-batches of 8, 8, 8 and 3 in one window give the gradient of the one batch of 27."""
+    model = tiny_model()
+    whole = copy.deepcopy(model)
+    batches = tiny_batches(SIZES)
+    together = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    train_step(start(model, accumulate=4), batches, TrainConf(accumulate=4), CPU32)
+    train_step(start(whole), [together], TrainConf(), CPU32)
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fix_layer", [-1, 0, 2, 3])
+def test_frozen_parameters_are_bitwise_unchanged_and_the_others_learn(fix_layer: int) -> None:
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.net.named_parameters()}
+    run_fit(start(model, fix_layer=fix_layer), TrainConf(epochs=1))
+    for name, parameter in model.net.named_parameters():
+        assert torch.equal(parameter, before[name]) == (model.layer_ids[name] <= fix_layer), name
+
+
+def test_the_loop_overfits_a_handful_of_images() -> None:
+    model = tiny_model()
+    state = start(model, epochs=60)
+    rows: list[dict] = []
+    fit(
+        state,
+        TrainConf(epochs=60),
+        train_batches=lambda epoch, skip: tiny_batches([8]),
+        val_batches=lambda epoch: tiny_batches([8]),
+        interval=Interval.epoch,
+        autocast=CPU32,
+        on_step_end=lambda state: False,
+        on_epoch_end=lambda state, row: rows.append(row),
+    )
+    assert rows[-1]["val/top1"] == 1.0
+    assert rows[-1]["val/loss"] < 0.2 * rows[0]["val/loss"]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(poison: str) -> None:
+    model = tiny_model()
+    state = start(model)
+    batches = tiny_batches(SIZES)
+    train_step(state, batches[:1], TrainConf(), CPU32)
+    before = copy.deepcopy((model.state_dict(), state.optimizer.state_dict()))
+    images, labels, ids = batches[1]
+    if poison == "loss":
+        images[3] = float("nan")
+    else:
+        model.net.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NotFiniteError) as error:
+        fit(
+            state,
+            TrainConf(epochs=1),
+            train_batches=lambda epoch, skip: [(images, labels, ids), *batches[2:]],
+            val_batches=lambda epoch: batches,
+            interval=Interval.epoch,
+            autocast=CPU32,
+            on_step_end=lambda state: False,
+            on_epoch_end=lambda state, row: None,
+        )
+    assert error.value.step == 2
+    assert error.value.ids == list(range(8, 16))
+    after = (model.state_dict(), state.optimizer.state_dict())
+    for name, value in before[0].items():
+        assert torch.equal(value, after[0][name]), name
+    for index, moments in before[1]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, after[1]["state"][index][name]), name
+
+
+def test_later_steps_do_not_learn_either_before_the_host_has_looked() -> None:
+    """On a GPU the host looks rarely: the sticky flag must mask every update in between."""
+    model = tiny_model()
+    state = start(model)
+    batches = tiny_batches(SIZES)
+    batches[1][0][0] = float("inf")
+    train_step(state, batches[:1], TrainConf(), CPU32)
+    before = copy.deepcopy(model.state_dict())
+    train_step(state, batches[1:2], TrainConf(), CPU32)
+    train_step(state, batches[2:3], TrainConf(), CPU32)
+    for name, value in before.items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    with pytest.raises(NotFiniteError) as error:
+        state.guard.look()
+    assert error.value.step == 2
+
+
+def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
+    """As if the bad batch had not been there, running statistics of BatchNorm included."""
+    model = tiny_model(batch_norm=True)
+    state, straight = start(model), start(copy.deepcopy(model))
+    state.guard.limit = 1
+    batches = tiny_batches(SIZES)
+    for batch in (batches[0], batches[2]):
+        train_step(straight, [batch], TrainConf(), CPU32)
+    bad = (batches[1][0] * float("nan"), *batches[1][1:])
+    for batch in (batches[0], bad, batches[2]):
+        train_step(state, [batch], TrainConf(), CPU32)
+    state.guard.look()
+    (found,) = state.guard.take()
+    assert (found.epoch, found.step, found.batch, found.ids.tolist()) == (0, 2, 1, list(range(8, 16)))
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+
+    train_step(state, [bad], TrainConf(), CPU32)
+    train_step(state, [batches[3]], TrainConf(), CPU32)
+    with pytest.raises(NotFiniteError, match="after 1 such") as error:
+        state.guard.look()
+    assert error.value.step == 4
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4, 5, 11, 12])
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, interval: str, tmp_path: Path) -> None:
+    conf = TrainConf(epochs=3)
+    straight_rows: list[dict] = []
+    straight = start(tiny_model(dropout=0.3), interval=interval)
+    run_fit(straight, conf, interval=interval, rows=straight_rows)
+
+    rows: list[dict] = []
+    state = start(tiny_model(dropout=0.3), interval=interval)
+    assert not run_fit(state, conf, interval=interval, stop_at=stop_at, rows=rows)
+    save_state(tmp_path / "last.pt", state)
+    state = start(tiny_model(seed=1, dropout=0.3), interval=interval)  # other weights: all must come from the file
+    load_state(tmp_path / "last.pt", state)
+    assert run_fit(state, conf, interval=interval, rows=rows)
+
+    for (name, ours), theirs in zip(state.model.named_parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(
+        state.optimizer.state_dict()["state"].values(), straight.optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert timeless(rows) == timeless(straight_rows)
+
+
+def test_patience_stops_and_the_best_epoch_is_kept() -> None:
+    state = start(tiny_model(), epochs=50)
+    rows: list[dict] = []
+    run_fit(state, TrainConf(epochs=50, patience=3, monitor="val/loss"), rows=rows)
+    losses = [row["val/loss"] for row in rows]
+    assert state.best_epoch == losses.index(min(losses)) + 1
+    assert state.epoch == len(rows) == state.best_epoch + 3 < 50
+
+
+def test_scores_compare_by_the_monitors_direction() -> None:
+    nan = float("nan")
+    assert is_better(0.9, nan, "val/top1")
+    assert is_better(0.9, 0.8, "val/top1")
+    assert not is_better(0.8, 0.8, "val/top1")
+    assert is_better(0.1, 0.2, "val/loss")
+    assert not is_better(nan, 0.2, "val/loss")
+    assert not is_better(nan, nan, "val/top1")
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 64])
+def test_validation_is_exact_over_uneven_last_batches(size: int, batch_size: int) -> None:
+    model = tiny_model().eval()
+    images, labels, ids = tiny_batches([size])[0]
+    batches = list(zip(images.split(batch_size), labels.split(batch_size), ids.split(batch_size), strict=True))
+    result = validate(model, batches, CPU32)
+    with torch.no_grad():
+        logits = model(images)
+    assert result["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-12)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+
+
+def test_top5_counts_the_five_highest() -> None:
+    logits = torch.arange(10.0).repeat(3, 1)
+    assert top5(logits, torch.tensor([9, 5, 4])).tolist() == [1.0, 1.0, 0.0]
+    assert top5(logits[:, :3], torch.tensor([0, 1, 2])).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_sums_continue_from_their_state() -> None:
+    values = torch.rand(20)
+    straight, first, second = (Sums(torch.device("cpu")) for _ in range(3))
+    straight.add(loss=values[:12])
+    straight.add(loss=values[12:])
+    first.add(loss=values[:12])
+    second.load_state_dict(first.state_dict())
+    second.add(loss=values[12:])
+    assert second.means() == straight.means()

@@ -1,0 +1,432 @@
+"""Laws of shards by URL and from commands: fetched once, whole, as good as local ones, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
+from finetune.data import Source, open_source
+from finetune.data.checks.examine import examine
+from finetune.data.checks.verdicts import Verdicts
+from finetune.data.sources import fetching, remote_shards
+from finetune.data.sources.fetching import Remote
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and process groups")
+NAMES = ["train-0000.tar", "train-0001.tar", "val-0000.tar", "test-0000.tar"]
+PATTERNS = "train-{0000..0001}.tar", "{val,test}-0000.tar"
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Four local shards of 8 images each, two classes by number."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        with tarfile.open(folder / name, "w") as tar:
+            for i in range(8):
+                pixels = np.random.default_rng([number, i]).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                image = io.BytesIO()
+                Image.fromarray(pixels).save(image, "PNG")
+                for ending, data in (("png", image.getvalue()), ("cls", str(i % 2).encode())):
+                    member = tarfile.TarInfo(f"{i}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder, with parts of files and tags; breaks in the ways that `plan` says, each once, in turn."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.plan: dict[str, list[str]] = {}
+        self.log: list[tuple[str, str, str]] = []
+        self.delay_s = 0.0
+        self.knows_parts = True
+        self.says_length = True
+        self.version = "1"
+        self.base = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        """A client that went away is no news."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        server, name = self.server, self.path.partition("?")[0].rpartition("/")[2]
+        wanted = self.headers["Range"] or ""
+        server.log.append((self.command, self.path, wanted))
+        turns = server.plan.get(name, [])
+        todo = turns.pop(0) if body and turns else ""
+        if todo.isdecimal():
+            self.send_error(int(todo))
+            return
+        path = server.folder / name
+        if not path.exists():
+            self.send_error(404)
+            return
+        data = b"<html>please log in</html>" * 100 if todo == "page" else path.read_bytes()
+        start = 0
+        if wanted and server.knows_parts and self.headers["If-Range"] == f'"{server.version}"':
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(data):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if server.says_length:
+            self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", f'"{server.version}"')
+        self.end_headers()
+        if not body:
+            return
+        rest = data[start:]
+        if todo.startswith("die"):
+            rest = rest[: int(todo.removeprefix("die"))]
+        for i in range(0, len(rest), 4096):
+            self.wfile.write(rest[i : i + 4096])
+            self.wfile.flush()
+            time.sleep(server.delay_s)
+        if todo.startswith("die"):
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(packed: Path) -> Iterator[Server]:
+    serving = Server(packed)
+    thread = threading.Thread(target=serving.serve_forever, daemon=True)
+    thread.start()
+    yield serving
+    serving.shutdown()
+    serving.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "DELAY_S", 0.001)
+
+
+def conf(tmp_path: Path, root: str, **changes: object) -> DataConf:
+    settings = {"download": True, "cache_dir": str(tmp_path / "cache"), **changes}
+    return DataConf(source=SourceKind.webdataset, root=root, **settings)  # type: ignore[arg-type]
+
+
+def content(source: Source) -> dict[str, list[tuple[str, str, bytes]]]:
+    """Of each split (name of the image in its shard, class, bytes)."""
+    return {
+        name: [
+            (split.name_of(i).rpartition("/")[2], source.classes[int(split.labels[i])], split.store.read(row))
+            for i, row in enumerate(split.rows.tolist())
+        ]
+        for name, split in source.splits.items()
+    }
+
+
+def url(server: Server) -> str:
+    return "::".join(f"{server.base}/set/{pattern}" for pattern in PATTERNS)
+
+
+def local(packed: Path) -> Source:
+    return open_source(DataConf(source=SourceKind.webdataset, root=str(packed)))
+
+
+def fetched(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix == ".tar")
+
+
+def test_urls_give_what_local_shards_give_and_are_asked_once(tmp_path: Path, packed: Path, server: Server) -> None:
+    source = open_source(conf(tmp_path, url(server)))
+    assert content(source) == content(local(packed))
+    assert [len(source.splits[name]) for name in ("train", "val", "test")] == [16, 8, 8]
+    assert source.splits["val"].name_of(0).startswith(f"{server.base}/set/val-0000.tar/")
+    asked = len(server.log)
+    assert sum(method == "GET" and path.endswith(".tar") for method, path, _ in server.log) == 4
+    again = open_source(conf(tmp_path, url(server), download=False))  # all there: nothing to allow, nobody to ask
+    assert content(again) == content(source) and len(server.log) == asked
+    findings = examine(again, Verdicts(str(tmp_path / "cache"), again.location))
+    assert not findings.bad and "32 decoded" in findings.coverage
+    assert examine(again, Verdicts(str(tmp_path / "cache"), again.location)).remembered == 32
+
+
+def test_nothing_is_fetched_unasked(tmp_path: Path, packed: Path, server: Server) -> None:
+    size = sum((packed / name).stat().st_size for name in NAMES)
+    with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, .* data\.download=true") as error:
+        open_source(conf(tmp_path, url(server), download=False))
+    assert f"{size / 2**30:.2f} GiB" in str(error.value) and {method for method, _, _ in server.log} == {"HEAD"}
+    with pytest.raises(ValueError, match="of unknown size"):
+        open_source(conf(tmp_path, f"pipe:cat {packed}/train-0000.tar", download=False))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_class_names_come_along(tmp_path: Path, packed: Path, server: Server) -> None:
+    (packed / "classes.txt").write_text("cat\ndog\n")
+    assert open_source(conf(tmp_path, url(server))).classes == ("cat", "dog")
+    assert open_source(conf(tmp_path, url(server), download=False)).classes == ("cat", "dog")
+    server.plan["classes.txt"] = ["page"] * 9
+    other = conf(tmp_path, url(server), cache_dir=str(tmp_path / "other"))
+    assert open_source(other).classes == ("0", "1")  # a server that says "log in" for everything names no class
+
+
+def test_secrets_of_an_address_are_never_shown(tmp_path: Path, server: Server) -> None:
+    source = open_source(conf(tmp_path, f"{server.base}/set/train-0000.tar?signature=s3cret"))
+    assert "s3cret" not in f"{source.description} {source.location} {source.splits['train'].name_of(0)}"
+    assert "s3cret" in server.log[0][1] and "s3cret" not in str(fetched(tmp_path))
+    for address in (f"{server.base}/set/none.tar?signature=s3cret", "http://me:s3cret@127.0.0.1/0.tar"):
+        with pytest.raises(ValueError, match=r"cannot be fetched: (HTTP 404|user and password)") as error:
+            open_source(conf(tmp_path, address))
+        assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("knows_parts", [True, False])
+@pytest.mark.parametrize("says_length", [True, False])
+def test_what_breaks_off_is_continued(
+    tmp_path: Path, packed: Path, server: Server, knows_parts: bool, says_length: bool
+) -> None:
+    server.knows_parts, server.says_length = knows_parts, says_length
+    server.plan = {"train-0001.tar": ["die9000", "503", "die3000", "429"], "val-0000.tar": ["die0", "die513"]}
+    assert content(open_source(conf(tmp_path, url(server)))) == content(local(packed))
+    ranges = [wanted for _, path, wanted in server.log if path.endswith("train-0001.tar") and wanted]
+    if says_length:
+        assert ranges[0] == "bytes=9000-"
+    left = {path.suffix for path in (tmp_path / "cache" / "shards").iterdir()}
+    assert left == {".tar", ".lock"}
+
+
+def test_another_version_is_never_glued_on(tmp_path: Path, packed: Path, server: Server) -> None:
+    server.plan["train-0000.tar"] = ["die5000", "404"]
+    root = f"{server.base}/train-0000.tar"
+    with pytest.raises(ValueError, match=r"train-0000\.tar cannot be fetched: HTTP 404"):
+        open_source(conf(tmp_path, root))
+    shutil.copy(packed / "train-0001.tar", packed / "train-0000.tar")
+    server.version = "2"
+    open_source(conf(tmp_path, root))
+    (there,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    assert there.read_bytes() == (packed / "train-0001.tar").read_bytes()
+
+
+def test_a_part_that_was_whole_when_the_process_died_is_no_trap(tmp_path: Path, packed: Path, server: Server) -> None:
+    remote = Remote(f"{server.base}/train-0000.tar")
+    place = remote.place_in(tmp_path / "cache" / "shards")
+    place.parent.mkdir(parents=True)
+    for size in (None, -1):  # whole; and longer than the file by now is
+        data = (packed / "train-0000.tar").read_bytes()
+        place.with_name(f"{place.name}.part").write_bytes(data if size is None else data * 2)
+        place.with_name(f"{place.name}.part.json").write_text(json.dumps({"tag": '"1"'}))
+        open_source(conf(tmp_path, remote.address))
+        assert place.read_bytes() == data
+        place.unlink()
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (["503"] * 9, r"HTTP 503 .*5 tries in a row"),
+        (["die4096"] + ["die0"] * 9, r"(ended after|broke).*5 tries in a row"),
+        (["page"], r"no whole tar archive"),
+        (["403"], r"HTTP 403"),
+    ],
+)
+def test_what_cannot_be_mended_is_said_in_a_line(tmp_path: Path, server: Server, plan: list[str], words: str) -> None:
+    server.plan["train-0001.tar"] = plan
+    with pytest.raises(ValueError, match=rf"train-0001\.tar cannot be fetched.*{words}") as error:
+        open_source(conf(tmp_path, url(server)))
+    assert "\n" not in str(error.value) and not any("train-0001" in name for name in fetched(tmp_path))
+
+
+def test_nobody_there(tmp_path: Path, server: Server) -> None:
+    server.server_close()
+    with pytest.raises(ValueError, match=r"cannot be fetched \(.*refused.*\), 5 tries in a row"):
+        open_source(conf(tmp_path, f"{server.base}/0.tar"))
+    with pytest.raises(ValueError, match="1 of 1 shards are not on this machine yet, of unknown size"):
+        open_source(conf(tmp_path, f"{server.base}/0.tar", download=False))
+
+
+def test_room_is_looked_at_first(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    monkeypatch.setattr(remote_shards.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    with pytest.raises(ValueError, match=r"the shards need .* GiB more in .* choose another data\.cache_dir"):
+        open_source(conf(tmp_path, url(server)))
+    assert {method for method, _, _ in server.log} == {"HEAD"}
+
+
+def test_a_bound_is_told_of_and_removes_nothing(
+    tmp_path: Path, packed: Path, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At each start, also one that fetches nothing; what other runs fetched counts, and is named apart."""
+    size = sum((packed / name).stat().st_size for name in NAMES)
+    lone = f"{server.base}/set/train-0000.tar"
+    for root, gib, is_told in ((url(server), 1.01, False), (url(server), 0.5, True), (lone, 0.5, True)):
+        caplog.clear()
+        data = conf(tmp_path, root, cache_gib=gib * size / 2**30)
+        assert not [line for line in validate(Conf(data=data)) if "cache_gib" in line]
+        open_source(data)
+        assert (is_told, is_told) == ("nothing removes them" in caplog.text, "fetched shards" in caplog.text)
+    assert len(fetched(tmp_path)) == 4
+    assert any("cache_gib" in line for line in validate(Conf(data=conf(tmp_path, str(packed), cache_gib=1.0))))
+
+
+def test_what_is_not_of_this_run_is_counted(
+    tmp_path: Path, packed: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(remote_shards.logger, "warning", lambda words, *numbers: told.append(numbers))
+    open_source(conf(tmp_path, url(server)))
+    open_source(conf(tmp_path, f"{server.base}/set/train-0000.tar", cache_gib=1e-9))
+    ((_, total, others, _),) = told
+    sizes = [(packed / name).stat().st_size / 2**30 for name in NAMES]
+    assert total == pytest.approx(sum(sizes)) and others == pytest.approx(sum(sizes[1:]))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_commands_give_what_local_shards_give(tmp_path: Path, packed: Path) -> None:
+    root = "::".join(f"pipe:echo it goes >&2; cat {packed}/{pattern}" for pattern in PATTERNS)
+    source = open_source(conf(tmp_path, root))
+    assert content(source) == content(local(packed))
+    assert source.splits["test"].name_of(0).startswith(f"{packed}/test-0000.tar/")
+    shutil.rmtree(packed)
+    assert len(content(open_source(conf(tmp_path, root, download=False)))["train"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("cat FILE; echo no such bucket >&2; exit 3", "exit code 3: no such bucket"),
+        ("head -c 9000 FILE", "no whole tar archive"),
+        ("cat FILE | head -c 5000 #.tar", "no whole tar archive"),
+        ("true", "no whole tar archive"),
+        ("no-such-command FILE", "the shell cannot run the command .*no-such-command"),
+        ("cat FILE; kill -9 $$", "exit code -9"),
+    ],
+)
+def test_what_commands_get_wrong_is_said(tmp_path: Path, packed: Path, command: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(conf(tmp_path, f"pipe:{command.replace('FILE', str(packed / 'train-0000.tar'))}"))
+    assert "\n" not in str(error.value) and fetched(tmp_path) == []
+
+
+def test_a_command_that_fails_at_first_is_tried_again(tmp_path: Path, packed: Path) -> None:
+    once = tmp_path / "once"
+    command = f"if test -e {once}; then cat {packed}/train-0000.tar; else touch {once}; head -c 999 {once}; exit 1; fi"
+    assert sum(map(len, content(open_source(conf(tmp_path, f"pipe:{command}"))).values())) == 8
+
+
+def test_a_failure_ends_the_commands_beside_it(tmp_path: Path, packed: Path) -> None:
+    number = tmp_path / "number"
+    slow = f"pipe:(echo $$ > {number}; sleep 600; cat {packed}/train-0000.tar)"
+    fast = f"pipe:while ! test -s {number}; do sleep 0.05; done; no-such-command 1.tar"
+    with pytest.raises(ValueError, match="no-such-command"):
+        open_source(conf(tmp_path, f"{slow}::{fast}"))
+    listed = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True, check=True).stdout
+    groups = [line.split() for line in listed.splitlines()]
+    assert [state for group, state in groups if group == number.read_text().strip() and state[0] != "Z"] == []
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+def _open(data: DataConf, results: object) -> None:
+    results.put(content(open_source(data)))  # type: ignore[attr-defined]
+
+
+def test_runs_that_fetch_at_once_fetch_once(tmp_path: Path, packed: Path, server: Server) -> None:
+    server.delay_s = 0.02
+    results = FORK.Queue()
+    processes = [FORK.Process(target=_open, args=(conf(tmp_path, url(server)), results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [content(local(packed))] * 3
+    assert sum(method == "GET" and path.endswith(".tar") for method, path, _ in server.log) == 4
+
+
+def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path, packed: Path, server: Server) -> None:
+    server.delay_s = 0.2
+    root = f"{server.base}/train-0000.tar"
+    process = FORK.Process(target=_open, args=(conf(tmp_path, root), FORK.Queue()))
+    process.start()
+    deadline = time.monotonic() + 60
+    folder = tmp_path / "cache" / "shards"
+    while time.monotonic() < deadline and not any(path.stat().st_size for path in folder.glob("*.part")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert fetched(tmp_path) == []
+    server.delay_s = 0
+    open_source(conf(tmp_path, root))
+    (there,) = folder.glob("*.tar")
+    assert there.read_bytes() == (packed / "train-0000.tar").read_bytes()
+    assert server.log[-5:] and any(wanted and wanted != "bytes=0-" for _, _, wanted in server.log)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_fetch_at_once_and_the_same_command_goes_on(
+    tmp_path: Path, packed: Path, server: Server, signum: signal.Signals, code: int
+) -> None:
+    server.delay_s = 30
+    run = tmp_path / "run"
+    words = ["data=webdataset", f"data.root='{url(server)}'", "data.download=true", "model=vit", "train.epochs=1"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=8", f"hydra.run.dir={run}"]
+    command = [sys.executable, "-m", "finetune", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(method == "GET" for method, _, _ in server.log):
+        time.sleep(0.05)
+    process.send_signal(signum)
+    text, _ = process.communicate(timeout=25)
+    assert process.returncode == code, text
+    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+    server.delay_s = 0
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+
+
+def test_fetched_shards_feed_a_cache_that_lasts(tmp_path: Path, server: Server) -> None:
+    from finetune.core.preprocess import Preprocess
+    from finetune.data.caches.pixel_cache import first_step, open_cache
+
+    data = conf(tmp_path, url(server), cache=CacheKind.disk)
+    for _ in range(2):
+        split = open_source(data).splits["train"]
+        open_cache(split, first_step(Preprocess(16, (0, 0, 0), (1, 1, 1)), None), data)
+    assert len([path for path in (tmp_path / "cache" / "pixels").iterdir() if path.is_dir()]) == 1

@@ -1,0 +1,856 @@
+"""A frozen prefix, computed or kept, is the same training to the last bit; damage and lack of room are told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small import CHAINS, small_images, small_model
+
+from finetune.app.parts import build_parts
+from finetune.app.run import run
+from finetune.config import (
+    AugmentConf,
+    Balance,
+    Conf,
+    DataConf,
+    Family,
+    HeadKind,
+    ModelConf,
+    OnError,
+    OptimConf,
+    Precision,
+    PrefixCache,
+    PrefixConf,
+    PrefixDtype,
+    Recipe,
+    SourceKind,
+    TrainConf,
+    validate,
+)
+from finetune.core.layers import freeze
+from finetune.data import ImageError, open_source
+from finetune.data.caches.evict import held_bytes
+from finetune.data.loading.order import epoch_order, most_showings
+from finetune.prefix import Feed, FrozenPrefix, Need, choice, choose, store
+from finetune.prefix import feed as feed_module
+from finetune.prefix import splits as feeding
+from finetune.prefix.choice import Measured
+from finetune.prefix.feed import found_in
+from finetune.prefix.shelf import open_shelf, shared_between_runs
+from finetune.prefix.splits import computing
+from finetune.prefix.store import Builder, build_in_memory, open_on_disk
+from finetune.runs.records import timeless
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of small pictures, 23 and 9: the last batch is short, and one class is rare."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(3)
+    for name, count, level in (("dark", 23, 60), ("light", 9, 180)):
+        (root / name).mkdir()
+        for index in range(count):
+            pixels = np.clip(random.normal(level, 40, (40, 36, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def fast_attention() -> Iterator[None]:
+    """The switch goes back to where it was."""
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def settings(root: Path, **changes: object) -> Conf:
+    """A ViT with two of six blocks learning, 3 epochs in batches of 7."""
+    conf = Conf(
+        model=ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.random),
+        data=DataConf(source=SourceKind.folder, root=str(root), batch_size=7, workers="0", cache_dir=str(root.parent)),
+        optim=OptimConf(lr=0.003, fix_layer=4),
+        augment=AugmentConf(recipe=Recipe.light, views=2),
+        train=TrainConf(epochs=3),
+        prefix=PrefixConf(cache=PrefixCache.none),
+    )
+    return replace(conf, **changes)
+
+
+def with_cache(conf: Conf, kind: str) -> Conf:
+    return replace(conf, prefix=replace(conf.prefix, cache=PrefixCache(kind)))
+
+
+def came_out(conf: Conf, folder: Path) -> tuple[list[dict], dict, dict]:
+    """(history without clocks, weights, result) of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run(conf, folder, [], quiet=True)
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    weights = load_file(folder / "checkpoints" / "last.safetensors")
+    return timeless(rows), weights, result
+
+
+def hits(folder: Path) -> list[float]:
+    return [json.loads(line)["prefix_hits"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def assert_same(first: tuple, second: tuple) -> None:
+    assert first[0] == second[0]
+    assert first[1].keys() == second[1].keys()
+    for name, tensor in first[1].items():
+        assert torch.equal(tensor, second[1][name]), name
+    assert {k: v for k, v in first[2].items() if k.startswith("test/")} == {
+        k: v for k, v in second[2].items() if k.startswith("test/")
+    }
+
+
+VARIANTS = {
+    "fp32": {},
+    "bf16": {"precision": Precision.bf16},
+    "rounded": {"prefix": PrefixConf(cache=PrefixCache.none, dtype=PrefixDtype.fp16)},
+    "no augmentation": {"augment": AugmentConf(recipe=Recipe.none)},
+    "whole tower": {"optim": OptimConf(lr=0.003, fix_layer=7)},
+    "stem only": {"optim": OptimConf(lr=0.003, fix_layer=0)},
+    "all blocks": {"optim": OptimConf(lr=0.003, fix_layer=6)},
+    "repeats": {"augment": AugmentConf(recipe=Recipe.light, views=2, repeats=2)},
+    "dropout, average": {
+        "model": ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.random, drop_path=0.3),
+        "train": TrainConf(epochs=3, ema=0.9),
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kept_equals_computed_bit_for_bit(pictures: Path, tmp_path: Path, name: str) -> None:
+    conf = settings(pictures, **VARIANTS[name])
+    plain = came_out(conf, tmp_path / "none")
+    assert hits(tmp_path / "none") == [0.0, 0.0, 0.0]
+    for kind in ("ram", "disk", "device") if name == "fp32" else ("disk",):
+        assert_same(plain, came_out(with_cache(conf, kind), tmp_path / kind))
+    assert hits(tmp_path / "disk")[-1] == 1.0
+
+
+def test_balanced_sampling_keeps_every_showing(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures)
+    conf = replace(conf, data=replace(conf.data, balance=Balance.sampling))
+    assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 1.0]
+
+
+def test_every_showing_of_every_epoch_has_a_slot() -> None:
+    labels = torch.tensor([0] * 11 + [1] * 3 + [2])
+    most = most_showings(labels, balanced=True, repeats=2)
+    for epoch in range(7):
+        samples, occurrences = epoch_order(labels, seed=1, epoch=epoch, balanced=True).repeated(2)
+        assert (occurrences < most[samples]).all()
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    conf = settings(root)
+    data = replace(conf.data, on_error=OnError.skip, check_budget_s=0.0)
+    conf = replace(conf, data=data)
+    victim = sorted((root / "dark").iterdir())[4]
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])  # its header is whole: the check at the start does not see it
+    plain = came_out(conf, tmp_path / "none")
+    for name in ("disk", "again"):  # the second takes what the first has kept, and says what it goes without
+        assert_same(plain, came_out(with_cache(conf, "disk"), tmp_path / name))
+        assert victim.name in (tmp_path / name / "skipped.txt").read_text()
+        assert "left out" in (tmp_path / name / "run.log").read_text()
+    assert hits(tmp_path / "again") == [1.0, 1.0, 1.0]
+    with pytest.raises(ImageError, match=victim.name):
+        came_out(replace(with_cache(conf, "disk"), data=replace(data, on_error=OnError.stop)), tmp_path / "stop")
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kind: str) -> None:
+    """Side by side they are a batch of nothing as they are kept; an epoch mixes them with others."""
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    conf = settings(root, train=TrainConf(epochs=4))
+    conf = replace(conf, data=replace(conf.data, on_error=OnError.skip, check_budget_s=0.0, batch_size=5))
+    train = open_source(conf.data).splits["train"]
+    bad = range(5, 10)
+    for sample in bad:
+        victim = Path(train.name_of(sample))
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    plain = came_out(conf, tmp_path / "none")
+    assert_same(plain, came_out(with_cache(conf, kind), tmp_path / "kept"))
+    assert hits(tmp_path / "kept") == [0.0, 0.0, 1.0, 1.0]
+    assert {json.loads(line)["name"] for line in (tmp_path / "kept" / "skipped.txt").read_text().splitlines()} >= {
+        train.name_of(sample) for sample in bad
+    }
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_slots_of_nothing_take_their_place(tmp_path: Path, on_disk: bool) -> None:
+    """At the beginning, before anybody knows how large activations are, in between and at the end."""
+
+    def fill(builder: Builder) -> None:
+        nobody = torch.zeros(2, dtype=torch.bool)
+        for values in (None, torch.ones(2, 3), None, None, torch.full((1, 3), 2.0), None):
+            present = nobody if values is None else torch.tensor([True, len(values) == 2])
+            builder.put(values, present, torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
+    assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
+    assert block.values[block.present].tolist() == [[1] * 3, [1] * 3, [2] * 3] and block.values.shape == (12, 3)
+    with pytest.raises(ValueError, match="not one image"):
+        build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
+
+
+def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
+    asked, fetch = [], feed_module._fetch
+
+    def noted(values: torch.Tensor, slots: torch.Tensor, *, pin: bool) -> torch.Tensor:
+        asked.append(slots.tolist())
+        return fetch(values, slots, pin=pin)
+
+    monkeypatch.setattr(feed_module, "_fetch", noted)
+    loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
+    feed = Feed(loader, title="train", device=CPU, prefix=Mock(), keep=Mock(kind=PrefixCache.disk))
+    block = store.Block(torch.arange(12.0)[:, None], torch.ones(12, dtype=torch.bool), torch.float32)
+    slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    for number, values in enumerate(feed._fetched(block, slots, [2] * 6)):
+        assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
+        deadline = time.monotonic() + 10
+        while len(asked) < min(6, number + 1 + feed_module.AHEAD) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(asked) == min(6, number + 1 + feed_module.AHEAD)
+
+
+def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
+    def fill(builder: Builder) -> None:
+        builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 4, fill)[0]
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    assert not maps or str(tmp_path / "b") in maps
+    with open(
+        tmp_path / "b" / "activations", "r+b"
+    ) as file:  # as another process would: the file itself is what is seen
+        file.write(np.float32(7).tobytes())
+    assert block.values[0].tolist() == [7, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["auto", "disk"])
+def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As a quota does, of which nobody can ask how much is left."""
+
+    def full(self: store.FileBuilder, values: torch.Tensor, first: int) -> None:
+        with store._told_of(self._folder):
+            raise OSError(28, "No space left on device")
+
+    conf = with_cache(settings(pictures), kind)
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    monkeypatch.setattr(choice, "free_memory", lambda: 0)
+    monkeypatch.setattr(store.FileBuilder, "_take", full)
+    if kind == "disk":
+        with pytest.raises(OSError, match=r"prefix\.cache=disk: cannot write to .*activations: No space left"):
+            came_out(conf, tmp_path / "run")
+        return
+    found = came_out(conf, tmp_path / "run")
+    assert (tmp_path / "run" / "run.log").read_text().count("is not kept after all: prefix.cache=disk: cannot") == 2
+    assert hits(tmp_path / "run") == [0.0, 0.0, 0.0]
+    assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "ram"])
+def test_memory_that_runs_out_ends_the_run_only_where_it_was_asked_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    conf = with_cache(settings(pictures), kind)
+    monkeypatch.setattr("finetune.prefix.feed.build_in_memory", full)
+    if kind == "ram":
+        with pytest.raises(ValueError, match=r"out of memory on cpu\. Try"):
+            came_out(conf, tmp_path / "run")
+        return
+    found = came_out(conf, tmp_path / "run")
+    assert (tmp_path / "run" / "run.log").read_text().count("is not kept after all: [enforce fail") == 2
+    assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
+
+
+def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light))
+    plain = came_out(conf, tmp_path / "none")
+    assert_same(plain, came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
+    log = (tmp_path / "ram" / "run.log").read_text()
+    assert "augment.views=K" in log and "val: computed once" in log
+
+
+def test_mixup_is_not_kept(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1, mixup=0.5))
+    assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert "MixUp" in (tmp_path / "ram" / "run.log").read_text()
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
+
+
+def test_images_drawn_with_replacement_are_not_kept(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures)
+    conf = replace(conf, data=replace(conf.data, epoch_images=20))
+    assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
+    assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
+    assert "data.epoch_images" in (tmp_path / "ram" / "run.log").read_text()
+
+
+def test_auto_keeps_what_is_read_again(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "auto")
+    came_out(conf, tmp_path / "long")
+    assert hits(tmp_path / "long") == [0.0, 0.0, 1.0]  # two views, then the first again
+    came_out(replace(conf, train=TrainConf(epochs=2)), tmp_path / "short")
+    assert hits(tmp_path / "short") == [0.0, 0.0]
+
+
+def test_stopped_and_resumed_with_another_cache(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures)
+    straight = came_out(conf, tmp_path / "straight")
+    folder = tmp_path / "resumed"
+    half = with_cache(replace(conf, train=TrainConf(epochs=3, save_every_steps=2)), "disk")
+    folder.mkdir()
+    child = multiprocessing.get_context("spawn").Process(target=_run_and_be_stopped, args=(half, folder))
+    child.start()
+    child.join(120)
+    assert (folder / "checkpoints" / "last.pt").exists()
+    again = replace(with_cache(half, "ram"), resume=str(folder))
+    resumed = came_out(again, folder)
+    assert resumed[2]["resumed_at"]
+    assert_same(straight, resumed)
+
+
+def _run_and_be_stopped(conf: Conf, folder: Path) -> None:
+    from finetune.app import training
+
+    saved = training.Saver.save
+    count = [0]
+
+    def save(self: object, state: object) -> None:
+        saved(self, state)  # type: ignore[arg-type]
+        count[0] += 1
+        if count[0] == 3:
+            self.wait()  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.Saver.save = save  # type: ignore[method-assign]
+    run(conf, folder, [], quiet=True)
+
+
+# --- what is kept on disk --------------------------------------------------------------------------------------------
+
+
+def entries(root: Path) -> list[Path]:
+    return sorted(path for path in (root / "activations").iterdir() if path.is_dir())
+
+
+def test_jobs_share_what_is_on_disk_and_a_change_makes_another(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "disk")
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    came_out(conf, tmp_path / "a")
+    first = entries(tmp_path / "cache")
+    came_out(replace(conf, optim=replace(conf.optim, layer_decay=0.5)), tmp_path / "b")
+    assert entries(tmp_path / "cache") == first and hits(tmp_path / "b") == [1.0, 1.0, 1.0]
+    came_out(replace(conf, seed=1), tmp_path / "c")  # other views; validation is the same
+    second = entries(tmp_path / "cache")
+    assert len(second) == len(first) + 2
+    came_out(replace(conf, optim=replace(conf.optim, fix_layer=3)), tmp_path / "d")
+    assert len(entries(tmp_path / "cache")) == len(second) + len(first)
+
+
+WEIGHTS = ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.random, pretrained="none")
+CHANGES: dict[str, dict[str, object]] = {
+    "other weights": {"model": WEIGHTS},
+    "batch size": {"data.batch_size": 8},
+    "precision": {"precision": Precision.bf16},
+    "rounding": {"prefix.dtype": PrefixDtype.fp16},
+    "views": {"augment": AugmentConf(recipe=Recipe.light, views=1, flip=0.5)},
+    "what is done to bad images": {"data.on_error": OnError.skip},
+    "how often each is shown": {"data.balance": Balance.sampling},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_the_numbers_changes_the_name(pictures: Path, tmp_path: Path, name: str) -> None:
+    conf = with_cache(settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1)), "disk")
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")), train=TrainConf(epochs=1))
+    came_out(conf, tmp_path / "a")
+    came_out(conf, tmp_path / "same")
+    assert hits(tmp_path / "same") == [1.0]
+    for key, value in CHANGES[name].items():
+        group, _, field = key.partition(".")
+        conf = replace(conf, **{group: replace(getattr(conf, group), **{field: value}) if field else value})
+    came_out(conf, tmp_path / "b")
+    assert hits(tmp_path / "b") == [0.0]
+
+
+def test_a_changed_image_is_not_taken_for_what_it_was(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    conf = with_cache(settings(root, train=TrainConf(epochs=1)), "disk")
+    came_out(conf, tmp_path / "a")
+    victim = sorted((root / "dark").iterdir())[4]
+    Image.open(victim).rotate(180).save(victim)
+    assert_same(came_out(conf, tmp_path / "b"), came_out(with_cache(conf, "none"), tmp_path / "none"))
+
+
+def test_the_words_of_the_name_tell_tf32_and_deterministic_kernels(pictures: Path, tmp_path: Path) -> None:
+    """No processor here computes in TF32, so only what the name is made of can be looked at."""
+    told = []
+    for changes in ({}, {"precision": Precision.tf32}, {"deterministic": True}):
+        conf = settings(pictures, **changes)
+        parts = build_parts(replace(conf, precision=Precision.fp32), tmp_path)
+        told.append(computing(replace(parts, conf=conf)))
+    assert told[0] != told[1] != told[2] != told[0]
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("first", [Balance.none, Balance.sampling])
+def test_jobs_that_show_images_otherwise_do_not_read_each_others(
+    pictures: Path, tmp_path: Path, kind: str, first: Balance
+) -> None:
+    """The same images, views and layers, but another number of showings: each finds its own."""
+    conf = with_cache(settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1)), kind)
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    second = Balance.sampling if first == Balance.none else Balance.none
+    with shared_between_runs():
+        for balance in (first, second):
+            job = replace(conf, data=replace(conf.data, balance=balance))
+            found = came_out(job, tmp_path / balance)
+            assert "damaged" not in (tmp_path / balance / "run.log").read_text()
+    assert_same(found, came_out(with_cache(job, "none"), tmp_path / "alone"))
+
+
+def test_views_stay_on_disk_where_all_of_them_fit(pictures: Path, tmp_path: Path) -> None:
+    conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=3), train=TrainConf(epochs=6))
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    conf = with_cache(conf, "disk")
+    came_out(conf, tmp_path / "a")
+    gib = 1.02 * held_bytes(tmp_path / "cache" / "activations") / 2**30
+    conf = replace(conf, prefix=replace(conf.prefix, max_gib=gib), seed=1)  # other views: those of seed 0 go
+    came_out(conf, tmp_path / "b")
+    assert hits(tmp_path / "b") == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    assert held_bytes(tmp_path / "cache" / "activations") <= gib * 2**30
+
+
+def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second job, and one with other views, where the memory is full of what the first has left."""
+    conf = with_cache(settings(pictures), "ram")
+    with shared_between_runs():
+        came_out(conf, tmp_path / "a")
+        shelf = open_shelf()
+        total = shelf.spare("ram-") + 1000
+        monkeypatch.setattr(choice, "free_memory", lambda: total - shelf.spare("ram-"))
+        came_out(replace(conf, optim=replace(conf.optim, layer_decay=0.5)), tmp_path / "b")
+        assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
+        came_out(replace(conf, seed=1), tmp_path / "c")
+        assert hits(tmp_path / "c") == [0.0, 0.0, 1.0]
+        assert shelf.spare("ram-") < total  # those of seed 0 went
+        came_out(replace(with_cache(conf, "auto"), optim=OptimConf(lr=0.003)), tmp_path / "d")
+        assert not shelf.spare("ram-")  # nothing is frozen: all of it is in the way
+
+
+def test_a_pass_over_what_is_kept_waits_for_no_save(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a pass that reads images starts processes."""
+    conf = with_cache(settings(pictures), "ram")
+    conf = replace(conf, data=replace(conf.data, workers="1"))
+    told: list[tuple[str, bool]] = []
+    real = Feed.will_fork
+
+    def noted(self: Feed, epoch: int) -> bool:
+        told.append((self._title, real(self, epoch)))
+        return told[-1][1]
+
+    monkeypatch.setattr(Feed, "will_fork", noted)
+    came_out(conf, tmp_path / "run")
+    assert [forks for title, forks in told if title == "train"] == [True, True, False]  # two views, then the first
+    assert [forks for title, forks in told if title == "val"] == [False, False, False]
+    assert [forks for title, forks in told if title == "test"] == [True]
+
+
+def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "ram")
+    with shared_between_runs():
+        came_out(conf, tmp_path / "a")
+        came_out(replace(conf, optim=replace(conf.optim, layer_decay=0.5)), tmp_path / "b")
+        assert hits(tmp_path / "b") == [1.0, 1.0, 1.0]
+    came_out(conf, tmp_path / "c")
+    assert hits(tmp_path / "c")[0] == 0.0
+
+
+def test_jobs_with_other_frozen_layers_between_them_share_memory(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "ram")
+    with shared_between_runs():
+        for name, fix_layer in (("a", 4), ("b", 1), ("c", 4), ("d", 1)):
+            came_out(replace(conf, optim=replace(conf.optim, fix_layer=fix_layer)), tmp_path / name)
+    assert [hits(tmp_path / name)[0] for name in "abcd"] == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["ram", "auto", "none"])
+def test_jobs_of_one_process_measure_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Frozen layers on the same images; other ones, or kept as another dtype, are measured anew."""
+    measured = []
+
+    def counted(*given: Any) -> choice.Measured:
+        measured.append(given)
+        return choice.measure(*given)
+
+    monkeypatch.setattr(feeding, "measure", counted)
+    conf = with_cache(settings(pictures, train=TrainConf(epochs=1)), kind)
+    jobs = {
+        "a": conf,
+        "decay": replace(conf, optim=replace(conf.optim, layer_decay=0.5)),
+        "dtype": replace(conf, prefix=replace(conf.prefix, dtype=PrefixDtype.bf16)),
+        "layers": replace(conf, optim=replace(conf.optim, fix_layer=1)),
+        "images": replace(conf, data=replace(conf.data, split_seed=5)),
+    }
+    counts = []
+    with shared_between_runs():
+        for name, job in jobs.items():
+            found = came_out(job, tmp_path / name)
+            counts.append(len(measured))
+            assert_same(found, came_out(with_cache(job, "none"), tmp_path / f"{name} alone"))
+            del measured[counts[-1] :]
+    assert counts == ([1, 2, 3, 4, 5] if kind == "none" else [1, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("damage", ["byte", "short", "gone", "meta", "empty", "digit"])
+def test_damage_is_found_said_and_mended(pictures: Path, tmp_path: Path, damage: str) -> None:
+    conf = with_cache(settings(pictures), "disk")
+    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
+    whole = came_out(conf, tmp_path / "a")
+    for entry in entries(tmp_path / "cache"):
+        path = entry / ("activations" if damage in ("byte", "short", "gone") else "meta.json")
+        data = bytearray(path.read_bytes())
+        if damage == "byte":
+            data[len(data) // 2] ^= 1
+        elif damage == "digit":
+            data[data.index(b"128")] ^= 2  # of the shape: 328, which is as good a number
+        else:
+            del data[0 if damage == "empty" else len(data) // 2 :]
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes(data)
+    assert_same(whole, came_out(conf, tmp_path / "b"))
+    assert "damaged" in (tmp_path / "b" / "run.log").read_text()
+    came_out(conf, tmp_path / "c")
+    assert hits(tmp_path / "c") == [1.0, 1.0, 1.0]
+
+
+def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other had read it before it was mended, and must not take away what is whole by now."""
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _slow_fill)
+    (place / "activations").write_bytes(b"")
+    real = store.locked
+
+    @contextlib.contextmanager
+    def overtaken(path: Path) -> Iterator[bool]:
+        monkeypatch.setattr(store, "locked", real)
+        assert open_on_disk(place, 4, _slow_fill)[1]  # the other one, in the moment before this one has the lock
+        with real(path) as waited:
+            yield waited
+
+    monkeypatch.setattr(store, "locked", overtaken)
+    block, built = open_on_disk(place, 4, _slow_fill)
+    assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
+
+
+def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _slow_fill)
+    (place / "activations").write_bytes(b"")
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store.os, "rename", refuse)
+    with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
+        open_on_disk(place, 4, _slow_fill)
+
+
+def _slow_fill(builder: Builder) -> None:
+    for value in range(4):
+        builder.put(torch.full((1, 3), float(value)), torch.tensor([True]), torch.float32)
+        time.sleep(0.2)
+
+
+def _build(place: Path, built: object) -> None:
+    built.put(open_on_disk(place, 4, _slow_fill)[1])  # type: ignore[attr-defined]
+
+
+def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
+    context, place = multiprocessing.get_context("spawn"), tmp_path / "folder" / "block"
+    built = context.Queue()
+    doomed = context.Process(target=_build, args=(place, built))
+    doomed.start()
+    while not list((tmp_path / "folder").glob("*.tmp")):
+        time.sleep(0.02)
+    doomed.kill()
+    doomed.join()
+    assert not place.exists()
+    pair = [context.Process(target=_build, args=(place, built)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    assert sorted(built.get(timeout=60) for _ in pair) == [False, True]
+    for process in pair:
+        process.join()
+    assert not list((tmp_path / "folder").glob("*.tmp"))
+    block, again = open_on_disk(place, 4, _slow_fill)
+    assert not again and torch.equal(block.values[:, 0], torch.arange(4.0))
+
+
+def test_what_is_kept_has_a_bound(pictures: Path, tmp_path: Path) -> None:
+    conf = with_cache(settings(pictures), "disk")
+    conf = replace(conf, prefix=replace(conf.prefix, max_gib=1e-6))
+    with pytest.raises(ValueError, match=r"those of val .* need 0\.0. GiB .* [\d,]+ images\. Try prefix\.max_gib="):
+        came_out(conf, tmp_path / "run")
+
+
+# --- the layers themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("half", [False, True])
+def test_a_batch_may_be_short_and_in_any_order(name: str, half: bool, fast_attention: None) -> None:
+    """The law that caching rests on: an image's activations depend on nothing but the image."""
+    torch.backends.mha.set_fastpath_enabled(not half)
+    model = small_model(name)
+    freeze(model, max(0, model.num_blocks - 1))
+    model.train()
+    autocast = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    dtype = torch.bfloat16 if half else torch.float32
+    prefix = FrozenPrefix(model, batch_size=8, autocast=autocast, dtype=dtype)
+    images = small_images(name, batch=8)
+    whole = prefix(images)
+    order = torch.randperm(8)
+    assert torch.equal(prefix(images[order]), whole[order])
+    assert torch.equal(prefix(images[:3]), whole[:3])
+    # Weights that were cast once give what autocast gives.
+    with autocast, torch.no_grad():
+        assert torch.equal(whole, model(images, stop=model.boundary))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_prefix_that_learns_is_refused() -> None:
+    model = small_model("vit")
+    freeze(model, 1)
+    next(model.net.parameters()).requires_grad_(True)
+    with pytest.raises(AssertionError, match="freeze"):
+        FrozenPrefix(model, batch_size=8, autocast=contextlib.nullcontext(), dtype=torch.float32)
+
+
+def test_values_too_large_for_fp16(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FrozenPrefix._run
+    monkeypatch.setattr(FrozenPrefix, "_run", lambda self, images: real(self, images) * 1e5)
+    conf = settings(pictures, precision=Precision.bf16)
+    asked = replace(conf, prefix=PrefixConf(cache=PrefixCache.ram, dtype=PrefixDtype.fp16))
+    with pytest.raises(ValueError, match=r"prefix\.dtype=fp16: .* use prefix\.dtype=bf16"):
+        came_out(asked, tmp_path / "fp16")
+    with contextlib.suppress(FloatingPointError):
+        came_out(conf, tmp_path / "auto")
+    assert "as bfloat16 at the boundary" in (tmp_path / "auto" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["none", "ram"])
+def test_an_image_beyond_fp16_that_comes_later_ends_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """fp16 was chosen by the first batch of validation; one activation of every later one is far above."""
+    real = FrozenPrefix._run
+    seen: list[float] = []
+
+    def run_on(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
+        h = real(self, images)
+        if self.kept_as is not None:
+            h[:, 1, 1] = 1e6
+        return h
+
+    def kept(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
+        values = call(self, images)
+        seen.append(values.abs().max().item())
+        return values
+
+    call = FrozenPrefix.__call__
+    monkeypatch.setattr(FrozenPrefix, "_run", run_on)
+    monkeypatch.setattr(FrozenPrefix, "__call__", kept)
+    conf = with_cache(settings(pictures, precision=Precision.bf16, train=TrainConf(epochs=1)), kind)
+    rows, _, _ = came_out(conf, tmp_path / "run")
+    assert "as float16 at the boundary" in (tmp_path / "run" / "run.log").read_text()
+    assert max(seen) == 65504 and np.isfinite(rows[0]["train/loss"])
+
+
+# --- where to keep them -----------------------------------------------------------------------------------------------
+
+GIB = 2**30
+CHEAP = Measured(seconds=1e-1, loading=1e-3, bytes=GIB // 100, dtype=torch.float32)
+
+
+def needed(
+    *, passes: float = 10.0, there: str = "", beside: int = 0, spare: int = 0, views: int = 1, split: str = "train"
+) -> Need:
+    """100 activations, `there` at one place already, and `beside` them others, all of which are still to come."""
+    kinds = (PrefixCache.device, PrefixCache.ram, PrefixCache.disk)
+    missing = {kind: beside + (0 if kind == there else 100) for kind in kinds}
+    return Need(split, views, passes, missing, dict.fromkeys(kinds, 100 + beside), dict.fromkeys(kinds[:2], spare))
+
+
+def chosen(
+    folder: Path, kind: str = "auto", need: Need | None = None, measured: Measured = CHEAP, device: str = "cpu",
+    shared: bool = False, max_gib: float = 50.0,
+) -> str:  # fmt: skip
+    """Of 1 GiB that is read ten times unless said otherwise."""
+    conf = Conf(prefix=PrefixConf(cache=PrefixCache(kind), max_gib=max_gib))
+    return str(choose(conf, measured, need or needed(), torch.device(device), folder, shared=shared)[0])
+
+
+def test_where_activations_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"ram": 4 * GIB, "device": 3 * GIB, "disk": 4 * GIB}
+    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
+    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["device"], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB // 2)
+    assert chosen(tmp_path) == "ram" and chosen(tmp_path, device="cuda") == "device"  # 30 % of 3.5 GiB
+    once = needed(passes=1.0)
+    assert chosen(tmp_path, need=once) == "none" and chosen(tmp_path, need=once, shared=True) == "ram"
+    free["device"] = free["ram"] = int(1.9 * GIB)  # half of it, or 30 %, may be taken unasked
+    assert chosen(tmp_path, device="cuda") == chosen(tmp_path) == "disk"
+    assert chosen(tmp_path, need=needed(there="ram")) == chosen(tmp_path, need=needed(spare=GIB)) == "ram"
+    assert chosen(tmp_path, "ram") == "ram"  # asked for, all of it may be taken
+    assert chosen(tmp_path, max_gib=1.2) == "none" and chosen(tmp_path, max_gib=1.3) == "disk"
+    assert chosen(tmp_path, need=needed(beside=10), max_gib=1.3) == "none"
+    free["disk"] = GIB // 10
+    assert chosen(tmp_path) == "none" and chosen(tmp_path, need=needed(there="disk"), max_gib=1.3) == "disk"
+    assert chosen(tmp_path, "disk", need=needed(there="disk")) == "disk"
+    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.10 may be taken"):
+        chosen(tmp_path, "disk")
+    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.50 may be taken"):
+        chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5)
+    free["disk"] = 4 * GIB
+    (tmp_path / "file").write_text("")
+    assert chosen(tmp_path / "file" / "cache") == "none"  # no folder can be made there
+    quick = replace(CHEAP, seconds=1e-4, loading=0.0)  # 10 MB come in 5 ms from memory, in 20 from disk
+    assert chosen(tmp_path, measured=quick) == "none"
+    assert chosen(tmp_path, measured=replace(quick, loading=1e-1)) == "disk"
+
+
+def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "free_memory", lambda: GIB // 2)
+    for dtype, is_tried in ((torch.float32, True), (torch.float16, False)):
+        for views, words in ((4, "12 images in 4 views"), (1, "50 images")):
+            with pytest.raises(ValueError) as told:
+                chosen(tmp_path, "ram", need=needed(views=views), measured=replace(CHEAP, dtype=dtype))
+            text = str(told.value)
+            assert "those of train" in text and f"need 1.00 GiB and 0.50 may be taken, enough for {words}." in text
+            assert "prefix.cache=disk" in text and ("fewer augment.views" in text) == (views > 1)
+            assert ("prefix.dtype=fp16" in text) == is_tried
+
+
+def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"ram": int(1.2 * GIB), "disk": GIB // 2}
+    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
+    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
+
+    def told(**changes: object) -> str:
+        measured = replace(CHEAP, **changes)
+        kind, why = choose(Conf(), measured, needed(views=4), torch.device("cpu"), tmp_path, shared=False)
+        assert kind == "none"
+        return why
+
+    text = told()
+    assert "ram: 1.00 GiB, of 0.60 that may be taken unasked; disk: 1.00 GiB, of 0.40" in text
+    assert text.endswith("Would do: prefix.cache=ram, fewer augment.views, prefix.dtype=fp16, which takes half")
+    assert "prefix.dtype" not in told(dtype=torch.float16)
+    free["ram"] = GIB
+    assert "prefix.cache=ram" in told()
+    free["ram"] -= 2**21
+    assert "prefix.cache=" not in told()
+    need, conf, place = needed(), Conf(prefix=PrefixConf(max_gib=1.2)), torch.device("cpu")
+    half = replace(CHEAP, dtype=torch.float16)
+    assert choose(conf, half, need, place, tmp_path, shared=False)[1].endswith("may be taken unasked)")
+    free["disk"] = 4 * GIB
+    assert choose(conf, half, need, place, tmp_path, shared=False)[1].endswith(
+        "Would do: prefix.cache=disk, prefix.max_gib=2"
+    )
+
+
+def test_what_earlier_jobs_left_keeps_to_the_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what would be free without it, it and what this run adds together."""
+    monkeypatch.setattr(choice, "free_memory", lambda: 2 * GIB)
+    cpu = torch.device("cpu")
+
+    def is_roomy(spare: int, there: str = "") -> bool:
+        return choice.is_roomy(PrefixCache.ram, CHEAP, needed(spare=spare, there=there), cpu)
+
+    assert is_roomy(0) and is_roomy(0, there="ram")  # 1 GiB of 2
+    assert not is_roomy(GIB // 10)  # 1.1 of 2.1
+    assert is_roomy(9 * GIB, there="ram")  # what is there already takes no more room
+
+
+@pytest.mark.parametrize(
+    ("views", "words"), [(0, "augment.cutmix=0 augment.views=K they"), (2, "augment.cutmix=0 they")]
+)
+def test_a_mixed_run_is_told_what_would_keep(views: int, words: str) -> None:
+    augment = AugmentConf(recipe=Recipe.light, mixup=0.2, views=views)
+    assert words in str(choice.why_not_in_training(Conf(augment=augment)))
+
+
+def test_found_in() -> None:
+    wanted = torch.tensor([3, 3, 5, 9, 9])
+    assert found_in(wanted, torch.tensor([5, 9, 9])).tolist() == [False, False, True, True, True]
+    assert found_in(wanted, wanted).all()
+
+
+# --- settings that would be ignored ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fix_layer", "words"),
+    [
+        (PrefixConf(cache=PrefixCache.ram), -1, "prefix.cache=ram would be ignored: nothing is frozen"),
+        (PrefixConf(dtype=PrefixDtype.fp16), -1, "prefix.dtype=fp16 would be ignored"),
+        (PrefixConf(cache=PrefixCache.ram, max_gib=3), 4, "prefix.max_gib=3 would be ignored"),
+    ],
+)
+def test_ignored_settings_are_errors(prefix: PrefixConf, fix_layer: int, words: str) -> None:
+    problems = validate(Conf(optim=OptimConf(fix_layer=fix_layer), prefix=prefix))
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_a_model_without_slices(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConf(family=Family.vit, name="test_efficientnet", pretrained="none", head=HeadKind.random)
+    conf = settings(pictures, model=model, optim=OptimConf(fix_layer=1), train=TrainConf(epochs=1))
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(ValueError, match=r"prefix\.cache=ram would be ignored: .*chain"),
+    ):
+        came_out(with_cache(conf, "ram"), tmp_path / "ram")
+    came_out(with_cache(conf, "auto"), tmp_path / "auto")
