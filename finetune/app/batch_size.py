@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from finetune.app.parts import Parts
+from finetune.app.build import Run
 from finetune.config import Conf, PrefixCache
 from finetune.core import recipe
 from finetune.core.ema import Ema
@@ -62,28 +62,28 @@ def with_batch(conf: Conf, size: int) -> Conf:
     return dataclasses.replace(conf, data=data, train=dataclasses.replace(conf.train, accumulate=accumulate))
 
 
-def choose_batch(parts: Parts, fits: Callable[[int], bool] | None = None) -> int:
+def choose_batch(run: Run, fits: Callable[[int], bool] | None = None) -> int:
     """What `data.batch_size=auto` comes to: the largest divisor of the wanted batch that fits the GPU.
 
     Divisors, so that every step learns from exactly as many images as it would in one piece. Elsewhere than on CUDA
     nothing can be measured, and the default is taken.
 
     Args:
-        parts: Model and device.
+        run: Model and device.
         fits: For tests; by default steps on made-up images are tried.
 
     Raises:
         ValueError: Not even one image fits.
     """
-    wanted = wanted_batch(parts.conf)
-    if parts.device.type != "cuda" and fits is None:
+    wanted = wanted_batch(run.conf)
+    if run.device.type != "cuda" and fits is None:
         size = next(size for size in reversed(divisors(wanted)) if size <= DEFAULT_BATCH)
-        logger.warning("data.batch_size=auto: nothing to measure on %s, taking %d", parts.device.type, size)
+        logger.warning("data.batch_size=auto: nothing to measure on %s, taking %d", run.device.type, size)
         return size
-    size_or_none = largest_fitting(divisors(wanted), fits or (lambda size: _fits(parts, size)))
+    size_or_none = largest_fitting(divisors(wanted), fits or (lambda size: _fits(run, size)))
     if size_or_none is None:
         raise UserError(
-            f"data.batch_size=auto: not even one image fits. {_advice(with_batch(parts.conf, 1), is_auto=True)}"
+            f"data.batch_size=auto: not even one image fits. {_advice(with_batch(run.conf, 1), is_auto=True)}"
         )
     logger.info(
         "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step",
@@ -94,60 +94,60 @@ def choose_batch(parts: Parts, fits: Callable[[int], bool] | None = None) -> int
     return size_or_none
 
 
-def _fits(parts: Parts, size: int) -> bool:
+def _fits(run: Run, size: int) -> bool:
     """Try steps of `size` made-up images on the model itself, at rate 0; leaves weights and statistics as they were."""
-    buffers = {name: buffer.detach().clone() for name, buffer in parts.model.net.named_buffers()}
+    buffers = {name: buffer.detach().clone() for name, buffer in run.model.net.named_buffers()}
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(parts.device)
+    torch.cuda.reset_peak_memory_stats(run.device)
     try:
-        _trial(parts, size)
-        total = torch.cuda.get_device_properties(parts.device).total_memory
+        _trial(run, size)
+        total = torch.cuda.get_device_properties(run.device).total_memory
         # What the frozen layers give may be kept there, too, out of what is free once this is settled.
-        kept = SHARE[PrefixCache.device] if parts.model.num_frozen and parts.conf.prefix.cache in ON_DEVICE else 0.0
-        return torch.cuda.max_memory_reserved(parts.device) <= (1 - SPARE) * (1 - kept) * total
+        kept = SHARE[PrefixCache.device] if run.model.num_frozen and run.conf.prefix.cache in ON_DEVICE else 0.0
+        return torch.cuda.max_memory_reserved(run.device) <= (1 - SPARE) * (1 - kept) * total
     except torch.OutOfMemoryError:
         return False
     finally:
-        parts.model.zero_grad(set_to_none=True)
-        for name, buffer in parts.model.net.named_buffers():
+        run.model.zero_grad(set_to_none=True)
+        for name, buffer in run.model.net.named_buffers():
             buffer.copy_(buffers[name])
         torch.cuda.empty_cache()
 
 
-def _trial(parts: Parts, size: int) -> None:
-    conf, pixels = parts.conf, parts.built.preprocess.size
-    prepare(parts.model, conf)
-    optimizer = build_optimizer(parts.model, recipe.scaled_optim(with_batch(conf, size)))
+def _trial(run: Run, size: int) -> None:
+    conf, pixels = run.conf, run.built.preprocess.size
+    prepare(run.model, conf)
+    optimizer = build_optimizer(run.model, recipe.scaled_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
-    state = TrainState.start(parts.model, optimizer, scheduler, scaler)
-    state.task = parts.task()
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    state = TrainState.start(run.model, optimizer, scheduler, scaler)
+    state.task = run.task()
     if conf.train.ema:
-        state.ema = Ema(parts.model, conf.train.ema, warmup=conf.train.ema_warmup)
-    parts.model.train()
-    classes = len(parts.source.classes)
-    shape = (size, classes) if parts.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix else (size,)
-    targets = torch.zeros(shape, dtype=torch.float32 if len(shape) == 2 else torch.int64, device=parts.device)
-    batch = (torch.zeros(size, 3, pixels, pixels, device=parts.device), targets, torch.arange(size))
+        state.ema = Ema(run.model, conf.train.ema, warmup=conf.train.ema_warmup)
+    run.model.train()
+    classes = len(run.source.classes)
+    shape = (size, classes) if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix else (size,)
+    targets = torch.zeros(shape, dtype=torch.float32 if len(shape) == 2 else torch.int64, device=run.device)
+    batch = (torch.zeros(size, 3, pixels, pixels, device=run.device), targets, torch.arange(size))
     for _ in range(TRIAL_STEPS):
-        train_step(state, [batch], conf.train, parts.autocast())
+        train_step(state, [batch], conf.train, run.autocast())
 
 
-def out_of_memory(parts: Parts, *, step: int | None = None) -> str:
+def out_of_memory(run: Run, *, step: int | None = None) -> str:
     """What to say where something did not fit: the measured peak, and what to change.
 
     Args:
-        parts: The run's.
+        run: The run's.
         step: Optimizer steps so far; None outside training.
     """
-    where = f"out of memory on {parts.device}" + ("" if step is None else f" in step {step + 1}")
-    if parts.device.type == "cuda":
-        total = torch.cuda.get_device_properties(parts.device).total_memory
-        peak = torch.cuda.max_memory_allocated(parts.device)
+    where = f"out of memory on {run.device}" + ("" if step is None else f" in step {step + 1}")
+    if run.device.type == "cuda":
+        total = torch.cuda.get_device_properties(run.device).total_memory
+        peak = torch.cuda.max_memory_allocated(run.device)
         where += f": a peak of {peak / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f} GiB"
-    return f"{where}. {_advice(parts.conf, is_auto=parts.is_auto_batch)}"
+    return f"{where}. {_advice(run.conf, is_auto=run.is_auto_batch)}"
 
 
 def _advice(conf: Conf, *, is_auto: bool) -> str:

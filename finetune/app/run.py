@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
-from finetune.app.parts import Parts, build_parts, place
+from finetune.app.build import Run, build_run, place
 from finetune.app.probing import fit_head
 from finetune.app.training import ranked_by, scored, stoppable, train_to_the_end, write_scores
 from finetune.config import Conf, HeadKind, OnNonfinite, as_dict, train_problems
@@ -155,14 +155,14 @@ def _accept(session: _Session, run_dir: Path, *, carried_on: Result, plan: dict[
         write_text(run_dir / "config.yaml", config)
 
 
-def _carried_on(parts: Parts, holding: Holding, *, is_found: bool) -> Result:
+def _carried_on(run: Run, holding: Holding, *, is_found: bool) -> Result:
     """Of what an earlier session put on record, what this one goes on from: so it stays known however this one ends.
 
     Not what the test gave, which was of other weights; nor scores, where no state is there to go on from.
     """
-    kept = ("promise", *(["auto_"] if parts.is_auto_batch else []))
+    kept = ("promise", *(["auto_"] if run.is_auto_batch else []))
     if is_found:
-        kept += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if parts.built.has_zeroshot else []))
+        kept += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if run.built.has_zeroshot else []))
     return {name: value for name, value in (holding.earlier or {}).items() if name.startswith(kept)}
 
 
@@ -210,105 +210,105 @@ def _outcome(error: BaseException) -> tuple[str, str]:
 def _fine_tune(conf: Conf, run_dir: Path, session: _Session, stop: StopSignals) -> None:
     """Build, train, test, draw; fills the result."""
     set_deterministic(conf.deterministic)
-    parts = build_parts(conf, run_dir)
+    run = build_run(conf, run_dir)
     try:
-        _learn(_with_auto_batch(parts, session) if parts.is_auto_batch else parts, session, stop)
+        _learn(_with_auto_batch(run, session) if run.is_auto_batch else run, session, stop)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(out_of_memory(parts)) from error
+        raise UserError(out_of_memory(run)) from error
 
 
-def _learn(parts: Parts, session: _Session, stop: StopSignals) -> None:
+def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
     """All of `_fine_tune` behind the building."""
-    conf, run_dir, result = parts.conf, parts.run_dir, session.result
-    device = parts.device
+    conf, run_dir, result = run.conf, run.folder, session.result
+    device = run.device
     promise = first_promise(conf, device, session.holding)
-    logger.info("model: %s", parts.built.description)
-    logger.info("data: %s", parts.source.description)
-    result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, parts.dtype)}
-    result["monitor"] = ranked_by(parts)
+    logger.info("model: %s", run.built.description)
+    logger.info("data: %s", run.source.description)
+    result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, run.dtype)}
+    result["monitor"] = ranked_by(run)
     logger.info("computing on %s in %s; this run: %s", device, result["computed_in"], run_dir)
 
-    steps = recipe.steps_per_epoch(conf, len(parts.loader("train", train=True)))
-    _optimizer(parts, steps)
-    found = find_state(parts, session.holding, promise, steps_per_epoch=steps)
-    plan = plan_of(parts.model, conf, steps, session.holding, run_dir / "rates.json")
-    carried_on = _carried_on(parts, session.holding, is_found=found is not None)
+    steps = recipe.steps_per_epoch(conf, len(run.loader("train", train=True)))
+    _optimizer(run, steps)
+    found = find_state(run, session.holding, promise, steps_per_epoch=steps)
+    plan = plan_of(run.model, conf, steps, session.holding, run_dir / "rates.json")
+    carried_on = _carried_on(run, session.holding, is_found=found is not None)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     is_forced = conf.resume_force or not all(change.is_allowed for change in session.holding.changes)
     if not session.is_accepted and not is_forced:
         # Ahead of what takes long: a stop shall not undo it.
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
-    feeding = Feeding(parts, stop.check)
+    feeding = Feeding(run, stop.check)
     train, val = feeding.splits()
-    _prepare_head(parts, train, val, feeding.first_layer, result, stop)
-    state = _start(parts, steps)
+    _prepare_head(run, train, val, feeding.first_layer, result, stop)
+    state = _start(run, steps)
     state.first_layer = feeding.first_layer
-    state.compiled = compiled(parts.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
+    state.compiled = compiled(run.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
-    if resume(parts, state, found):
+    if resume(run, state, found):
         result["resumed_at"] = [*result["resumed_at"], state.step]
     if not session.is_accepted:  # what was forced may not fit the state
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
-    _write_plan(parts, state, plan)
+    _write_plan(run, state, plan)
     del found  # as large as the model and its moments
     logger.info("resume promise: %s", promise)
     write_json(run_dir / "result.json", result)
     stop.check()
     try:
-        saver = train_to_the_end(parts, state, train, val, result, stop)
+        saver = train_to_the_end(run, state, train, val, result, stop)
     finally:
         train.close()
         val.close()
     try:  # while the last save goes to the disk
-        _test(parts, state, saver, feeding.test(), result, stop)
+        _test(run, state, saver, feeding.test(), result, stop)
         report.plot_rates(run_dir)
     finally:
         saver.wait()
     write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
-    tidy(parts.checkpoints)
+    tidy(run.checkpoints)
 
 
-def _prepare_head(parts: Parts, train: Feed, val: Feed, start: int, result: Result, stop: StopSignals) -> None:
+def _prepare_head(run: Run, train: Feed, val: Feed, start: int, result: Result, stop: StopSignals) -> None:
     """What there is of a classifier before any step: zero-shot scores, a linear probe, offsets for several labels.
 
     `start` is the first layer that the feeds leave to the model.
     """
-    head = parts.conf.model.head
-    if parts.built.has_zeroshot:
-        zeroshot = _evaluate(parts, val, "zero-shot", stop, meter=parts.meter(), start=start)
-        result |= {f"zeroshot/{name}": zeroshot[name] for name in parts.headlines}
-        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in parts.headlines)
+    head = run.conf.model.head
+    if run.built.has_zeroshot:
+        zeroshot = _evaluate(run, val, "zero-shot", stop, meter=run.meter(), start=start)
+        result |= {f"zeroshot/{name}": zeroshot[name] for name in run.headlines}
+        shown = "  ".join(f"val/{name} {zeroshot[name]:.4f}" for name in run.headlines)
         logger.info("zero-shot, before any training: %s", shown)
     if head == HeadKind.linear_probe:
-        _probe(parts, result, stop)
-    if parts.source.is_multilabel and head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
-        labels = parts.source.splits["train"].labels
-        set_offsets(parts.model, train.epoch(0), labels, parts.autocast(), start)
+        _probe(run, result, stop)
+    if run.source.is_multilabel and head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
+        labels = run.source.splits["train"].labels
+        set_offsets(run.model, train.epoch(0), labels, run.autocast(), start)
 
 
-def _optimizer(parts: Parts, steps: int) -> tuple[Optimizer, LambdaLR]:
+def _optimizer(run: Run, steps: int) -> tuple[Optimizer, LambdaLR]:
     """Freeze, then the optimizer, then its schedule: the order matters (see `layers.freeze`).
 
     Called ahead of the first look at the images, too: what only model and data can tell of the settings (depth, globs,
     warmup) is refused there.
     """
-    conf = parts.conf
-    prepare(parts.model, conf)
-    optimizer = build_optimizer(parts.model, recipe.scaled_optim(conf))
+    conf = run.conf
+    prepare(run.model, conf)
+    optimizer = build_optimizer(run.model, recipe.scaled_optim(conf))
     return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
 
-def _probe(parts: Parts, result: Result, stop: StopSignals) -> None:
+def _probe(run: Run, result: Result, stop: StopSignals) -> None:
     """Fit the head on frozen features, and say what that alone gives."""
-    train, val = parts.loader("train", train=False), parts.loader("val", train=False)
+    train, val = run.loader("train", train=False), run.loader("val", train=False)
     try:
         bar = Bar("linear probe", total=len(train), images=train.num_images)
-        probe = fit_head(parts, stoppable(bar.wrap(train.epoch(0)), stop), stoppable(val.epoch(0), stop))
+        probe = fit_head(run, stoppable(bar.wrap(train.epoch(0)), stop), stoppable(val.epoch(0), stop))
     finally:
         train.close()
         val.close()
@@ -316,29 +316,29 @@ def _probe(parts: Parts, result: Result, stop: StopSignals) -> None:
     logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
 
 
-def _with_auto_batch(parts: Parts, session: _Session) -> Parts:
+def _with_auto_batch(run: Run, session: _Session) -> Run:
     """`data.batch_size=auto` as a number: the one of the first start, or what fits now; put on record."""
     earlier = session.holding.earlier
     known = None if earlier is None else earlier.get("auto_batch_size")
-    size = int(known) if known else choose_batch(parts)
-    conf = with_batch(parts.conf, size)
+    size = int(known) if known else choose_batch(run)
+    conf = with_batch(run.conf, size)
     problems = train_problems(conf.train)  # more micro-batches a step than anybody asked for
     if problems:
         raise UserError(f"data.batch_size=auto came to {size} images: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
-    return dataclasses.replace(parts, conf=conf)
+    return dataclasses.replace(run, conf=conf)
 
 
-def _start(parts: Parts, steps: int) -> TrainState:
+def _start(run: Run, steps: int) -> TrainState:
     """Everything that changes while training, as it stands before the first step."""
-    conf, model = parts.conf, parts.model
-    optimizer, scheduler = _optimizer(parts, steps)
-    scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.dtype == torch.float16)
-    parts.checkpoints.mkdir(exist_ok=True)
+    conf, model = run.conf, run.model
+    optimizer, scheduler = _optimizer(run, steps)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    run.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.
     torch.manual_seed(conf.seed)
     state = TrainState.start(model, optimizer, scheduler, scaler)
-    state.task = parts.task()
+    state.task = run.task()
     if conf.train.on_nonfinite == OnNonfinite.skip:
         state.guard.limit = conf.train.max_nonfinite
     if conf.train.ema:
@@ -346,9 +346,9 @@ def _start(parts: Parts, steps: int) -> TrainState:
     return state
 
 
-def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
+def _write_plan(run: Run, state: TrainState, plan: dict[str, Any]) -> None:
     """Print the table of layers, and write every layer's planned rate."""
-    rows = layer_rows(parts.model, parts.conf)
+    rows = layer_rows(run.model, run.conf)
     logger.info("%s", table(rows, columns=list(rows[0])))
     learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
     logger.info(
@@ -357,11 +357,11 @@ def _write_plan(parts: Parts, state: TrainState, plan: dict[str, Any]) -> None:
         f"{sum(row['parameters'] for row in rows):,}",
         len(state.optimizer.param_groups),
     )
-    write_json(parts.run_dir / "rates.json", plan)
+    write_json(run.folder / "rates.json", plan)
 
 
 def _evaluate(
-    parts: Parts,
+    run: Run,
     feed: Feed,
     title: str,
     stop: StopSignals,
@@ -371,10 +371,10 @@ def _evaluate(
     model: LayeredModel | None = None,
 ) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split whose feed ends ahead of layer `start`."""
-    return validate(model or parts.model, scored(feed, title, stop, meter), parts.autocast(), meter, start)
+    return validate(model or run.model, scored(feed, title, stop, meter), run.autocast(), meter, start)
 
 
-def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
+def _test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
     """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from."""
     start = state.first_layer
     try:
@@ -382,20 +382,20 @@ def _test(parts: Parts, state: TrainState, saver: Saver, feed: Feed, result: Res
             saver.wait()  # no process is forked while another thread holds who knows what
         feed.prepare(0)
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
-            put_weights(saver.best_weights(), parts.model, parts.checkpoints / "best.safetensors")
+            put_weights(saver.best_weights(), run.model, run.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.
-        meter = parts.meter(scores.chosen_threshold(parts.run_dir))
-        test = _evaluate(parts, feed, "test", stop, meter=meter, start=start)
+        meter = run.meter(scores.chosen_threshold(run.folder))
+        test = _evaluate(run, feed, "test", stop, meter=meter, start=start)
         result |= {f"test/{name}": value for name, value in test.items()}
-        write_scores(parts, "test", meter)
-        if parts.built.has_zeroshot:
+        write_scores(run, "test", meter)
+        if run.built.has_zeroshot:
             # Built anew rather than kept: a second copy of the weights would sit in memory for the whole run.
-            torch.manual_seed(parts.conf.seed)
-            untrained = build_model(parts.model_conf, parts.source.classes).model
-            place(untrained, parts.device, parts.dtype)
-            prepare(untrained, parts.conf)
-            zeroshot = _evaluate(parts, feed, "test zero-shot", stop, meter=parts.meter(), start=start, model=untrained)
-            result |= {f"test/zeroshot/{name}": zeroshot[name] for name in parts.headlines}
+            torch.manual_seed(run.conf.seed)
+            untrained = build_model(run.model_conf, run.source.classes).model
+            place(untrained, run.device, run.dtype)
+            prepare(untrained, run.conf)
+            zeroshot = _evaluate(run, feed, "test zero-shot", stop, meter=run.meter(), start=start, model=untrained)
+            result |= {f"test/zeroshot/{name}": zeroshot[name] for name in run.headlines}
     finally:
         feed.close()
 

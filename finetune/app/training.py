@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.app import utilisation
 from finetune.app.batch_size import out_of_memory
-from finetune.app.parts import Parts
+from finetune.app.build import Run
 from finetune.config import TrainConf
 from finetune.core.device import is_out_of_memory
 from finetune.core.finite import NotFiniteError, Seen
@@ -31,19 +31,17 @@ from finetune.system.signals import Interrupted, StopSignals
 logger = logging.getLogger("finetune")
 
 
-def train_to_the_end(
-    parts: Parts, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals
-) -> Saver:
+def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals) -> Saver:
     """Run `fit` with this application's two seams: what happens after a step, and after an epoch.
 
     Returns:
         Who saves; the last save may still be under way.
     """
-    conf, history = parts.conf, History(parts.run_dir / "history.jsonl")
+    conf, history = run.conf, History(run.folder / "history.jsonl")
     bar, validated = Bar("", total=0, images=0), -1
     fed: dict[str, float] = {}
-    gpu = utilisation.measure(parts) if parts.device.type == "cuda" else None
-    saver, is_saved = _saver(parts), True
+    gpu = utilisation.measure(run) if run.device.type == "cuda" else None
+    saver, is_saved = _saver(run), True
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
@@ -65,7 +63,7 @@ def train_to_the_end(
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
             bar.set(**_shown(state, bar, train, gpu))
-        _tell_skipped(parts, state)
+        _tell_skipped(run, state)
         saver.check()
         if _is_save_due(conf.train, state, saver):
             saver.save(state)
@@ -73,53 +71,51 @@ def train_to_the_end(
 
     def on_epoch_end(state: TrainState, row: Row) -> None:
         nonlocal is_saved
-        _tell_skipped(parts, state)  # what the last look of the epoch has found
+        _tell_skipped(run, state)  # what the last look of the epoch has found
         row |= {**fed, **_mfu(row, fed, gpu)}
         history.append(row)
-        _tell(parts, state, row)
+        _tell(run, state, row)
         # Where a stop was asked for as an epoch, too: there may be no other one to write these weights.
-        is_saved = _save_epoch(parts, state, saver, history.rows(), always=(stopping := stop.is_set))
+        is_saved = _save_epoch(run, state, saver, history.rows(), always=(stopping := stop.is_set))
         if stopping:
             stop.check()
 
-    with _way_out(parts, state, saver, result):
+    with _way_out(run, state, saver, result):
         finished = fit(
             state,
             conf.train,
             train_batches=train_batches,
             val_batches=val_batches,
             interval=conf.sched.interval,
-            autocast=parts.autocast(),
+            autocast=run.autocast(),
             on_step_end=on_step_end,
             on_epoch_end=on_epoch_end,
         )
         if not finished:
             stop.check()
         if not is_saved:
-            _save_epoch(parts, state, saver, history.rows(), always=True)
+            _save_epoch(run, state, saver, history.rows(), always=True)
     return saver
 
 
-def _saver(parts: Parts) -> Saver:
-    keep, share = parts.conf.train.keep, parts.conf.train.max_save_share
-    return Saver(parts.checkpoints, parts.metadata(), notes_of(parts), keep=keep, max_share=share)
+def _saver(run: Run) -> Saver:
+    keep, share = run.conf.train.keep, run.conf.train.max_save_share
+    return Saver(run.checkpoints, run.metadata(), notes_of(run), keep=keep, max_share=share)
 
 
-def _save_epoch(
-    parts: Parts, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False
-) -> bool:
+def _save_epoch(run: Run, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False) -> bool:
     """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
-    left_s = (parts.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
-    return saver.save_epoch(state, rows, ranked_by(parts), thresholds=_thresholds(state), left_s=left_s, always=always)
+    left_s = (run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
+    return saver.save_epoch(state, rows, ranked_by(run), thresholds=_thresholds(state), left_s=left_s, always=always)
 
 
-def _tell(parts: Parts, state: TrainState, row: Row) -> None:
+def _tell(run: Run, state: TrainState, row: Row) -> None:
     """The epoch in a line, and where it is the best one its scores class by class."""
     best = None if math.isnan(state.best_score) else state.best_score
-    epochs = parts.conf.train.epochs
-    logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=parts.monitor))
+    epochs = run.conf.train.epochs
+    logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=run.monitor))
     if state.best_epoch == state.epoch:
-        write_scores(parts, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
+        write_scores(run, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
 
 
 def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
@@ -145,24 +141,24 @@ def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation
 
 
 @contextmanager
-def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
+def _way_out(run: Run, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
     """However training ends: what can be saved is saved, and the result says how far it came."""
     try:
         yield
     except Interrupted:
         saver.save(state)
-        _tell_skipped(parts, state)  # what the last looks have found
+        _tell_skipped(run, state)  # what the last looks have found
         saver.wait()
-        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, parts.run_dir)
+        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, run.folder)
         raise
     except ImageError as error:  # a file that went bad since the check
         saver.save(state)
         saver.wait()
-        again = f"continue at step {state.step} with resume={parts.run_dir}, without it by data.on_error=skip"
+        again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
         raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
     except NotFiniteError as error:
         saver.save_weights(state)
-        error.args = (_not_finite(error, parts, state),)
+        error.args = (_not_finite(error, run, state),)
         raise
     except Exception as error:
         try:
@@ -170,16 +166,16 @@ def _way_out(parts: Parts, state: TrainState, saver: Saver, result: Result) -> I
         except OSError as failed:
             logger.error("%s", failed)  # beside what is told anyway
         if is_out_of_memory(error):
-            raise UserError(out_of_memory(parts, step=state.step)) from error
+            raise UserError(out_of_memory(run, step=state.step)) from error
         raise
     finally:
-        result |= _best_scores(state, History(parts.run_dir / "history.jsonl").rows())
+        result |= _best_scores(state, History(run.folder / "history.jsonl").rows())
         result["seconds_saving"] = round(saver.stalled_s, 3)
 
 
-def _tell_skipped(parts: Parts, state: TrainState) -> None:
+def _tell_skipped(run: Run, state: TrainState) -> None:
     for seen in state.guard.take():
-        logger.warning("%s. The step is skipped", _store_bad_batch(parts, state, seen))
+        logger.warning("%s. The step is skipped", _store_bad_batch(run, state, seen))
 
 
 def _thresholds(state: TrainState) -> tuple[float | None, float | None]:
@@ -193,10 +189,10 @@ def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
     return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
 
 
-def ranked_by(parts: Parts) -> str:
+def ranked_by(run: Run) -> str:
     """The metric that picks the best epochs."""
-    monitor = parts.conf.train.monitor
-    return parts.monitor if monitor == "auto" else monitor
+    monitor = run.conf.train.monitor
+    return run.monitor if monitor == "auto" else monitor
 
 
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
@@ -210,11 +206,11 @@ def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
     return found
 
 
-def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
+def _store_bad_batch(run: Run, state: TrainState, seen: Seen) -> str:
     """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
-    names = [parts.source.splits["train"].name_of(int(index)) for index in seen.ids]
+    names = [run.source.splits["train"].name_of(int(index)) for index in seen.ids]
     rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-    path = bad_batch.store(parts.run_dir, seen, parts.window(seen.epoch, seen.batch), names=names, rates=rates)
+    path = bad_batch.store(run.folder, seen, run.window(seen.epoch, seen.batch), names=names, rates=rates)
     logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
     where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
     return (
@@ -223,14 +219,14 @@ def _store_bad_batch(parts: Parts, state: TrainState, seen: Seen) -> str:
     )
 
 
-def _not_finite(error: NotFiniteError, parts: Parts, state: TrainState) -> str:
+def _not_finite(error: NotFiniteError, run: Run, state: TrainState) -> str:
     """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
-    texts = [_store_bad_batch(parts, state, seen) for seen in state.guard.take()]
+    texts = [_store_bad_batch(run, state, seen) for seen in state.guard.take()]
     limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
     return (
         f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
         f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
-        f" {parts.run_dir}"
+        f" {run.folder}"
     )
 
 
@@ -250,6 +246,6 @@ def scored(loader: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterato
             bar.set(**meter.running())
 
 
-def write_scores(parts: Parts, split: str, meter: Meter) -> None:
+def write_scores(run: Run, split: str, meter: Meter) -> None:
     """What `meter` has measured on a split, class by class, to the run directory."""
-    scores.write_scores(parts.run_dir, split, meter.results(), details=meter.details(), classes=parts.source.classes)
+    scores.write_scores(run.folder, split, meter.results(), details=meter.details(), classes=run.source.classes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.app.parts import Parts
+from finetune.app.build import Run
 from finetune.core.cost import count_flops
 from finetune.core.plan import prepare
 from finetune.models import build_model
@@ -39,16 +39,16 @@ class Utilisation:
         return (self.training - hits * self.frozen) * images_per_s / self.peak
 
 
-def measure(parts: Parts) -> Utilisation:
+def measure(run: Run) -> Utilisation:
     """Count the work on a model of the run's kind without memory, and time a product on its device.
 
     What `train.recompute` computes twice counts once: it is no work that an image needs.
     """
-    meta = build_model(parts.model_conf, parts.source.classes, device="meta").model
-    prepare(meta, parts.conf)
+    meta = build_model(run.model_conf, run.source.classes, device="meta").model
+    prepare(meta, run.conf)
     meta.recompute = False
-    flops = count_flops(meta, parts.built.preprocess.size)
-    return Utilisation(flops.training, flops.frozen, peak(parts.device, parts.dtype))
+    flops = count_flops(meta, run.built.preprocess.size)
+    return Utilisation(flops.training, flops.frozen, peak(run.device, run.dtype))
 
 
 def peak(device: torch.device, dtype: torch.dtype, *, side: int = SIDE) -> float:

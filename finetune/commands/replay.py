@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.app.parts import Parts, build_parts
+from finetune.app.build import Run, build_run
 from finetune.config.words import ConfigError
 from finetune.config.words.saved import read_conf
 from finetune.runs import bad_batch
@@ -61,20 +61,20 @@ def replay(run_dir: Path, step: int | None = None) -> tuple[list[str], bool]:
         step = steps[0]
     window = bad_batch.load(folder / f"step_{step}.pt")
     with tempfile.TemporaryDirectory() as scratch:  # lists of unreadable images are no business of the run's folder
-        parts = build_parts(read_conf(run_dir), Path(scratch))
-    parts.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])
-    return _compute(parts, step, window)
+        run = build_run(read_conf(run_dir), Path(scratch))
+    run.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])
+    return _compute(run, step, window)
 
 
-def _compute(parts: Parts, step: int, window: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[str], bool]:
-    model, lines = parts.model.train(), [f"step {step}: {sum(len(images) for images, _ in window)} images"]
-    criterion, is_bad = parts.task().criterion, False
+def _compute(run: Run, step: int, window: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[str], bool]:
+    model, lines = run.model.train(), [f"step {step}: {sum(len(images) for images, _ in window)} images"]
+    criterion, is_bad = run.task().criterion, False
     for number, (images, targets) in enumerate(window):
-        images, targets = images.to(parts.device), targets.to(parts.device)
-        lines += [f"micro-batch {number}, {line}" for line in _first_bad_layer(parts, images)]
-        with parts.autocast():
+        images, targets = images.to(run.device), targets.to(run.device)
+        lines += [f"micro-batch {number}, {line}" for line in _first_bad_layer(run, images)]
+        with run.autocast():
             logits = model(images)
-        losses = criterion(logits, targets, parts.conf.train.label_smoothing)
+        losses = criterion(logits, targets, run.conf.train.label_smoothing)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         is_bad |= bool(bad)
@@ -90,16 +90,16 @@ def _compute(parts: Parts, step: int, window: Sequence[tuple[Tensor, Tensor]]) -
 
 
 @torch.no_grad()
-def _first_bad_layer(parts: Parts, images: Tensor) -> list[str]:
+def _first_bad_layer(run: Run, images: Tensor) -> list[str]:
     """The input, or the first layer, whose values are not finite."""
     if not torch.isfinite(images).all():
         return ["the images themselves hold values that are not finite"]
     found: list[str] = []
-    if not parts.model.is_chain:
+    if not run.model.is_chain:
         return found
-    for index, layer in enumerate(parts.model.layers):
-        with parts.autocast():
-            values = parts.model(images, stop=index + 1)
+    for index, layer in enumerate(run.model.layers):
+        with run.autocast():
+            values = run.model(images, stop=index + 1)
         if isinstance(values, Tensor) and not torch.isfinite(values).all():
             return [f"first values that are not finite: out of {layer.name}"]
     return found

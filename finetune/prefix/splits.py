@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune.app.parts import Parts
+from finetune.app.build import Run
 from finetune.config import OnError, Precision, PrefixCache
 from finetune.config.fields import changed
 from finetune.core.device import environment
@@ -52,31 +52,31 @@ class Feeding:
         first_layer: Id of the first layer that the loop runs on what they give.
     """
 
-    def __init__(self, parts: Parts, check: Callable[[], None]) -> None:
+    def __init__(self, run: Run, check: Callable[[], None]) -> None:
         """Settle what the frozen layers are; nothing is kept yet.
 
         Args:
-            parts: The run's; its model is frozen as it will train.
+            run: The run's; its model is frozen as it will train.
             check: Called between batches of a long pass; what it raises ends the pass.
 
         Raises:
             ValueError: `prefix.cache` or `prefix.dtype` would be ignored, or does not fit.
         """
-        conf, model = parts.conf, parts.model
+        conf, model = run.conf, run.model
         if model.num_frozen and not model.is_chain:
-            _refuse_ignored(parts)
+            _refuse_ignored(run)
             logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
         self.first_layer = model.boundary
-        self._parts = parts
+        self._parts = run
         self._check = check
-        self._val = parts.loader("val", train=False)
+        self._val = run.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._kept: _Kept | None = None
         self._settled: list[Keep] = []  # where the splits so far go
         self._held: list[Held | None] = []  # what lies on disk of them
         if self.first_layer:
             self._prefix = FrozenPrefix(
-                model, batch_size=conf.data.batch_size, autocast=parts.autocast(), dtype=parts.dtype
+                model, batch_size=conf.data.batch_size, autocast=run.autocast(), dtype=run.dtype
             )
             self._kept = self._settle(self._prefix)
         else:
@@ -84,11 +84,11 @@ class Feeding:
 
     def splits(self) -> tuple[Feed, Feed]:
         """Training and validation; where layers are frozen, what is kept of them is said here."""
-        parts, conf = self._parts, self._parts.conf
-        train, val = parts.loader("train", train=True), self._val
+        run, conf = self._parts, self._parts.conf
+        train, val = run.loader("train", train=True), self._val
         if self._kept is None:
             return self._feed(train, "train", None), self._feed(val, "val", None)
-        passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + parts.built.has_zeroshot
+        passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + run.built.has_zeroshot
         val_keep, val_why = self._keep(val, "val", passes)
         fresh = why_not_in_training(conf)
         if fresh is None:
@@ -116,16 +116,16 @@ class Feeding:
         return self._feed(loader, "test", keep)
 
     def _settle(self, prefix: FrozenPrefix) -> _Kept:
-        parts, conf = self._parts, self._parts.conf
+        run, conf = self._parts, self._parts.conf
         shelf = open_shelf()
         if conf.prefix.cache == PrefixCache.none:
-            return _Kept("", measure(prefix, self._val, conf.prefix.dtype, parts.dtype), shelf)
-        layers = prefix_digest(parts.model, parts.model_conf, computing(parts))
+            return _Kept("", measure(prefix, self._val, conf.prefix.dtype, run.dtype), shelf)
+        layers = prefix_digest(run.model, run.model_conf, computing(run))
         # A sweep measures once: a batch takes a CPU seconds.
-        name = f"{MEASURED}-{layers}-{conf.prefix.dtype}-{parts.fingerprint('val')}"
+        name = f"{MEASURED}-{layers}-{conf.prefix.dtype}-{run.fingerprint('val')}"
         measured = shelf.get(name)
         if measured is None:
-            measured = measure(prefix, self._val, conf.prefix.dtype, parts.dtype)
+            measured = measure(prefix, self._val, conf.prefix.dtype, run.dtype)
             shelf.put(name, measured, 0)
         prefix.kept_as = measured.dtype
         digest = f"{layers}-{str(measured.dtype).removeprefix('torch.')}"
@@ -135,9 +135,9 @@ class Feeding:
 
     def _keep(self, loader: Loader, split: str, passes: float) -> tuple[Keep | None, str]:
         """Where a split's activations go, beside those of the splits before, or None; and why."""
-        parts, kept = self._parts, self._kept
+        run, kept = self._parts, self._kept
         assert kept is not None
-        conf = parts.conf
+        conf = run.conf
         if conf.prefix.cache == PrefixCache.none:
             return None, "prefix.cache=none"
         if read_once(conf, passes, shared=is_shared()):  # before the name, which takes a look at every file
@@ -153,10 +153,10 @@ class Feeding:
             total={kind: sum(keep.total for keep in [place, *beside[kind]]) for kind, place in places.items()},
             spare={kind: kept.shelf.spare(f"{kind}-", *names) for kind in IN_MEMORY},
         )
-        kind, why = choose(conf, kept.measured, need, parts.device, places[PrefixCache.disk].folder, shared=is_shared())
+        kind, why = choose(conf, kept.measured, need, run.device, places[PrefixCache.disk].folder, shared=is_shared())
         if kind == PrefixCache.none:
             return None, why
-        if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, parts.device):
+        if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, run.device):
             kept.shelf.keep(MEASURED, *names)
         self._settled.append(places[kind])
         if kind == PrefixCache.disk:  # what is there stays, while this run makes room for the rest
@@ -165,14 +165,14 @@ class Feeding:
 
     def _places(self, loader: Loader, split: str) -> dict[PrefixCache, Keep]:
         """Everywhere that a split's activations could go."""
-        parts, kept = self._parts, self._kept
+        run, kept = self._parts, self._kept
         assert kept is not None
-        conf, is_train = parts.conf, split == "train"
+        conf, is_train = run.conf, split == "train"
         most = loader.most_showings()
         assert most is not None, "see why_not_in_training"
         augment = conf.augment if is_train and conf.augment.recipe != "none" else None
         skip = conf.data.on_error == OnError.skip
-        digest = split_digest(loader.split, most, parts.built.preprocess, augment, conf.seed, skip=skip)
+        digest = split_digest(loader.split, most, run.built.preprocess, augment, conf.seed, skip=skip)
         return {
             kind: Keep(
                 kind,
@@ -181,7 +181,7 @@ class Feeding:
                 views=min(num_views(conf.augment), conf.train.epochs) if is_train else 1,
                 bytes_per_image=kept.measured.bytes,
                 shelf=kept.shelf,
-                device=parts.device,
+                device=run.device,
                 folder=cache_folder(conf.data.cache_dir) / "activations",
                 max_gib=conf.prefix.max_gib,
                 is_asked=conf.prefix.cache != PrefixCache.auto and split != "test",
@@ -215,21 +215,21 @@ class Feeding:
             logger.info("  %s: %s: %s", split, where, reason)
 
 
-def computing(parts: Parts) -> dict[str, str]:
+def computing(run: Run) -> dict[str, str]:
     """How a run computes its frozen layers, in words: whatever of it changes their last bits."""
-    conf = parts.conf
+    conf = run.conf
     return {
-        **environment(parts.device),
-        "dtype": str(parts.dtype),
+        **environment(run.device),
+        "dtype": str(run.dtype),
         "tf32": str(conf.precision == Precision.tf32),
         "deterministic": str(conf.deterministic),
         "batch size": str(conf.data.batch_size),
     }
 
 
-def _refuse_ignored(parts: Parts) -> None:
+def _refuse_ignored(run: Run) -> None:
     """Settings of a prefix that a model without slices has not."""
-    prefix, name = parts.conf.prefix, type(parts.model.net).__name__
+    prefix, name = run.conf.prefix, type(run.model.net).__name__
     for key, value in changed(prefix, "cache", "dtype", "max_gib").items():
         if value != PrefixCache.none:
             raise UserError(

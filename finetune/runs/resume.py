@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune.app.parts import Parts
+from finetune.app.build import Run as Parts
 from finetune.config import CompileMode, Conf, Interval
 from finetune.core import recipe
 from finetune.core.device import environment
@@ -139,7 +139,7 @@ def resume(parts: Parts, state: TrainState, found: Saved | None) -> bool:
         content, path = found
         restore(content, state, str(path))
     settle(parts.checkpoints, state)
-    History(parts.run_dir / "history.jsonl").cut(state.epoch)
+    History(parts.folder / "history.jsonl").cut(state.epoch)
     if found is None:
         return False
     logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)

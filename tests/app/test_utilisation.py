@@ -20,7 +20,7 @@ from test_run import stripes as stripes  # the fixture
 from tiny import tiny_batches, tiny_model
 
 from finetune.app import training, utilisation
-from finetune.app.parts import build_parts
+from finetune.app.build import build_run
 from finetune.config import AugmentConf, Conf, Family, ModelConf, OptimConf, PrefixCache, Recipe, TrainConf
 from finetune.core.cost import count_flops
 from finetune.core.loop import train_step
@@ -53,9 +53,9 @@ def test_frozen_layers_are_counted_apart() -> None:
 
 def test_recomputed_work_is_no_use_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utilisation, "peak", lambda device, dtype: 1e12)  # a processor takes half a minute for it
-    plain = utilisation.measure(build_parts(CONF, tmp_path))
+    plain = utilisation.measure(build_run(CONF, tmp_path))
     again = dataclasses.replace(CONF, train=TrainConf(recompute=True))
-    assert utilisation.measure(build_parts(again, tmp_path)).training == plain.training
+    assert utilisation.measure(build_run(again, tmp_path)).training == plain.training
 
 
 def test_share_of_the_peak() -> None:

@@ -181,7 +181,7 @@ def test_the_whole_configuration_goes_no_further_than_the_composition_root() -> 
         for node in functions(path):
             for argument in [*node.args.args, *node.args.kwonlyargs]:
                 kind = "" if argument.annotation is None else ast.unparse(argument.annotation)
-                assert kind not in ("Conf", "Parts"), f"{path}: {node.name} takes a whole {kind}"
+                assert kind not in ("Conf", "Run"), f"{path}: {node.name} takes a whole {kind}"
 
 
 def test_no_drawers_and_no_probing() -> None:

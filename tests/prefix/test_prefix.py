@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small import CHAINS, small_images, small_model
 
-from finetune.app.parts import build_parts
+from finetune.app.build import build_run
 from finetune.app.run import run
 from finetune.config import (
     AugmentConf,
@@ -422,7 +422,7 @@ def test_the_words_of_the_name_tell_tf32_and_deterministic_kernels(pictures: Pat
     told = []
     for changes in ({}, {"precision": Precision.tf32}, {"deterministic": True}):
         conf = settings(pictures, **changes)
-        parts = build_parts(replace(conf, precision=Precision.fp32), tmp_path)
+        parts = build_run(replace(conf, precision=Precision.fp32), tmp_path)
         told.append(computing(replace(parts, conf=conf)))
     assert told[0] != told[1] != told[2] != told[0]
 

@@ -21,7 +21,7 @@ from test_run import stripes as stripes  # the fixture
 from torch import Tensor
 
 from finetune.app import training
-from finetune.app.parts import Parts
+from finetune.app.build import Run
 from finetune.app.run import run
 from finetune.commands.replay import main as replay
 from finetune.config import Conf, OnNonfinite, Precision
@@ -149,7 +149,7 @@ def test_a_session_that_comes_to_nothing_takes_nothing_away(
     before = json.loads(kept["result.json"])
     assert before["auto_batch_size"] and before["promise"] == "bitwise"
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "fingerprint", lambda self, name="train": "other images")
+        patch.setattr(Run, "fingerprint", lambda self, name="train": "other images")
         with pytest.raises(ValueError, match="the training images are not those"):
             resume(tmp_path / "run", conf, train__epochs=3)
     assert {name: (tmp_path / "run" / name).read_bytes() for name in kept} == kept
@@ -403,7 +403,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Make the images of some steps of every epoch infinite where the training batches are made, and so in a replay."""
 
     def poison(first: int, last: int) -> None:
-        original = training.Parts.mixer
+        original = training.Run.mixer
 
         def mixer(parts: Any) -> Any:
             found = original(parts)
@@ -416,7 +416,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
             found.wrap = wrapped
             return found
 
-        monkeypatch.setattr(training.Parts, "mixer", mixer)
+        monkeypatch.setattr(training.Run, "mixer", mixer)
 
     return poison
 

@@ -27,11 +27,11 @@ from finetune.system.allocator import keep_freed_memory
 
 
 @dataclass
-class Parts:
+class Run:
     """What a run is made of, once built."""
 
     conf: Conf
-    run_dir: Path
+    folder: Path
     source: Source
     built: BuiltModel
     device: torch.device
@@ -58,7 +58,7 @@ class Parts:
     @property
     def checkpoints(self) -> Path:
         """Where weights and states go."""
-        return self.run_dir / "checkpoints"
+        return self.folder / "checkpoints"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -94,7 +94,7 @@ class Parts:
             augment=self.conf.augment if train else None,
             seed=self.conf.seed,
             device=self.device,
-            on_skip=SkippedList(self.run_dir).add,
+            on_skip=SkippedList(self.folder).add,
         )
 
     def mixer(self) -> Mixer:
@@ -134,7 +134,7 @@ def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> Laye
     return model.to(device)
 
 
-def build_parts(conf: Conf, run_dir: Path) -> Parts:
+def build_run(conf: Conf, run_dir: Path) -> Run:
     """Open the images, and build the model on its device; draws from torch's generator, seeded.
 
     Raises:
@@ -151,4 +151,4 @@ def build_parts(conf: Conf, run_dir: Path) -> Parts:
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)
     is_auto_batch = conf.data.batch_size == 0
-    return Parts(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch)
+    return Run(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch)
