@@ -25,9 +25,10 @@ from finetune.config import AugmentConf, DataConf, OnError, SourceKind
 from finetune.config.words import compose
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
+from finetune.data.cache_dir import cache_folder
 from finetune.data.checks.contact_sheet import _pixels
 from finetune.data.checks.examine import _decode, _Look, _read_header, duplicates, examine
-from finetune.data.checks.verdicts import DECODED, HEADER, RECORD, Verdicts, cache_folder
+from finetune.data.checks.verdicts import DECODED, HEADER, RECORD, Verdicts
 from finetune.data.images.decode import decode, header_of_whole, read_header
 from finetune.data.sources.filestore import FileStore
 

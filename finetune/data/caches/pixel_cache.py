@@ -29,9 +29,9 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
+from finetune.data.cache_dir import cache_folder
 from finetune.data.caches.content import content_digest
 from finetune.data.caches.evict import Held, bound, evict, made_once
-from finetune.data.checks.verdicts import cache_folder
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split

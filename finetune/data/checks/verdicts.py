@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from finetune.data.cache_dir import cache_folder
 from finetune.data.streams import Ranks, mix
 from finetune.system.files import write_atomic
 
@@ -50,15 +50,6 @@ MODES = (
     "I;16B",
     "RGBX",
 )
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Where caches go: `data.cache_dir`, else what the XDG base directory specification says."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification: relative paths there are to be ignored.
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "finetune"
 
 
 class Verdicts:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
-from finetune.data.checks.verdicts import cache_folder
+from finetune.data.cache_dir import cache_folder
 from finetune.data.sources.fetching import Progress, Remote, StoppedError, fetch, length_of, read_small
 from finetune.system.errors import UserError
 from finetune.system.files import write_bytes
