@@ -166,7 +166,7 @@ def test_work_with_the_frozen_layers_kept(capsys: pytest.CaptureFixture[str], wo
     saved = found["pflop_run"] - found["pflop_run_kept"]
     assert saved == pytest.approx(flops.frozen * (15 - passes) * images / 1e15, rel=1e-6)
     assert main(["model=vit", "optim.fix_layer=4", *words]) == 0
-    assert "where what the frozen layers give is kept" in capsys.readouterr().out
+    assert "with the activations of the frozen layers cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["optim.fix_layer=-1"], ["augment=light"], ["prefix.cache=none"]])
@@ -202,8 +202,8 @@ def test_what_is_assumed_of_absent_data_is_said(tmp_path: Path, capsys: pytest.C
     ("words", "code", "problem"),
     [
         (["--classes", "0"], 2, "at least 1"),
-        (["--plot"], 2, "--plot needs a value"),
-        (["--plot", "optim.lr=1e-3"], 2, "--plot needs a value"),
+        (["--plot"], 2, "--plot: expected one argument"),
+        (["--plot", "optim.lr=1e-3"], 2, "--plot=NAME"),
         (["-m", "optim.lr=1,2"], 2, "--multirun"),
         (["--jsn"], 2, "did you mean '--json'"),
         (["--optim.lr=1"], 2, "without dashes"),

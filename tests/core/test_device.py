@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.commands.describe import _precision
+from finetune.app.description import forward_precision
 from finetune.config import Conf, Precision
 from finetune.core.device import computed_in, pick_precision, set_deterministic, set_kernels
 
@@ -36,8 +36,8 @@ def test_auto_takes_bfloat16_where_the_gpu_has_it_and_not_where_it_is_emulated(g
     assert pick_precision(Precision.auto, CUDA, is_wide=False) == gpu
     assert pick_precision(Precision.bf16, CUDA, is_wide=False) == torch.bfloat16
     assert pick_precision(Precision.tf32, CUDA, is_wide=False) == torch.float32
-    assert _precision(Conf(device="cuda:3"), cuda=True, is_wide=False)[0] == torch.bfloat16  # another machine's
-    dtype, words = _precision(Conf(), cuda=True, is_wide=False)
+    assert forward_precision(Conf(device="cuda:3"), cuda=True, is_wide=False)[0] == torch.bfloat16  # another machine's
+    dtype, words = forward_precision(Conf(), cuda=True, is_wide=False)
     assert dtype == gpu and words.startswith("bf16" if gpu == torch.bfloat16 else "fp32")
 
 

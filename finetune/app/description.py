@@ -1,0 +1,241 @@
+"""Describes a run before it starts: each layer's rate, the memory, the work and the schedule.
+
+The model is built on torch's `meta` device, without weights and without memory. A laptop can so describe a model that
+only a cluster can train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune.config import Conf, Interval, Precision, PrefixCache, SourceKind
+from finetune.core import recipe
+from finetune.core.cost import Flops, count_flops, estimate_memory
+from finetune.core.device import WIDE, pick_precision
+from finetune.core.layers import LayeredModel
+from finetune.core.optim import param_groups
+from finetune.core.plan import planned_rates, prepare
+from finetune.core.sched import lr_factor
+from finetune.data import open_source
+from finetune.data.streams import num_views
+from finetune.models import build_model
+from finetune.models.patches import products_dominate
+from finetune.prefix import why_not_in_training
+from finetune.system.errors import UserError
+
+IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 1_281_167
+
+
+def describe(
+    conf: Conf, *, num_classes: int | None = None, num_images: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns everything that `finetune describe --json` prints, and the planned rates as `rates.json` holds them.
+
+    Args:
+        conf: The run's settings.
+        num_classes: Classes of the data; None: those of data=digits, else those of ImageNet-1k.
+        num_images: Training images; None: those of data=digits, else those of ImageNet-1k.
+
+    Raises:
+        UserError: A model, a setting or a frozen layer that does not exist.
+        FileNotFoundError: A file that the model is built from is missing.
+    """
+    if not conf.data.batch_size:
+        raise UserError(
+            "data.batch_size=auto is found by trying sizes on the device, and finetune describe tries nothing:"
+            " give a number, such as data.batch_size=64"
+        )
+    data = _data_sizes(conf, num_classes, num_images)
+    built = build_model(conf.model, [f"class {index}" for index in range(data.classes)], device="meta")
+    model, size = built.model, built.preprocess.size
+    prepare(model, conf)
+    steps = recipe.steps_per_epoch(conf, -(-data.epoch_images // conf.data.batch_size))
+    layers = layer_rows(model, conf, steps)
+    found = {
+        "model": {
+            "family": str(conf.model.family),
+            "name": conf.model.name,
+            "pretrained": conf.model.pretrained,
+            "head": str(conf.model.head),
+            "image_size": size,
+        },
+        "assumed": data.note,
+        "layers": layers,
+        "totals": _totals(layers),
+        "memory": _memory(model, conf, size),
+        "compute": _compute(model, conf, size, data.epoch_images),
+        "schedule": _schedule(conf, steps),
+        "notice": recipe.batch_notice(conf),
+    }
+    return found, planned_rates(model, conf, steps)
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """Sizes of the training data.
+
+    Attributes:
+        classes: Number of classes.
+        epoch_images: Images that an epoch shows, repeats included.
+        note: Both numbers of the data in words, and where they come from.
+    """
+
+    classes: int
+    epoch_images: int
+    note: str
+
+
+def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> DataSizes:
+    """Counts data=digits, which costs nothing; for other data it takes the given numbers, or those of ImageNet-1k."""
+    notes = []
+    if conf.data.source == SourceKind.digits and None in (classes, images):
+        source = open_source(conf.data)
+        classes = classes or len(source.classes)
+        images = images or len(source.splits["train"])
+        notes.append("data=digits counted")
+    if classes is None:
+        classes = IMAGENET_CLASSES
+        notes.append("ImageNet-1k's number of classes assumed (--classes N)")
+    if images is None:
+        images = IMAGENET_IMAGES
+        notes.append("ImageNet-1k's number of images assumed (--images N)")
+    note = f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
+    return DataSizes(classes, (conf.data.epoch_images or images) * conf.augment.repeats, note)
+
+
+def layer_rows(model: LayeredModel, conf: Conf, steps: int) -> list[dict[str, Any]]:
+    """One row for each layer, from the stem up, out of the parameter groups that the optimizer will get.
+
+    `rate_start` and `rate_peak` are those of the layer's fastest group. `rates_peak` lists all of its peaks: with
+    `optim.layer_rule=timm` a layer may have two. `decayed` counts the parameters that weight decay reaches.
+
+    Args:
+        model: Frozen as it will train.
+        conf: Rates and schedule.
+        steps: Optimizer steps of an epoch.
+    """
+    groups = param_groups(model, recipe.scaled_optim(conf))
+    first = lr_factor(0, recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps))
+    sizes = [0] * len(model.layers)
+    for name, parameter in model.net.named_parameters():
+        sizes[model.layer_ids[name]] += parameter.numel()
+    rows = []
+    for index, layer in enumerate(model.layers):
+        own = [group for group in groups if group["layer_id"] == index]
+        peaks = sorted({group["lr"] for group in own}, reverse=True)
+        decayed = [group for group in own if group["weight_decay"] > 0]
+        rows.append(
+            {
+                "id": index,
+                "layer": layer.name,
+                "parameters": sizes[index],
+                "state": "frozen" if index < model.num_frozen else "learns" if own else "empty",
+                "rate_start": peaks[0] * first if peaks else 0.0,
+                "rate_peak": peaks[0] if peaks else 0.0,
+                "rates_peak": peaks,
+                "weight_decay": decayed[0]["weight_decay"] if decayed else 0.0,
+                "decayed": sum(p.numel() for group in decayed for p in group["params"]),
+                "groups": len(own),
+            }
+        )
+    return rows
+
+
+def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    parameters = sum(row["parameters"] for row in rows)
+    learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
+    return {
+        "parameters": parameters,
+        "learning": learning,
+        "learning_share": learning / parameters,
+        "decayed": sum(row["decayed"] for row in rows),
+        "groups": sum(row["groups"] for row in rows),
+    }
+
+
+def _memory(model: LayeredModel, conf: Conf, image_size: int) -> dict[str, Any]:
+    is_wide = products_dominate(model.net, WIDE)
+    dtype, precision = forward_precision(conf, cuda=torch.cuda.is_available(), is_wide=is_wide)
+    memory = estimate_memory(
+        model,
+        image_size,
+        batch_size=conf.data.batch_size,
+        dtype=dtype,
+        averaged=conf.train.ema > 0,
+        optim=conf.optim,
+    )
+    words = {"batch_size": conf.data.batch_size, "precision": precision, "optimizer": f"optimizer ({conf.optim.name})"}
+    sizes = {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()}
+    return {**words, **sizes, "total_bytes": memory.total}
+
+
+def forward_precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.dtype, str]:
+    """Returns the dtype of the forward pass, and the precision in words for the report.
+
+    With precision=auto: the choice for this machine, or for the GPU that `device=` names. A GPU that this machine does
+    not have is assumed to have bfloat16.
+
+    Args:
+        conf: `precision` and `device`.
+        cuda: Whether this machine has a CUDA GPU.
+        is_wide: Whether most of the model's work is in matrices of at least `core.device.WIDE` columns.
+    """
+    word, note = conf.precision, ""
+    if word == Precision.auto:
+        named = "cuda" if conf.device == "auto" and cuda else "cpu" if conf.device == "auto" else conf.device
+        on_gpu = named.startswith("cuda")
+        device = torch.device(named)
+        is_here = not on_gpu or (cuda and (device.index or 0) < torch.cuda.device_count())
+        has_bf16 = not is_here or pick_precision(word, device, is_wide=is_wide) == torch.bfloat16
+        word = Precision.bf16 if has_bf16 else Precision.fp32
+        note = " (precision=auto without a GPU that has bfloat16; say precision=bf16 for one)"
+        if has_bf16:
+            note = " (precision=auto)" if on_gpu else " (precision=auto: this CPU has it, and the model is wide enough)"
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+    return dtypes.get(word, torch.float32), f"{word}{note}"
+
+
+def _compute(model: LayeredModel, conf: Conf, image_size: int, epoch_images: int) -> dict[str, Any]:
+    flops = count_flops(model, image_size)
+    return {
+        "gflop_forward_image": flops.forward / 1e9,
+        "gflop_training_image": flops.training / 1e9,
+        "class_token_only": model.class_token_only,
+        "pflop_run": flops.training * epoch_images * conf.train.epochs / 1e15,
+        "pflop_run_kept": _pflop_with_cache(conf, flops, epoch_images),
+    }
+
+
+def _pflop_with_cache(conf: Conf, flops: Flops, epoch_images: int) -> float | None:
+    """Work of the run where the activations of the frozen layers are cached; None where none can be cached."""
+    if not flops.frozen or conf.prefix.cache == PrefixCache.none or why_not_in_training(conf) is not None:
+        return None
+    epochs = conf.train.epochs
+    views = min(num_views(conf.augment), epochs)
+    return (flops.training * epochs - flops.frozen * (epochs - views)) * epoch_images / 1e15
+
+
+def _schedule(conf: Conf, steps: int) -> dict[str, Any]:
+    """The schedule's settings, and the head's rate at the start, at the peak and at the end."""
+    sched, units = recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps)
+    peak = recipe.peak_lr(conf)
+    return {
+        "mode": str(sched.mode),
+        "interval": str(sched.interval),
+        "epochs": conf.train.epochs,
+        "steps": steps * conf.train.epochs,
+        "units": units,
+        "warmup": sched.warmup,
+        "warmup_epochs": sched.warmup / (steps if conf.sched.interval == Interval.step else 1),
+        "cycle": sched.cycle or units,
+        "past_cycle": str(sched.past_cycle),
+        "batch": recipe.effective_batch(conf),
+        "lr_start": peak * lr_factor(0, sched, units),
+        "lr_peak": peak,
+        "lr_last": peak * lr_factor(units - 1, sched, units),
+    }
