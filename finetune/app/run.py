@@ -47,7 +47,7 @@ from finetune.runs.resume import find_state, first_promise, plan_of, resume, say
 from finetune.runs.saving import Saver, tidy
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_text
-from finetune.system.lock import Lock
+from finetune.system.locks import Holder, run_lock
 from finetune.system.log import Bar, say, start_log, stop_log, table
 from finetune.system.signals import Interrupted, StopSignals
 from finetune.system.terminal import command
@@ -73,10 +73,10 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     """
     holding = inspect(run_dir, conf)
     if not holding.is_finished:
-        with Lock(run_dir) as lock:
+        with run_lock(run_dir) as dead:
             holding = inspect(run_dir, conf)  # again, now that nobody else can change it
             if not holding.is_finished:
-                return _run(conf, run_dir, _Session(conf, overrides, holding, quiet, lock.taken_over))
+                return _run(conf, run_dir, _Session(conf, overrides, holding, quiet, dead))
     assert holding.earlier is not None
     say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
     return holding.earlier
@@ -90,7 +90,7 @@ class _Session:
     overrides: list[str]
     holding: Holding
     quiet: bool
-    taken_over: str  # whose stale lock was in the way
+    dead: Holder | None  # the killed process whose lock was found
     result: Result = field(default_factory=dict)
     is_accepted: bool = False
 
@@ -176,8 +176,8 @@ def _all_overrides(conf: Conf, session: _Session) -> list[str]:
 
 def _announce(conf: Conf, run_dir: Path, session: _Session) -> None:
     """The first lines of a run that is continued."""
-    if session.taken_over:
-        logger.warning("took over from %s, which is dead", session.taken_over)
+    if session.dead is not None:
+        logger.warning("took over from %s, which is dead", session.dead)
     if session.holding.earlier is None:
         return
     logger.info("continuing the run in %s, so far %s", run_dir, session.holding.earlier["status"])

@@ -16,7 +16,7 @@ from finetune.config.words.help import help_page
 from finetune.config.words.yamlfiles import folders
 from finetune.runs.claim import RefusedError
 from finetune.runs.folders import record_failure, record_job, record_refusal, record_start, run_folder
-from finetune.system.lock import HeldError
+from finetune.system.locks import InUseError
 from finetune.system.signals import exit_codes
 from finetune.system.terminal import complain
 
@@ -167,7 +167,7 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
         result = run(conf, folder, overrides)
     except RefusedError:
         raise
-    except HeldError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
+    except InUseError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
         complain(str(error))
         return 1, None
     except MISTAKES as error:

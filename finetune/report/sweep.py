@@ -21,7 +21,7 @@ from finetune.report.figure import number, read_json, save_figure
 from finetune.report.sweep_figure import Score, rank, sweep_figure
 from finetune.runs.folders import JOBS
 from finetune.system.files import write_text
-from finetune.system.lock import holder
+from finetune.system.locks import holder
 from finetune.system.log import say, table
 from finetune.system.terminal import command, printable
 
@@ -195,7 +195,7 @@ def read_job(folder: Path) -> Job:
     """What a job left; a missing or damaged `result.json` makes it a failed one that says so."""
     at_work = holder(folder)
     if at_work is not None:
-        told = f"process {at_work['pid']} on {at_work['host']} is working in it"
+        told = f"process {at_work.pid} on {at_work.host} is working in it"
         return _as_job(folder, {"status": "at work", "error": told})
     try:
         result = read_json(folder / "result.json")

@@ -18,7 +18,7 @@ from finetune.report import sweep
 from finetune.report.sweep import job_folders, read_job, summarize, varied_keys
 from finetune.report.sweep_figure import Score, by_setting, levels, positions, sweep_figure
 from finetune.runs.folders import JOBS, record_job, record_refusal, record_start
-from finetune.system.lock import Lock
+from finetune.system.locks import run_lock
 
 FINISHED = {
     "status": "finished",
@@ -123,7 +123,7 @@ def test_a_job_that_another_process_works_in_is_not_called_dead(
 ) -> None:
     add_job(tmp_path / "0", "seed=0", val=0.9)
     add_job(tmp_path / "1", "seed=1", status="running")
-    with Lock(tmp_path / "1"):
+    with run_lock(tmp_path / "1"):
         assert summarize(tmp_path) == 1
     assert f"job 1: at work: process {os.getpid()} on" in capsys.readouterr().out
     assert summarize(tmp_path) == 1 and "killed, or out of memory" in capsys.readouterr().out

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import socket
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,7 +31,6 @@ from finetune.runs.checkpoint import (
 )
 from finetune.runs.saving import NoSpaceError, Saver, best_epochs, latest_state, settle
 from finetune.system.files import write_text
-from finetune.system.lock import LOCK_NAME, HeldError, Lock, holder
 
 
 def saver(folder: Path, **kwargs: int) -> Saver:
@@ -331,63 +325,6 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: p
         keeper.wait()
     assert read_state(tmp_path / "last.pt")["counters"]["step"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt"}
-
-
-# --- one process ----------------------------------------------------------------------------------------------------
-
-
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom finetune.system.lock import Lock\n"
-        "with Lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    root = Path(__file__).parent.parent.parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    before = (tmp_path / LOCK_NAME).read_bytes()
-    with pytest.raises(HeldError, match=f"process {process.pid} on {socket.gethostname()}, since 20"), Lock(tmp_path):
-        pass
-    assert (tmp_path / LOCK_NAME).read_bytes() == before
-    process.kill()
-    deadline = time.monotonic() + 10
-    while holder(tmp_path) is not None:  # a zombie, until it is waited for, counts as dead
-        assert time.monotonic() < deadline
-    with Lock(tmp_path) as lock:
-        assert f"process {process.pid}" in lock.taken_over
-        found = holder(tmp_path)
-        assert found is not None and found["pid"] == os.getpid()
-    assert not (tmp_path / LOCK_NAME).exists()
-    process.wait()
-    process.stdout.close()
-
-
-@pytest.mark.parametrize(
-    ("change", "is_held"),
-    [
-        ({}, True),
-        ({"started": "1"}, False),  # the number is used again, by another program
-        ({"pid": 2**22 + 5}, False),
-        ({"host": "elsewhere"}, True),
-        ({"host": "elsewhere", "pid": 2**22 + 5}, True),
-        (None, False),  # half written
-    ],
-)
-def test_a_lock_is_stale_where_its_process_is_known_to_be_dead(
-    tmp_path: Path, change: dict[str, object] | None, is_held: bool
-) -> None:
-    with Lock(tmp_path):
-        own = json.loads((tmp_path / LOCK_NAME).read_text())
-    text = '{"host": "a' if change is None else json.dumps({**own, **change})
-    (tmp_path / LOCK_NAME).write_text(text)
-    if not is_held:
-        with Lock(tmp_path):
-            pass
-        return
-    with pytest.raises(HeldError) as error, Lock(tmp_path):
-        pass
-    assert (str(tmp_path / LOCK_NAME) in str(error.value)) == (change is not None and "host" in change)
 
 
 # --- data.batch_size=auto -------------------------------------------------------------------------------------------

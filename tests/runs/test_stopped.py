@@ -30,7 +30,7 @@ from finetune.core.finite import NotFiniteError
 from finetune.runs import saving
 from finetune.runs.checkpoint import read_state, read_weights
 from finetune.runs.claim import RefusedError
-from finetune.system.lock import LOCK_NAME, HeldError, Lock
+from finetune.system.locks import RUN_LOCK, InUseError, run_lock
 from finetune.system.signals import Interrupted
 
 Stop = Callable[[], None]
@@ -386,13 +386,13 @@ def test_another_machine_is_named_and_the_promise_weakened(stripes: Path, tmp_pa
 
 
 def test_the_second_process_changes_nothing(stripes: Path, tmp_path: Path) -> None:
-    with Lock(tmp_path):
+    with run_lock(tmp_path):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
-        with pytest.raises(HeldError, match="since"):
+        with pytest.raises(InUseError, match="since"):
             go(small(stripes), tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
     go(small(stripes), tmp_path)
-    assert not (tmp_path / LOCK_NAME).exists()
+    assert not (tmp_path / RUN_LOCK).exists()
 
 
 # --- not finite -----------------------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_a_signal_to_the_group_while_workers_start(stripes: Path, tmp_path: Path
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
-    assert not (tmp_path / "run" / LOCK_NAME).exists()
+    assert not (tmp_path / "run" / RUN_LOCK).exists()
     again = finetune(f"resume={tmp_path}/run", cwd=tmp_path)
     assert again.returncode == 0, again.err
     go(small(stripes), tmp_path / "straight")

@@ -13,7 +13,7 @@ from finetune.config import Conf, validate
 from finetune.config.words.commandline import ConfigError
 from finetune.config.words.keys import KEYS, build, convert, nearest_key
 from finetune.runs.folders import OUTPUTS
-from finetune.system.lock import holder
+from finetune.system.locks import holder
 from finetune.system.log import say
 
 LATEST = "latest"
@@ -97,7 +97,7 @@ def find_run(word: str) -> Path:
         status = _status(folder)
         found = None if status == "finished" else holder(folder)
         if found is not None:
-            say(f"resume={LATEST}: {folder} is being worked in by process {found['pid']}: looking further")
+            say(f"resume={LATEST}: {folder} is being worked in by process {found.pid}: looking further")
         elif status != "finished":
             say(f"resume={LATEST}: {folder}, {status}")
             return folder
