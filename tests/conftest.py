@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Before anything imports torch: two test processes with two threads each spin and starve on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,3 +32,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 small images each: stripes across, down, and none."""
+    root = tmp_path_factory.mktemp("stripes")
+    random = np.random.default_rng(0)
+    for name, pattern in {"across": (1, 4), "down": (4, 1), "flat": (1, 1)}.items():
+        (root / name).mkdir()
+        for index in range(20):
+            pixels = np.kron(
+                random.integers(0, 2, size=(32 // pattern[0] // 4, 32 // pattern[1] // 4)),
+                np.ones((pattern[0] * 4, pattern[1] * 4)),
+            )
+            noisy = np.clip(pixels * 200 + random.normal(20, 15, pixels.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).resize((32, 32)).save(root / name / f"{index}.png")
+    return root

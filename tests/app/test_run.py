@@ -34,78 +34,7 @@ from finetune.config import (
     SourceKind,
 )
 from finetune.runs.records import timeless
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def finetune(*words: str, cwd: Path, wait: bool = True) -> subprocess.Popen[str]:
-    """`python -m finetune WORDS` in `cwd`, as a person types it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *words],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_as_from_a_terminal,
-    )
-    if wait:
-        process.out, process.err = process.communicate(timeout=300)  # type: ignore[attr-defined]
-    return process
-
-
-def _as_from_a_terminal() -> None:
-    """Under nohup, or in the background of a script, the tests ignore these, and so would their children."""
-    for signum in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(signum, signal.SIG_DFL)
-
-
-@pytest.fixture(scope="session")
-def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 20 small images each: stripes across, down, and none."""
-    root = tmp_path_factory.mktemp("stripes")
-    random = np.random.default_rng(0)
-    for name, pattern in {"across": (1, 4), "down": (4, 1), "flat": (1, 1)}.items():
-        (root / name).mkdir()
-        for index in range(20):
-            pixels = np.kron(
-                random.integers(0, 2, size=(32 // pattern[0] // 4, 32 // pattern[1] // 4)),
-                np.ones((pattern[0] * 4, pattern[1] * 4)),
-            )
-            noisy = np.clip(pixels * 200 + random.normal(20, 15, pixels.shape), 0, 255).astype(np.uint8)
-            Image.fromarray(noisy).resize((32, 32)).save(root / name / f"{index}.png")
-    return root
-
-
-def small(stripes: Path, **changes: object) -> Conf:
-    """A run of two epochs that takes a second or two."""
-    conf = Conf(data=DataConf(source=SourceKind.folder, root=str(stripes), batch_size=8))
-    conf.train.epochs = 2
-    for key, value in changes.items():
-        part, _, name = key.rpartition("__")
-        setattr(getattr(conf, part) if part else conf, name, value)
-    return conf
-
-
-def go(conf: Conf, folder: Path) -> dict:
-    folder.mkdir(exist_ok=True)
-    return run(conf, folder, [], quiet=True)
-
-
-def history(folder: Path) -> list[dict]:
-    """The rows, without what a clock says."""
-    return timeless(json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines())
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert history(one) == history(other)
-    for name in ("best", "last"):
-        ours, theirs = (load_file(folder / "checkpoints" / f"{name}.safetensors") for folder in (one, other))
-        assert list(ours) == list(theirs)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-
+from small_runs import ROOT, assert_same_run, finetune, go, history, small
 
 def test_the_main_job(tmp_path: Path) -> None:
     """The README's command, two epochs of it: zero-shot to better, every rate as planned, and a whole run directory."""

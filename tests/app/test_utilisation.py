@@ -14,9 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_loop import CPU32, start
-from test_run import go, small
-from test_run import stripes as stripes  # the fixture
+from tiny_runs import CPU32, start
+from small_runs import go, small
 from tiny import tiny_batches, tiny_model
 
 from finetune.app import training, utilisation

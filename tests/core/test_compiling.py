@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import small_images, small_model
-from test_run import go, small
-from test_run import stripes as stripes  # the fixture
+from small_runs import go, small
 
 from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, TrainConf, validate
 from finetune.core.compiling import compiled

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import CPU32, SIZES, run_fit, start
+from tiny_runs import CPU32, SIZES, run_fit, start
 from tiny import tiny_batches, tiny_model
 
 from finetune.app.run import run

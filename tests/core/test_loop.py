@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_batches, tiny_model
+from tiny_runs import CPU32, SIZES, run_fit, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
@@ -22,36 +23,6 @@ from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
 from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.records import timeless
-
-SIZES = [8, 8, 8, 3]
-CPU32 = contextlib.nullcontext()
-
-
-def start(
-    model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accumulate: int = 1, fix_layer: int = -1
-) -> TrainState:
-    freeze(model, fix_layer)
-    optimizer = build_optimizer(model, OptimConf(lr=0.02, layer_decay=0.7))
-    steps = epochs if interval == "epoch" else epochs * -(-len(SIZES) // accumulate)
-    scheduler = create_scheduler(SchedulerConf(mode="cosine_pi", interval=interval), optimizer, steps)
-    torch.manual_seed(5)
-    return TrainState.start(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
-
-
-def run_fit(
-    state: TrainState, conf: TrainConf, *, interval: str = "epoch", stop_at: int = -1, rows: list | None = None
-) -> bool:
-    return fit(
-        state,
-        conf,
-        train_batches=lambda epoch, skip: tiny_batches(SIZES, seed=epoch)[skip:],
-        val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
-        interval=Interval(interval),
-        autocast=CPU32,
-        on_step_end=lambda state: state.step == stop_at,
-        on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
-    )
-
 
 def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
     model = tiny_model()

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import ROOT, assert_same_run, finetune, go, history, small
-from test_run import stripes as stripes  # the fixture
+from small_runs import ROOT, assert_same_run, finetune, go, history, small
 from torch import Tensor
 
 from finetune.app import training
