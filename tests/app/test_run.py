@@ -7,34 +7,27 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_runs import ROOT, assert_same_run, finetune, go, history, small
 
-from finetune.app.run import _log_close, run
+from finetune.app.run import _log_close
 from finetune.config import (
     AugmentConf,
-    Conf,
-    DataConf,
     Family,
     HeadKind,
     ModelConf,
     OptimConf,
     Recipe,
     SchedulerConf,
-    SourceKind,
 )
-from finetune.runs.records import timeless
-from small_runs import ROOT, assert_same_run, finetune, go, history, small
+
 
 def test_the_main_job(tmp_path: Path) -> None:
     """The README's command, two epochs of it: zero-shot to better, every rate as planned, and a whole run directory."""

@@ -14,9 +14,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_runs import CPU32, start
 from small_runs import go, small
 from tiny import tiny_batches, tiny_model
+from tiny_runs import CPU32, start
 
 from finetune.app import training, utilisation
 from finetune.app.build import build_run

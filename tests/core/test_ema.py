@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CPU32, SIZES, run_fit, start
 from tiny import tiny_batches, tiny_model
+from tiny_runs import CPU32, SIZES, run_fit, start
 
 from finetune.app.run import run
 from finetune.config import Conf, TrainConf

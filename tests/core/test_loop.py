@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.config import Interval, OptimConf, TrainConf
-from finetune.core.layers import LayeredModel, freeze
-from finetune.core.loop import NotFiniteError, TrainState, fit, is_better, train_step, validate
+from finetune.core.loop import NotFiniteError, fit, is_better, train_step, validate
 from finetune.core.losses import cross_entropy
 from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
 from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.records import timeless
+
 
 def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
     model = tiny_model()

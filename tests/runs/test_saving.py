@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import run_fit, start
 from tiny import tiny_model
+from tiny_runs import run_fit, start
 
 from finetune.app.batch_size import DEFAULT_BATCH, divisors, largest_fitting, out_of_memory, with_batch
 from finetune.config import Conf, TrainConf
