@@ -28,7 +28,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, open_source
 from finetune.data.checks.examine import examine
 from finetune.data.checks.verdicts import Verdicts
-from finetune.system.allocator import keep_freed_memory
+from finetune.system.memory import keep_freed_memory
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 MODEL = Preprocess(224, MEAN, STD, interpolation="bicubic", resize="crop")

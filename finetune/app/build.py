@@ -23,7 +23,7 @@ from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import model_settings
 from finetune.models.patches import patches_as_products, products_dominate
 from finetune.runs import checkpoint
-from finetune.system.allocator import keep_freed_memory
+from finetune.system.memory import keep_freed_memory
 
 
 @dataclass

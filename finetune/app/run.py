@@ -48,8 +48,10 @@ from finetune.runs.saving import Saver, tidy
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_text
 from finetune.system.locks import Holder, run_lock
-from finetune.system.log import Bar, say, start_log, stop_log, table
+from finetune.system.log import say, start_log, stop_log
+from finetune.system.progress import Bar
 from finetune.system.signals import Interrupted, StopSignals
+from finetune.system.tables import table
 from finetune.system.terminal import command
 
 logger = logging.getLogger("finetune")

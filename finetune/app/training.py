@@ -19,13 +19,14 @@ from finetune.core.metrics import Meter
 from finetune.data import ImageError
 from finetune.prefix import Feed
 from finetune.report import scores
+from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
 from finetune.runs.claim import Result
 from finetune.runs.records import History
 from finetune.runs.resume import notes_of
 from finetune.runs.saving import Saver
 from finetune.system.errors import UserError
-from finetune.system.log import Bar, epoch_line
+from finetune.system.progress import Bar
 from finetune.system.signals import Interrupted, StopSignals
 
 logger = logging.getLogger("finetune")
@@ -62,7 +63,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
 
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
-            bar.set(**_shown(state, bar, train, gpu))
+            bar.show(bar_texts(_shown(state, bar, train, gpu)), dropped_first=DROPPED_FIRST)
         _tell_skipped(run, state)
         saver.check()
         if _is_save_due(conf.train, state, saver):
@@ -130,11 +131,9 @@ def _mfu(row: Row, fed: Mapping[str, float], gpu: utilisation.Utilisation | None
 
 
 def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation | None) -> dict[str, float]:
-    """What the bar shows beside the speed, under short names; the means first: they wait for the device."""
-    shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"]}
-    stats, speed = feed.stats(), bar.images_per_s
-    names = {"data_wait": "wait", "prefix_hits": "kept"}
-    shown |= {names[name]: value for name, value in stats.items()}
+    """The numbers for the progress bar, by their keys in `history.jsonl`; the means first: they wait for the device."""
+    shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"], **feed.stats()}
+    speed = bar.images_per_s
     if gpu is not None and speed:
         shown["mfu"] = gpu.share(speed, float(feed.is_kept))  # the bar begins behind what was computed for it
     return shown
@@ -243,7 +242,7 @@ def scored(loader: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterato
     for batch in stoppable(bar.wrap(loader.epoch(0)), stop):
         yield batch
         if bar.due():
-            bar.set(**meter.running())
+            bar.show(bar_texts(meter.running()), dropped_first=DROPPED_FIRST)
 
 
 def write_scores(run: Run, split: str, meter: Meter) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from finetune.config import Conf, nearest
 from finetune.config.words import ConfigError, parse_command_line
-from finetune.system.log import say, table
+from finetune.system.log import say
+from finetune.system.tables import table
 from finetune.system.terminal import complain
 
 HELP = """\

@@ -24,7 +24,7 @@ from finetune.data.loading.order import Showings
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.shelf import Shelf
 from finetune.prefix.store import Block, Builder, build_in_memory, find_on_disk, open_on_disk
-from finetune.system.log import Bar
+from finetune.system.progress import Bar
 
 logger = logging.getLogger("finetune")
 

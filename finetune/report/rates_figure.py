@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from finetune.report.columns import layer_of
 from finetune.report.figure import FAINT, INK, SIZE_INCHES, clean_axes, headline, new_figure, number, ramp, short
 from finetune.system.errors import UserError
-from finetune.system.log import layer_of
 
 
 @dataclass(frozen=True)

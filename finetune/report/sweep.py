@@ -22,7 +22,8 @@ from finetune.report.sweep_figure import Score, rank, sweep_figure
 from finetune.runs.folders import JOBS
 from finetune.system.files import write_text
 from finetune.system.locks import holder
-from finetune.system.log import say, table
+from finetune.system.log import say
+from finetune.system.tables import table
 from finetune.system.terminal import command, printable
 
 SPLITS = ("zeroshot/", "val/", "test/")

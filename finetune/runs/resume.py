@@ -24,7 +24,7 @@ from finetune.runs.claim import CLOSE, Change, Holding
 from finetune.runs.records import History
 from finetune.runs.saving import latest_state, settle
 from finetune.system.errors import UserError
-from finetune.system.log import table
+from finetune.system.tables import table
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")

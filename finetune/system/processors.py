@@ -7,5 +7,5 @@ import sys
 
 
 def cores() -> int:
-    """Those that the scheduler gives to this process, where it tells; a cluster job has a few of many."""
+    """Processors that this process may use; a cluster job often gets a few of the machine's."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,16 +1,16 @@
-"""Stop cleanly: a signal sets a flag, the loop finishes its step, saves, and leaves with the signal's exit code."""
+"""Clean stops: a signal sets a flag; the loop finishes its step, saves, and ends with the signal's exit code."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-# What asks for a stop: Ctrl-C, schedulers' SIGTERM, and the warnings ahead of a time limit (SLURM --signal, submitit).
+# These ask for a stop: Ctrl-C, schedulers' SIGTERM, the warnings ahead of a time limit (SLURM --signal, submitit).
 STOPPING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
 if sys.platform != "win32":
     STOPPING += (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # the last: a terminal that was closed
@@ -26,11 +26,11 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """While entered, these signals ask for a stop instead of ending the process where it stands.
+    """Within it the signals in `STOPPING` ask for a stop instead of ending the process where it stands.
 
-    The first one decides the exit code. A second Ctrl-C leaves at once, unsaved. An earlier handler (a launcher's, such
-    as submitit's, which asks for the job to be queued again) is called by `pass_on`, once everything is saved. Outside
-    the main thread signals cannot be caught, and nothing changes.
+    The first signal decides the exit code. A second Ctrl-C leaves at once, without a save. `pass_on` calls an earlier
+    handler once everything is saved: submitit's, for example, queues the job again. Outside the main thread signals
+    cannot be caught, and nothing changes.
     """
 
     def __init__(self) -> None:
@@ -63,11 +63,11 @@ class StopSignals:
 
     @property
     def is_set(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a signal has asked for a stop."""
         return self.signum is not None
 
     def check(self) -> None:
-        """Leave here if a stop was asked for.
+        """Leave here if a signal has asked for a stop.
 
         Raises:
             Interrupted: With the signal's exit code.
@@ -76,7 +76,7 @@ class StopSignals:
             raise Interrupted(self.signum)
 
     def pass_on(self) -> None:
-        """Call the handler that was there before ours, if a signal came that had one; it may end the program."""
+        """Call the earlier handler of the signal that came, if there was one; that handler may end the program."""
         frame, self._frame = self._frame, None
         if self.signum is None or self.signum == signal.SIGINT:
             return  # Python's own handler of Ctrl-C has nothing to add
@@ -87,34 +87,22 @@ class StopSignals:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Outside a run too, SIGTERM ends the program with exit code 143 and without a trace."""
+    """Within it SIGTERM and its like end the program with exit code 128 + the signal's number, without a traceback."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled_by(leave, [signum for signum in STOPPING if signal.getsignal(signum) == signal.SIG_DFL]):
         yield
-        return
-    ours = [signum for signum in STOPPING if signum != signal.SIGINT and signal.getsignal(signum) == signal.SIG_DFL]
-    for signum in ours:
-        signal.signal(signum, leave)
-    try:
-        yield
-    finally:
-        for signum in ours:
-            signal.signal(signum, signal.SIG_DFL)
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it a stop signal ends the work where it stands: for what takes long and loses nothing by it.
+    """Within it a stop signal ends the work where it stands: for work that takes long and loses nothing by a stop.
 
     Raises:
         Interrupted: With the signal's exit code, after the handler that was there before was called.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {signum: signal.getsignal(signum) for signum in STOPPING}
 
     def leave(signum: int, frame: FrameType | None) -> None:
@@ -123,10 +111,16 @@ def at_once() -> Iterator[None]:
             earlier(signum, frame)
         raise Interrupted(signum)
 
+    with _handled_by(leave, [signum for signum in STOPPING if before[signum] is not signal.SIG_IGN]):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], signums: Iterable[signal.Signals]) -> Iterator[None]:
+    """Within it `handler` gets these signals; afterwards the earlier handlers do. Only the main thread can do this."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum in signums} if is_main else {}
     try:
-        for signum, earlier in before.items():
-            if earlier is not signal.SIG_IGN:
-                signal.signal(signum, leave)
         yield
     finally:
         for signum, earlier in before.items():

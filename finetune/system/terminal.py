@@ -1,4 +1,4 @@
-"""Text that is safe to show, to paste, and to complain with."""
+"""Text that is safe to print on a terminal and to paste into a shell; error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Collection, Sequence
 
-# KEY='value' with no other quote in it: the shell takes the quotes away, and the value needs none.
+# KEY='value' with no other quote in it stays as it is: the shell takes the quotes away, and the value needs none.
 _SHELL_SAFE = re.compile(r"[\w./+-]+='[^'\\]*'")
 # Invisible characters that turn the direction of the text around them, and so can show one name as another.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -34,10 +34,10 @@ def _escape(char: str) -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """Settings as a shell reads them back: `data.root='my photos'` as it stands, quoted wherever a shell would act."""
+    """Returns settings as a person pastes them into a shell: quoted where the shell would change them."""
     return " ".join(word if _SHELL_SAFE.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def complain(problem: str) -> None:
-    """Say what is wrong, on stderr and in one line; names in it cannot steer the terminal."""
+    """Print `error: <problem>` on stderr as one line, with control characters escaped."""
     print(f"error: {printable(' '.join(problem.split()))}", file=sys.stderr)

@@ -27,7 +27,8 @@ from finetune.core.plan import prepare
 from finetune.data import ImageError
 from finetune.data.loading.loaders import Key, Made, Maker
 from finetune.models import build_model
-from finetune.system import log
+from finetune.report.columns import DROPPED_FIRST, bar_texts
+from finetune.system import progress
 
 CONF = Conf(model=ModelConf(family=Family.vit, name="glyph_vit"), optim=OptimConf(fix_layer=4))
 
@@ -92,21 +93,21 @@ def test_measuring_draws_nothing_from_the_run() -> None:
 def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, clock = Terminal(), [100.0]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     used = utilisation.Utilisation(training=3e9, frozen=2e9, peak=1e12)
     state = start(tiny_model())
     # Built ahead of this very epoch: none was there before, and yet the bar's time holds nothing but what learns.
     feed = Mock(stats=lambda: {"data_wait": 0.02, "prefix_hits": 0.0}, is_kept=True)
     train_step(state, tiny_batches([4], seed=0), TrainConf(), CPU32)
-    with log.Bar("train 3/15", total=4, images=400) as bar:
+    with progress.Bar("train 3/15", total=4, images=400) as bar:
         for number, _ in enumerate(bar.wrap(range(4))):
             clock[0] += 0.5
-            bar.set(**training._shown(state, bar, feed, used))
+            bar.show(bar_texts(training._shown(state, bar, feed, used)), dropped_first=DROPPED_FIRST)
             line = terminal.getvalue().split("\r")[-1].rstrip()
             if number == 0:
                 assert "mfu" not in line and "wait 2%" in line, "no batch is done, so there is no speed"
             if number == 3:  # 300 images in 2 s, of 1e9 FLOP each
-                assert line.endswith("wait 2% kept 0% mfu 15% 150 img/s"), line
+                assert line.endswith("wait 2% cached 0% mfu 15% 150 img/s"), line
                 assert len(line) <= 80
                 assert "mfu" not in training._shown(state, bar, feed, None)
 
@@ -131,7 +132,7 @@ def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
         return make(maker, key)
 
     monkeypatch.setattr(Maker, "__getitem__", slow)
-    monkeypatch.setattr(log, "REDRAW_S", 0.0)
+    monkeypatch.setattr(progress, "REDRAW_S", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     augment = AugmentConf(recipe=Recipe.none)
     conf = small(stripes, optim__fix_layer=7, augment=augment, data__workers="0", prefix__cache=cache)
@@ -145,8 +146,8 @@ def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
     if cache == PrefixCache.none:
         assert 0.5 < row["data_wait"] < 1 and row["prefix_hits"] == 0
         assert row["images_per_s"] < 36 / (5 * 0.2)
-        assert re.search(r" wait [5-9]\d% kept 0% \d+ img/s", bars[-1])
+        assert re.search(r" wait [5-9]\d% cached 0% \d+ img/s", bars[-1])
     else:
         assert 0 <= row["data_wait"] < 0.5 and row["prefix_hits"] == 1
         assert row["images_per_s"] > 36 / (5 * 0.2)
-        assert re.search(r" wait \d+% kept 100% [\d,]+ img/s", bars[-1])
+        assert re.search(r" wait \d+% cached 100% [\d,]+ img/s", bars[-1])

@@ -27,7 +27,7 @@ from finetune.data.loading.order import Showings, epoch_order, most_showings
 from finetune.data.loading.workers import Stopwatch, choose_workers
 from finetune.data.sources.opening import Split
 from finetune.data.streams import augment_generator, view_of
-from finetune.system.allocator import hand_back_freed_memory
+from finetune.system.memory import hand_back_freed_memory
 from finetune.system.signals import STOPPING
 
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""What a run settles of its process's memory."""
+"""Freed memory stays with the process, and goes back when that is asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from finetune.system.allocator import hand_back_freed_memory, keep_freed_memory
+from finetune.system.memory import hand_back_freed_memory, keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

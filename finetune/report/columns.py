@@ -1,0 +1,103 @@
+"""The columns of `history.jsonl` that a person sees: on the progress bar, in an epoch's line, in `curves.png`.
+
+`app/training.py` writes the columns into each epoch's row. A new column is shown once it has an entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def metric_text(value: float | None) -> str:
+    """Three decimals, or two digits where three decimals would show only zeros; `nan` for None, as NaN is stored."""
+    if value is None:
+        return "nan"
+    return f"{value:.3f}" if not 0 < abs(value) < 0.01 else f"{value:.2g}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that is no metric.
+
+    Attributes:
+        bar_name: Its name on the progress bar.
+        line_words: The words behind its value in an epoch's line; empty: the line has a place of its own for it.
+        text: Formats a value.
+    """
+
+    bar_name: str
+    line_words: str
+    text: Callable[[float], str]
+
+
+# Key in `history.jsonl` -> how it is shown. All other keys are metrics, under their own names.
+COLUMNS = {
+    "lr": Column("lr", "", _rate),
+    "data_wait": Column("wait", "waiting for data", _share),
+    "prefix_hits": Column("cached", "from cached activations", _share),
+    "mfu": Column("mfu", "MFU", _share),
+}
+# Names that the bar goes without on a narrow terminal, the least important first.
+DROPPED_FIRST = ("lr", "top1", "cached", "wait")
+# Panels of `curves.png`: name of the y axis, and the columns of the training and the validation curve.
+CURVES = (
+    ("loss (cross-entropy)", "train/loss", "val/loss"),
+    ("top1 accuracy", "train/top1", "val/top1"),
+)
+
+
+def bar_texts(values: Mapping[str, float]) -> dict[str, str]:
+    """Returns name to text for the progress bar; `values` has the keys of `history.jsonl`, metrics without prefix."""
+    shown = {}
+    for key, value in values.items():
+        column = COLUMNS.get(key)
+        shown[key if column is None else column.bar_name] = (metric_text if column is None else column.text)(value)
+    return shown
+
+
+def epoch_line(
+    row: Mapping[str, Any],
+    num_epochs: int,
+    *,
+    best: float | None = None,
+    best_epoch: int = 0,
+    monitor: str = "val/top1",
+) -> str:
+    """An epoch in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)  412 img/s`.
+
+    Args:
+        row: Of `history.jsonl`; the line shows the rate with which the head began the epoch.
+        num_epochs: Epochs of the whole run.
+        best: Best value of `monitor` so far; None: there is none yet.
+        best_epoch: The epoch of `best`, from 1.
+        monitor: The metric that picks the best epoch; the line has it beside loss and top1.
+    """
+    head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
+    of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema
+    metrics = dict.fromkeys(["train/loss", "val/top1", monitor, *([of_average] if of_average in row else [])])
+    parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {_rate(head_rate)}"]
+    for name in metrics:
+        note = f" (best {metric_text(best)} @ {best_epoch})" if name == monitor and best is not None else ""
+        parts.append(f"{name} {metric_text(row[name])}{note}")
+    shares = [
+        f"{column.text(row[key])} {column.line_words}"
+        for key, column in COLUMNS.items()
+        if column.line_words and row.get(key, 0) >= 0.005
+    ]
+    speed = f"{row['images_per_s']:,.0f} img/s"
+    return "  ".join([*parts, f"{speed} ({', '.join(shares)})" if shares else speed])
+
+
+def layer_of(group_name: str) -> str:
+    """The layer of a parameter group by the group's name: `block.7` for `block.7.no_decay`."""
+    return group_name.removesuffix(".muon").removesuffix(".no_decay").removesuffix(".decay")

@@ -1,0 +1,43 @@
+"""Laws of terminal.py: no name steers a terminal, and a printed command means the same when it is pasted."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.config.words.commandline import quote_override
+from finetune.system.terminal import command, printable
+
+
+@given(st.text(st.characters()))
+def test_printable_text_cannot_steer_a_terminal(text: str) -> None:
+    shown = printable(text)
+    assert not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in shown)
+    shown.encode("utf-8")  # a lone surrogate could not be written
+    assert printable(shown) == shown
+
+
+def test_printable_keeps_letters_and_shows_what_it_escapes() -> None:
+    assert printable("naïve 日本 عربي 👩‍🔬 a b") == "naïve 日本 عربي 👩‍🔬 a b"
+    assert printable("\x1b[31mred\r\n\x9b1m") == r"\x1b[31mred\x0d\x0a\x9b1m"
+    assert printable("gpj\u202e.exe\udc80") == r"gpj\u202e.exe\udc80"
+    assert printable("a\nb\tc", keep="\n\t") == "a\nb\tc"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "model=vit",
+        "data.root=/a b (2)",
+        "data.root=/it's",
+        "model.templates=['a {}.','b {}']",
+        "optim.no_weight_decay=[*.q]",
+    ],
+)
+def test_a_command_to_paste_means_the_same_in_a_shell(typed: str) -> None:
+    word = quote_override(typed, multirun=False)
+    assert [quote_override(text, multirun=False) for text in shlex.split(command([word]))] == [word]
