@@ -22,7 +22,7 @@ from finetune.app.run import run
 from finetune.core.finite import FiniteGuard
 from finetune.core.optim import build_optimizer
 from finetune.prefix.shelf import shared_between_runs
-from finetune.runs.records import OF_THE_CLOCK, History
+from finetune.runs.history import OF_THE_CLOCK, History
 from finetune.system.memory import hand_back_freed_memory
 
 

@@ -71,7 +71,7 @@ def finish(words: list[str], cwd: Path) -> str:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The history without what a clock says."""
-    from finetune.runs.records import timeless
+    from finetune.runs.history import timeless
 
     rows = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return timeless(json.loads(line) for line in rows)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune.app.run import run
 from finetune.config import Conf, DataConf, SourceKind
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 ROOT = Path(__file__).parent.parent
 

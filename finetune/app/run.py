@@ -42,11 +42,10 @@ from finetune.report import run_figures as report
 from finetune.report import scores
 from finetune.runs.checkpoint import put_weights
 from finetune.runs.claim import Holding, Result, inspect
-from finetune.runs.records import write_json
 from finetune.runs.resume import find_state, first_promise, plan_of, resume, say_changes
 from finetune.runs.saving import Saver, tidy
 from finetune.system.errors import UserError
-from finetune.system.files import sweep_temporaries, write_text
+from finetune.system.files import sweep_temporaries, write_json, write_text
 from finetune.system.locks import Holder, run_lock
 from finetune.system.log import say, start_log, stop_log
 from finetune.system.progress import Bar

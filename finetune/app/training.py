@@ -22,7 +22,7 @@ from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
 from finetune.runs.claim import Result
-from finetune.runs.records import History
+from finetune.runs.history import History
 from finetune.runs.resume import notes_of
 from finetune.runs.saving import Saver
 from finetune.system.errors import UserError

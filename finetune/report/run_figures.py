@@ -28,7 +28,7 @@ from finetune.report.figure import (
     spread,
 )
 from finetune.report.rates_figure import rates_figure
-from finetune.runs.records import History
+from finetune.runs.history import History
 
 
 def plot_rates(run_dir: Path) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.report.figure import BLUE, FAINT, INK, clean_axes, headline, new_figure, read_json, save_figure
-from finetune.runs.records import write_json
-from finetune.system.files import write_text
+from finetune.system.files import write_json, write_text
 
 # More classes than this make a matrix of specks: the pairs that are most often confused are drawn instead.
 MATRIX_CLASSES = 40

@@ -17,8 +17,7 @@ from torch import Tensor
 from finetune.core.finite import Seen
 from finetune.core.loop import Batch
 from finetune.runs.checkpoint import DamagedError, copied
-from finetune.runs.records import write_json
-from finetune.system.files import write_atomic
+from finetune.system.files import write_atomic, write_json
 from finetune.system.terminal import printable
 
 FOLDER = "bad_batch"

@@ -21,7 +21,7 @@ from finetune.core.plan import planned_rates
 from finetune.core.sched import lr_factor
 from finetune.runs.checkpoint import Content, restore, restore_frozen
 from finetune.runs.claim import CLOSE, Change, Holding
-from finetune.runs.records import History
+from finetune.runs.history import History
 from finetune.runs.saving import latest_state, settle
 from finetune.system.errors import UserError
 from finetune.system.tables import table

@@ -37,7 +37,7 @@ from finetune.runs.checkpoint import (
     write_weights,
 )
 from finetune.system.errors import UserError
-from finetune.system.files import link, sweep_temporaries
+from finetune.system.files import link_or_copy, sweep_temporaries
 
 logger = logging.getLogger("finetune")
 
@@ -220,7 +220,9 @@ class Saver:
 
     def _write(self, name: str, weights: _Weights, *, like_best: bool) -> None:
         """Weights under a name; a second name of those of a new best epoch, which lie there already, where they are."""
-        if not (like_best and link(self.folder / PENDING, self.folder / name)):
+        if like_best:
+            link_or_copy(self.folder / PENDING, self.folder / name)
+        else:
             write_weights(self.folder / name, weights.tensors, weights.metadata)
 
     def _weights(self, state: TrainState) -> dict[str, Tensor]:
@@ -260,8 +262,8 @@ class Saver:
         if self._best is not None:
             # The last state does not speak of them, and a run that goes on from there may come elsewhere.
             path, before = self.folder / "best.safetensors", self.folder / BEFORE
-            if path.exists() and not link(path, before):
-                path.replace(before)
+            if path.exists():
+                link_or_copy(path, before)
             write_weights(path, self._best.tensors, self._best.metadata)
             self._best = None
         write_weights(self.folder / "last.safetensors", copied_weights(state.model), self._metadata)

@@ -1,14 +1,18 @@
-"""Files that are whole or not there: written beside, flushed to the disk, then renamed into place."""
+"""Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so it is whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
-def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | None = None) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
     """Let `write(temporary)` make a file, then put it in the place of `path` in one move.
 
     A kill, a full disk or an error leaves the old file as it was.
@@ -16,7 +20,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | Non
     Args:
         path: The file to make or replace.
         write: Writes the whole content to the path that it is given.
-        aside: Where the old file is kept, once the new one is whole and on the disk.
+        aside: Gets the old file once the new file is whole and on the disk.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
@@ -26,8 +30,9 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | Non
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        if aside is not None and path.exists():
-            _put_aside(path, aside)
+        # The old file has a name at every moment; without hard links it lacks one until the next move.
+        if aside is not None and path.exists() and not _second_name(path, aside):
+            os.replace(path, aside)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -35,18 +40,26 @@ def write_atomic(path: Path, write: Callable[[Path], None], *, aside: Path | Non
     _sync_folder(path.parent)
 
 
-def _put_aside(path: Path, aside: Path) -> None:
-    """Give the file a second name, so that it never lacks one; where the file system cannot, rename it."""
-    if not _second_name(path, aside):
-        os.replace(path, aside)
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give the file `source` the second name `path`, in one move; copy it where the file system has no hard links.
+
+    Both names may share their content, since these files are replaced and never written into.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; an older file at `path` is untouched.
+    """
+    if _second_name(source, path):
+        _sync_folder(path.parent)
+    else:
+        write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def _second_name(path: Path, second: Path) -> bool:
-    """Give the file `path` the name `second` too, in one move; False where the file system has no such thing."""
+    """Give the file `path` the name `second` too, in one move; False where the file system has no hard links."""
     temporary = second.with_name(f".{second.name}.{os.getpid()}.tmp")
     try:
         if second.exists() and path.samefile(second):
-            return True  # as a kill between two renames leaves it; and renaming a file onto itself would do nothing
+            return True  # a rename of a file onto itself does nothing, so it would leave `temporary` there
         os.link(path, temporary)
     except OSError:
         return False
@@ -54,19 +67,8 @@ def _second_name(path: Path, second: Path) -> bool:
     return True
 
 
-def link(source: Path, path: Path) -> bool:
-    """Put a second name of the file `source` in the place of `path`, in one move; False where file systems cannot.
-
-    Files that are replaced, never written into, may share their content so.
-    """
-    if not _second_name(source, path):
-        return False
-    _sync_folder(path.parent)
-    return True
-
-
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed have left half done in `folder`; only for who works in it alone."""
+    """Remove the temporary files that killed processes left in `folder`; call it with the folder's lock held."""
     for path in folder.glob(".*.tmp"):
         if path.name.split(".")[-2].isdigit():  # of a process, see `write_atomic`
             path.unlink()
@@ -90,8 +92,30 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_atomic(path, write)
 
 
+def write_json(path: Path, data: object) -> None:
+    """`write_atomic` of `data` as readable JSON, keys in the order given; see `jsonable`.
+
+    Raises:
+        OSError: The file cannot be written; the old file is untouched.
+        TypeError: `data` holds something that JSON has no form for.
+    """
+    write_text(path, json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def jsonable(data: Any) -> Any:
+    """`data` with null for NaN and infinities, which strict JSON readers refuse."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: jsonable(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [jsonable(value) for value in data]
+    # A file name of undecodable bytes has lone surrogates, which UTF-8 cannot hold.
+    return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
+
+
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; where folders cannot be opened (Windows) the rename stands alone."""
+    """Make a rename survive a power cut. Windows cannot open folders; there nothing is done."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

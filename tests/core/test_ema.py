@@ -16,7 +16,7 @@ from finetune.core.ema import Ema
 from finetune.core.layers import LayeredModel, freeze
 from finetune.core.loop import TrainState, train_step
 from finetune.runs.checkpoint import load_state, save_state
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 
 def averaged(

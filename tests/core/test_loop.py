@@ -20,7 +20,7 @@ from finetune.core.losses import cross_entropy
 from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
 from finetune.runs.checkpoint import load_state, save_state
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 
 def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:

@@ -27,7 +27,7 @@ from finetune.core.layers import LayeredModel, freeze
 from finetune.core.loop import TrainState, fit, train_step
 from finetune.core.optim import build_optimizer, is_muons, param_groups
 from finetune.runs.checkpoint import load_state, save_state
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 ROOT = Path(__file__).parent.parent.parent
 CPU32 = contextlib.nullcontext()

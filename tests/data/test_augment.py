@@ -27,7 +27,7 @@ from finetune.data.images.transforms import build_transform
 from finetune.data.loading.loaders import Key, Maker
 from finetune.data.streams import augment_generator
 from finetune.runs.checkpoint import load_state, save_state
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 CPU = torch.device("cpu")
 SQUARE = Preprocess(24, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

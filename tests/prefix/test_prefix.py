@@ -56,7 +56,7 @@ from finetune.prefix.feed import found_in
 from finetune.prefix.shelf import open_shelf, shared_between_runs
 from finetune.prefix.splits import computing
 from finetune.prefix.store import Builder, build_in_memory, open_on_disk
-from finetune.runs.records import timeless
+from finetune.runs.history import timeless
 
 CPU = torch.device("cpu")
 

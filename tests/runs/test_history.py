@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.runs.records import History, write_json
+from finetune.runs.history import History
 from finetune.system import files
+from finetune.system.files import write_json
 
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), st.text()
