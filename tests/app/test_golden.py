@@ -2,7 +2,7 @@
 
 `tests/golden/runs.json` holds each run's losses and, layer by layer, two numbers of its final weights. Kernels of other
 processors and of other versions of torch differ in the last bits, and training carries that on. Between AVX-512, AVX2
-and plain kernels, and between one thread and two, the numbers differ by 7e-6 at most; TOLERANCE allows 1e-4. A change of
+and plain kernels, and between one thread and two, they differ by 7e-6 at most; TOLERANCE allows 1e-4. A change of
 arithmetic on purpose regenerates the file: `pytest tests/app/test_golden.py --update-golden`, with the reason in the
 commit.
 """

@@ -42,7 +42,7 @@ def test_fp16_trains_under_the_loss_scaler(folder: Path) -> None:
 
 
 def test_a_step_that_overflows_in_fp16_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first scale of 2 to the 40th overflows every fp16 gradient: the scaler skips those steps and halves its scale."""
+    """A first scale of 2 to the 40th overflows fp16 gradients: the scaler skips those steps and halves its scale."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
     run("fp16", "model=vit", "device=cuda", "precision=fp16", "train.epochs=10")
     state = torch.load(folder / "fp16" / "checkpoints" / "last.pt", weights_only=True)
