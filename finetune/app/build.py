@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
-from finetune.core.device import WIDE, autocast, pick_device, pick_precision, set_kernels
+from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import Batch, Task
 from finetune.core.losses import build_criterion
@@ -116,6 +116,10 @@ class Run:
         for index in range(0, len(split), max(1, len(split) // 1_000_000)):
             digest.update(split.name_of(index).encode("utf-8", "surrogateescape"))
         return f"{len(split)} images {digest.hexdigest()[:16]}"
+
+    def notes(self) -> dict[str, str]:
+        """Machine, versions and training images: a checkpoint carries them, and a resumed run compares them."""
+        return {**environment(self.device), "images": self.fingerprint()}
 
     def metadata(self) -> dict[str, str]:
         """What travels with the weights."""

@@ -22,7 +22,7 @@ from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run, place
 from finetune.app.probing import fit_head
 from finetune.app.training import ranked_by, scored, stoppable, train_to_the_end, write_scores
-from finetune.config import Conf, HeadKind, OnNonfinite, as_dict, train_problems
+from finetune.config import CompileMode, Conf, HeadKind, OnNonfinite, as_dict, train_problems
 from finetune.core import recipe
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
@@ -32,8 +32,8 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState, validate
 from finetune.core.metrics import Meter
 from finetune.core.optim import build_optimizer
-from finetune.core.plan import layer_rows, prepare
-from finetune.core.sched import create_scheduler
+from finetune.core.plan import layer_rows, planned_rates, prepare
+from finetune.core.sched import create_scheduler, lr_factor
 from finetune.models import build_model
 from finetune.models.heads.offsets import set_offsets
 from finetune.prefix import Feed
@@ -41,8 +41,17 @@ from finetune.prefix.splits import Feeding
 from finetune.report import run_figures as report
 from finetune.report import scores
 from finetune.runs.checkpoint import put_weights
-from finetune.runs.claim import Holding, Result, inspect
-from finetune.runs.resume import find_state, first_promise, plan_of, resume, say_changes
+from finetune.runs.earlier import EarlierRun, Result, find_earlier, flat
+from finetune.runs.resume import (
+    Promise,
+    Saved,
+    compare_curves,
+    earlier_curve,
+    find_state,
+    first_promise,
+    restore_run,
+    say_changes,
+)
 from finetune.runs.saving import Saver, tidy
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_json, write_text
@@ -72,15 +81,20 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
         NotFiniteError: Training diverged; `result.json` says `diverged`.
         Interrupted: A signal asked for a stop; the state is saved.
     """
-    holding = inspect(run_dir, conf)
-    if not holding.is_finished:
+    earlier = _find_earlier(conf, run_dir)
+    if not earlier.is_finished:
         with run_lock(run_dir) as dead:
-            holding = inspect(run_dir, conf)  # again, now that nobody else can change it
-            if not holding.is_finished:
-                return _run(conf, run_dir, _Session(conf, overrides, holding, quiet, dead))
-    assert holding.earlier is not None
+            earlier = _find_earlier(conf, run_dir)  # again, since no other process can change the folder now
+            if not earlier.is_finished:
+                return _run(conf, run_dir, _Session(conf, overrides, earlier, quiet, dead))
+    assert earlier.result is not None
     say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
-    return holding.earlier
+    return earlier.result
+
+
+def _find_earlier(conf: Conf, run_dir: Path) -> EarlierRun:
+    settings = flat(as_dict(conf))
+    return find_earlier(run_dir, settings, is_resume=conf.resume is not None, force=conf.resume_force)
 
 
 @dataclass
@@ -89,7 +103,7 @@ class _Session:
 
     conf: Conf  # as it was asked for
     overrides: list[str]
-    holding: Holding
+    earlier: EarlierRun
     quiet: bool
     dead: Holder | None  # the killed process whose lock was found
     result: Result = field(default_factory=dict)
@@ -105,12 +119,12 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
         "error": None,
         "overrides": _all_overrides(conf, session),
         "seed": conf.seed,
-        "resumed_at": session.holding.resumed_at,
+        "resumed_at": session.earlier.resumed_at,
     }
     try:
         sweep_temporaries(run_dir)
         _announce(conf, run_dir, session)
-        if session.holding.earlier is None:
+        if session.earlier.result is None:
             _accept(session, run_dir, carried_on={}, plan={})
         with stop:
             _fine_tune(conf, run_dir, session, stop)
@@ -123,9 +137,9 @@ def _run(conf: Conf, run_dir: Path, session: _Session) -> Result:
     finally:
         if session.is_accepted:
             _write_result(run_dir, result)
-        elif not session.holding.changes:  # the run as it was, which could not be continued
+        elif not session.earlier.changes:  # the run as it was, which could not be continued
             ended = {name: result[name] for name in ("status", "error")}
-            _write_result(run_dir, {**(session.holding.earlier or {}), **ended})
+            _write_result(run_dir, {**(session.earlier.result or {}), **ended})
         stop_log()
         stop.pass_on()
     stop.check()  # asked to stop in the last moment: the run is whole, and a sweep around it ends here
@@ -144,7 +158,7 @@ def _accept(session: _Session, run_dir: Path, *, carried_on: Result, plan: dict[
     session.is_accepted = True
     own = dataclasses.replace(session.conf, resume=None, resume_force=False)
     config = yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True)
-    if session.holding.earlier is None:
+    if session.earlier.result is None:
         write_text(run_dir / "config.yaml", config)  # first of all: by it a folder is known as a run's
         write_json(run_dir / "result.json", session.result)
         return
@@ -152,11 +166,11 @@ def _accept(session: _Session, run_dir: Path, *, carried_on: Result, plan: dict[
     session.result |= {**carried_on, **session.result}
     write_json(run_dir / "result.json", session.result)
     write_json(run_dir / "rates.json", plan)
-    if session.holding.changes:
+    if session.earlier.changes:
         write_text(run_dir / "config.yaml", config)
 
 
-def _carried_on(run: Run, holding: Holding, *, is_found: bool) -> Result:
+def _carried_on(run: Run, earlier: EarlierRun, *, is_found: bool) -> Result:
     """Of what an earlier session put on record, what this one goes on from: so it stays known however this one ends.
 
     Not what the test gave, which was of other weights; nor scores, where no state is there to go on from.
@@ -164,27 +178,27 @@ def _carried_on(run: Run, holding: Holding, *, is_found: bool) -> Result:
     kept = ("promise", *(["auto_"] if run.is_auto_batch else []))
     if is_found:
         kept += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if run.built.has_zeroshot else []))
-    return {name: value for name, value in (holding.earlier or {}).items() if name.startswith(kept)}
+    return {name: value for name, value in (earlier.result or {}).items() if name.startswith(kept)}
 
 
 def _all_overrides(conf: Conf, session: _Session) -> list[str]:
     """The words of the first start, and those of `resume=` in the place of what they replace."""
-    if conf.resume is None or session.holding.earlier is None:
+    if conf.resume is None or session.earlier.result is None:
         return session.overrides
     replaced = {word.partition("=")[0] for word in session.overrides}
-    return [w for w in session.holding.earlier["overrides"] if w.partition("=")[0] not in replaced] + session.overrides
+    return [w for w in session.earlier.result["overrides"] if w.partition("=")[0] not in replaced] + session.overrides
 
 
 def _announce(conf: Conf, run_dir: Path, session: _Session) -> None:
     """The first lines of a run that is continued."""
     if session.dead is not None:
         logger.warning("took over from %s, which is dead", session.dead)
-    if session.holding.earlier is None:
+    if session.earlier.result is None:
         return
-    logger.info("continuing the run in %s, so far %s", run_dir, session.holding.earlier["status"])
-    if session.holding.changes:
+    logger.info("continuing the run in %s, so far %s", run_dir, session.earlier.result["status"])
+    if session.earlier.changes:
         logger.info("changed beside resume=%s:", run_dir)
-        say_changes(session.holding.changes)
+        say_changes(session.earlier.changes)
 
 
 def _write_result(run_dir: Path, result: Result) -> None:
@@ -224,7 +238,8 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
     """All of `_fine_tune` behind the building."""
     conf, run_dir, result = run.conf, run.folder, session.result
     device = run.device
-    promise = first_promise(conf, device, session.holding)
+    is_compiled = conf.train.compile != CompileMode.none
+    promise = first_promise(session.earlier, device, deterministic=conf.deterministic, is_compiled=is_compiled)
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     result |= {"device": environment(device)["device"], "computed_in": computed_in(conf.precision, run.dtype)}
@@ -233,12 +248,11 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
 
     steps = recipe.steps_per_epoch(conf, len(run.loader("train", train=True)))
     _optimizer(run, steps)
-    found = find_state(run, session.holding, promise, steps_per_epoch=steps)
-    plan = plan_of(run.model, conf, steps, session.holding, run_dir / "rates.json")
-    carried_on = _carried_on(run, session.holding, is_found=found is not None)
+    found = find_state(run.checkpoints, run.model, run.notes(), promise, force=conf.resume_force)
+    plan = _plan(run, steps, session.earlier, found, promise)
+    carried_on = _carried_on(run, session.earlier, is_found=found is not None)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
-    is_forced = conf.resume_force or not all(change.is_allowed for change in session.holding.changes)
-    if not session.is_accepted and not is_forced:
+    if not session.is_accepted and not (conf.resume_force or session.earlier.is_forced):
         # Ahead of what takes long: a stop shall not undo it.
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
     feeding = Feeding(run, stop.check)
@@ -250,7 +264,8 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
     notice = recipe.batch_notice(conf)
     if notice is not None:
         logger.warning("%s", notice)
-    if resume(run, state, found):
+    restore_run(run_dir, state, found)
+    if found is not None:
         result["resumed_at"] = [*result["resumed_at"], state.step]
     if not session.is_accepted:  # what was forced may not fit the state
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
@@ -272,6 +287,27 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
     write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
     tidy(run.checkpoints)
+
+
+def _plan(run: Run, steps: int, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
+    """The content of `rates.json`; where the number of epochs has changed, with the old curve under `before`."""
+    plan = planned_rates(run.model, run.conf, steps)
+    if earlier.epochs_before is None:
+        before = None if earlier.result is None else earlier_curve(run.folder / "rates.json")
+        return plan if before is None else {**plan, "before": before}
+    old = dataclasses.replace(run.conf, train=dataclasses.replace(run.conf.train, epochs=earlier.epochs_before))
+    if found is not None:
+        now, position = _factors(run.conf, steps), max(int(found[0]["scheduler"]["last_epoch"]), 0)
+        per_epoch = len(now) // run.conf.train.epochs
+        compare_curves(_factors(old, steps), now, promise, position=position, units_per_epoch=per_epoch)
+    planned = planned_rates(run.model, old, steps)
+    return {**plan, "before": {"epochs": earlier.epochs_before, "x": planned["x"], "layers": planned["layers"]}}
+
+
+def _factors(conf: Conf, steps: int) -> list[float]:
+    """The schedule's factor in each of its units, over the whole run."""
+    sched, units = recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps)
+    return [lr_factor(t, sched, units) for t in range(units)]
 
 
 def _prepare_head(run: Run, train: Feed, val: Feed, start: int, result: Result, stop: StopSignals) -> None:
@@ -319,7 +355,7 @@ def _probe(run: Run, result: Result, stop: StopSignals) -> None:
 
 def _with_auto_batch(run: Run, session: _Session) -> Run:
     """`data.batch_size=auto` as a number: the one of the first start, or what fits now; put on record."""
-    earlier = session.holding.earlier
+    earlier = session.earlier.result
     known = None if earlier is None else earlier.get("auto_batch_size")
     size = int(known) if known else choose_batch(run)
     conf = with_batch(run.conf, size)

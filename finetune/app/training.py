@@ -21,9 +21,8 @@ from finetune.prefix import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
-from finetune.runs.claim import Result
+from finetune.runs.earlier import Result
 from finetune.runs.history import History
-from finetune.runs.resume import notes_of
 from finetune.runs.saving import Saver
 from finetune.system.errors import UserError
 from finetune.system.progress import Bar
@@ -101,7 +100,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
 
 def _saver(run: Run) -> Saver:
     keep, share = run.conf.train.keep, run.conf.train.max_save_share
-    return Saver(run.checkpoints, run.metadata(), notes_of(run), keep=keep, max_share=share)
+    return Saver(run.checkpoints, run.metadata(), run.notes(), keep=keep, max_share=share)
 
 
 def _save_epoch(run: Run, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False) -> bool:

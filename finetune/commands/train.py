@@ -14,7 +14,7 @@ from finetune.config.words import CommandLine, ConfigError, parse_command_line
 from finetune.config.words.commandline import hydra_flags, quote
 from finetune.config.words.help import help_page
 from finetune.config.words.yamlfiles import folders
-from finetune.runs.claim import RefusedError
+from finetune.runs.earlier import RefusedError
 from finetune.runs.folders import record_failure, record_job, record_refusal, record_start, run_folder
 from finetune.system.locks import InUseError
 from finetune.system.signals import exit_codes

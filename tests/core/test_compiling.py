@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from small import small_images, small_model
 from small_runs import go, small
 
-from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, TrainConf, validate
+from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, validate
 from finetune.core.compiling import compiled
 from finetune.core.layers import freeze
-from finetune.runs.claim import Holding
+from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import first_promise
 
 CPU = torch.device("cpu")
@@ -76,9 +76,8 @@ def test_none_is_none_and_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_promise_is_weaker() -> None:
-    conf = Conf(train=TrainConf(compile=CompileMode.default))
-    assert first_promise(conf, CPU, Holding()).kind == "close"
-    assert first_promise(Conf(), CPU, Holding()).kind == "bitwise"
+    assert first_promise(EarlierRun(), CPU, deterministic=False, is_compiled=True).kind == "close"
+    assert first_promise(EarlierRun(), CPU, deterministic=False, is_compiled=False).kind == "bitwise"
 
 
 def last_block(stripes: Path, mode: CompileMode, **changes: object) -> Conf:

@@ -28,7 +28,7 @@ from finetune.models import build_model
 from finetune.models.heads.head import Head
 from finetune.models.layering.clip import ClipClassifier, classifier_layers
 from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
-from finetune.runs.claim import CLOSE, Change
+from finetune.runs.earlier import ROUNDING, Change
 
 warnings.filterwarnings("ignore")
 
@@ -345,7 +345,7 @@ def test_the_setting_is_off_where_it_makes_no_difference() -> None:
 
 def test_the_setting_may_change_on_resume_and_a_bare_off_in_yaml_is_explained() -> None:
     change = Change("train.class_token_only", "auto", "off")
-    assert change.is_allowed and change.key in CLOSE
+    assert change.is_allowed and change.key in ROUNDING
     with pytest.raises(ValueError, match=r"expected one of auto, off .*write 'off'"):
         convert(KEYS["train.class_token_only"], False)
 

@@ -28,7 +28,7 @@ from finetune.core import loop
 from finetune.core.finite import NotFiniteError
 from finetune.runs import saving
 from finetune.runs.checkpoint import read_state, read_weights
-from finetune.runs.claim import RefusedError
+from finetune.runs.earlier import RefusedError
 from finetune.system.locks import RUN_LOCK, InUseError, run_lock
 from finetune.system.signals import Interrupted
 

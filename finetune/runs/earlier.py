@@ -1,0 +1,182 @@
+"""The run that a folder already holds, and whether a configuration may continue it. Reads files only; needs no torch.
+
+A run goes on with its own settings. Some may change: those that only say how the work is done, and the number of
+epochs, which may grow. Any other change makes another run, so it needs `resume_force=true`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config import Conf, as_dict
+from finetune.system.errors import UserError
+
+# A folder with one of these holds a run.
+OWN_FILES = (
+    *("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints"),
+    *("metrics.json", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png"),
+    *("skipped.txt", "bad_batch"),
+)
+
+# Say how a run is continued; they are no settings of the run itself.
+NOT_OF_THE_RUN = ("resume", "resume_force")
+# May change: the weights stay the same to the last bit.
+FREE = (
+    *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share"),
+    *("train.keep", "train.patience"),
+    *("train.on_nonfinite", "train.max_nonfinite"),
+    *("prefix.cache", "prefix.max_gib"),
+    *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
+    "data.on_error",  # the first start has settled which images the run learns from
+)
+# May change: the same arithmetic by other kernels, so the weights differ by rounding.
+ROUNDING = ("device", "deterministic", "train.class_token_only", "train.compile")
+
+Result = dict[str, Any]  # the content of `result.json`
+Settings = Mapping[str, Any]  # by dotted key
+
+
+class RefusedError(UserError):
+    """This configuration may not run in the folder. Nothing there was changed, nor is the failure recorded there."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between the run's `config.yaml` (`before`) and this start (`now`)."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """`key: before -> now`."""
+        return f"{self.key}: {self.before} -> {self.now}"
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether it needs no `resume_force`."""
+        if self.key == "train.epochs":
+            return bool(self.now > self.before)
+        return self.key in FREE or self.key in ROUNDING
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a folder holds of a run.
+
+    Attributes:
+        result: Its `result.json`; None in a fresh folder.
+        changes: The settings that differ, all of them allowed or forced.
+    """
+
+    result: Result | None = None
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def epochs_before(self) -> int | None:
+        """`train.epochs` of the run so far, where this start changes the number."""
+        return next((int(change.before) for change in self.changes if change.key == "train.epochs"), None)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether a setting has changed that only `resume_force` lets change."""
+        return not all(change.is_allowed for change in self.changes)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        is_done = self.result is not None and self.result["status"] == "finished"
+        return is_done and self.epochs_before is None and not self.is_forced
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """Global steps at which the run was resumed so far."""
+        return [] if self.result is None else list(self.result["resumed_at"])
+
+
+def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: bool) -> EarlierRun:
+    """Look at `run_dir` before anything is written there.
+
+    Args:
+        run_dir: Exists.
+        settings: Of this start, see `flat`.
+        is_resume: Whether `resume=` names the folder; then settings may change.
+        force: `resume_force`.
+
+    Raises:
+        RefusedError: The folder holds another run, files that a run would overwrite, or a damaged run.
+    """
+    config_path = run_dir / "config.yaml"
+    found = [name for name in OWN_FILES if (run_dir / name).exists()]
+    if not config_path.exists():
+        if found:
+            raise RefusedError(
+                f"{run_dir} has {', '.join(found)} but no config.yaml, so it is no run of finetune: choose another"
+                " folder"
+            )
+        if is_resume:
+            raise RefusedError(f"resume={run_dir}: nothing is there to continue: leave resume out to start a run")
+        return EarlierRun()
+    changes = differences(_read_settings(config_path), settings)
+    if changes and not is_resume:
+        shown = "; ".join(map(str, changes))
+        raise RefusedError(
+            f"{run_dir} holds a run of another configuration ({shown}); nothing was changed: choose another folder, or"
+            f" start with the same settings to continue it (resume={run_dir} continues it with its own)"
+        )
+    if not force:
+        _refuse_others(run_dir, [change for change in changes if not change.is_allowed])
+    return EarlierRun(_read_result(run_dir / "result.json"), changes)
+
+
+def _refuse_others(run_dir: Path, refused: list[Change]) -> None:
+    if refused:
+        shorter = any(change.key == "train.epochs" for change in refused)
+        why = "fewer epochs than planned, and so another rate curve" if shorter else "that would be another run"
+        raise RefusedError(
+            f"resume={run_dir}: {'; '.join(map(str, refused))}: {why}. Nothing was changed: leave it out, start a new"
+            " run, or add resume_force=true to go on all the same"
+        )
+
+
+def differences(before: Settings, now: Settings) -> list[Change]:
+    """The settings that differ. A setting that `before` lacks, since it is younger than the run, has its default."""
+    own = {**flat(as_dict(Conf())), **before}
+    keys = [key for key in {**own, **now} if key not in NOT_OF_THE_RUN]
+    return [Change(key, own.get(key), now.get(key)) for key in keys if own.get(key) != now.get(key)]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _read_settings(path: Path) -> Settings:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RefusedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise RefusedError(f"{path} is damaged: it holds no settings")
+    return flat(found)
+
+
+def _read_result(path: Path) -> Result:
+    """The content of `result.json`; a run that was killed before it wrote the file counts as interrupted."""
+    unknown: Result = {"status": "interrupted", "resumed_at": [], "overrides": []}
+    if not path.exists():
+        return unknown
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path} is damaged: {str(error).splitlines()[0]}; remove it to continue the run") from error
+    return {**unknown, **found}
