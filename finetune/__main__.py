@@ -1,14 +1,24 @@
-"""The entry, `finetune` and `python -m finetune`: the first word may name a command; without one it trains."""
+"""The entry, `finetune` and `python -m finetune`: the first word may name a command; without one it trains.
+
+This is the one place that turns an exception into an exit code and a line on stderr.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from finetune.commands import COMMANDS
 from finetune.config import nearest
+from finetune.config.words import ConfigError
+from finetune.system.errors import EXPECTED_ERRORS, fault_line
+from finetune.system.signals import exit_codes
 from finetune.system.terminal import complain
+
+SHOW_TRACEBACK = "FINETUNE_TRACEBACK"  # environment variable: 1 prints the traceback of a fault
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,14 +27,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 where something failed; 2 for an unusable command line; 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with exit_codes():
+            return _run_command(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        for problem in error.problems:
+            complain(problem)
+        return error.code
+    except BrokenPipeError:  # `finetune --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except EXPECTED_ERRORS as error:
+        complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped by Ctrl-C")
+        return 130
+    except Exception as error:
+        if os.environ.get(SHOW_TRACEBACK) == "1":
+            traceback.print_exc()
+        complain(fault_line(error, f"{SHOW_TRACEBACK}=1 in front of the command prints the traceback"))
+        return 1
+
+
+def _run_command(words: list[str]) -> int:
+    """Run the command that the first word names, or `train`; its exit code."""
     name = "train"
     if words and words[0] in COMMANDS:
         name = words.pop(0)
     elif words and words[0].isidentifier():
-        complain(f"{words[0]}: no such command, expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}")
+        complain(
+            f"{words[0]}: no such command, expected one of {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)};"
+            " a setting is written KEY=VALUE"
+        )
         return 2
-    # Only the command's own module: `finetune report` needs no torch, `finetune --help` nothing at all.
+    # Only the command's own module is imported: `finetune report` needs no torch, `finetune --help` nothing at all.
     command = importlib.import_module(f"finetune.commands.{name}")
     return int(command.main(words))
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from kill_test import make_images  # noqa: E402
 
 from finetune.__main__ import main as finetune  # noqa: E402
-from finetune.config.words.keys import KEYS  # noqa: E402
+from finetune.config.words.settings import SETTINGS  # noqa: E402
 
 # Would go to the network, take long, or make the run endless.
 LEFT_OUT = (
@@ -71,7 +71,7 @@ CHOICES = [
 
 def values(name: str) -> st.SearchStrategy[str]:
     """What might be typed behind `name=`."""
-    key = KEYS[name]
+    key = SETTINGS[name]
     if name in OWN:
         return st.sampled_from(OWN[name])
     if key.kind is bool:
@@ -87,7 +87,7 @@ def values(name: str) -> st.SearchStrategy[str]:
 
 def override_sets() -> st.SearchStrategy[list[str]]:
     """One to four overrides, each mostly of a key that exists."""
-    names = [name for name in KEYS if name not in LEFT_OUT]
+    names = [name for name in SETTINGS if name not in LEFT_OUT]
     setting = st.sampled_from(names).flatmap(lambda name: values(name).map(lambda value: f"{name}={value}"))
     odd = st.sampled_from(
         [*CHOICES, "optim.lrr=1", "seed", "=3", "+seed=1", "~optim.lr", "seed=1,2", "hydra.job.name=a"]

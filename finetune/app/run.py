@@ -71,7 +71,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     A folder that already holds this very run is continued, or left alone where it has finished.
 
     Args:
-        conf: A configuration that `finetune.config.validate` found no fault with.
+        conf: A configuration that `finetune.config.find_problems` found no fault with.
         run_dir: Exists and is empty, or holds a run.
         overrides: The command line's own words, for the record.
         quiet: No console output.

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Conf, OnError
-from finetune.config.words import ConfigError, parse_command_line
+from finetune.config.words import parse_command_line
 from finetune.runs.folders import run_folder
 from finetune.system.files import write_text
 from finetune.system.log import say
-from finetune.system.terminal import complain, printable
+from finetune.system.terminal import printable
 
 if TYPE_CHECKING:
     from finetune.data import Source
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit code: 0; 1 for a mistake, or for images that cannot be read; 2 for an unusable command line.
+        The exit code: 0; 1 for images that cannot be read.
     """
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
     if "--help" in line.flags:
@@ -41,22 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if line.multirun:
         line.problems.append("--multirun: one set of data at a time")
-    try:
-        from finetune.config.words.composition import prepare
+    from finetune.config.words.composition import read_settings
 
-        prepared = prepare(line)
-        with run_folder(prepared.run_dir, multirun=False) as folder:
-            return check(prepared.conf, folder)
-    except ConfigError as error:
-        for problem in error.problems:
-            complain(problem)
-        return error.code
-    except (ValueError, OSError) as error:
-        complain(str(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped by Ctrl-C; what was seen so far is remembered")
-        return 130
+    prepared = read_settings(line)
+    with run_folder(prepared.run_dir, multirun=False) as folder:
+        return check(prepared.conf, folder)
 
 
 def check(conf: Conf, folder: Path) -> int:

@@ -16,7 +16,6 @@ from finetune.config import Conf, nearest
 from finetune.config.words import ConfigError, parse_command_line
 from finetune.system.log import say
 from finetune.system.tables import table
-from finetune.system.terminal import complain
 
 HELP = """\
 Every layer with its rate, memory, work and schedule, before a run starts. Nothing is loaded or trained.
@@ -43,28 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit code: 0; 1 where something is wrong with the configuration; 2 for an unusable command line.
+        The exit code, 0.
+
+    Raises:
+        UserError: Something is wrong with the command line, the configuration or a file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
         print(HELP)
         return 0
-    try:
-        flags, rest = take_flags(words)
-        conf = _conf(rest)
-        from finetune.app.description import describe  # only now: it imports torch
+    flags, rest = take_flags(words)
+    conf = _conf(rest)
+    from finetune.app.description import describe  # only now: it imports torch
 
-        found, plan = describe(conf, num_classes=flags.classes, num_images=flags.images)
-        if flags.plot is not None:
-            _draw(plan, flags.plot)
-        say(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
-    except ConfigError as error:
-        for problem in error.problems:
-            complain(problem)
-        return error.code
-    except (ValueError, OSError) as error:
-        complain(str(error))
-        return 1
+    found, plan = describe(conf, num_classes=flags.classes, num_images=flags.images)
+    if flags.plot is not None:
+        _draw(plan, flags.plot)
+    say(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
     return 0
 
 
@@ -110,9 +104,9 @@ def _conf(words: Sequence[str]) -> Conf:
     if foreign:
         known = f"finetune describe has the flags {', '.join(FLAGS)}{nearest(foreign[0], FLAGS)}"
         raise ConfigError([f"{foreign[0]}: {known}"], code=2)
-    from finetune.config.words.composition import prepare
+    from finetune.config.words.composition import read_settings
 
-    return prepare(line).conf
+    return read_settings(line).conf
 
 
 def as_text(found: dict[str, Any]) -> str:

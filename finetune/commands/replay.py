@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from finetune.app.build import Run, build_run
-from finetune.config.words import ConfigError
 from finetune.config.words.saved import read_conf
 from finetune.runs import bad_batch
 from finetune.runs.checkpoint import read_weights
 from finetune.system.log import say
-from finetune.system.terminal import complain, printable
+from finetune.system.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="a run directory that holds bad_batch/")
     parser.add_argument("--step", type=int, help="which step; left out: the first one stored")
     given = parser.parse_args(argv)
-    try:
-        lines, is_bad = replay(given.run_dir, given.step)
-    except ConfigError as error:
-        complain("; ".join(error.problems))
-        return 1
-    except (ValueError, OSError) as error:
-        complain(str(error))
-        return 1
+    lines, is_bad = replay(given.run_dir, given.step)
     say("\n".join(lines))
     return 0 if is_bad else 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.report.run_figures import plot_curves, plot_rates
 from finetune.system.log import say
-from finetune.system.terminal import complain, printable
+from finetune.system.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,22 +19,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="a run directory, or the folder of a sweep")
     folder: Path = parser.parse_args(arguments).folder
-    try:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
-        if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
-            _redraw(folder)
-            return 0
-        from finetune.report.sweep import job_folders, summarize
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
+    if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
+        _redraw(folder)
+        return 0
+    from finetune.report.sweep import job_folders, summarize
 
-        if not job_folders(folder):
-            raise FileNotFoundError(
-                f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)"
-            )
-        summarize(folder)
-    except (OSError, ValueError) as error:
-        complain(str(error))
-        return 1
+    if not job_folders(folder):
+        raise FileNotFoundError(f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)")
+    summarize(folder)
     return 0
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import finetune
-from finetune.config.words import CommandLine, ConfigError, parse_command_line
+from finetune.config.words import CommandLine, parse_command_line
 from finetune.config.words.commandline import hydra_flags, quote
 from finetune.config.words.help import help_page
 from finetune.config.words.yamlfiles import folders
 from finetune.runs.earlier import RefusedError
 from finetune.runs.folders import record_failure, record_job, record_refusal, record_start, run_folder
+from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
-from finetune.system.signals import exit_codes
 from finetune.system.terminal import complain
 
 if TYPE_CHECKING:
@@ -28,49 +28,28 @@ if TYPE_CHECKING:
 
 # Flags that Hydra answers by itself; nothing is run.
 HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
-# What a person can mend. Anything else is a fault of the program, and its traceback is in run.log.
-MISTAKES = (ValueError, OSError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line; the exit code, 0, or 1 where a run failed.
 
-    Returns:
-        The exit code: 0; 1 where something failed; 2 for an unusable command line; 130 after Ctrl-C.
+    Raises:
+        ConfigError: With every mistake of the command line.
     """
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
-    try:
-        with exit_codes():
-            return _answer(line)
-    except ConfigError as error:
-        for problem in error.problems:
-            complain(problem)
-        return error.code
-    except BrokenPipeError:  # `finetune --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MISTAKES as error:
-        complain(str(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped by Ctrl-C")
-        return 130
-
-
-def _answer(line: CommandLine) -> int:
     if "--version" in line.flags:
         print(f"finetune {finetune.__version__}")
         return 0
     if "--help" in line.flags:
         print(help_page(folders(line.config_dir)))
         return 0
-    from finetune.config.words.composition import config_as_yaml, launch, prepare
+    from finetune.config.words.composition import config_as_yaml, launch, read_settings
 
     asked = [name for name in HYDRA_COMMANDS if name in line.flags]
     if asked and not line.problems:
         launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
         return 0
-    prepared = prepare(line)
+    prepared = read_settings(line)
     if line.flags.get("--cfg") == "job":
         package, resolve = line.flags.get("--package", ""), "--resolve" in line.flags
         print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")
@@ -143,7 +122,7 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
         if job.sweep is not None:
             record_refusal(job.sweep, ident, str(error))
         complain(str(error))
-    except MISTAKES as error:
+    except EXPECTED_ERRORS as error:
         record_failure(job.folder, job.overrides, error)
         complain(str(error))
     finally:
@@ -170,13 +149,10 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
     except InUseError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
         complain(str(error))
         return 1, None
-    except MISTAKES as error:
+    except Exception as error:  # a mistake, or a fault of the program: a sweep goes on after either
         record_failure(folder, overrides, error)
-        complain(str(error))
-        return 1, None
-    except Exception as error:  # a fault of the program: still one line here, and the sweep goes on
-        record_failure(folder, overrides, error)
-        complain(f"{type(error).__name__}: {error} (the traceback is in {folder / 'run.log'})")
+        is_expected = isinstance(error, EXPECTED_ERRORS)
+        complain(str(error) if is_expected else fault_line(error, f"the traceback is in {folder / 'run.log'}"))
         return 1, None
     score = number(result.get(str(result.get("monitor", "val/top1"))))
     return 0, score if math.isfinite(score) else None

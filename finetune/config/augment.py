@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.config.fields import Choice, changed, setting
+from finetune.config.fields import Choice, ignored, setting
 
 
 class Recipe(Choice):
@@ -70,24 +70,21 @@ _RANDAUG = ("randaug_ops", "randaug_magnitude", "randaug_std")
 
 def augment_problems(augment: AugmentConf) -> list[str]:
     """Settings that would be ignored, and ranges that are upside down; one line each."""
-    ignored: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if augment.recipe != Recipe.light:
-        ignored |= dict.fromkeys(_LIGHT, "only augment.recipe=light moves images by it")
+        reasons |= dict.fromkeys(_LIGHT, "only augment.recipe=light moves images by it")
     if augment.recipe != Recipe.crop:
-        ignored |= dict.fromkeys(_CROP, "it needs augment.recipe=crop, as in augment=clip or augment=mae")
+        reasons |= dict.fromkeys(_CROP, "it needs augment.recipe=crop, as in augment=clip or augment=mae")
     if augment.policy != Policy.randaug:
-        ignored |= dict.fromkeys(_RANDAUG, "it needs augment.policy=randaug")
+        reasons |= dict.fromkeys(_RANDAUG, "it needs augment.policy=randaug")
     if not (augment.mixup or augment.cutmix):
-        ignored["mix_prob"] = "it needs augment.mixup or augment.cutmix above 0"
+        reasons["mix_prob"] = "it needs augment.mixup or augment.cutmix above 0"
     if not (augment.mixup and augment.cutmix):
-        ignored["mix_switch"] = "there is nothing to choose between unless both augment.mixup and augment.cutmix are on"
+        reasons["mix_switch"] = "there is nothing to choose between unless both augment.mixup and augment.cutmix are on"
     if augment.recipe == Recipe.none:
         every = (*_LIGHT, "flip", *_CROP, *_RANDAUG, "mixup", "cutmix", "mix_prob", "mix_switch", "repeats", "views")
-        ignored = dict.fromkeys(every, "augment=none changes no image")
-    problems = [
-        f"augment.{name}={value} would be ignored: {ignored[name]}"
-        for name, value in changed(augment, *ignored).items()
-    ]
+        reasons = dict.fromkeys(every, "augment=none changes no image")
+    problems = ignored("augment", augment, reasons)
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
         low, high = getattr(augment, name)
         if not 0 < low <= high <= most:

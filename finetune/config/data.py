@@ -1,6 +1,6 @@
-"""Every setting of the data: where images come from, which of them are used, and how they are fed.
+"""Every setting of the data: where images come from, which of them are used, and how batches are made.
 
-Part of the configuration in `config.py`, on a page of its own; standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from finetune.config.fields import Choice, changed, setting
+from finetune.config.fields import Choice, changed, ignored, not_read_by, setting
 
 
 class SourceKind(Choice):
@@ -23,14 +23,14 @@ class SourceKind(Choice):
 
 
 class OnError(Choice):
-    """What becomes of an image that cannot be read."""
+    """How a run treats an image that cannot be read."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Balance(Choice):
-    """What is done about classes of different sizes."""
+    """How a run treats classes of different sizes."""
 
     none = "none"
     weights = "weights"
@@ -38,7 +38,7 @@ class Balance(Choice):
 
 
 class CacheKind(Choice):
-    """Where decoded images are kept between epochs."""
+    """Where decoded images are stored between epochs."""
 
     none = "none"
     ram = "ram"
@@ -48,7 +48,7 @@ class CacheKind(Choice):
 
 @dataclass
 class DataConf:
-    """Images, labels, their splits, and how they are fed."""
+    """Images, labels, their splits and batches."""
 
     source: SourceKind = setting(
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
@@ -101,9 +101,9 @@ class DataConf:
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
-REMOTE = re.compile("(https?|pipe):")  # how a place begins that is not on this machine
+REMOTE = re.compile("(https?|pipe):")  # the start of a place that is not on this machine
 
-# Who reads a setting that not every source reads.
+# The sources that read a setting which not every source reads.
 _READERS: dict[str, tuple[SourceKind, ...]] = {
     "root": (SourceKind.folder, SourceKind.table, SourceKind.torchvision, SourceKind.webdataset),
     "table": (SourceKind.table,),
@@ -117,7 +117,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
 }
 
-# What a source cannot do without, and what that is.
+# The settings that a source needs, each with its meaning.
 _NEEDS: dict[SourceKind, dict[str, str]] = {
     SourceKind.digits: {},
     SourceKind.folder: {"root": "PATH, the folder that holds one folder of images a class"},
@@ -134,11 +134,8 @@ _NEEDS: dict[SourceKind, dict[str, str]] = {
 
 
 def data_problems(data: DataConf) -> list[str]:
-    """What is wrong with the settings of the data taken together: one line each.
-
-    A setting that would be ignored is among it: whoever typed it believes that it does something.
-    """
-    problems = _source_problems(data) + _selection_problems(data)
+    """What is wrong with the settings of the data taken together, one line each; settings that would be ignored too."""
+    problems = ignored("data", data, _ignored_reasons(data)) + _source_problems(data) + _selection_problems(data)
     if data.val_fraction + data.test_fraction >= 1:
         problems.append(
             f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to learn:"
@@ -146,26 +143,19 @@ def data_problems(data: DataConf) -> list[str]:
         )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
-    if changed(data, "cache_gib") and data.cache != CacheKind.disk and not _is_fetched(data):
-        problems.append(
-            f"data.cache_gib={data.cache_gib} would be ignored: data.cache={data.cache}; it bounds data.cache=disk, and"
-            " warns of fetched shards"
-        )
     return problems
 
 
 def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
-    """What keeps `data.cache=device` from working: whatever the host still has to do for each image."""
+    """Why `data.cache=device` cannot work: everything that the host still has to do for each image."""
     if data.cache != CacheKind.device:
         return []
-    problems = []
+    problems = ignored("data", data, {"workers": "data.cache=device needs no loader processes"})
     if recipe != "none":
         problems.append(
             f"data.cache=device with augment={recipe}: the host draws and warps a view of each image, so nothing can be"
             " fed from the device; use data.cache=ram, or augment=none"
         )
-    if changed(data, "workers"):
-        problems.append(f"data.workers={data.workers} would be ignored: data.cache=device needs no loader processes")
     return problems
 
 
@@ -175,20 +165,31 @@ def _is_fetched(data: DataConf) -> bool:
     return data.source == SourceKind.webdataset and any(REMOTE.match(part) for part in parts)
 
 
+def _ignored_reasons(data: DataConf) -> dict[str, str]:
+    """Every setting that nothing reads, given the others, with the reason."""
+    reasons = not_read_by("data", data.source, _READERS)
+    if data.source == SourceKind.digits:
+        reasons["root"] = "data=digits is bundled; use data=folder for your own images"
+    if data.source == SourceKind.webdataset and data.root and not _is_fetched(data):
+        reasons["download"] = f"data.root={data.root} is neither a URL nor pipe:COMMAND"
+    if data.cache != CacheKind.disk and not _is_fetched(data):
+        reasons["cache_gib"] = f"data.cache={data.cache}; it bounds data.cache=disk, and warns of fetched shards"
+    if data.folds:
+        reasons["val_fraction"] = f"data.folds={data.folds} cuts val"
+    else:
+        reasons["fold"] = "data.folds=0; set data.folds, such as data.folds=5"
+    if not data.shots and not changed(data, "fraction"):
+        reasons["shots_seed"] = "neither data.shots nor data.fraction is set"
+    return reasons
+
+
 def _source_problems(data: DataConf) -> list[str]:
-    problems = []
-    for name, value in changed(data, *_READERS).items():
-        if data.source not in _READERS[name]:
-            readers = " or ".join(f"data={kind}" for kind in _READERS[name])
-            why = "is bundled" if data.source == SourceKind.digits else "does not read it"
-            meant = "; use data=folder for your own images" if name == "root" else f"; {readers} does"
-            problems.append(f"data.{name}={value} would be ignored: data={data.source} {why}{meant}")
     values = asdict(data)
-    for name, meaning in _NEEDS[data.source].items():
-        if not values[name]:
-            problems.append(f"data={data.source} needs data.{name}={meaning}")
-    if data.source == SourceKind.webdataset and data.download and data.root and not _is_fetched(data):
-        problems.append(f"data.download=True would be ignored: data.root={data.root} is neither a URL nor pipe:COMMAND")
+    problems = [
+        f"data={data.source} needs data.{name}={meaning}"
+        for name, meaning in _NEEDS[data.source].items()
+        if not values[name]
+    ]
     if data.label_separator == "":
         problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
     return problems
@@ -200,16 +201,8 @@ def _selection_problems(data: DataConf) -> list[str]:
         problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
     if data.folds and data.fold >= data.folds:
         problems.append(f"data.fold={data.fold}: expected 0 to {data.folds - 1}, with data.folds={data.folds}")
-    if data.folds and changed(data, "val_fraction"):
-        problems.append(f"data.val_fraction={data.val_fraction} would be ignored: data.folds={data.folds} cuts val")
-    if not data.folds and data.fold:
-        problems.append(f"data.fold={data.fold} would be ignored: data.folds=0; set data.folds, such as data.folds=5")
     if data.shots and changed(data, "fraction"):
         problems.append(f"data.shots={data.shots} and data.fraction={data.fraction} exclude each other: keep one")
-    if data.shots_seed and not data.shots and not changed(data, "fraction"):
-        problems.append(
-            f"data.shots_seed={data.shots_seed} would be ignored: neither data.shots nor data.fraction is set"
-        )
     if data.label_separator and data.balance != Balance.none:
         problems.append(f"data.balance={data.balance} works with one label an image; remove it or data.label_separator")
     if data.epoch_images and data.balance == Balance.sampling:

@@ -1,12 +1,9 @@
-"""What settings are made of: words out of a list, fields with a meaning and a range, the nearest valid word.
-
-Standard library only.
-"""
+"""Parts of a section of the settings: words out of a list, fields with a meaning and a range, and common rules."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -31,10 +28,10 @@ def setting(
     below: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and its range, which `validate` holds and `--help` shows.
+    """A dataclass field with its meaning and its range, which `find_problems` checks and `--help-all` shows.
 
     Args:
-        default: The value where nothing else is said; a list is copied for each instance.
+        default: The value where nothing sets it; a list is copied for each instance.
         help: One line with the unit and what the default means.
         above: The value must be greater than this.
         at_least: The value must be this or greater.
@@ -58,16 +55,27 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 
-def choose(kind: type[C], word: str, key: str) -> C:
+def member_of(kind: type[C], word: str, key: str) -> C:
     """The member of `kind` that `word` names.
 
     Raises:
-        ValueError: The word is not in the list; says which are and which is nearest.
+        UserError: The word is not in the list; the error names the list and the nearest word.
     """
     words = [member.value for member in kind]
     if word not in words:
         raise UserError(f"{key}={word}: expected one of {', '.join(words)}{nearest(str(word), words)}")
     return kind(word)
+
+
+def show(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(f"'{part}'" if isinstance(part, str) else show(part) for part in value) + "]"
+    return str(value)
 
 
 def changed(conf: Any, *names: str) -> dict[str, Any]:
@@ -77,5 +85,34 @@ def changed(conf: Any, *names: str) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    """A pair is a list or a tuple by where it came from."""
+    """A yaml file gives a pair as a list, the schema as a tuple."""
     return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def ignored(section: str, conf: Any, reasons: Mapping[str, str]) -> list[str]:
+    """One line for each setting that was changed although nothing reads it.
+
+    Args:
+        section: Name of the section, such as `optim`.
+        conf: The section.
+        reasons: Name of a setting to why nothing reads it, given the other settings.
+    """
+    return [
+        f"{section}.{name}={show(value)} would be ignored: {reasons[name]}"
+        for name, value in changed(conf, *reasons).items()
+    ]
+
+
+def not_read_by(group: str, chosen: Choice, readers: Mapping[str, tuple[Choice, ...]]) -> dict[str, str]:
+    """The settings that `group=chosen` does not read, each with the choices that do, as `ignored` takes them.
+
+    Args:
+        group: Name of the group, such as `optim`.
+        chosen: The choice that was made.
+        readers: Name of a setting to the choices that read it.
+    """
+    return {
+        name: f"{group}={chosen} does not read it; {' or '.join(f'{group}={kind}' for kind in kinds)} does"
+        for name, kinds in readers.items()
+        if chosen not in kinds
+    }

@@ -1,13 +1,10 @@
-"""Every setting of the optimizer: which one, its rates, what is frozen, what decays.
-
-Part of the configuration in `config.py`, on a page of its own; standard library only.
-"""
+"""Every setting of the optimizer: which one, its rates, what is frozen, what decays. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.config.fields import Choice, changed, setting
+from finetune.config.fields import Choice, ignored, not_read_by, setting
 
 
 class OptimizerKind(Choice):
@@ -75,7 +72,7 @@ class OptimConf:
     nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
 
 
-# Who reads a setting that not every optimizer reads. The vectors beside Muon's matrices are AdamW's.
+# The optimizers that read a setting which not every optimizer reads. AdamW updates the vectors beside Muon's matrices.
 _READERS: dict[str, tuple[OptimizerKind, ...]] = {
     "betas": (OptimizerKind.adamw, OptimizerKind.lion, OptimizerKind.muon, OptimizerKind.adamw8bit),
     "eps": (OptimizerKind.adamw, OptimizerKind.muon, OptimizerKind.adamw8bit),
@@ -89,13 +86,7 @@ def optim_problems(optim: OptimConf) -> list[str]:
     problems = []
     if not all(0 <= beta < 1 for beta in optim.betas):
         problems.append(f"optim.betas={list(optim.betas)}: each must be at least 0 and less than 1")
-    for name, value in changed(optim, *_READERS).items():
-        if optim.name not in _READERS[name]:
-            shown = list(value) if name == "betas" else value
-            others = " or ".join(f"optim={kind}" for kind in _READERS[name])
-            problems.append(
-                f"optim.{name}={shown} would be ignored: optim={optim.name} does not read it; {others} does"
-            )
-    if optim.nesterov and not optim.momentum:
-        problems.append("optim.nesterov=True would be ignored: it needs optim.momentum above 0, such as 0.9")
-    return problems
+    reasons = not_read_by("optim", optim.name, _READERS)
+    if "nesterov" not in reasons and not optim.momentum:
+        reasons["nesterov"] = "it needs optim.momentum above 0, such as 0.9"
+    return problems + ignored("optim", optim, reasons)

@@ -1,17 +1,17 @@
-"""Every setting of the frozen prefix: where its activations are kept between epochs, and in which precision.
+"""Every setting of the frozen prefix: where its activations are stored between epochs, and in which precision.
 
-Part of the configuration in `config.py`, on a page of its own; standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.config.fields import Choice, changed, setting
+from finetune.config.fields import Choice, ignored, setting
 
 
 class PrefixCache(Choice):
-    """Where the output of the frozen layers is kept, so that they run once and not in every epoch."""
+    """Where the output of the frozen layers is stored, so that they run once and not in every epoch."""
 
     auto = "auto"
     none = "none"
@@ -21,7 +21,7 @@ class PrefixCache(Choice):
 
 
 class PrefixDtype(Choice):
-    """What activations are rounded to at the boundary, kept or not."""
+    """The number format of activations between the frozen and the learning layers, stored or not."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -48,12 +48,10 @@ class PrefixConf:
 
 def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:
     """Settings that would be ignored, one line each."""
-    problems = []
+    reasons: dict[str, str] = {}
     if fix_layer < 0:
         why = "nothing is frozen; set optim.fix_layer, such as optim.fix_layer=9"
-        for name, value in changed(prefix, "cache", "dtype").items():
-            if value != PrefixCache.none:
-                problems.append(f"prefix.{name}={value} would be ignored: {why}")
-    if changed(prefix, "max_gib") and (fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk)):
-        problems.append(f"prefix.max_gib={prefix.max_gib:g} would be ignored: only a cache on disk is bounded by it")
-    return problems
+        reasons = {"dtype": why} if prefix.cache == PrefixCache.none else {"cache": why, "dtype": why}
+    if fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk):
+        reasons["max_gib"] = "only a cache on disk is bounded by it"
+    return ignored("prefix", prefix, reasons)

@@ -1,18 +1,15 @@
-"""Every setting of the loop: how long, by which loss, judged by what, saved how often.
-
-Part of the configuration in `config.py`, on a page of its own; standard library only.
-"""
+"""Every setting of the loop: its length, loss, metrics and saves. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.config.fields import Choice, changed, nearest, setting
+from finetune.config.fields import Choice, ignored, nearest, setting
 from finetune.system.errors import UserError
 
 
 class Loss(Choice):
-    """What the model learns by."""
+    """The loss that training minimizes."""
 
     auto = "auto"
     ce = "ce"
@@ -21,7 +18,7 @@ class Loss(Choice):
 
 
 class OnNonfinite(Choice):
-    """What becomes of a step whose loss or gradient is NaN or infinite; its update is applied in no case."""
+    """How a run goes on after a step whose loss or gradient is NaN or infinite. Such an update is never applied."""
 
     stop = "stop"
     skip = "skip"
@@ -61,7 +58,7 @@ class TrainConf:
         0.05, "loss=asl: probability under which an absent label costs nothing", at_least=0, below=1
     )
     metrics: list[str] = setting(
-        ["auto"], "measured on val and test beside loss and top1; auto: all that suit the labels (docs/metrics.md)"
+        ["auto"], "metrics of val and test beside loss and top1; auto: all that suit the labels (docs/metrics.md)"
     )
     monitor: str = setting(
         "auto",
@@ -91,28 +88,28 @@ class TrainConf:
         True, "ema: forget faster in the first steps, decay min(ema, (1 + step) / (10 + step)); false: never"
     )
     save_every_steps: int = setting(
-        0, "save within an epoch each so many optimizer steps; 0: at the end of epochs only", at_least=0
+        0, "save within an epoch after every N optimizer steps; 0: at the end of epochs only", at_least=0
     )
     save_every_minutes: float = setting(
-        0.0, "save within an epoch when the last save is so many minutes old; 0: at the end of epochs only", at_least=0
+        0.0, "save within an epoch when the last save is N minutes old; 0: at the end of epochs only", at_least=0
     )
     max_save_share: float = setting(
         0.05,
-        "share of the time that saving at the ends of epochs may take: an epoch that comes too soon is saved with a"
-        " later one; 1, or train.keep above 1: every epoch is saved",
+        "largest share of the time that saving may take: an epoch that ends too soon after a save is not saved; 1, or"
+        " train.keep above 1: every epoch is saved",
         above=0,
         at_most=1,
     )
     keep: int = setting(
-        1, "weights of so many best epochs are kept: the best, and where above 1 each under its epoch", at_least=1
+        1, "how many of the best epochs' weights to keep; above 1 each also in a file of its own", at_least=1
     )
     on_nonfinite: OnNonfinite = setting(
         OnNonfinite.stop, "a loss or gradient that is NaN or infinite: stop, or skip the step; its batch is stored"
     )
-    max_nonfinite: int = setting(10, "on_nonfinite=skip: stop after all once more steps than this were bad", at_least=1)
+    max_nonfinite: int = setting(10, "on_nonfinite=skip: stop nevertheless after more bad steps than this", at_least=1)
 
 
-# What `train.metrics` can name: for one label an image, and for several.
+# The metrics that `train.metrics` can name: for images with one label, and for images with several.
 LABEL_METRICS = ("top1", "top5", "balanced_accuracy", "macro_f1", "ece")
 MULTILABEL_METRICS = (
     *("top1", "map", "f1_micro", "f1_macro"),
@@ -135,27 +132,27 @@ def train_problems(train: TrainConf) -> list[str]:
         problems.append(
             f"train.monitor={train.monitor}: expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
         )
-    if not train.ema and not train.ema_warmup:
-        problems.append("train.ema_warmup=False would be ignored: it needs train.ema, such as train.ema=0.9998")
-    if train.on_nonfinite == OnNonfinite.stop and changed(train, "max_nonfinite"):
-        problems.append(f"train.max_nonfinite={train.max_nonfinite} would be ignored: it needs train.on_nonfinite=skip")
     if train.compile == CompileMode.max_autotune and train.accumulate > 1:
         problems.append(
             f"train.compile=max-autotune with train.accumulate={train.accumulate}: CUDA graphs write the gradients of"
             " every micro-batch to the same memory, over those that were to be added up; use train.compile=default,"
             " or train.accumulate=1 with a larger data.batch_size"
         )
+    reasons = {}
+    if not train.ema:
+        reasons["ema_warmup"] = "it needs train.ema, such as train.ema=0.9998"
+    if train.on_nonfinite == OnNonfinite.stop:
+        reasons["max_nonfinite"] = "it needs train.on_nonfinite=skip"
     if train.loss != Loss.asl:
-        for name, value in changed(train, "asl_gamma_pos", "asl_gamma_neg", "asl_shift").items():
-            problems.append(f"train.{name}={value} would be ignored: it needs train.loss=asl")
-    return problems
+        reasons |= dict.fromkeys(("asl_gamma_pos", "asl_gamma_neg", "asl_shift"), "it needs train.loss=asl")
+    return problems + ignored("train", train, reasons)
 
 
 def measured_metrics(train: TrainConf, *, is_multilabel: bool) -> tuple[tuple[str, ...], str]:
-    """What `auto` in `train.metrics` and `train.monitor` comes to once the labels are known: (names, monitor).
+    """The metrics to measure and the one that picks the best epoch, with every `auto` filled in: (names, monitor).
 
     Raises:
-        ValueError: A metric of the other kind of labels.
+        UserError: A metric of the other kind of labels.
     """
     suitable = MULTILABEL_METRICS if is_multilabel else LABEL_METRICS
     names = suitable if train.metrics == ["auto"] else tuple(train.metrics)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.config import Interval, Mode, PastCycle, SchedulerConf, choose
+from finetune.config import Interval, Mode, PastCycle, SchedulerConf, member_of
 from finetune.system.errors import UserError
 
 CURVES: dict[Mode, Callable[[float], float]] = {
@@ -35,7 +35,7 @@ def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
     cycle = conf.cycle or num_steps
     progress = (t - conf.warmup) / (cycle - conf.warmup)
     # Past the cycle the bare formulas of linear and cosine go negative, which is gradient ascent.
-    past_cycle = choose(PastCycle, conf.past_cycle, "sched.past_cycle")
+    past_cycle = member_of(PastCycle, conf.past_cycle, "sched.past_cycle")
     if past_cycle == PastCycle.hold:
         progress = min(progress, 1.0)
     elif past_cycle == PastCycle.restart:
@@ -44,7 +44,7 @@ def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
         progress %= 2.0
         progress = min(progress, 2.0 - progress)
     # cos(pi/2) is 6e-17 in floating point and could round below 0.
-    curve = max(0.0, CURVES[choose(Mode, conf.mode, "sched.mode")](progress))
+    curve = max(0.0, CURVES[member_of(Mode, conf.mode, "sched.mode")](progress))
     return curve * (1 - conf.scale_min) + conf.scale_min
 
 
@@ -63,9 +63,9 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
     Raises:
         ValueError: An unknown word, or numbers that make no curve.
     """
-    choose(Interval, cfg.interval, "sched.interval")
-    choose(Mode, cfg.mode, "sched.mode")
-    choose(PastCycle, cfg.past_cycle, "sched.past_cycle")
+    member_of(Interval, cfg.interval, "sched.interval")
+    member_of(Mode, cfg.mode, "sched.mode")
+    member_of(PastCycle, cfg.past_cycle, "sched.past_cycle")
     if num_steps < 1:
         raise UserError(f"num_steps={num_steps}: a schedule needs at least one {cfg.interval}")
     if cfg.cycle < 0:

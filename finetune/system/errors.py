@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something that the person at the keyboard can mend; its text says what happened, what was expected, and how.
@@ -9,3 +12,22 @@ class UserError(ValueError):
     The commands show it as one line and end with exit code 1. Any other exception is a fault of the program, and is
     shown as one, with the place of its traceback.
     """
+
+
+# Shown as one line without a traceback: a mistake, a file that cannot be read or written, a run that diverged. A
+# ValueError of torch or numpy is none of them.
+EXPECTED_ERRORS = (UserError, OSError, FloatingPointError)
+
+
+def fault_line(error: BaseException, how_to_see: str) -> str:
+    """A fault of the program in one line: the error, the line of ours that it came from, and where its traceback is.
+
+    Args:
+        error: Was raised.
+        how_to_see: Where the traceback is, or how to get it.
+    """
+    package = Path(__file__).resolve().parent.parent
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
+    place = f" ({Path(own[-1].filename).relative_to(package.parent)}, line {own[-1].lineno})" if own else ""
+    return f"finetune is at fault: {type(error).__name__}: {error}{place}; {how_to_see}"

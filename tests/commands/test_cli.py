@@ -19,10 +19,11 @@ import pytest
 from finetune.__main__ import main
 from finetune.config import Conf
 from finetune.config.words.commandline import FLAGS
-from finetune.config.words.help import SETTINGS, help_page
-from finetune.config.words.keys import KEYS
+from finetune.config.words.help import SHOWN, help_page
+from finetune.config.words.settings import SETTINGS
 from finetune.config.words.yamlfiles import builtin_folder, folders
 from finetune.runs.folders import claim_folder, new_folder
+from finetune.system.errors import UserError
 from finetune.system.signals import Interrupted
 
 ROOT = Path(__file__).parent.parent.parent
@@ -126,8 +127,8 @@ def test_help_is_for_a_person(folder: Path) -> None:
     page = help_page(folders())
     for words in ("Usage:", "model=", " clip, ", "sched.mode=linear", "Examples:", "-m", "--cfg", "install=bash"):
         assert words in page
-    assert len(SETTINGS) == 10 and all(name in KEYS for name in SETTINGS)
-    assert all(f"{name}=" in page for name in SETTINGS)
+    assert len(SHOWN) == 10 and all(name in SETTINGS for name in SHOWN)
+    assert all(f"{name}=" in page for name in SHOWN)
     assert all(flag.names[0] in page for flag in FLAGS if flag.help)
     assert max(map(len, page.splitlines())) <= 120
     assert len(page.splitlines()) <= 70
@@ -143,10 +144,10 @@ def test_help_shows_files_of_ones_own(folder: Path) -> None:
 
 def test_the_examples_of_the_help_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from finetune.config.words import parse_command_line
-    from finetune.config.words.composition import prepare
+    from finetune.config.words.composition import read_settings
     from finetune.config.words.help import EXAMPLES
 
-    jobs = [prepare(parse_command_line(re.split(r" (?!photos)", words))).jobs for _, words in EXAMPLES]
+    jobs = [read_settings(parse_command_line(re.split(r" (?!photos)", words))).jobs for _, words in EXAMPLES]
     assert jobs == [1, 1, 9]
 
 
@@ -278,12 +279,13 @@ def test_a_named_run_folder_works_as_typed(typed: str, folder: Path, fake_run: A
     ("error", "said"),
     [
         (
-            ValueError("optim.fix_layer=9:\nthis model has layers 0 to 8"),
+            UserError("optim.fix_layer=9:\nthis model has layers 0 to 8"),
             "optim.fix_layer=9: this model has layers 0 to 8",
         ),
         (FileNotFoundError("data.root=/x: no such folder"), "data.root=/x: no such folder"),
         (FloatingPointError("the loss is not finite"), "the loss is not finite"),
-        (RuntimeError("a fault"), "RuntimeError: a fault (the traceback is in "),
+        (RuntimeError("a fault"), "finetune is at fault: RuntimeError: a fault (finetune/commands/train.py, line "),
+        (ValueError("of torch"), "finetune is at fault: ValueError: of torch"),
     ],
 )
 def test_a_failing_run_is_one_line(
@@ -303,7 +305,7 @@ def test_a_failing_run_is_one_line(
 
 def test_a_failure_never_writes_over_what_a_run_left(folder: Path, fake_run: Any) -> None:
     def fail(conf: Conf, run_dir: Path, overrides: list[str]) -> None:
-        raise ValueError("the folder holds another run")
+        raise UserError("the folder holds another run")
 
     fake_run(fail)
     Path("old").mkdir()
@@ -332,7 +334,7 @@ def test_a_sweep_runs_every_cell_and_a_failed_one_does_not_end_it(
 ) -> None:
     def fail_some(conf: Conf, run_dir: Path, overrides: list[str]) -> None:
         if conf.seed == 1:
-            raise ValueError("this one fails") if conf.optim.lr > 0.1 else RuntimeError("a fault")
+            raise UserError("this one fails") if conf.optim.lr > 0.1 else RuntimeError("a fault")
 
     calls = fake_run(fail_some)
     assert main(["optim.lr=0.1,0.2", "-m", "seed=range(0,3)", "model=vit"]) == 1

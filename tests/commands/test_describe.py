@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.__main__ import main as finetune
 from finetune.app.run import run
-from finetune.commands.describe import main
 from finetune.config import Family, LayerRule, ModelConf
 from finetune.config.words import compose
 from finetune.core.cost import FP32_BYTES, count_flops, estimate_memory
@@ -23,6 +23,10 @@ from finetune.core.recipe import scaled_optim
 from finetune.models import build_model
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def main(words: list[str]) -> int:
+    return finetune(["describe", *words])
 
 
 def describe(capsys: pytest.CaptureFixture[str], *words: str) -> dict:

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from finetune.__main__ import main
-from finetune.config import Conf, Mode, SourceKind, as_dict, validate
-from finetune.config import settings as leaves
+from finetune.config import Conf, Mode, SourceKind, as_dict, find_problems
 from finetune.config.words import ConfigError, compose, parse_command_line
 from finetune.config.words.check import Reader
 from finetune.config.words.commandline import quote, quote_override
-from finetune.config.words.keys import KEYS, PATH_KEYS, SECTIONS, build, convert, describe_kind, show
+from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, SETTINGS, build, convert, describe_kind, show
 from finetune.config.words.yamlfiles import builtin_folder, folders, options, read_yaml
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +51,7 @@ def write(path: str | Path, text: str) -> None:
 
 
 def test_command_line_keys_are_a_reviewed_list(update_golden: bool) -> None:
-    now = "".join(f"{key.name:<28}{show(key.default):<24}{describe_kind(key)}\n" for key in KEYS.values())
+    now = "".join(f"{key.name:<28}{show(key.default):<24}{describe_kind(key)}\n" for key in SETTINGS.values())
     if update_golden:
         GOLDEN.write_text(now, encoding="utf-8")
     assert now == GOLDEN.read_text(encoding="utf-8"), (
@@ -61,12 +60,12 @@ def test_command_line_keys_are_a_reviewed_list(update_golden: bool) -> None:
 
 
 def test_every_key_has_a_meaning_in_one_line() -> None:
-    for key in KEYS.values():
+    for key in SETTINGS.values():
         assert key.meaning and "\n" not in key.meaning, key.name
 
 
 def test_path_keys_exist() -> None:
-    assert all(name in KEYS for name in PATH_KEYS if not name.startswith("hydra."))
+    assert all(name in SETTINGS for name in PATH_SETTINGS if not name.startswith("hydra."))
 
 
 # --- every choice composes --------------------------------------------------------------------------------------------
@@ -135,11 +134,11 @@ SCALARS = st.one_of(
 )
 
 
-@given(st.sampled_from(sorted(KEYS)), st.one_of(SCALARS, st.lists(SCALARS, max_size=3)))
+@given(st.sampled_from(sorted(SETTINGS)), st.one_of(SCALARS, st.lists(SCALARS, max_size=3)))
 @settings(max_examples=300, deadline=None)
 def test_what_we_accept_omegaconf_accepts_with_the_same_result(name: str, value: object) -> None:
     try:
-        ours = convert(KEYS[name], value)
+        ours = convert(SETTINGS[name], value)
     except ValueError as error:
         assert str(error).startswith(f"{name}=") and "\n" not in str(error)
         return
@@ -148,10 +147,6 @@ def test_what_we_accept_omegaconf_accepts_with_the_same_result(name: str, value:
     theirs = OmegaConf.select(tree, name)
     plain = OmegaConf.to_container(theirs) if OmegaConf.is_config(theirs) else theirs
     assert (list(ours) if isinstance(ours, tuple) else ours) == plain
-
-
-def test_the_leaves_of_the_schema_are_the_keys() -> None:
-    assert [name for name, _, _ in leaves(Conf())] == list(KEYS)
 
 
 # --- paths as people type them ----------------------------------------------------------------------------------------
@@ -169,7 +164,7 @@ def test_paths_work_as_typed(typed: str, folder: Path) -> None:
     assert compose(["data=folder", f"data.root={path}"]).data.root == path
 
 
-@pytest.mark.parametrize("name", [name for name in PATH_KEYS if not name.startswith("hydra.")])
+@pytest.mark.parametrize("name", [name for name in PATH_SETTINGS if not name.startswith("hydra.")])
 def test_home_is_filled_in(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     line = quote_override(f"{name}=~/my photos (2)", multirun=False)
@@ -363,12 +358,12 @@ def test_one_mistake_does_not_bring_another(folder: Path) -> None:
 
 
 def test_good_sweeps_are_counted(folder: Path) -> None:
-    from finetune.config.words.composition import prepare
+    from finetune.config.words.composition import read_settings
 
     line = parse_command_line(
         ["-m", "model=glob([clip,vit])", "optim.lr=1e-3,1e-4", "seed=range(0,3)", "experiment=digits_probe"]
     )
-    assert prepare(line).jobs == 12
+    assert read_settings(line).jobs == 12
 
 
 # --- yaml files of one's own ------------------------------------------------------------------------------------------
@@ -515,7 +510,7 @@ WORDS = st.one_of(
     st.builds(
         "{}{}{}{}".format,
         st.sampled_from(["", "", "", "+", "++", "~", "-", "--"]),
-        st.sampled_from([*KEYS, *GROUPS, *sorted(SECTIONS), "optim.lrr", "hydra.run.dir", "hydra/launcher", "x", ""]),
+        st.sampled_from([*SETTINGS, *GROUPS, *SECTIONS, "optim.lrr", "hydra.run.dir", "hydra/launcher", "x", ""]),
         st.sampled_from(["=", "=", "=", "", " = ", "=="]),
         st.one_of(
             st.sampled_from(
@@ -541,16 +536,16 @@ WORDS = st.one_of(
 @example(["optim.lr=[1,2]"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_command_line_ends_in_a_stack_trace(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    from finetune.config.words.composition import prepare
+    from finetune.config.words.composition import read_settings
 
     monkeypatch.setattr(sys, "argv", ["finetune"])
     line = parse_command_line([word for word in words if "\x00" not in word])
     try:
-        prepared = prepare(line)
+        prepared = read_settings(line)
     except ConfigError as error:
         assert error.code in (1, 2) and error.problems
         return
-    assert not validate(prepared.conf) and prepared.jobs >= 1
+    assert not find_problems(prepared.conf) and prepared.jobs >= 1
     assert list(folder.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, validate
+from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, find_problems
 from finetune.config.words import compose
 from finetune.core.layers import freeze
 from finetune.core.optim import param_groups
@@ -74,7 +74,7 @@ def test_settings_that_would_be_ignored_are_errors(change: dict[str, object], wo
     for key, value in change.items():
         part, _, name = key.partition(".")
         setattr(getattr(conf, part), name, value)
-    (problem,) = validate(conf)
+    (problem,) = find_problems(conf)
     assert words in problem
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small import small_images, small_model
 from small_runs import go, small
 
-from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, validate
+from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, find_problems
 from finetune.core.compiling import compiled
 from finetune.core.layers import freeze
 from finetune.runs.earlier import EarlierRun
@@ -106,13 +106,13 @@ def test_a_compiled_run_is_the_same_run_but_for_rounding(stripes: Path, tmp_path
 
 def test_graphs_and_accumulation_are_refused_together(stripes: Path, tmp_path: Path) -> None:
     graphs = CompileMode.max_autotune
-    (problem,) = validate(last_block(stripes, graphs, train__accumulate=2))
+    (problem,) = find_problems(last_block(stripes, graphs, train__accumulate=2))
     for word in ("train.compile=max-autotune with train.accumulate=2", "train.compile=default", "train.accumulate=1"):
         assert word in problem
-    assert not validate(last_block(stripes, CompileMode.default, train__accumulate=2))
+    assert not find_problems(last_block(stripes, CompileMode.default, train__accumulate=2))
     conf = last_block(stripes, graphs)  # and where nobody asked for micro-batches, but memory makes them
     conf.data.batch_size, conf.optim.recipe_batch = 0, 128
-    assert not validate(conf)
+    assert not find_problems(conf)
     with pytest.raises(ValueError, match=r"batch_size=auto came to 64 images: .*max-autotune with train\.accumulate=2"):
         go(conf, tmp_path / "run")
     assert "epoch" not in (tmp_path / "run" / "run.log").read_text()

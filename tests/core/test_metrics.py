@@ -26,8 +26,8 @@ from finetune.config import (
     Loss,
     SourceKind,
     TrainConf,
+    find_problems,
     measured_metrics,
-    validate,
 )
 from finetune.core.losses import asymmetric_loss, binary_cross_entropy, build_criterion, cross_entropy
 from finetune.core.metrics import LabelMeter, MultilabelMeter, average_precision, build_meter, top1, top5
@@ -283,14 +283,14 @@ def test_each_kind_of_labels_has_its_loss() -> None:
 
 
 def problem(**train: object) -> str:
-    found = validate(Conf(train=TrainConf(**train)))  # type: ignore[arg-type]
+    found = find_problems(Conf(train=TrainConf(**train)))  # type: ignore[arg-type]
     assert len(found) == 1, found
     return found[0]
 
 
 def test_names_of_metrics_are_checked() -> None:
-    assert validate(Conf()) == []
-    assert validate(Conf(train=TrainConf(metrics=["ece", "top5"], monitor="val/ece"))) == []
+    assert find_problems(Conf()) == []
+    assert find_problems(Conf(train=TrainConf(metrics=["ece", "top5"], monitor="val/ece"))) == []
     assert "did you mean 'balanced_accuracy'" in problem(metrics=["balanced_acuracy"])
     assert "did you mean 'val/top1'" in problem(monitor="val/top_1")
     assert "did you mean 'val/top1'" in problem(monitor="val/top10", metrics=["ece"])
@@ -374,7 +374,7 @@ def test_a_run_with_several_labels_an_image(tagged: Path, tmp_path: Path, change
     conf.data.batch_size = 16
     conf.train = TrainConf(epochs=3, label_smoothing=0.05, **changes)  # type: ignore[arg-type]
     conf.augment = AugmentConf(mixup=0.2)
-    assert validate(conf) == []
+    assert find_problems(conf) == []
     result = run(conf, tmp_path, [], quiet=True)
     monitor = "f1_micro" if changes else "map"
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune import SchedulerConf, create_scheduler
-from finetune.config import AugmentConf, Conf, DataConf, Interval, OptimConf, Policy, Recipe, TrainConf, validate
+from finetune.config import AugmentConf, Conf, DataConf, Interval, OptimConf, Policy, Recipe, TrainConf, find_problems
 from finetune.core.loop import TrainState, fit
 from finetune.core.optim import build_optimizer
 from finetune.core.preprocess import Preprocess
@@ -67,7 +67,7 @@ def shown(augment: AugmentConf, images: list[Tensor], *, seed: int = 0, first: i
 def test_the_named_recipes_are_there_and_valid() -> None:
     assert set(["none", "light", "clip", "mae", "randaug", "trivial", "three_augment"]) <= set(RECIPES)
     for name in RECIPES:
-        assert validate(Conf(augment=recipe(name))) == []
+        assert find_problems(Conf(augment=recipe(name))) == []
     assert recipe("light") == AugmentConf()
     clip, mae = recipe("clip"), recipe("mae")
     assert (clip.policy, clip.randaug_magnitude, clip.randaug_std, clip.erasing) == ("randaug", 9, 0.5, 0.25)
@@ -429,5 +429,5 @@ def test_a_resumed_epoch_mixes_as_a_straight_one(stop_at: int, tmp_path: Path) -
     ],
 )
 def test_settings_that_would_be_ignored_are_errors(changes: dict[str, object], words: str) -> None:
-    problems = validate(Conf(augment=AugmentConf(**changes)))  # type: ignore[arg-type]
+    problems = find_problems(Conf(augment=AugmentConf(**changes)))  # type: ignore[arg-type]
     assert any(words in problem for problem in problems), problems

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.commands.check import main
+from finetune.__main__ import main
 from finetune.config import AugmentConf, DataConf, OnError, SourceKind
 from finetune.config.words import compose
 from finetune.core.preprocess import Preprocess
@@ -320,7 +320,7 @@ def test_a_batch_of_which_nothing_is_left_ends_the_run(root: Path, tmp_path: Pat
 
 def test_check_data_as_a_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "b" / "bad.jpg").touch()
-    command = ["data=folder", f"data.root={root}", f"hydra.run.dir={tmp_path / 'out'}", "model=vit"]
+    command = ["check", "data=folder", f"data.root={root}", f"hydra.run.dir={tmp_path / 'out'}", "model=vit"]
     assert main(command) == 1
     output = capsys.readouterr().out
     for words in (

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import finetune.data.caches.evict as evict_module
-from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
+from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
 from finetune.core.preprocess import Preprocess
 from finetune.data import Source, open_source
 from finetune.data.caches.evict import evict, held_bytes, hold, lock_of, made_once
@@ -202,4 +202,6 @@ def test_without_locks_nothing_is_removed_and_the_reason_is_true(
 
 
 def test_a_bound_without_a_cache_is_an_error() -> None:
-    assert any("data.cache_gib=1.0 would be ignored" in line for line in validate(Conf(data=DataConf(cache_gib=1.0))))
+    assert any(
+        "data.cache_gib=1.0 would be ignored" in line for line in find_problems(Conf(data=DataConf(cache_gib=1.0)))
+    )

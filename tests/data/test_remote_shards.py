@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.config import CacheKind, Conf, DataConf, SourceKind, validate
+from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
 from finetune.data import Source, open_source
 from finetune.data.checks.examine import examine
 from finetune.data.checks.verdicts import Verdicts
@@ -291,11 +291,11 @@ def test_a_bound_is_told_of_and_removes_nothing(
     for root, gib, is_told in ((url(server), 1.01, False), (url(server), 0.5, True), (lone, 0.5, True)):
         caplog.clear()
         data = conf(tmp_path, root, cache_gib=gib * size / 2**30)
-        assert not [line for line in validate(Conf(data=data)) if "cache_gib" in line]
+        assert not [line for line in find_problems(Conf(data=data)) if "cache_gib" in line]
         open_source(data)
         assert (is_told, is_told) == ("nothing removes them" in caplog.text, "fetched shards" in caplog.text)
     assert len(fetched(tmp_path)) == 4
-    assert any("cache_gib" in line for line in validate(Conf(data=conf(tmp_path, str(packed), cache_gib=1.0))))
+    assert any("cache_gib" in line for line in find_problems(Conf(data=conf(tmp_path, str(packed), cache_gib=1.0))))
 
 
 def test_what_is_not_of_this_run_is_counted(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import Balance, Conf, DataConf, SourceKind, validate
+from finetune.config import Balance, Conf, DataConf, SourceKind, find_problems
 from finetune.data import ImageError, Source, open_source
 from finetune.data.loading.order import epoch_order, most_showings
 from finetune.data.packed import PackedStrings
@@ -516,7 +516,7 @@ def test_resampled_epochs_draw_with_replacement(count: int, images: int) -> None
     ],
 )
 def test_settings_that_do_nothing_are_errors(changes: dict[str, object], words: str) -> None:
-    problems = validate(Conf(data=DataConf(**changes)))  # type: ignore[arg-type]
+    problems = find_problems(Conf(data=DataConf(**changes)))  # type: ignore[arg-type]
     assert len(problems) == 1 and words in problems[0], problems
 
 
@@ -526,8 +526,8 @@ def test_every_setting_of_the_data_has_a_reader() -> None:
 
     for kind in SourceKind:
         needed = {name: "https://x/0.tar" if name == "root" else "x" for name in _NEEDS[kind]}
-        assert validate(Conf(data=DataConf(source=kind, **needed))) == []  # type: ignore[arg-type]
+        assert find_problems(Conf(data=DataConf(source=kind, **needed))) == []  # type: ignore[arg-type]
         for name, readers in _READERS.items():
             value = {"download": True}.get(name, "y")
-            problems = validate(Conf(data=DataConf(**{"source": kind, **needed, name: value})))  # type: ignore[arg-type]
+            problems = find_problems(Conf(data=DataConf(**{"source": kind, **needed, name: value})))  # type: ignore[arg-type]
             assert (kind in readers) == (problems == []), (kind, name, problems)

@@ -20,7 +20,7 @@ from torchvision.models import vision_transformer
 import finetune.core.layers
 from finetune.config import ModelConf
 from finetune.config.words import compose
-from finetune.config.words.keys import KEYS, convert
+from finetune.config.words.settings import SETTINGS, convert
 from finetune.core.cost import count_flops, estimate_memory
 from finetune.core.layers import LayeredModel, freeze
 from finetune.core.plan import prepare
@@ -347,7 +347,7 @@ def test_the_setting_may_change_on_resume_and_a_bare_off_in_yaml_is_explained() 
     change = Change("train.class_token_only", "auto", "off")
     assert change.is_allowed and change.key in ROUNDING
     with pytest.raises(ValueError, match=r"expected one of auto, off .*write 'off'"):
-        convert(KEYS["train.class_token_only"], False)
+        convert(SETTINGS["train.class_token_only"], False)
 
 
 @pytest.mark.parametrize("name", ["norms-everywhere", "rotary-mixed", "open_clip", "torchvision"])

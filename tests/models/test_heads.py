@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.config import Conf, Family, HeadKind, ModelConf, validate
+from finetune.config import Conf, Family, HeadKind, ModelConf, find_problems
 from finetune.models import build_model
 from finetune.models.heads.head import (
     Head,
@@ -170,7 +170,7 @@ def test_names_that_do_not_fit_the_classes_are_refused(text: str, words: str, tm
 
 def test_names_for_a_head_that_reads_none_are_a_problem() -> None:
     conf = Conf(model=ModelConf(class_names="names.txt", head=HeadKind.random))
-    assert any("class_names=names.txt would be ignored" in problem for problem in validate(conf))
+    assert any("class_names=names.txt would be ignored" in problem for problem in find_problems(conf))
 
 
 # Named sets of prompts.
@@ -188,9 +188,9 @@ def test_templates_are_prompts_or_sets_of_them_by_name() -> None:
 
 def test_an_unknown_set_is_a_problem_that_names_the_nearest() -> None:
     conf = Conf(model=ModelConf(templates=["imagnet"]))
-    (problem,) = validate(conf)
+    (problem,) = find_problems(conf)
     assert "did you mean 'imagenet'" in problem
-    assert validate(Conf(model=ModelConf(templates=["imagenet", "a {}"]))) == []
+    assert find_problems(Conf(model=ModelConf(templates=["imagenet", "a {}"]))) == []
 
 
 # A classifier that the weights bring.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import AugmentConf, CacheKind, Conf, DataConf, OnError, Recipe, SourceKind, validate
+from finetune.config import AugmentConf, CacheKind, Conf, DataConf, OnError, Recipe, SourceKind, find_problems
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, open_source
 from finetune.data.caches.pixel_cache import first_step, open_cache
@@ -86,12 +86,12 @@ def test_an_epoch_from_the_device_can_be_entered_anywhere(tmp_path: Path, source
 def test_what_the_host_augments_is_not_fed_from_the_device() -> None:
     data = DataConf(cache=CacheKind.device)
     for recipe in (Recipe.light, Recipe.crop):
-        (problem,) = validate(Conf(data=data, augment=AugmentConf(recipe=recipe)))
+        (problem,) = find_problems(Conf(data=data, augment=AugmentConf(recipe=recipe)))
         assert f"data.cache=device with augment={recipe}" in problem and "use data.cache=ram" in problem
     none = AugmentConf(recipe=Recipe.none)
-    assert validate(Conf(data=data, augment=none)) == []
+    assert find_problems(Conf(data=data, augment=none)) == []
     data.workers = "2"
-    assert any("data.workers=2 would be ignored" in problem for problem in validate(Conf(data=data, augment=none)))
+    assert any("data.workers=2 would be ignored" in problem for problem in find_problems(Conf(data=data, augment=none)))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -42,7 +42,7 @@ from finetune.config import (
     Recipe,
     SourceKind,
     TrainConf,
-    validate,
+    find_problems,
 )
 from finetune.core.layers import freeze
 from finetune.data import ImageError, open_source
@@ -841,7 +841,7 @@ def test_found_in() -> None:
     ],
 )
 def test_ignored_settings_are_errors(prefix: PrefixConf, fix_layer: int, words: str) -> None:
-    problems = validate(Conf(optim=OptimConf(fix_layer=fix_layer), prefix=prefix))
+    problems = find_problems(Conf(optim=OptimConf(fix_layer=fix_layer), prefix=prefix))
     assert len(problems) == 1 and words in problems[0]
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.commands import report
+from finetune.__main__ import main
 from finetune.report.figure import short, spread
 from finetune.report.rates_figure import rate_lines, rates_figure, turning_points
 from finetune.report.run_figures import curves_figure, plot_curves, plot_rates
@@ -232,7 +232,7 @@ def test_the_command_sums_up_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "0" / "result.json").write_text(
         '{"status": "finished", "overrides": ["optim.lr=1e-3"], "val/top1": 0.9}'
     )
-    assert report.main([str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path)]) == 0
     assert "best: optim.lr=1e-3 (val 0.9000" in capsys.readouterr().out
 
 
@@ -256,13 +256,13 @@ def test_what_cannot_be_drawn_is_one_line(
 ) -> None:
     if name is not None and text is not None:
         (tmp_path / name).write_text(text)
-    assert report.main([str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
 
 
 def test_no_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(tmp_path / "none\x1b[2J")]) == 1
+    assert main(["report", str(tmp_path / "none\x1b[2J")]) == 1
     assert (
         capsys.readouterr().err
         == f"error: {tmp_path}/none\\x1b[2J is no folder: give a run or a sweep under outputs/\n"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.config import validate
-from finetune.config.words.keys import KEYS, SECTIONS, build, convert, is_interpolation, nearest_key, show
+from finetune.config import find_problems
+from finetune.config.words.settings import SECTIONS, SETTINGS, build, convert, is_interpolation, nearest_setting, show
 from finetune.config.words.yamlfiles import (
     Entry,
     YamlFile,
@@ -264,7 +264,7 @@ def check(overrides: Sequence[Override], reader: Reader, *, multirun: bool) -> F
     for override in overrides:
         if override.sweep and not multirun:
             plan.refuse(override.key, _needs_multirun(override))
-            if override.key in KEYS and isinstance(KEYS[override.key].default, (list, tuple)):
+            if override.key in SETTINGS and isinstance(SETTINGS[override.key].default, (list, tuple)):
                 continue  # one list was meant: its parts are no values
         if not override.is_hydra:
             _plan_override(plan, override, reader, free_sweeper)
@@ -292,7 +292,7 @@ def _check_hydra_setting(plan: _Plan, override: Override, multirun: bool) -> Non
 
 def _needs_multirun(override: Override) -> str:
     several = f"{override.text}: this gives several values; add -m to run each of them"
-    key = KEYS.get(override.key)
+    key = SETTINGS.get(override.key)
     if key is not None and isinstance(key.default, (list, tuple)):
         return f"{several}, or write one list: {override.key}=[{override.text.partition('=')[2]}]"
     if key is not None and key.kind is str:
@@ -304,9 +304,9 @@ def _plan_override(plan: _Plan, override: Override, reader: Reader, free_sweeper
     """Sort one override into the plan, or say what is wrong with it."""
     name, group = override.key, override.key in reader.groups
     own_group = override.sign == "+" and not group and "." not in name and bool(options(reader.searched, name))
-    if not (group or own_group or name in KEYS or name in SECTIONS):
+    if not (group or own_group or name in SETTINGS or name in SECTIONS):
         sign = f"; {override.sign} adds nothing: the settings are a closed list" if override.sign else ""
-        close = nearest_key(name, reader.groups)
+        close = nearest_setting(name, reader.groups)
         plan.refuse(name, f"{override.text}: no such setting or group{close}{sign}{_how_to_list(close)}")
     elif override.sign == "~":
         plan.refuse(name, f"{override.text}: nothing can be removed with ~; leave {name} out for its default")
@@ -366,12 +366,12 @@ def _plan_setting(plan: _Plan, override: Override) -> None:
     found: dict[str, list[Any]] = {}
     for value in override.values:
         for name, leaf in _leaves(override.key, value):
-            if name not in KEYS:
+            if name not in SETTINGS:
                 plan.refuse(name, f"{override.text}: {_not_a_setting(name)}")
                 continue
             try:
                 if not is_interpolation(leaf):
-                    good = convert(KEYS[name], leaf)
+                    good = convert(SETTINGS[name], leaf)
                     found.setdefault(name, []).append(good)
             except ValueError as error:
                 plan.refuse(name, str(error))
@@ -381,14 +381,14 @@ def _plan_setting(plan: _Plan, override: Override) -> None:
 
 def _not_a_setting(name: str) -> str:
     if name in SECTIONS:
-        inside = [key for key in KEYS if key.startswith(f"{name}.")]
-        return f"{name} holds settings of its own, such as {inside[0]}={show(KEYS[inside[0]].default)}"
-    return f"no such setting {name}{nearest_key(name)}"
+        inside = [key for key in SETTINGS if key.startswith(f"{name}.")]
+        return f"{name} holds settings of its own, such as {inside[0]}={show(SETTINGS[inside[0]].default)}"
+    return f"no such setting {name}{nearest_setting(name)}"
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The settings in a `{...}` value."""
-    if isinstance(value, dict) and name not in KEYS:
+    if isinstance(value, dict) and name not in SETTINGS:
         for key, inner in value.items():
             yield from _leaves(f"{name}.{key}", inner)
     else:
@@ -411,9 +411,9 @@ def _check_cells(plan: _Plan, reader: Reader) -> None:
         values = {**tree.values, **{name: by_name[name] for name in plan.settings}}
         plan.findings.values = plan.findings.values or values
         conf = build(values)
-        alone = validate(conf, SECTIONS)  # each setting by itself
+        alone = find_problems(conf, SECTIONS)  # each setting by itself
         unread = tree.unread | plan.unread | {line.partition("=")[0].partition(".")[0] for line in alone}
-        plan.findings.add(*alone, *validate(conf, SECTIONS if "" in unread else unread))
+        plan.findings.add(*alone, *find_problems(conf, SECTIONS if "" in unread else unread))
 
 
 def _cells(axes: list[list[Any]]) -> Iterator[tuple[Any, ...]]:

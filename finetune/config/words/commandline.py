@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from finetune.config import nearest
-from finetune.config.words.keys import KEYS, NUMBER_WORDS, PATH_KEYS, nearest_key, path_as_typed
+from finetune.config.words.settings import NUMBER_WORDS, PATH_SETTINGS, SETTINGS, nearest_setting, path_as_typed
 from finetune.system.errors import UserError
 
 
@@ -167,12 +167,12 @@ def _unknown_flag(word: str, name: str) -> str:
     if name in _REFUSED:
         return f"{name} is not used here: {_REFUSED[name]}"
     setting = name.lstrip("-").replace("-", "_")
-    meant = [key for key in KEYS if setting in (key, key.rpartition(".")[2])]
+    meant = [key for key in SETTINGS if setting in (key, key.rpartition(".")[2])]
     if meant:
         return f"{word}: settings are written without dashes: {meant[0]}=VALUE"
     close = nearest(name, [long for flag in FLAGS for long in flag.names if long.startswith("--")])
     shown = ", ".join(flag.names[0] for flag in FLAGS if flag.help)
-    return f"{word}: no such flag{close or nearest_key(setting)}; flags: {shown}"
+    return f"{word}: no such flag{close or nearest_setting(setting)}; flags: {shown}"
 
 
 # What Hydra reads as a sweep, and so is never taken for a path or a text.
@@ -221,11 +221,11 @@ def quote_override(text: str, *, multirun: bool) -> str:
     """
     key, equals, value = text.partition("=")
     name = key.lstrip("+")
-    path = name in PATH_KEYS
+    path = name in PATH_SETTINGS
     if name in NUMBER_WORDS:
         words = NUMBER_WORDS[name]
         return f"{key}={','.join(str(words.get(part, part)) for part in value.split(','))}"
-    if not equals or not (path or (name in KEYS and KEYS[name].kind is str)) or _SWEEP.fullmatch(value):
+    if not equals or not (path or (name in SETTINGS and SETTINGS[name].kind is str)) or _SWEEP.fullmatch(value):
         return text
     values = _split_values(value) if multirun or not path else [value]
     return f"{key}=" + ",".join(_quote_value(part, path=path) for part in values)

@@ -37,11 +37,20 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import Conf, as_dict, validate
+from finetune.config import Conf, as_dict, find_problems
 from finetune.config.words.check import MAX_JOBS, Override, Reader, check
 from finetune.config.words.commandline import CommandLine, ConfigError, quote, quote_override
-from finetune.config.words.keys import KEYS, PATH_KEYS, SECTIONS, build, convert, describe_kind, path_as_typed, show
 from finetune.config.words.saved import find_run, read_values
+from finetune.config.words.settings import (
+    PATH_SETTINGS,
+    SECTIONS,
+    SETTINGS,
+    build,
+    convert,
+    describe_kind,
+    path_as_typed,
+    show,
+)
 from finetune.config.words.yamlfiles import SCHEMA_NAME, builtin_folder, folders, primary_file
 from finetune.system.errors import UserError
 
@@ -88,7 +97,7 @@ class Prepared:
     run_dir: Path | None
 
 
-def prepare(line: CommandLine) -> Prepared:
+def read_settings(line: CommandLine) -> Prepared:
     """Check a command line from end to end; writes nothing.
 
     Raises:
@@ -183,7 +192,7 @@ def to_conf(cfg: DictConfig) -> Conf:
         ConfigError: It holds what the schema or the ranges do not allow.
     """
     problems, values = [], {}
-    for name, key in KEYS.items():
+    for name, key in SETTINGS.items():
         try:
             value = convert(key, _plain(OmegaConf.select(cfg, name)))
         except OmegaConfBaseException as error:
@@ -192,9 +201,9 @@ def to_conf(cfg: DictConfig) -> Conf:
         except ValueError as error:
             problems.append(str(error))
             continue
-        values[name] = path_as_typed(value) if name in PATH_KEYS and isinstance(value, str) else value
+        values[name] = path_as_typed(value) if name in PATH_SETTINGS and isinstance(value, str) else value
     conf = build(values)
-    problems = problems or validate(conf)
+    problems = problems or find_problems(conf)
     if problems:
         raise ConfigError(problems)
     return conf
@@ -305,12 +314,12 @@ def _unparsable(text: str, error: Exception) -> str:
     if not key:
         return f"'{text}': nothing in front of the =; write KEY=VALUE without spaces around the ="
     reason = str(error).splitlines()[0].partition(" expecting ")[0]
-    if key not in KEYS:
+    if key not in SETTINGS:
         hint = f"text with special characters goes in two pairs of quotes: '{key}=\"{value}\"'"
-    elif isinstance(KEYS[key].default, list):
+    elif isinstance(SETTINGS[key].default, list):
         hint = f"each text of a list goes in quotes of its own: \"{key}=['one','two']\""
     else:
-        hint = f"expected {describe_kind(KEYS[key])}, such as {key}={show(KEYS[key].default)}"
+        hint = f"expected {describe_kind(SETTINGS[key])}, such as {key}={show(SETTINGS[key].default)}"
     return f"{text}: cannot be read ({reason}); {hint}"
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from finetune.config.words.check import Reader
 from finetune.config.words.commandline import FLAGS
-from finetune.config.words.keys import KEYS, show
+from finetune.config.words.settings import SETTINGS, show
 from finetune.config.words.yamlfiles import builtin_folder, options, shown
 
 WIDTH = 100
-SETTINGS = (
+SHOWN = (
     "train.epochs",
     "optim.lr",
     "optim.layer_decay",
@@ -51,7 +51,7 @@ def help_page(searched: Sequence[Path]) -> str:
         "",
         "Ten settings that matter (default; meaning):",
         *_settings(),
-        f"All {len(KEYS)} settings with their values: finetune --cfg job. Ranges and meanings: finetune/config.py.",
+        f"All {len(SETTINGS)} settings with their values: finetune --cfg job. Ranges and meanings: finetune/config.py.",
         "",
         "Examples:",
         *(line for what, words in EXAMPLES for line in (f"  # {what}", f"  finetune {_typed(words)}")),
@@ -82,9 +82,9 @@ def _groups(reader: Reader) -> list[str]:
 
 def _settings() -> list[str]:
     lines = []
-    for name in SETTINGS:
-        start = f"  {f'{name}={show(KEYS[name].default)}':<26}"
-        lines += textwrap.wrap(KEYS[name].meaning, WIDTH, initial_indent=start, subsequent_indent=" " * 28)
+    for name in SHOWN:
+        start = f"  {f'{name}={show(SETTINGS[name].default)}':<26}"
+        lines += textwrap.wrap(SETTINGS[name].meaning, WIDTH, initial_indent=start, subsequent_indent=" " * 28)
     return lines
 
 

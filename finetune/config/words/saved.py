@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from finetune.config import Conf, validate
+from finetune.config import Conf, find_problems
 from finetune.config.words.commandline import ConfigError
-from finetune.config.words.keys import KEYS, build, convert, nearest_key
+from finetune.config.words.settings import SETTINGS, build, convert, nearest_setting
 from finetune.runs.folders import OUTPUTS
 from finetune.system.locks import holder
 from finetune.system.log import say
@@ -26,7 +26,7 @@ def read_conf(run_dir: Path) -> Conf:
         ConfigError: It is no run directory, or the file is damaged.
     """
     conf = build(read_values(run_dir))
-    problems = validate(conf)
+    problems = find_problems(conf)
     if problems:
         raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in problems])
     return conf
@@ -49,11 +49,13 @@ def read_values(run_dir: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} is damaged: it holds no settings"])
     problems, values = [], {}
     for name, value in _leaves(tree):
-        if name not in KEYS:
-            problems.append(f"{path}: no such setting {name}{nearest_key(name)}; another version of finetune wrote it")
+        if name not in SETTINGS:
+            problems.append(
+                f"{path}: no such setting {name}{nearest_setting(name)}; another version of finetune wrote it"
+            )
             continue
         try:
-            values[name] = convert(KEYS[name], value)
+            values[name] = convert(SETTINGS[name], value)
         except ValueError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -64,7 +66,7 @@ def read_values(run_dir: Path) -> dict[str, Any]:
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in KEYS:
+        if isinstance(value, dict) and name not in SETTINGS:
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from finetune.config import nearest
-from finetune.config.words.keys import KEYS, NUMBER_WORDS, SECTIONS, convert, is_interpolation, nearest_key
+from finetune.config.words.settings import NUMBER_WORDS, SECTIONS, SETTINGS, convert, is_interpolation, nearest_setting
 from finetune.system.errors import UserError
 
 SCHEMA_NAME = "finetune_schema"  # first in the defaults list of conf/config.yaml, and so the mark of a file of ours
@@ -218,7 +218,7 @@ def _read_mapping(file: YamlFile, loader: _Loader, node: yaml.MappingNode, secti
             file.defaults = list(_read_defaults(file, loader, value_node, section))
             continue
         name = f"{section}.{word}" if section else word
-        if name in KEYS:
+        if name in SETTINGS:
             _read_value(file, loader, value_node, name, line)
         elif name in SECTIONS and isinstance(value_node, yaml.MappingNode):
             _read_mapping(file, loader, value_node, name, depth=depth + 1)
@@ -229,7 +229,7 @@ def _read_mapping(file: YamlFile, loader: _Loader, node: yaml.MappingNode, secti
             nested = f"write `{head}:` and below it `{tail}:`"
             _report(file, section, line, f"{word}: dots work on the command line only; {nested}")
         else:
-            _report(file, section, line, f"{name}: no such setting{nearest_key(name)}")
+            _report(file, section, line, f"{name}: no such setting{nearest_setting(name)}")
 
 
 def _pairs(
@@ -276,7 +276,7 @@ def _read_value(file: YamlFile, loader: _Loader, node: yaml.Node, name: str, lin
         if number is not None:  # Hydra, which reads the file too, takes numbers alone there
             raise UserError(f"{name}={value} is for the command line; in a file write {number}, which says the same")
         if not is_interpolation(value):
-            file.values[name] = convert(KEYS[name], value)
+            file.values[name] = convert(SETTINGS[name], value)
     except ValueError as error:
         _report(file, section, line, str(error))
 

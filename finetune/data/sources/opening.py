@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finetune.config import DataConf, SourceKind, choose
+from finetune.config import DataConf, SourceKind, member_of
 from finetune.data.selection import split_up
 from finetune.data.sources.digits import find_digits
 from finetune.data.sources.folders import find_folder
@@ -28,7 +28,7 @@ def open_source(conf: DataConf) -> Source:
         ValueError: A source that does not exist, or data that cannot be split.
         FileNotFoundError: `data.root` or `data.table` is missing.
     """
-    return split_up(_BUILDERS[choose(SourceKind, conf.source, "data.source")](conf), conf)
+    return split_up(_BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf), conf)
 
 
 _BUILDERS: dict[SourceKind, Callable[[DataConf], Found]] = {

@@ -24,7 +24,7 @@ FALSE_WORDS = ("false", "no", "off", "n", "0")
 
 
 @dataclass(frozen=True)
-class Key:
+class Setting:
     """One setting of the schema.
 
     Attributes:
@@ -56,7 +56,7 @@ def _unwrap(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _walk(conf: object, prefix: str = "") -> Iterator[Key]:
+def _walk(conf: object, prefix: str = "") -> Iterator[Setting]:
     hints = typing.get_type_hints(type(conf))
     for item in dataclasses.fields(conf):  # type: ignore[arg-type]
         value = getattr(conf, item.name)
@@ -64,14 +64,14 @@ def _walk(conf: object, prefix: str = "") -> Iterator[Key]:
             yield from _walk(value, f"{prefix}{item.name}.")
         else:
             kind, optional = _unwrap(hints[item.name])
-            yield Key(f"{prefix}{item.name}", kind, optional, item, value)
+            yield Setting(f"{prefix}{item.name}", kind, optional, item, value)
 
 
-KEYS: dict[str, Key] = {key.name: key for key in _walk(Conf())}
-SECTIONS: frozenset[str] = frozenset(name.rpartition(".")[0] for name in KEYS if "." in name)
+SETTINGS: dict[str, Setting] = {key.name: key for key in _walk(Conf())}
+SECTIONS: frozenset[str] = frozenset(name.rpartition(".")[0] for name in SETTINGS if "." in name)
 
 # Values that are paths as people type them. They are never read as a number, a list or a sweep (but see the comma).
-PATH_KEYS = (
+PATH_SETTINGS = (
     "data.root",
     "data.table",
     "data.cache_dir",
@@ -87,19 +87,19 @@ PATH_KEYS = (
 NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
 
 
-def describe_kind(key: Key) -> str:
+def describe_kind(setting: Setting) -> str:
     """What may stand behind the `=`, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if key.kind in names:
-        words = names[key.kind]
-    elif isinstance(key.kind, type) and issubclass(key.kind, Enum):
-        words = "one of " + ", ".join(str(member.value) for member in key.kind)
-    elif typing.get_origin(key.kind) is tuple:
-        shown = ",".join(f"{part:g}" for part in key.default)
-        words = f"a list of {len(typing.get_args(key.kind))} numbers, such as [{shown}]"
+    if setting.kind in names:
+        words = names[setting.kind]
+    elif isinstance(setting.kind, type) and issubclass(setting.kind, Enum):
+        words = "one of " + ", ".join(str(member.value) for member in setting.kind)
+    elif typing.get_origin(setting.kind) is tuple:
+        shown = ",".join(f"{part:g}" for part in setting.default)
+        words = f"a list of {len(typing.get_args(setting.kind))} numbers, such as [{shown}]"
     else:
         words = "a list of texts, such as ['a','b']"
-    return f"{words} or null" if key.optional else words
+    return f"{words} or null" if setting.optional else words
 
 
 def show(value: Any) -> str:
@@ -118,30 +118,30 @@ def is_interpolation(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def convert(key: Key, value: Any) -> Any:
+def convert(setting: Setting, value: Any) -> Any:
     """What the run will see for `value`, as a yaml or the command line gave it.
 
     Raises:
         ValueError: It is not of the key's type; one line that says what was expected.
     """
-    if value is None and key.optional:
+    if value is None and setting.optional:
         return None
-    if key.name in NUMBER_WORDS and isinstance(value, str) and value in NUMBER_WORDS[key.name]:
-        return NUMBER_WORDS[key.name][value]
+    if setting.name in NUMBER_WORDS and isinstance(value, str) and value in NUMBER_WORDS[setting.name]:
+        return NUMBER_WORDS[setting.name][value]
     if value == "???":
-        raise UserError(f"{key.name}=???: a value has to be given ({key.meaning})")
+        raise UserError(f"{setting.name}=???: a value has to be given ({setting.meaning})")
     try:
-        return _read(key.kind, value)
+        return _read(setting.kind, value)
     except (ValueError, TypeError, OverflowError):
         pass  # answered below, with what was expected
     close = ""
-    if isinstance(key.kind, type) and issubclass(key.kind, Enum):
-        words = [str(member.value) for member in key.kind]
+    if isinstance(setting.kind, type) and issubclass(setting.kind, Enum):
+        words = [str(member.value) for member in setting.kind]
         close = nearest(str(value), words)
         if value is False and "off" in words:
             close = " (yaml reads a bare off as false: write 'off')"
-    meaning = "" if close else f" ({key.meaning})"
-    raise UserError(f"{key.name}={show(value)}: expected {describe_kind(key)}{close}{meaning}")
+    meaning = "" if close else f" ({setting.meaning})"
+    raise UserError(f"{setting.name}={show(value)}: expected {describe_kind(setting)}{close}{meaning}")
 
 
 def _read(kind: Any, value: Any) -> Any:
@@ -193,24 +193,24 @@ def build(values: dict[str, Any]) -> Conf:
     return conf
 
 
-def nearest_key(name: str, groups: Iterable[str] = ()) -> str:
+def nearest_setting(name: str, groups: Iterable[str] = ()) -> str:
     """The setting or group that was most likely meant, as ` (did you mean 'x'?)`, or nothing.
 
     `layer_decay` finds `optim.layer_decay`: a name without its section is the commonest mistake.
     """
     last = name.rpartition(".")[2]
-    same = [key for key in KEYS if key.rpartition(".")[2] == last]
+    same = [key for key in SETTINGS if key.rpartition(".")[2] == last]
     if same:
         return f" (did you mean {' or '.join(repr(key) for key in same)}?)"
     section = name.partition(".")[0]
     if section in SECTIONS and section != name:
-        inside = [key.partition(".")[2] for key in KEYS if key.startswith(f"{section}.")]
+        inside = [key.partition(".")[2] for key in SETTINGS if key.startswith(f"{section}.")]
         found = difflib.get_close_matches(name.partition(".")[2], inside, n=1, cutoff=0.6)
         return f" (did you mean '{section}.{found[0]}'?)" if found else f"; {section} has {', '.join(inside)}"
-    whole = nearest(name, [*KEYS, *groups])
+    whole = nearest(name, [*SETTINGS, *groups])
     if whole:
         return whole
-    tails: dict[str, str] = {key.rpartition(".")[2]: key for key in KEYS}
+    tails: dict[str, str] = {key.rpartition(".")[2]: key for key in SETTINGS}
     found = difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
     return f" (did you mean '{tails[found[0]]}'?)" if found else ""
 
