@@ -384,11 +384,11 @@ def test_every_optimizer_has_its_yaml() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["optim=sgd", "optim.betas=[0.9,0.99]"], ["optim.betas=[0.9, 0.99]", "optim=sgd", "optim=lion"]),
+        (["optim=sgd", "optim.betas=[0.9,0.99]"], ["optim.betas=[0.9,0.99]", "optim=sgd", "optim=lion"]),
         (["optim=adafactor", "optim.eps=1e-6"], ["optim.eps=1e-06", "optim=adafactor", "optim=adamw "]),
         (["optim=lion", "optim.eps=1e-6"], ["optim.eps", "optim=lion does not read it"]),
         (["optim.momentum=0.5"], ["optim.momentum=0.5", "optim=adamw does not", "optim=sgd or optim=muon does"]),
-        (["optim.nesterov=true"], ["optim.nesterov=True", "optim=sgd or optim=muon"]),
+        (["optim.nesterov=true"], ["optim.nesterov=true", "optim=sgd or optim=muon"]),
         (["optim=sgd", "optim.nesterov=true", "optim.momentum=0"], ["needs optim.momentum above 0"]),
         (["optim=lion", "optim.betas=[0.9,1.0]"], ["optim.betas=[0.9, 1.0]", "less than 1"]),
     ],
