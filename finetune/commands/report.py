@@ -6,13 +6,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.report.jobs import job_folders
 from finetune.report.run_figures import plot_curves, plot_rates
+from finetune.report.sweep import summarize
 from finetune.system.log import say
 from finetune.system.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Redraw the pictures of a run, or the summary of a sweep; the exit code."""
+    """Redraw the pictures of a run, or sum up a sweep again.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds neither a run nor a sweep.
+        UserError: A file in it is damaged.
+    """
     parser = argparse.ArgumentParser(
         prog="finetune report",
         description="Redraw lr.png and curves.png of a run, or the summary of a sweep.",
@@ -24,8 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
         _redraw(folder)
         return 0
-    from finetune.report.sweep import job_folders, summarize
-
     if not job_folders(folder):
         raise FileNotFoundError(f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)")
     summarize(folder)
@@ -33,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _redraw(run_dir: Path) -> None:
-    """Both pictures, as far as their files go."""
+    """Draw each picture whose file is there."""
     if (run_dir / "rates.json").exists():
         plot_rates(run_dir)
         say(str(run_dir / "lr.png"))

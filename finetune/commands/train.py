@@ -141,7 +141,7 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
         # too, all starve: 10 images/s instead of 90 on two busy cores. Short spins cost nothing on quiet ones.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         from finetune.app.run import run  # only now: it imports torch
-        from finetune.report.figure import number
+        from finetune.report.reading import number
 
         result = run(conf, folder, overrides)
     except RefusedError:

@@ -1,15 +1,16 @@
-"""How pictures of runs and sweeps look and read their numbers; no torch, and matplotlib only when one is drawn."""
+"""The look that all pictures of runs and sweeps share: size, colours, axes, headlines, and how a file is written.
+
+matplotlib is imported only when a picture is drawn.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.system.errors import UserError
 from finetune.system.files import write_atomic
 
 SIZE_INCHES = (12.0, 7.0)
@@ -22,29 +23,6 @@ GRID = "#e6e8ec"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a05195"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: is this the folder of a run?") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: expected a JSON object")
-    return data
-
-
-def number(value: object) -> float:
-    """`value` as a float; NaN for what is no number, as NaN itself is stored as null."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
 def new_figure(height: float = SIZE_INCHES[1]) -> Any:
     """An empty white figure that draws without a display; 1200 pixels wide, `height` in inches of 100 pixels."""
     from matplotlib.figure import Figure
@@ -52,8 +30,8 @@ def new_figure(height: float = SIZE_INCHES[1]) -> Any:
     return Figure(figsize=(SIZE_INCHES[0], height), dpi=DPI, facecolor="white")
 
 
-def clean_axes(axes: Any, *, xlabel: str, ylabel: str) -> None:
-    """A quiet frame: two spines, a faint grid behind the data, named axes."""
+def clean_axes(axes: Any) -> None:
+    """Give axes a quiet frame: two spines, and a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
@@ -61,12 +39,36 @@ def clean_axes(axes: Any, *, xlabel: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_formatter().set_useOffset(False)  # 0.9812, not 0.0012 with +0.98 in a corner
-    axes.set_xlabel(xlabel, fontsize=12, color=INK, labelpad=8)
-    axes.set_ylabel(ylabel, fontsize=12, color=INK, labelpad=8)
+
+
+def label_axes(axes: Any, *, x: str = "", y: str = "") -> None:
+    """Name the axes; an empty name leaves an axis as it is."""
+    style: dict[str, Any] = {"fontsize": 12, "color": INK, "labelpad": 8, "parse_math": False}
+    if x:
+        axes.set_xlabel(x, **style)
+    if y:
+        axes.set_ylabel(y, **style)
+
+
+def side_legend(axes: Any) -> None:
+    """A legend without a frame at the right of the axes."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+    axes.legend(frameon=False, fontsize=11, handletextpad=0.4, **place)
+
+
+def write_cells(
+    axes: Any, texts: Sequence[Sequence[str]], is_dark: Sequence[Sequence[bool]], *, fontsize: float
+) -> None:
+    """Write a text into each cell of a heat map, white where the cell is dark; an empty text writes nothing."""
+    for y, row in enumerate(texts):
+        for x, text in enumerate(row):
+            if text:
+                colour = "white" if is_dark[y][x] else INK
+                axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
 
 
 def headline(figure: Any, title: str, subtitle: str) -> None:
-    """What the picture shows, and under it what it says, at the top left; both fit text from anywhere."""
+    """Write a title and a line under it at the top left; both may hold any text, also a class or file name."""
     height = figure.get_figheight()
     top = {"ha": "left", "va": "top", "parse_math": False}  # a `$` in a name is no formula
     figure.text(0.035, 1 - 0.22 / height, title, fontsize=17, color=INK, weight="bold", **top)
@@ -86,17 +88,17 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Positions of labels, moved as little as it takes to be `gap` apart, in their own order."""
+    """Positions of labels, moved as little as possible so that they are `gap` apart; their order stays."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     # Least squares by pooling: labels that would overlap move as one block around their common middle.
-    blocks: list[list[float]] = []  # [sum of wishes for the block's bottom, count]
+    blocks: list[list[float]] = []  # [sum of the wanted positions of the block's bottom, labels in it]
     for rank, index in enumerate(order):
         blocks.append([positions[index] - rank * gap, 1])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            wishes, count = blocks.pop()
-            blocks[-1][0] += wishes
+            wanted, count = blocks.pop()
+            blocks[-1][0] += wanted
             blocks[-1][1] += count
-    bottoms = [wishes / count for wishes, count in blocks for _ in range(int(count))]
+    bottoms = [wanted / count for wanted, count in blocks for _ in range(int(count))]
     placed = [0.0] * len(positions)
     for rank, index in enumerate(order):
         placed[index] = bottoms[rank] + rank * gap
@@ -104,7 +106,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def short(rate: float) -> str:
-    """A rate in three digits as people write it: 1e-3, 5.62e-4, 0."""
+    """A rate in three digits: 1e-3, 5.62e-4, 0."""
     if rate == 0 or not math.isfinite(rate):
         return "0" if rate == 0 else "not finite"
     mantissa, exponent = f"{rate:.2e}".split("e")
@@ -112,7 +114,7 @@ def short(rate: float) -> str:
 
 
 def ramp(count: int) -> list[Any]:
-    """From the stem up, dark to bright: lightness alone keeps the order, also in print."""
+    """Colours for layers from the stem up, dark to bright: lightness alone shows the order, also in black and white."""
     from matplotlib import colormaps
 
     shades = colormaps["plasma"]

@@ -1,4 +1,4 @@
-"""`lr.png`: the rate of every layer over the run, as planned and as the optimizer really held it."""
+"""`lr.png`: the rate of every layer over the run, as planned and as the optimizer had it in each epoch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from itertools import pairwise
 from typing import Any
 
 from finetune.report.columns import layer_of
-from finetune.report.figure import FAINT, INK, SIZE_INCHES, clean_axes, headline, new_figure, number, ramp, short
+from finetune.report.figure import FAINT, INK, SIZE_INCHES, clean_axes, headline, label_axes, new_figure, ramp, short
+from finetune.report.reading import number
 from finetune.system.errors import UserError
 
 
 @dataclass(frozen=True)
 class RateLine:
-    """Layers next to each other that share one rate, drawn as one line.
+    """Neighbouring layers with the same rate, drawn as one line.
 
     Attributes:
         label: `block.3`, `readout + head`, `stem ... block.4`.
         planned: A rate for each x of `rates.json`.
-        measured: (epochs done, rate) as each epoch really began.
-        is_frozen: Whether these layers do not learn.
+        measured: (finished epochs, rate of the optimizer) at the start of each epoch.
+        is_frozen: Whether the layers are frozen.
     """
 
     label: str
@@ -36,15 +37,15 @@ class RateLine:
 
 
 def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
-    """The rate of every layer over the run as a matplotlib figure: curves at the left, peak by layer at the right.
+    """Returns the rates as a matplotlib figure: at the left each layer's curve, at the right each layer's peak.
 
     Args:
         plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
-            `frozen` (names); `before` (`epochs`, `x`, `layers`) where a resumed run was made longer.
+            `frozen` (names); `before` (`epochs`, `x`, `layers`) is the earlier plan of a run that was made longer.
         rows: Of `history.jsonl`.
 
     Raises:
-        ValueError: `plan` lacks a key or its lists differ in length.
+        UserError: `plan` lacks a key, or its lists differ in length.
     """
     lines, x = rate_lines(plan, rows)
     learning = [line for line in lines if not line.is_frozen]
@@ -64,10 +65,10 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[list[RateLine], list[float]]:
-    """Layers from the stem up, neighbours of one rate merged, and the x of their planned rates, in epochs.
+    """Returns lines from the stem up, one for each layer or merged neighbours; and the x of planned rates, in epochs.
 
     Raises:
-        ValueError: See `rates_figure`.
+        UserError: See `rates_figure`.
     """
     for key in ("interval", "x", "layers", "frozen"):
         if key not in plan:
@@ -83,7 +84,7 @@ def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[li
         for group, rate in row["lr"].items():
             measured.setdefault(layer_of(group), {})[number(row["epoch"]) - 1] = number(rate)
 
-    # A frozen layer may be named without rates: it has none.
+    # `layers` may lack frozen layers, since they have no rates.
     names = [*(name for name in plan["frozen"] if name not in planned), *planned]
     merged: list[tuple[list[str], RateLine]] = []
     for name in names:
@@ -96,12 +97,12 @@ def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[li
 
 
 def _label(names: Sequence[str]) -> str:
-    """One name for neighbours: `stem`, `readout + head`, `stem ... block.4`."""
+    """The name of merged neighbours: `stem`, `readout + head`, `stem ... block.4`."""
     return names[0] if len(names) == 1 else f"{names[0]} {'+' if len(names) == 2 else '...'} {names[-1]}"
 
 
 def _is_same(one: RateLine, other: RateLine) -> bool:
-    """Whether two layers can share a line: same plan, same measurements."""
+    """Whether two layers can share a line: equal planned rates, and equal measured ones."""
     if one.is_frozen or other.is_frozen:
         return one.is_frozen and other.is_frozen
     pairs = [*zip(one.planned, other.planned, strict=True)]
@@ -111,7 +112,7 @@ def _is_same(one: RateLine, other: RateLine) -> bool:
 
 
 def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
-    """The rule behind the picture in words, where the peaks follow one."""
+    """The highest peak in words, and the factor from layer to layer where it is the same for all."""
     peaks = [line.peak for line in learning]
     if not peaks or peaks[-1] == 0:
         return "nothing learns"
@@ -124,9 +125,9 @@ def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
 
 
 def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
-    """Where a curve turns: the index at which its warmup ends (0: none), and those at which its cycles end.
+    """Returns the index at which a curve's warmup ends (0: it has none), and the indices at which its cycles end.
 
-    A cycle ends at the lowest point ahead of a rise, at a restart's jump, or where the curve stays on its floor.
+    A cycle ends at the lowest point before a rise, at a restart's jump, or where the curve reaches its floor for good.
     """
     last = len(rates) - 1
     top = 0
@@ -137,17 +138,18 @@ def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
     for i in range(max(top, 1), last):
         falls, rises = rates[i] < rates[i - 1], rates[i + 1] > rates[i]
         if falls and (rises or all(rate == rates[i] for rate in rates[i:])):
-            # A restart jumps from wherever it stood straight to the top; a mirror turns at the bottom itself.
+            # A restart jumps straight to the top, so the next cycle begins at i + 1; a mirrored cycle turns at i.
             ends.append(i + 1 if rises and rates[i + 1] >= rates[top] > rates[i - 1] else i)
     return warmup_end, ends
 
 
 def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is_stepwise: bool) -> None:
-    """Planned rates as lines, measured ones as dots, warmup shaded, ends of cycles marked.
+    """Draw planned rates as lines and measured ones as dots; shade the warmup and mark the ends of cycles.
 
-    A schedule that steps once an epoch holds each rate for the whole of it, and is drawn as the stairs that it is.
+    A schedule that steps once an epoch keeps a rate for a whole epoch: its line is a staircase.
     """
-    clean_axes(axes, xlabel="epoch", ylabel="learning rate")
+    clean_axes(axes)
+    label_axes(axes, x="epoch", y="learning rate")
     learning = [line for line in lines if not line.is_frozen]
     top = (
         max([line.peak for line in learning] + [rate for line in learning for _, rate in line.measured], default=0)
@@ -175,7 +177,7 @@ def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is
 
 
 def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> None:
-    """The head's curve as it was planned before the run was made longer, dashed."""
+    """Draw the head's earlier plan, from before the run was made longer, as a dashed line."""
     rates = [number(rate) for rate in list(before["layers"].values())[-1]]
     x = [number(value) for value in before["x"]]
     if not rates or len(rates) != len(x):
@@ -205,7 +207,7 @@ def _explain_marks(axes: Any, *, is_measured: bool) -> None:
     marks = [Line2D([], [], color=INK, linewidth=2.2, label="planned")]
     if is_measured:
         dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
-        marks.append(Line2D([], [], color=INK, label="what the optimizer held as the epoch began", **dot))
+        marks.append(Line2D([], [], color=INK, label="the optimizer's rate at the start of each epoch", **dot))
     axes.legend(
         handles=marks,
         loc="lower left",
@@ -218,13 +220,13 @@ def _explain_marks(axes: Any, *, is_measured: bool) -> None:
 
 
 def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
-    """Every layer by name with its peak rate, head on top: the key to the colours and the rule at a glance."""
+    """Draw each layer's peak rate as a bar with the layer's name, head on top; the colours are those of the curves."""
     learning = [line for line in lines if not line.is_frozen]
     top = max((line.peak for line in learning), default=0) or 1.0
     colours = iter(ramp(len(learning)))
     row_points = 0.73 * SIZE_INCHES[1] * 72 / max(len(lines), 7)
     fontsize = max(6.5, min(11.0, 0.72 * row_points))
-    every = math.ceil(1.15 * fontsize / row_points)  # more layers than lines of text: name every second, third...
+    every = math.ceil(1.15 * fontsize / row_points)  # many layers: only every second (third, ...) gets its name
     for row, line in enumerate(lines):
         is_named = (len(lines) - 1 - row) % every == 0 or line.is_frozen
         colour = FAINT if line.is_frozen else next(colours)
@@ -235,7 +237,7 @@ def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
             axes.text(line.peak + 0.02 * top, row, text, **style)
             axes.text(-0.03 * top, row, line.label, ha="right", **style)
     axes.set_xlim(0, 1.28 * top)
-    # A few layers stay bars, not walls: as many rows as the ladder of a small model has.
+    # With few layers the bars would be very thick, so there is room for at least seven.
     spare = max(7 - len(lines), 0) / 2
     axes.set_ylim(-0.6 - spare, len(lines) - 0.4 + spare)
     axes.set_axis_off()

@@ -1,8 +1,8 @@
-"""Pictures of a run from the files it left: the rate of every layer (`lr.png`) and the learning curves (`curves.png`).
+"""The pictures of a run, drawn from the files in its folder: `lr.png` (rates) and `curves.png` (learning curves).
 
-No torch: a finished run can be looked at on any machine.
+No torch: the pictures of a finished run can be drawn on any machine.
 
-    finetune report outputs/2026-01-31/12-00-00.123456
+    finetune report outputs/2026-01-31/12-00-00-123456
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.report.columns import CURVES
 from finetune.report.figure import (
     BLUE,
     FAINT,
@@ -21,36 +22,33 @@ from finetune.report.figure import (
     PURPLE,
     clean_axes,
     headline,
+    label_axes,
     new_figure,
-    number,
-    read_json,
     save_figure,
     spread,
 )
 from finetune.report.rates_figure import rates_figure
+from finetune.report.reading import number, read_json
 from finetune.runs.history import History
 
 
 def plot_rates(run_dir: Path) -> None:
-    """Draw `lr.png` from `rates.json` (the plan) and `history.jsonl` (what each epoch really began with).
+    """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch).
 
     Raises:
-        FileNotFoundError: No `rates.json`.
-        ValueError: A damaged file.
+        FileNotFoundError: There is no `rates.json`.
+        UserError: A file is damaged.
         OSError: `lr.png` could not be written.
     """
     plan = read_json(run_dir / "rates.json")
     save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
 
 
-# --- curves.png ------------------------------------------------------------------------------------------------------
-
-
 def plot_curves(run_dir: Path) -> None:
-    """Draw `curves.png` from `history.jsonl`, with zero-shot and test from `result.json` where it has them.
+    """Draw `curves.png` from `history.jsonl`, and from `result.json` the scores of zero-shot and test.
 
     Raises:
-        ValueError: A damaged file.
+        UserError: A file is damaged.
         OSError: `curves.png` could not be written.
     """
     path = run_dir / "result.json"
@@ -59,31 +57,28 @@ def plot_curves(run_dir: Path) -> None:
 
 
 def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
-    """Loss and accuracy over the epochs as a matplotlib figure.
+    """Returns loss and accuracy over the epochs as a matplotlib figure.
 
     Args:
         rows: Of `history.jsonl`; none, one, or with null for NaN.
         result: `result.json`, or empty.
     """
     figure = new_figure()
-    loss, accuracy = figure.subplots(
-        1, 2, gridspec_kw={"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
+    panels = figure.subplots(
+        1, len(CURVES), gridspec_kw={"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
     )
-    clean_axes(loss, xlabel="epoch", ylabel="loss (cross-entropy)")
-    clean_axes(accuracy, xlabel="epoch", ylabel="top1 accuracy")
     epochs = [number(row["epoch"]) for row in rows]
-    series = {
-        key: [number(row.get(key)) for row in rows] for key in ("train/loss", "val/loss", "train/top1", "val/top1")
-    }
-    _draw_series(loss, epochs, [("train", series["train/loss"], ORANGE), ("val", series["val/loss"], BLUE)], {})
-    extra = _reference_scores(accuracy, epochs, series["val/top1"], result)
-    shown = [("train", series["train/top1"], ORANGE), ("val", series["val/top1"], BLUE)]
-    _draw_series(accuracy, epochs, shown, extra)
-    for axes, keys in ((loss, ("train/loss", "val/loss")), (accuracy, ("train/top1", "val/top1"))):
-        _mark_not_finite(axes, epochs, [series[key] for key in keys])
+    for axes, (y_name, *keys) in zip(panels, CURVES, strict=True):
+        train, val = ([number(row.get(key)) for row in rows] for key in keys)
+        clean_axes(axes)
+        label_axes(axes, x="epoch", y=y_name)
+        extra = _reference_scores(axes, epochs, val, result) if keys[1] == "val/top1" else {}
+        _draw_series(axes, epochs, [("train", train, ORANGE), ("val", val, BLUE)], extra)
+        _mark_not_finite(axes, epochs, [train, val])
         axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    headline(figure, "Learning curves", _curves_subtitle(epochs, series["val/top1"], result))
+    top1 = [number(row.get("val/top1")) for row in rows]
+    headline(figure, "Learning curves", _curves_subtitle(epochs, top1, result))
     return figure
 
 
@@ -93,13 +88,13 @@ def _draw_series(
     shown: Sequence[tuple[str, Sequence[float], str]],
     extra: dict[str, tuple[float, str]],
 ) -> None:
-    """Lines with points, named at their right ends instead of in a legend.
+    """Draw lines with points, and write their names at their right ends instead of in a legend.
 
     Args:
-        axes: Where.
-        epochs: x.
+        axes: The panel.
+        epochs: The x of each value.
         shown: (name, values, colour) of each line.
-        extra: Further names at the right edge: (value, colour).
+        extra: Further names at the right edge, with their (value, colour).
     """
     labels = {}
     for name, values, colour in shown:
@@ -114,7 +109,7 @@ def _draw_series(
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    # In shares of the axis, so that names are as far apart as their letters are high.
+    # Heights are shares of the axis; 0.042 of it is one line of text.
     heights = spread([(value - low) / (high - low) for value, _ in labels.values()], gap=0.042)
     for (name, (value, colour)), height in zip(labels.items(), heights, strict=True):
         text = f"{name} {value:.3f}" if abs(value) >= 0.01 else f"{name} {value:.1e}"
@@ -124,7 +119,7 @@ def _draw_series(
 def _reference_scores(
     axes: Any, epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]
 ) -> dict[str, tuple[float, str]]:
-    """Zero-shot as a dashed line, the best epoch as a ring, test as a diamond at the end; their names and values."""
+    """Draw zero-shot as a dashed line, the best epoch as a ring, test as a diamond; returns name to (value, colour)."""
     from matplotlib.patheffects import withStroke
 
     extra = {}
@@ -149,7 +144,7 @@ def _reference_scores(
 
 
 def best_epoch(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> int | None:
-    """Index of the best epoch: as the run itself says, else the first with the highest validation top1."""
+    """Index of the best epoch: `best_epoch` of `result.json`, else the first with the highest validation top1."""
     named = number(result.get("best_epoch"))
     if named in epochs:
         return list(epochs).index(named)
@@ -158,7 +153,7 @@ def best_epoch(epochs: Sequence[float], scores: Sequence[float], result: dict[st
 
 
 def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequence[float]]) -> None:
-    """A cross at the top for each epoch with a value that was NaN or infinite: a gap alone would look like nothing."""
+    """Draw a cross at the top for each epoch with a NaN or infinite value: a gap in the line is easily overlooked."""
     bad = [epoch for i, epoch in enumerate(epochs) if not all(math.isfinite(values[i]) for values in series)]
     if bad:
         above = axes.get_xaxis_transform()
@@ -167,7 +162,7 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
 
 
 def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:
-    """The outcome in one line."""
+    """The run's scores in one line; for a run that did not finish, why and after how many epochs it ended."""
     parts = []
     status = result.get("status")
     if status in ("failed", "diverged", "interrupted"):

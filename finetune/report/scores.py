@@ -1,7 +1,4 @@
-"""What a run leaves about single classes: `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`.
-
-No torch: reads and writes plain types.
-"""
+"""The scores of each class: writes `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`."""
 
 from __future__ import annotations
 
@@ -11,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.report.figure import BLUE, FAINT, INK, clean_axes, headline, new_figure, read_json, save_figure
+from finetune.report.figure import (
+    BLUE,
+    FAINT,
+    INK,
+    clean_axes,
+    headline,
+    label_axes,
+    new_figure,
+    save_figure,
+    write_cells,
+)
+from finetune.report.reading import read_json
 from finetune.system.files import write_json, write_text
 
 # More classes than this make a matrix of specks: the pairs that are most often confused are drawn instead.
@@ -22,13 +30,13 @@ PAIRS = 25
 def write_scores(
     run_dir: Path, split: str, scores: Mapping[str, float], *, details: Mapping[str, Any], classes: Sequence[str]
 ) -> None:
-    """Put the numbers of one split into `metrics.json`, its confusion matrix beside it, and draw that of the test.
+    """Write one split's scores into `metrics.json` and its confusion matrix into a CSV file; draw that of the test.
 
     Args:
-        run_dir: Of the run; what it already says of other splits stays.
+        run_dir: Folder of the run; the scores of other splits in `metrics.json` stay.
         split: `val` (the best epoch) or `test`.
         scores: Metrics by name.
-        details: What `finetune.core.metrics.Meter.details` gives.
+        details: As `finetune.core.metrics.Meter.details` returns them.
         classes: Names, in the order of the labels.
     """
     path = run_dir / "metrics.json"
@@ -45,14 +53,14 @@ def write_scores(
 
 
 def chosen_threshold(run_dir: Path) -> float | None:
-    """The threshold that validation chose in the best epoch; None where there is none, as with one label an image."""
+    """The threshold that validation picked in the best epoch; None with one label an image."""
     path = run_dir / "metrics.json"
     threshold = read_json(path)["val"].get("threshold") if path.exists() else None
     return None if threshold is None else float(threshold)
 
 
 def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """A line a true class, a column a predicted one."""
+    """One line for each true class, one column for each predicted class."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["true \\ predicted", *classes])
@@ -61,7 +69,7 @@ def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Where the test images of each class went: the whole matrix, or with many classes the worst pairs.
+    """Draw the confusion matrix of the test images, or with many classes the pairs that are most often confused.
 
     Raises:
         OSError: The picture could not be written.
@@ -92,21 +100,20 @@ def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any
     left = max(2.4, 6 - side / 2)
     axes = figure.add_axes((left / 12, (height - 1.2 - side) / height, side / 12, side / height))
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
-    # The square root lifts rare confusions above white: one in a hundred is what one looks for.
+    # The square root makes rare confusions visible: one in a hundred would be white else.
     axes.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=1, aspect="equal")
     size = 9 if count > 25 else 11
     axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size, parse_math=False)
     axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
     axes.tick_params(colors=INK, length=0, pad=6)
     axes.spines[:].set_color(FAINT)
-    axes.set_xlabel("predicted", fontsize=12, color=INK, labelpad=8)
-    axes.set_ylabel("true", fontsize=12, color=INK, labelpad=8)
-    for y, row in enumerate(matrix):
-        for x, value in enumerate(row):
-            if value:
-                dark = shares[y][x] ** 0.5 > 0.55
-                small = size - 2 if value > 999 or count > 25 else size
-                axes.text(x, y, f"{value}", ha="center", va="center", fontsize=small, color="white" if dark else INK)
+    label_axes(axes, x="predicted", y="true")
+    write_cells(
+        axes,
+        [[f"{value}" if value else "" for value in row] for row in matrix],
+        [[share**0.5 > 0.55 for share in row] for row in shares],
+        fontsize=size - 2 if max(map(max, matrix)) > 999 or count > 25 else size,
+    )
     return figure
 
 
@@ -119,7 +126,8 @@ def _draw_pairs(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
     axes = figure.add_axes((0.36, 0.8 / height, 0.56, 1 - 2.0 / height))
     shares = [value / sum(matrix[y]) for value, y, _ in shown]
     axes.barh(range(len(shown)), shares, color=BLUE, height=0.7)
-    clean_axes(axes, xlabel="share of the true class's test images", ylabel="")
+    clean_axes(axes)
+    label_axes(axes, x="share of the true class's test images")
     axes.grid(visible=False, axis="y")
     labels = [f"{_short_name(classes[y])} taken for {_short_name(classes[x])}" for _, y, x in shown]
     axes.set_yticks(range(len(shown)), labels, parse_math=False)

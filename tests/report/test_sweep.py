@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.report import sweep
-from finetune.report.sweep import job_folders, read_job, summarize, varied_keys
-from finetune.report.sweep_figure import Score, by_setting, levels, positions, sweep_figure
+from finetune.report.jobs import JobResult, group_jobs, job_folders, read_job, varied_keys
+from finetune.report.sweep import summarize
+from finetune.report.sweep_figure import levels, positions, sweep_figure
 from finetune.runs.folders import JOBS, record_job, record_refusal, record_start
 from finetune.system.locks import run_lock
 
@@ -37,6 +37,21 @@ def add_job(folder: Path, *overrides: str, **result: Any) -> Path:
     data = FINISHED | {"overrides": list(overrides)} | {names.get(key, key): value for key, value in result.items()}
     (folder / "result.json").write_text(json.dumps(data))
     return folder
+
+
+def job_of(overrides: dict[str, str], val: float, test: float = math.nan) -> JobResult:
+    """A finished job with these scores."""
+    return JobResult(
+        folder=Path("job"),
+        status="finished",
+        words=[f"{key}={value}" for key, value in overrides.items()],
+        overrides=overrides,
+        scores={"val/top1": val, "test/top1": test},
+        metric="top1",
+        epochs=1,
+        seconds=1,
+        error="",
+    )
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -141,28 +156,17 @@ def test_a_folder_in_place_of_the_result_is_a_failed_job(tmp_path: Path) -> None
 @given(scores=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_mean_and_deviation_over_seeds_are_those_of_statistics(scores: list[list[float]]) -> None:
     jobs = [
-        sweep.Job(
-            folder=Path(f"{i}{k}"),
-            status="finished",
-            words=[f"optim.lr={i}", f"seed={k}"],
-            overrides={"optim.lr": str(i), "seed": str(k)},
-            scores={"val/top1": value, "test/top1": math.nan},
-            metric="top1",
-            epochs=1,
-            seconds=1,
-            error="",
-        )
+        job_of({"optim.lr": str(i), "seed": str(k)}, value)
         for i, values in enumerate(scores)
         for k, value in enumerate(values)
     ]
-    found = sweep.settings(jobs, varied_keys(jobs))
-    assert len(found) == len(scores)
-    for setting, values in zip(found, scores, strict=True):
-        assert setting.mean("val/top1") == statistics.fmean(values)
-        assert setting.std("val/top1") == (statistics.stdev(values) if len(values) > 1 else None)
-        assert setting.best_job("top1").scores["val/top1"] == max(values)
-        assert math.isnan(setting.mean("test/top1")) and setting.std("test/top1") is None
-        assert "seed" not in setting.overrides
+    groups = group_jobs(jobs, ["optim.lr"])
+    assert [group.overrides for group in groups] == [{"optim.lr": str(i)} for i in range(len(scores))]
+    for group, values in zip(groups, scores, strict=True):
+        assert group.mean("val/top1") == statistics.fmean(values)
+        assert group.std("val/top1") == (statistics.stdev(values) if len(values) > 1 else None)
+        assert group.best_job("top1").scores["val/top1"] == max(values)
+        assert math.isnan(group.mean("test/top1")) and group.std("test/top1") is None
 
 
 def test_the_winner_over_seeds_is_the_best_mean_not_the_luckiest_run(
@@ -301,12 +305,12 @@ def dots_of(axes: Any) -> list[list[float]]:
 
 
 def test_one_number_is_a_line_of_means_with_a_dot_a_seed() -> None:
-    scores = [
-        Score({"optim.layer_decay": d, "seed": str(s)}, float(d) - s / 100, math.nan if d == "0.9" else 0.5)
+    jobs = [
+        job_of({"optim.layer_decay": d, "seed": str(s)}, float(d) - s / 100, math.nan if d == "0.9" else 0.5)
         for d in ("0.9", "0.65", "0.75")
         for s in (0, 1)
     ]
-    figure = sweep_figure(scores, ["optim.layer_decay", "seed"], num_missing=1)
+    figure = sweep_figure(jobs, ["optim.layer_decay", "seed"], num_missing=1)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert list(lines["val"].get_xdata()) == [0.65, 0.75, 0.9]
@@ -318,16 +322,16 @@ def test_one_number_is_a_line_of_means_with_a_dot_a_seed() -> None:
 
 
 def test_words_are_dots_without_a_line_between_them() -> None:
-    scores = [Score({"sched.mode": mode}, 0.9, 0.8) for mode in ("linear", "cosine")]
-    (axes,) = sweep_figure(scores, ["sched.mode"], num_missing=0).axes
+    jobs = [job_of({"sched.mode": mode}, 0.9, 0.8) for mode in ("linear", "cosine")]
+    (axes,) = sweep_figure(jobs, ["sched.mode"], num_missing=0).axes
     assert {line.get_linestyle() for line in axes.get_lines() if line.get_label() in ("val", "test")} == {"None"}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["linear", "cosine"]
 
 
 def test_two_settings_are_a_grid_with_gaps_for_what_failed() -> None:
     pairs = [("1e-4", "0.65"), ("1e-3", "0.65"), ("1e-3", "0.75")]
-    scores = [Score({"optim.lr": lr, "optim.layer_decay": d}, 0.9 + i / 100, 0.8) for i, (lr, d) in enumerate(pairs)]
-    figure = sweep_figure(scores, ["optim.lr", "optim.layer_decay"], num_missing=1)
+    jobs = [job_of({"optim.lr": lr, "optim.layer_decay": d}, 0.9 + i / 100, 0.8) for i, (lr, d) in enumerate(pairs)]
+    figure = sweep_figure(jobs, ["optim.lr", "optim.layer_decay"], num_missing=1)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["val/top1", "test/top1"]
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (2, 2) and math.isnan(image.filled(math.nan)[1, 0])
@@ -337,18 +341,18 @@ def test_two_settings_are_a_grid_with_gaps_for_what_failed() -> None:
 
 @pytest.mark.parametrize("varied", [["a", "b", "c"], ["seed"], [], ["a"]])
 def test_anything_else_is_a_ranking_by_validation(varied: list[str]) -> None:
-    scores = [Score({"a": "x", "b.k": str(i), "c": "$1_{", "seed": str(i)}, i / 100, math.nan) for i in range(1, 60)]
+    jobs = [job_of({"a": "x", "b.k": str(i), "c": "$1_{", "seed": str(i)}, i / 100, math.nan) for i in range(1, 60)]
     if varied == ["a"]:
-        scores = scores[:1]
-    figure = sweep_figure(scores, varied, num_missing=0)
+        jobs = jobs[:1]
+    figure = sweep_figure(jobs, varied, num_missing=0)
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert 1 <= len(labels) <= 30
     figure.canvas.draw()
 
 
 def test_a_ranking_has_the_best_on_top() -> None:
-    scores = [Score({"seed": str(i)}, 0.5 + i / 10, 0.4) for i in range(4)]
-    axes = sweep_figure(scores, ["seed"], num_missing=0).axes[0]
+    jobs = [job_of({"seed": str(i)}, 0.5 + i / 10, 0.4) for i in range(4)]
+    axes = sweep_figure(jobs, ["seed"], num_missing=0).axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["seed=3", "seed=2", "seed=1", "seed=0"]
     assert axes.yaxis_inverted()
 
@@ -360,4 +364,4 @@ def test_levels_and_their_places() -> None:
     assert positions(["1e-5", "1e-3"]) == ([1e-5, 1e-3], "log")
     assert positions(["0", "1e-5", "1e-3"]) == ([0.0, 1.0, 2.0], "even")
     assert positions(["linear", "cosine"]) == ([0.0, 1.0], "even")
-    assert list(by_setting([Score({}, 1, 1), Score({"a": "1"}, 1, 1)], ["a"])) == [("default",), ("1",)]
+    assert [group.value("a") for group in group_jobs([job_of({}, 1), job_of({"a": "1"}, 1)], ["a"])] == ["default", "1"]

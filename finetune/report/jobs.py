@@ -1,0 +1,234 @@
+"""Reads a sweep: the result of each job, which settings differ between jobs, and jobs that differ only in the seed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.report.reading import number, read_json
+from finetune.runs.folders import JOBS
+from finetune.system.locks import holder
+from finetune.system.terminal import printable
+
+SPLITS = ("zeroshot/", "val/", "test/")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The result of one job of a sweep.
+
+    Attributes:
+        folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` has it.
+        status: finished, failed, diverged, interrupted or at work; refused, where the folder holds another run.
+        words: Overrides as typed.
+        overrides: The same overrides by key.
+        scores: Such as zeroshot/top1, val/top1 (of the best epoch) and test/top1.
+        metric: The metric that picked the best epoch, such as top1 or map.
+        epochs: Finished epochs; NaN where unknown.
+        seconds: Seconds of training; NaN where unknown.
+        error: Why the job did not finish, in one line; empty for a finished job.
+    """
+
+    folder: Path
+    status: str
+    words: list[str]
+    overrides: dict[str, str]
+    scores: dict[str, float]
+    metric: str
+    epochs: float
+    seconds: float
+    error: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the job's scores count."""
+        return self.status == "finished"
+
+    def score(self, name: str) -> float:
+        """The score of this name; NaN where the job has none."""
+        return self.scores.get(name, math.nan)
+
+    def values_of(self, keys: Sequence[str]) -> dict[str, str]:
+        """The overrides of `keys`, without those that the job does not set."""
+        return {key: self.overrides[key] for key in keys if key in self.overrides}
+
+
+@dataclass(frozen=True)
+class JobGroup:
+    """Finished jobs with the same overrides of some keys, such as of all keys but the seed.
+
+    Attributes:
+        overrides: These overrides; a key that the jobs do not set is absent.
+        jobs: At least one.
+    """
+
+    overrides: dict[str, str]
+    jobs: list[JobResult]
+
+    def scores(self, name: str) -> list[float]:
+        """The score of this name of each job that has one."""
+        return [job.score(name) for job in self.jobs if math.isfinite(job.score(name))]
+
+    def mean(self, name: str) -> float:
+        """Mean of `scores`; NaN where there is none."""
+        scores = self.scores(name)
+        return statistics.fmean(scores) if scores else math.nan
+
+    def std(self, name: str) -> float | None:
+        """Sample standard deviation (n - 1) of `scores`; None for fewer than two."""
+        scores = self.scores(name)
+        return statistics.stdev(scores) if len(scores) > 1 else None
+
+    def value(self, key: str) -> str:
+        """The override of `key`; `default` where the jobs do not set it."""
+        return self.overrides.get(key, "default")
+
+    def best_job(self, metric: str) -> JobResult:
+        """The first job with the best validation score."""
+        return max(self.jobs, key=lambda job: rank(job.score(f"val/{metric}"), metric))
+
+
+def rank(score: float, metric: str) -> float:
+    """A number that is greater for the better score: a lower loss or ECE is better; NaN is the worst."""
+    if not math.isfinite(score):
+        return -math.inf
+    return -score if metric.endswith(("loss", "ece")) else score
+
+
+def common_metric(jobs: Sequence[JobResult]) -> str:
+    """The metric that ranks finished jobs: the one that picked their best epochs, or top1 where theirs differ."""
+    metrics = {job.metric for job in jobs if job.is_finished}
+    return metrics.pop() if len(metrics) == 1 else "top1"
+
+
+def varied_keys(jobs: Sequence[JobResult]) -> list[str]:
+    """Keys of overrides that differ between jobs, in the order typed; all keys where none differs."""
+    known = [job.overrides for job in jobs if job.overrides]
+    keys = list(dict.fromkeys(key for overrides in known for key in overrides))
+    # A key that one job sets and another does not differs, too.
+    return [key for key in keys if len({overrides.get(key) for overrides in known}) > 1] or keys
+
+
+def group_jobs(jobs: Sequence[JobResult], keys: Sequence[str]) -> list[JobGroup]:
+    """Groups jobs by their overrides of `keys`, in order of appearance."""
+    groups: dict[tuple[str | None, ...], JobGroup] = {}
+    for job in jobs:
+        identity = tuple(job.overrides.get(key) for key in keys)
+        groups.setdefault(identity, JobGroup(job.values_of(keys), [])).jobs.append(job)
+    return list(groups.values())
+
+
+# --- reading the folders ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Record:
+    """An entry of `jobs.jsonl`: a job that began.
+
+    Attributes:
+        name: The job's folder, relative to the sweep's.
+        refused: Why the job did not run: its folder holds another run. None: it ran.
+    """
+
+    name: str
+    refused: str | None
+
+
+def job_folders(sweep_dir: Path) -> list[Path]:
+    """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
+    return _folders(sweep_dir, _records(sweep_dir))
+
+
+def read_jobs(sweep_dir: Path) -> list[JobResult]:
+    """Returns the results of a sweep's jobs, then a row for each job that was refused its folder.
+
+    A folder whose job was refused holds another run, and is no result of this sweep.
+    """
+    records = _records(sweep_dir)
+    refused = [record for record in records if record.refused is not None]
+    foreign = {record.name for record in refused} - {record.name for record in records if record.refused is None}
+    folders = [path for path in _folders(sweep_dir, records) if os.path.relpath(path, sweep_dir) not in foreign]
+    rows = [_as_job(sweep_dir / record.name, {"status": "refused", "error": record.refused}) for record in refused]
+    return [*map(read_job, folders), *rows]
+
+
+def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
+    named = [sweep_dir / record.name for record in records if record.refused is None]
+    above = {parent for record in records for parent in (sweep_dir / record.name).parents}
+    numbered = [
+        path
+        for path in sweep_dir.iterdir()
+        if path.name.isascii() and path.name.isdigit() and path.is_dir()
+        if path not in above or (path / "result.json").exists()
+    ]
+    numbered.sort(key=lambda path: (int(path.name), path.name))
+    return list(dict.fromkeys([*numbered, *(folder for folder in named if folder.is_dir())]))
+
+
+def _records(sweep_dir: Path) -> list[_Record]:
+    """The entries of `jobs.jsonl`, in order; a line that a killed process left half written is passed over."""
+    try:
+        lines = (sweep_dir / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found: dict[str, _Record] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            entry = json.loads(line)
+            if "start" in entry:  # the sweep was started again: a job refused before may run now
+                found = {ident: record for ident, record in found.items() if record.refused is None}
+            elif "refused" in entry:
+                found[entry["id"]] = replace(found[entry["id"]], refused=str(entry["refused"]))
+            else:
+                found[entry["id"]] = _Record(str(entry["job"]), None)
+    return list(found.values())
+
+
+def read_job(folder: Path) -> JobResult:
+    """Returns a job's result; a job whose `result.json` is missing or damaged is a failed one that says so."""
+    owner = holder(folder)
+    if owner is not None:
+        error = f"process {owner.pid} on {owner.host} is working in it"
+        return _as_job(folder, {"status": "at work", "error": error})
+    try:
+        result = read_json(folder / "result.json")
+    except FileNotFoundError:
+        return _as_job(folder, {"status": "failed", "error": "no result: it never started, or was killed"})
+    except (OSError, ValueError) as error:
+        return _as_job(folder, {"status": "failed", "error": str(error)})
+    status = result.get("status")
+    if status == "running":  # the first thing that a run writes; nobody works in the folder, so the run was killed
+        result |= {"status": "interrupted", "error": "it stopped without a word: killed, or out of memory"}
+    elif not isinstance(status, str):
+        result |= {"status": "failed", "error": "result.json is damaged: it has no status"}
+    return _as_job(folder, result)
+
+
+def _as_job(folder: Path, result: dict[str, Any]) -> JobResult:
+    given = result.get("overrides")
+    words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
+    error = result.get("error")
+    lines = str(error).strip().splitlines() if error else []
+    return JobResult(
+        folder=folder,
+        status=printable(result["status"]),
+        words=words,
+        overrides={key_of(word): word.partition("=")[2] for word in words},
+        scores={name: number(value) for name, value in result.items() if name.startswith(SPLITS)},
+        metric=str(result.get("monitor") or "val/top1").removeprefix("val/"),
+        epochs=number(result.get("epochs")),
+        seconds=number(result.get("seconds")),
+        error=printable(lines[0]) if lines else "" if result["status"] == "finished" else "no reason given",
+    )
+
+
+def key_of(word: str) -> str:
+    """The key of an override as typed, without Hydra's marks for adding (`+`) and deleting (`~`)."""
+    return word.partition("=")[0].lstrip("+~")
