@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "train": "fine-tune a model; the command may be left out",
     "describe": "every layer with its rate, memory, work and schedule; loads no data and no weights",
     "check": "look at the data before training: counts, damaged files, duplicates, a contact sheet",
+    "cache": "list what runs have stored to save time (decoded images, activations, fetched shards), or clear it",
     "report": "draw the pictures of a run, or the summary of a sweep, again",
     "replay": "compute a step that was not finite again: which layer, which image",
 }

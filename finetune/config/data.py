@@ -96,7 +96,9 @@ class DataConf:
         CacheKind.none, "keep decoded images in ram, on disk or on the device: same images, faster epochs"
     )
     cache_gib: float = setting(
-        500.0, "cache=disk: all of them together, beyond it the longest unused go; fetched shards: a warning", above=0
+        500.0,
+        "cache=disk: most that decoded images of all runs may take, GiB; fetched shards: only a warning",
+        above=0,
     )
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 

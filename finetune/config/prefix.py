@@ -42,7 +42,7 @@ class PrefixConf:
         "precision at the boundary, kept or not; auto: fp32 in fp32 runs, else fp16 (bf16 where they overflow or are)",
     )
     max_gib: float = setting(
-        50.0, "largest size of all activations kept on disk, GiB; those used longest ago make room", above=0
+        50.0, "activations of all runs may take so much on disk, GiB; see `finetune cache`", above=0
     )
 
 

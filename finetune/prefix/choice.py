@@ -14,6 +14,7 @@ import torch
 
 from finetune.config import Conf, PrefixCache, PrefixDtype
 from finetune.data import Loader
+from finetune.data.caches.entries import size_of
 from finetune.data.streams import num_views
 from finetune.prefix.feed import first_batch
 from finetune.prefix.frozen import FrozenPrefix, overflow_safe
@@ -173,14 +174,14 @@ def is_roomy(kind: PrefixCache, measured: Measured, need: Need, device: torch.de
 def _wanted_and_room(
     kind: PrefixCache, size: int, need: Need, device: torch.device, folder: Path, max_gib: float
 ) -> list[tuple[float, float]]:
-    """Bytes that are wanted of a place, and bytes that it has: for what is missing, and for all under its bound."""
-    missing = need.missing[kind] * size
+    """Bytes that are wanted of a place, and bytes that it has; on disk also of all entries there, and their limit."""
+    missing, total = need.missing[kind] * size, need.total[kind] * size
     if kind != PrefixCache.disk:
         return [(missing, _free_memory(kind, device) + need.spare[kind])]
-    return [
-        (need.total[kind] * size, max_gib * GIB),
-        (missing, float(shutil.disk_usage(_existing(folder)).free)),
-    ]
+    if not missing:
+        return []  # nothing will be written
+    others = max(0, size_of(folder) - (total - missing))  # activations of other runs
+    return [(total + others, max_gib * GIB), (missing, float(shutil.disk_usage(_existing(folder)).free))]
 
 
 def _free_memory(kind: PrefixCache, device: torch.device) -> float:
@@ -219,16 +220,20 @@ def _fits_nowhere(tried: Mapping[PrefixCache, list[tuple[float, float]]], need: 
 
 def _too_small(kind: PrefixCache, wanted: float, room: float, need: Need, measured: Measured) -> str:
     """What to say where activations do not fit: how much they need, and what would."""
-    images = int(room // measured.bytes) // need.views
-    tries = []
+    others = max(0.0, wanted - need.total[kind] * measured.bytes)
+    images = max(0, int((room - others) // measured.bytes)) // need.views
+    tries, beside = [], ""
     if kind == PrefixCache.disk:
         tries.append(f"prefix.max_gib={wanted / GIB + 1:.0f}, or more room on the disk")
+    if others:
+        tries.append("`finetune cache clear --kind activations`")
+        beside = f" and the {others / GIB:.2f} GiB of other runs"
     else:
         tries.append("prefix.cache=disk")
     tries += [*_smaller(need, measured), "or prefix.cache=none"]
     shown = f" in {need.views} views" if need.views > 1 else ""
     return (
-        f"prefix.cache={kind}: with those of {need.split} the activations need {wanted / GIB:.2f} GiB and"
+        f"prefix.cache={kind}: with those of {need.split}{beside} the activations need {wanted / GIB:.2f} GiB and"
         f" {room / GIB:.2f} may be taken, enough for {images:,} images{shown}. Try {', '.join(tries)}"
     )
 

@@ -18,7 +18,6 @@ from finetune.config import PrefixCache
 from finetune.core.device import is_out_of_memory
 from finetune.data import Batch, ImageError, Loader
 from finetune.data.caches.device_cache import sent
-from finetune.data.caches.evict import bound, evict
 from finetune.data.images.mix import Mixer
 from finetune.data.loading.order import Showings
 from finetune.prefix.frozen import FrozenPrefix
@@ -40,11 +39,9 @@ class Keep:
         name: Changes with all that the numbers depend on but the view.
         images: Activations of a view.
         views: How many views there will be.
-        bytes_per_image: Of one image's activations.
         shelf: Where blocks in memory stand.
         device: Where the run computes.
         folder: Of blocks on disk.
-        max_gib: What all blocks on disk may take.
         is_asked: Whether somebody named the place; else what does not fit there after all is computed every time.
     """
 
@@ -52,11 +49,9 @@ class Keep:
     name: str
     images: int
     views: int
-    bytes_per_image: int
     shelf: Shelf
     device: torch.device
     folder: Path
-    max_gib: float
     is_asked: bool
 
     @property
@@ -284,12 +279,9 @@ class Feed:
             keep.shelf.put(keep.on_shelf(view), block, block.values.nbytes)
             self._opened[view], self._built = block, True
             return block
-
-        def fill(builder: Builder) -> None:
-            evict(keep.folder, keep.place(view), int(keep.max_gib * 2**30) - keep.images * keep.bytes_per_image)
-            self._fill(builder, view)
-
-        block, self._built = open_on_disk(keep.place(view), keep.images, fill, self._check)
+        block, self._built = open_on_disk(
+            keep.place(view), keep.images, lambda builder: self._fill(builder, view), self._check
+        )
         if self._built:
             self._opened[view] = block
         else:
@@ -299,10 +291,6 @@ class Feed:
     def _open(self, view: int, block: Block) -> None:
         """Take what an earlier epoch or another run has computed; who asks for it is told of what it lacks, too."""
         self._opened[view] = block
-        keep = self._keep
-        if keep is not None and keep.kind == PrefixCache.disk:
-            mend = f"raise prefix.max_gib={keep.max_gib:g}, or use prefix.cache=ram or none"
-            bound(keep.place(view), keep.max_gib, holds="activations", mend=mend)
         if not block.present.all():
             self._leave_out(torch.arange(len(self._most)).repeat_interleave(self._most)[~block.present])
 

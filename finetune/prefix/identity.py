@@ -16,7 +16,7 @@ import finetune
 from finetune.config import AugmentConf, ModelConf, as_dict
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
-from finetune.data.caches.content import content_digest
+from finetune.data.caches.digest import content_digest
 from finetune.data.sources.opening import Split
 
 # Of `model.*`: what the frozen layers do not depend on, beyond their weights, which are counted one by one.

@@ -12,7 +12,6 @@ from finetune.config.fields import changed
 from finetune.core.device import environment
 from finetune.data import Loader
 from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.evict import Held, hold
 from finetune.data.streams import num_views
 from finetune.prefix import (
     Feed,
@@ -73,7 +72,6 @@ class Feeding:
         self._prefix: FrozenPrefix | None = None
         self._kept: _Kept | None = None
         self._settled: list[Keep] = []  # where the splits so far go
-        self._held: list[Held | None] = []  # what lies on disk of them
         if self.first_layer:
             self._prefix = FrozenPrefix(
                 model, batch_size=conf.data.batch_size, autocast=run.autocast(), dtype=run.dtype
@@ -159,8 +157,6 @@ class Feeding:
         if kind in IN_MEMORY and not is_roomy(kind, kept.measured, need, run.device):
             kept.shelf.keep(MEASURED, *names)
         self._settled.append(places[kind])
-        if kind == PrefixCache.disk:  # what is there stays, while this run makes room for the rest
-            self._held += [hold(places[kind].place(view)) for view in range(places[kind].views)]
         return places[kind], why
 
     def _places(self, loader: Loader, split: str) -> dict[PrefixCache, Keep]:
@@ -179,11 +175,9 @@ class Feeding:
                 f"{kept.digest}-{digest}",
                 images=int(most.sum()),
                 views=min(num_views(conf.augment), conf.train.epochs) if is_train else 1,
-                bytes_per_image=kept.measured.bytes,
                 shelf=kept.shelf,
                 device=run.device,
                 folder=cache_folder(conf.data.cache_dir) / "activations",
-                max_gib=conf.prefix.max_gib,
                 is_asked=conf.prefix.cache != PrefixCache.auto and split != "test",
             )
             for kind in (*IN_MEMORY, PrefixCache.disk)

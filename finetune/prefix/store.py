@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.caches.evict import Held, hold, lock_of, made_once
-from finetune.data.checks.verdicts import locked
+from finetune.data.caches.entries import beside, lock_of, made_once, mark_used
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
+from finetune.system.locks import file_lock
 
 logger = logging.getLogger("finetune")
 
@@ -40,13 +40,11 @@ class Block:
         values: (slots, ...) as kept; a slot is an image, or one of several showings of it in an epoch.
         present: bool (slots,) on the host: False where the image could not be read.
         native: The dtype that the layers above take.
-        held: Keeps the files of a block on disk from being removed.
     """
 
     values: Tensor
     present: Tensor
     native: torch.dtype
-    held: Held | None = None
 
 
 class Builder:
@@ -172,26 +170,22 @@ def find_on_disk(place: Path, slots: int) -> Block | None:
     """The block in the folder `place`; None where it is not there, or is damaged, and then it is said so and it goes.
 
     Returns:
-        A memory map, which nobody removes while it lives.
+        A memory map.
 
     Raises:
         OSError: What is damaged cannot be removed.
     """
-    held = hold(place)
-    if held is None:
+    if not os.path.isdir(place):  # nor where it may not be looked at
         return None
-    block, reason = _read(place, slots)
+    block, _ = _read(place, slots)
     if block is None:
-        held.release()
-        with locked(lock_of(place)):
+        with file_lock(lock_of(place)):
             block, reason = _read(place, slots)  # another run may have mended it meanwhile
             if block is None and place.is_dir():
                 logger.warning("the kept activations in %s are damaged (%s): they are computed again", place, reason)
                 _remove(place)
-        held = None if block is None else hold(place)
-    if block is None or held is None:
-        return None
-    block.held = held
+    if block is not None:
+        mark_used(place)
     return block
 
 
@@ -207,28 +201,23 @@ def open_on_disk(place: Path, slots: int, fill: Fill, check: Callable[[], None] 
         OSError: The folder cannot be written, or is full, or does not give back what was written.
         ValueError: See `Builder`.
     """
-    built, held = False, Held(None)
+    built = False
 
     def make() -> None:
         nonlocal built
         _write(place, slots, fill)
         built = True
 
-    try:
-        while (block := find_on_disk(place, slots)) is None:
-            if built:
-                raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
-            held.release()
-            # Held while it is read: no run that makes room takes it away meanwhile.
-            held = made_once(place, make, check)
-    finally:
-        held.release()
+    while (block := find_on_disk(place, slots)) is None:
+        if built:
+            raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
+        made_once(place, make, check)
     return block, built
 
 
 def _remove(place: Path) -> None:
     """Take a damaged block away, in one move; only for who has its lock. Who reads it still has what it maps."""
-    gone = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    gone = beside(place)
     try:
         os.rename(place, gone)
     except OSError as error:
@@ -239,11 +228,11 @@ def _remove(place: Path) -> None:
 
 def _write(place: Path, slots: int, fill: Fill) -> None:
     """Make the folder `place` in one move."""
-    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    folder = beside(place)
     try:
         with _told_of(place.parent):
-            beside.mkdir()
-            builder = FileBuilder(slots, beside / "activations")
+            folder.mkdir()
+            builder = FileBuilder(slots, folder / "activations")
         try:
             fill(builder)
             builder.finish()
@@ -257,11 +246,10 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
             "present": np.packbits(builder.present.numpy()).tobytes().hex(),
         }
         with _told_of(place.parent):
-            write_text(beside / "meta.json", json.dumps({**meta, "own_checksum": _words_checksum(meta)}))
-            if not place.is_dir():  # where there are no locks, another run may have been faster
-                os.rename(beside, place)
+            write_text(folder / "meta.json", json.dumps({**meta, "own_checksum": _words_checksum(meta)}))
+            os.rename(folder, place)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(place: Path, slots: int) -> tuple[Block | None, str]:

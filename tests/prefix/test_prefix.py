@@ -46,7 +46,7 @@ from finetune.config import (
 )
 from finetune.core.layers import freeze
 from finetune.data import ImageError, open_source
-from finetune.data.caches.evict import held_bytes
+from finetune.data.caches.entries import size_of
 from finetune.data.loading.order import epoch_order, most_showings
 from finetune.prefix import Feed, FrozenPrefix, Need, choice, choose, store
 from finetune.prefix import feed as feed_module
@@ -444,16 +444,20 @@ def test_jobs_that_show_images_otherwise_do_not_read_each_others(
     assert_same(found, came_out(with_cache(job, "none"), tmp_path / "alone"))
 
 
-def test_views_stay_on_disk_where_all_of_them_fit(pictures: Path, tmp_path: Path) -> None:
+def test_the_limit_counts_what_other_runs_stored(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=3), train=TrainConf(epochs=6))
-    conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
-    conf = with_cache(conf, "disk")
+    conf = with_cache(replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache"))), "disk")
     came_out(conf, tmp_path / "a")
-    gib = 1.02 * held_bytes(tmp_path / "cache" / "activations") / 2**30
-    conf = replace(conf, prefix=replace(conf.prefix, max_gib=gib), seed=1)  # other views: those of seed 0 go
-    came_out(conf, tmp_path / "b")
-    assert hits(tmp_path / "b") == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
-    assert held_bytes(tmp_path / "cache" / "activations") <= gib * 2**30
+    size = size_of(tmp_path / "cache" / "activations")
+    full = replace(conf, prefix=replace(conf.prefix, max_gib=1.02 * size / 2**30))
+    came_out(full, tmp_path / "again")  # what is there already needs no room
+    assert hits(tmp_path / "again") == [1.0] * 6
+    with pytest.raises(ValueError, match=r"GiB of other runs .* Try prefix\.max_gib=.*finetune cache clear"):
+        came_out(replace(full, seed=1), tmp_path / "b")  # other views
+    assert size_of(tmp_path / "cache" / "activations") == size
+    room = replace(conf, prefix=replace(conf.prefix, max_gib=2.1 * size / 2**30), seed=1)
+    came_out(room, tmp_path / "c")
+    assert hits(tmp_path / "c") == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,16 +573,16 @@ def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypat
     place = tmp_path / "block"
     open_on_disk(place, 4, _slow_fill)
     (place / "activations").write_bytes(b"")
-    real = store.locked
+    real = store.file_lock
 
     @contextlib.contextmanager
     def overtaken(path: Path) -> Iterator[bool]:
-        monkeypatch.setattr(store, "locked", real)
+        monkeypatch.setattr(store, "file_lock", real)
         assert open_on_disk(place, 4, _slow_fill)[1]  # the other one, in the moment before this one has the lock
         with real(path) as waited:
             yield waited
 
-    monkeypatch.setattr(store, "locked", overtaken)
+    monkeypatch.setattr(store, "file_lock", overtaken)
     block, built = open_on_disk(place, 4, _slow_fill)
     assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
 
@@ -752,8 +756,7 @@ def test_where_activations_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert chosen(tmp_path, "disk", need=needed(there="disk")) == "disk"
     with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.10 may be taken"):
         chosen(tmp_path, "disk")
-    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.50 may be taken"):
-        chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5)
+    assert chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5) == "disk"  # nothing will be written
     free["disk"] = 4 * GIB
     (tmp_path / "file").write_text("")
     assert chosen(tmp_path / "file" / "cache") == "none"  # no folder can be made there

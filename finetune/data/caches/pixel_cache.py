@@ -1,9 +1,8 @@
-"""Decoded images kept between epochs, in memory or on disk: the same pixels as without, many times faster.
+"""Decoded images, stored in memory or on disk between epochs: the same pixels as without a cache, many times faster.
 
-What is kept is the image as the transform first sees it anyway: the square where the transform starts with that resize,
-else the whole image. A cache is known by everything its pixels depend on (each file's path, size and time, that first
-step, the libraries that decode and resize), so a stale one is never found; it is built beside its place and renamed.
-What nobody has used for long makes room for others: `evict`.
+An image is stored as the transform first uses it: resized to the model's square where the transform starts with that
+resize, else whole. The key of a cache on disk covers everything that its pixels depend on (each file's path, size and
+time, that resize, the libraries that decode and resize), so no run reads pixels that have become wrong.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
 from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.content import content_digest
-from finetune.data.caches.evict import Held, bound, evict, made_once
+from finetune.data.caches.digest import content_digest
+from finetune.data.caches.entries import GIB, beside, made_once, size_of
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split
@@ -43,24 +42,24 @@ from finetune.system.signals import at_once
 logger = logging.getLogger("finetune")
 
 FORMAT = 2  # raised when the files below change their meaning, or `read_image` the pixels
-CHUNK = 64  # images decoded between two looks at the free memory
+CHUNK = 64  # images decoded between two looks at the room that is left
 Index = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What is done to an image before it is kept, and how the transform goes on from there.
+    """The part of preprocessing that is done before an image is stored, and the part that is left for later.
 
     Attributes:
-        square: The resize that the transform starts with, or None: whole images are kept.
-        rest: The model's preprocessing for what is kept.
+        square: The resize that the transform starts with, or None: whole images are stored.
+        rest: The model's preprocessing for a stored image.
     """
 
     square: Preprocess | None
     rest: Preprocess
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 (3, height, width) -> what is kept, uint8."""
+        """A decoded image, uint8 (3, height, width) -> the stored image, uint8."""
         return image if self.square is None else fit_square(image, self.square)
 
 
@@ -73,43 +72,51 @@ def first_step(preprocess: Preprocess, augment: AugmentConf | None) -> FirstStep
 
 
 class PixelCache:
-    """The kept images of a split: one block of bytes, and where in it each image lies."""
+    """The stored images of a split: one block of bytes, and an index that says where in it each image lies."""
 
-    def __init__(
-        self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None, held: Held | None = None
-    ) -> None:
-        """Hold (offset, height, width) of each image, int64 (n, 3), in `pixels`, uint8 (n,), or in the file `path`.
+    def __init__(self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None) -> None:
+        """Read images out of `pixels`, uint8 (n,), or out of the file `path`.
 
-        `held` keeps other processes from removing that file.
+        Args:
+            index: Offset, height and width of each image, int64 (images, 3); height 0: it could not be read.
+            pixels: The bytes of all images.
+            path: The file that holds them.
         """
-        self._held = held
         self._index = index
         self._path = path
-        self._pixels = pixels
+        self._pixels = pixels if path is None else _mapped(path)
 
     def load(self, sample: int) -> Tensor | None:
         """The image, uint8 (3, height, width); None where it could not be read when the cache was made."""
         offset, height, width = self._index[sample].tolist()
         if not height:
             return None
-        if self._pixels is None:
-            assert self._path is not None
-            # Copy on write: torch wants memory that may be written; nobody writes.
-            self._pixels = torch.from_numpy(np.memmap(self._path, dtype=np.uint8, mode="c"))
+        assert self._pixels is not None
         flat = self._pixels[offset : offset + height * width * 3]
         return flat.view(height, width, 3).permute(2, 0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker that is not forked opens the file itself."""
-        return {**self.__dict__, "_pixels": None if self._path else self._pixels, "_held": None}
+        """For a worker that is not forked: the path of the file in the place of its bytes."""
+        return {**self.__dict__, "_pixels": None if self._path else self._pixels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the file again."""
+        self.__dict__.update(state)
+        if self._path is not None:
+            self._pixels = _mapped(self._path)
+
+
+def _mapped(path: Path) -> Tensor:
+    # Copy on write: torch wants memory that may be written; nobody writes.
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
 def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
-    """The cache of `split`, made now if it is not there.
+    """The cache of `split`, made now if it does not exist.
 
     Raises:
         ImageError: An image cannot be read and `data.on_error=stop`.
-        ValueError: Memory or disk is too small.
+        UserError: Memory, disk or `data.cache_gib` is too small.
         OSError: The folder cannot be written.
     """
     if conf.cache == CacheKind.ram:
@@ -119,40 +126,44 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
         # Forked workers share it as it is; others would be sent a copy each.
         return PixelCache(index, pixels=pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
     place = cache_folder(conf.cache_dir) / "pixels" / _key(split, step)
-    held = made_once(place, lambda: _build(split, step, conf, place))
-    mend = f"raise data.cache_gib={conf.cache_gib:g}, or use data.cache=none"
-    bound(place, conf.cache_gib, holds="decoded images", mend=mend)
-    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8", held=held)
+    made_once(place, lambda: _build(split, step, conf, place))
+    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8")
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
-    """Make the folder `place` in one move."""
-    if step.square is not None:
-        evict(place.parent, place, int(conf.cache_gib * 2**30) - _squares(split, step.square))
-    beside = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    beside.mkdir()
+    """Write the cache beside its place, then rename it."""
+    folder = beside(place)
+    folder.mkdir()
+    others = size_of(place.parent)
+
+    def free() -> int:
+        written = size_of(folder)
+        return min(shutil.disk_usage(folder).free, int(conf.cache_gib * GIB) - others - written)
+
     try:
-        with open(beside / "pixels.u8", "wb") as file:
-            index = _write(split, step, file, conf, free=lambda: shutil.disk_usage(beside).free)
+        with open(folder / "pixels.u8", "wb") as file:
+            index = _write(split, step, file, conf, free=free)
             file.flush()
             os.fsync(file.fileno())
-        np.save(beside / "index.npy", index)
-        size = (beside / "pixels.u8").stat().st_size
-        os.rename(beside, place)
+        np.save(folder / "index.npy", index)
+        size = (folder / "pixels.u8").stat().st_size
+        os.rename(folder, place)
     except OSError as error:
-        if not place.is_dir():  # where there are no locks, another run may have been faster
-            raise OSError(f"data.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
+        raise OSError(f"data.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    logger.info("kept %s decoded images (%.2f GiB) in %s", f"{len(split):,}", size / 2**30, place)
+        shutil.rmtree(folder, ignore_errors=True)
+    logger.info("stored %s decoded images (%.2f GiB) in %s", f"{len(split):,}", size / GIB, place)
 
 
 def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, free: Callable[[], int | None]) -> Index:
-    """Decode every image into `file`; where each lies. Memory: a chunk of images."""
+    """Decode every image into `file`, a chunk of images at a time; returns the index, see `PixelCache`.
+
+    `free` says how many bytes may still be written; None: nobody knows.
+    """
     index = np.zeros((len(split), 3), dtype=np.int64)
     offset = 0
     if step.square is not None:
-        _check_room(_squares(split, step.square), free(), conf)
+        _check_room(len(split) * 3 * step.square.size**2, free(), conf)
     with at_once(), tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
         for sample, made in _decoded(split, step):
             bar.update()
@@ -161,18 +172,13 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
                     raise made
                 continue  # the loader meets it again, and leaves it out
             if sample % CHUNK == 0:
-                _check_room(made.numel() * CHUNK, free(), conf)
+                _check_room(made.numel() * min(CHUNK, len(split) - sample), free(), conf)
             rows = np.ascontiguousarray(made.permute(1, 2, 0).numpy())
             index[sample] = offset, *rows.shape[:2]
             offset += file.write(rows.reshape(-1).data)
     if not offset:
         raise UserError("data.cache: not one image of the split can be read")
     return index
-
-
-def _squares(split: Split, square: Preprocess) -> int:
-    """Bytes of all images as squares."""
-    return len(split) * 3 * square.size**2
 
 
 def _decoded(split: Split, step: FirstStep) -> Iterator[tuple[int, Tensor | ImageError]]:
@@ -191,16 +197,20 @@ def _decoded(split: Split, step: FirstStep) -> Iterator[tuple[int, Tensor | Imag
 
 
 def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
-    if free is not None and needed > free:
-        other = "data.cache=disk" if conf.cache == CacheKind.ram else "another data.cache_dir"
-        raise UserError(
-            f"data.cache={conf.cache}: needs {needed / 2**30:.2f} GiB or more, {free / 2**30:.2f} are free: use"
-            f" {other}, or data.cache=none"
-        )
+    """Refuse to write `needed` bytes where fewer are free."""
+    if free is None or needed <= free:
+        return
+    other = "data.cache=disk"
+    if conf.cache == CacheKind.disk:
+        other = f"a larger data.cache_gib (now {conf.cache_gib:g}), `finetune cache clear`, another data.cache_dir"
+    raise UserError(
+        f"data.cache={conf.cache}: needs {needed / GIB:.2f} GiB or more, {max(0, free) / GIB:.2f} are free: use"
+        f" {other}, or data.cache=none"
+    )
 
 
 def _key(split: Split, step: FirstStep) -> str:
-    """A name that changes with everything the kept pixels depend on."""
+    """A name that changes with everything the stored pixels depend on."""
     libraries = f"{torch.__version__} {torchvision.__version__} {PIL.__version__}"
     square = None if step.square is None else replace(step.square, mean=(0, 0, 0), std=(1, 1, 1))
     state = hashlib.blake2b(f"{FORMAT} {libraries} {square}".encode(), digest_size=16, usedforsecurity=False)

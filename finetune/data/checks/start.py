@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.config import DataConf, OnError
+from finetune.data.cache_dir import cache_folder
+from finetune.data.caches.entries import size_line
 from finetune.data.checks.examine import Bad, Findings, duplicates, examine
 from finetune.data.checks.verdicts import Verdicts
 from finetune.data.images.decode import ImageError
@@ -71,6 +73,9 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     Raises:
         ValueError: Images cannot be read and `data.on_error=stop`; the full list is in `unreadable.txt`.
     """
+    line = size_line(cache_folder(conf.cache_dir))
+    if line is not None:
+        logger.info("%s", line)
     findings = examine(source, Verdicts(conf.cache_dir, source.location), budget_s=conf.check_budget_s)
     logger.info("%s", findings.coverage)
     for line in [*source.warnings, *imbalance(source)]:

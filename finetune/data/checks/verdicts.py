@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from finetune.data.cache_dir import cache_folder
+from finetune.data.caches.entries import lock_of
 from finetune.data.streams import Ranks, mix
 from finetune.system.files import write_atomic
+from finetune.system.locks import file_lock
 
 # One image. `key`: hash of its stamp; `depth`: how far it was looked at; `first`, `second`: hash of its bytes.
 RECORD = np.dtype(
@@ -78,7 +80,7 @@ class Verdicts:
             return
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self._path.with_suffix(".lock")):
+            with file_lock(lock_of(self._path)):
                 before, reasons_before = _read(self._path)
                 everything = np.concatenate([learned, before])  # of two with one key the first stays: the newer
                 _, firsts = np.unique(everything["key"], return_index=True)
@@ -102,40 +104,3 @@ def _read(path: Path) -> tuple[Records, dict[int, str]]:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
         pass  # written by another version, or torn
     return np.zeros(0, RECORD), {}
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, poll: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold a file's lock, alone among processes; the system lets go of it when a process dies.
-
-    Args:
-        path: The lock file; made if it is not there, and left.
-        poll: Called between two tries to get it, where it is to be possible to give up by an error; it should take a
-            moment. None: wait in the system.
-
-    Yields:
-        Whether another process had to be waited for. Where the system has no such locks (Windows) nothing is held:
-        files are written beside and renamed, so the worst is work done twice.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    with open(path, "ab") as file:
-        waited = not _try_lock(file, fcntl)
-        if waited and poll is None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        elif waited and poll is not None:
-            poll()
-            while not _try_lock(file, fcntl):
-                poll()
-        yield waited
-
-
-def _try_lock(file: IO[bytes], fcntl: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

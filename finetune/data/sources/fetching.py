@@ -27,8 +27,8 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from finetune.config.data import REMOTE
-from finetune.data.checks.verdicts import locked
 from finetune.system.errors import UserError
+from finetune.system.locks import file_lock
 
 TRIES = 5  # in a row that bring nothing new
 DELAY_S = 1.0  # ahead of the second try; twice that ahead of the next, and so on
@@ -159,7 +159,7 @@ def fetch(remote: Remote, folder: Path, check: Check, progress: Progress) -> Pat
     place = remote.place_in(folder)
     if place.exists():
         return place
-    with locked(place.with_name(f"{place.name}.lock"), poll=lambda: progress.wait(0.1)):
+    with file_lock(place.with_name(f"{place.name}.lock"), on_wait=lambda: progress.wait(0.0)):
         if place.exists():  # another run fetched it while this one waited
             return place
         # Where there are no locks each process has a file of its own.

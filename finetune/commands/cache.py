@@ -1,0 +1,60 @@
+"""`finetune cache` lists what runs have stored to save time; `finetune cache clear` removes it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from finetune.system.log import say
+from finetune.system.terminal import printable
+
+DAY_S = 86_400
+KINDS = ("pixels", "activations", "shards")
+EPILOG = (
+    "pixels: decoded images (data.cache=disk); activations: the output of frozen layers (prefix.cache=disk); shards:"
+    " tar files fetched from elsewhere. A run that wants pixels or activations makes them again, shards are fetched"
+    " again. Only what finetune itself stored is removed. Do not clear while a run that uses the cache is starting."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List the entries of the cache folder, or remove them; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="finetune cache", description="List what runs have stored to save time, or remove it.", epilog=EPILOG
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="clear | data.cache_dir=PATH",
+        help="clear: remove the entries; data.cache_dir: the folder of runs with that setting",
+    )  # fmt: skip
+    parser.add_argument("--kind", choices=KINDS, help="only entries of this kind")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", default=0.0, help="only what no run used since")
+    flags = parser.parse_args(arguments)
+    cache_dir, is_clear = None, False
+    for word in flags.words:
+        if word == "clear":
+            is_clear = True
+        elif word.startswith("data.cache_dir="):
+            cache_dir = word.partition("=")[2]
+        else:
+            parser.error(f"{word}: expected clear or data.cache_dir=PATH")
+    # Later than `--help`: the rooms below import torch.
+    from finetune.data.cache_dir import cache_folder
+    from finetune.data.caches.entries import find_entries, remove_abandoned, remove_entry
+
+    cache = cache_folder(cache_dir)
+    limit = time.time() - flags.older_than * DAY_S
+    entries = [item for item in find_entries(cache) if flags.kind in (None, item.kind) and item.used <= limit]
+    if is_clear:
+        for kind in [flags.kind] if flags.kind else KINDS:
+            remove_abandoned(cache, kind)
+    shown = [item for item in entries if not is_clear or remove_entry(item)]
+    for item in shown:
+        used = datetime.fromtimestamp(item.used).strftime("%Y-%m-%d %H:%M")
+        say(f"{item.kind:<11}  {item.num_bytes / 2**20:>12,.1f} MiB  {used}  {printable(str(item.path))}")
+    total = sum(item.num_bytes for item in shown)
+    say(f"{'removed' if is_clear else 'total':<11}  {total / 2**20:>12,.1f} MiB  {len(shown):,} entries in {cache}")
+    if len(shown) < len(entries):
+        say(f"{len(entries) - len(shown):,} entries stay: another run holds them, or their folder cannot be written")
+    return 0
