@@ -59,7 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.core.cost import count_flops
 from finetune.core.device import environment
-from finetune.core.plan import prepare
+from finetune.core.freezing import set_up_layers
 from finetune.system.files import write_text
 
 DECAYS = (0.55, 0.65, 0.75, 0.85, 0.95)
@@ -316,7 +316,8 @@ class Bench:
         """
         model, preprocess = our_model(task, load=False, device="meta")
         if ours:
-            prepare(model, task.conf())  # which may shorten the last block, too
+            conf = task.conf()
+            set_up_layers(model, conf.optim, train=conf.train)  # may shorten the last block, too
         flops = count_flops(model, preprocess.size)
         images, val = self.given.images, self.given.val_images
         if not ours or not model.boundary:

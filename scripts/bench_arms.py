@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.app import training
 from finetune.app.run import run
-from finetune.core.finite import FiniteGuard
+from finetune.core.loop import FiniteGuard
 from finetune.core.optim import build_optimizer
 from finetune.prefix.shelf import shared_between_runs
 from finetune.runs.history import OF_THE_CLOCK, History
@@ -213,14 +213,14 @@ def _recorded() -> Iterator[list[Tensor]]:
     fit = training.fit
 
     def recording(state: Any, *args: Any, **kwargs: Any) -> bool:
-        criterion = state.task.criterion
+        criterion = state.criterion
 
         def recorded(*given: Any) -> Tensor:
             values = criterion(*given)
             losses.append(values.detach().mean())
             return values
 
-        state.task.criterion = recorded
+        state.criterion = recorded
         return fit(state, *args, **kwargs)
 
     with mock.patch.object(training, "fit", recording):

@@ -22,7 +22,8 @@ from torchvision.transforms.v2 import functional as v2
 
 from finetune.config import AugmentConf, Conf, DataConf, Recipe, SourceKind
 from finetune.config.words import compose
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.data import open_source
 from finetune.data.images.transforms import build_transform, fit_square

@@ -1,4 +1,4 @@
-"""A LayeredModel small enough to compute by hand with: stem, two blocks, readout, head over 4x4 images."""
+"""A LayeredModel small enough to compute by hand with: stem, two blocks, readout, head."""
 
 from __future__ import annotations
 

@@ -1,43 +1,55 @@
-"""The loop over `tiny.py`'s model and batches, on a CPU in fp32."""
+"""Short trainings of the tiny model: a state before its first step, and a few epochs of `fit`."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 from tiny import tiny_batches
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.config import Interval, OptimConf, TrainConf
-from finetune.core.layers import LayeredModel, freeze
-from finetune.core.loop import TrainState, fit
+from finetune.core.fit import Row, Validation, fit
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
+from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 
-SIZES = [8, 8, 8, 3]
-CPU32 = contextlib.nullcontext()
+SIZES = [8, 8, 8, 3]  # images of the micro-batches of an epoch
 
 
-def start(
-    model: LayeredModel, *, epochs: int = 3, interval: str = "epoch", accumulate: int = 1, fix_layer: int = -1
+def tiny_state(
+    model: LayeredModel,
+    conf: OptimConf | None = None,
+    *,
+    epochs: int = 3,
+    interval: str = "epoch",
+    fix_layer: int | None = None,
+    scaler: float = 0.0,
 ) -> TrainState:
-    freeze(model, fix_layer)
-    optimizer = build_optimizer(model, OptimConf(lr=0.02, layer_decay=0.7))
-    steps = epochs if interval == "epoch" else epochs * -(-len(SIZES) // accumulate)
+    """Training of `model` over SIZES before its first step; `scaler` is the scale of an fp16 run, 0 for fp32."""
+    conf = conf or OptimConf(lr=0.02, layer_decay=0.7)
+    freeze(model, conf.fix_layer if fix_layer is None else fix_layer)
+    optimizer = build_optimizer(model, conf)
+    steps = epochs if interval == "epoch" else epochs * len(SIZES)
     scheduler = create_scheduler(SchedulerConf(mode="cosine_pi", interval=interval), optimizer, steps)
     torch.manual_seed(5)
-    return TrainState.start(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    amp = torch.amp.GradScaler("cpu", init_scale=scaler or 1.0, enabled=scaler > 0)
+    return TrainState(model, optimizer, scheduler, amp, interval=Interval(interval))
 
 
-def run_fit(
-    state: TrainState, conf: TrainConf, *, interval: str = "epoch", stop_at: int = -1, rows: list | None = None
+def tiny_fit(
+    state: TrainState,
+    conf: TrainConf | None = None,
+    *,
+    stop_at: int = -1,
+    rows: list[Row] | None = None,
+    monitor: str = "val/top1",
 ) -> bool:
+    """`fit` over SIZES for 3 epochs, or as `conf` says, up to step `stop_at`; appends the history to `rows`."""
     return fit(
         state,
-        conf,
+        conf or TrainConf(epochs=3),
         train_batches=lambda epoch, skip: tiny_batches(SIZES, seed=epoch)[skip:],
-        val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
-        interval=Interval(interval),
-        autocast=CPU32,
+        validation=Validation(lambda meter: tiny_batches([5, 2], seed=99), monitor=monitor),
         on_step_end=lambda state: state.step == stop_at,
         on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
     )

@@ -12,9 +12,9 @@ from finetune.app.build import Run
 from finetune.config import Conf, PrefixCache
 from finetune.core import recipe
 from finetune.core.ema import Ema
+from finetune.core.freezing import set_up_layers
 from finetune.core.loop import TrainState, train_step
 from finetune.core.optim import build_optimizer
-from finetune.core.plan import prepare
 from finetune.prefix import SHARE
 from finetune.system.errors import UserError
 
@@ -116,14 +116,13 @@ def _fits(run: Run, size: int) -> bool:
 
 def _trial(run: Run, size: int) -> None:
     conf, pixels = run.conf, run.built.preprocess.size
-    prepare(run.model, conf)
+    set_up_layers(run.model, conf.optim, train=conf.train)
     optimizer = build_optimizer(run.model, recipe.scaled_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    state = TrainState.start(run.model, optimizer, scheduler, scaler)
-    state.task = run.task()
+    state = TrainState(run.model, optimizer, scheduler, scaler, criterion=run.criterion(), autocast=run.autocast())
     if conf.train.ema:
         state.ema = Ema(run.model, conf.train.ema, warmup=conf.train.ema_warmup)
     run.model.train()
@@ -132,7 +131,7 @@ def _trial(run: Run, size: int) -> None:
     targets = torch.zeros(shape, dtype=torch.float32 if len(shape) == 2 else torch.int64, device=run.device)
     batch = (torch.zeros(size, 3, pixels, pixels, device=run.device), targets, torch.arange(size))
     for _ in range(TRIAL_STEPS):
-        train_step(state, [batch], conf.train, run.autocast())
+        train_step(state, [batch], conf.train)
 
 
 def out_of_memory(run: Run, *, step: int | None = None) -> str:

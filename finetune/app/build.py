@@ -14,8 +14,8 @@ import torch
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
 from finetune.core.layers import LayeredModel
-from finetune.core.loop import Batch, Task
-from finetune.core.losses import build_criterion
+from finetune.core.loop import Batch
+from finetune.core.losses import Criterion, build_criterion
 from finetune.core.metrics import Meter, build_meter
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.images.mix import Mixer
@@ -75,15 +75,14 @@ class Run:
             threshold=threshold,
         )
 
-    def task(self) -> Task:
-        """What the model learns by, and what picks the best epoch."""
+    def criterion(self) -> Criterion:
+        """The training loss, with class weights on the device of the model."""
         weights = self.source.class_weights
-        criterion = build_criterion(
+        return build_criterion(
             self.conf.train,
             is_multilabel=self.source.is_multilabel,
             class_weights=None if weights is None else weights.to(self.device),
         )
-        return Task(criterion, self.meter(), self.monitor, ema_meter=self.meter())
 
     def loader(self, split: str, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and plain."""

@@ -17,9 +17,10 @@ from finetune.config import Conf, Interval, Precision, PrefixCache, SourceKind
 from finetune.core import recipe
 from finetune.core.cost import Flops, count_flops, estimate_memory
 from finetune.core.device import WIDE, pick_precision
+from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import param_groups
-from finetune.core.plan import planned_rates, prepare
+from finetune.core.plan import planned_rates
 from finetune.core.sched import lr_factor
 from finetune.data import open_source
 from finetune.data.streams import num_views
@@ -53,7 +54,7 @@ def describe(
     data = _data_sizes(conf, num_classes, num_images)
     built = build_model(conf.model, [f"class {index}" for index in range(data.classes)], device="meta")
     model, size = built.model, built.preprocess.size
-    prepare(model, conf)
+    set_up_layers(model, conf.optim, train=conf.train)
     steps = recipe.steps_per_epoch(conf, -(-data.epoch_images // conf.data.batch_size))
     layers = layer_rows(model, conf, steps)
     found = {

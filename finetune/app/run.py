@@ -28,11 +28,13 @@ from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
 from finetune.core.ema import Ema
 from finetune.core.finite import NotFiniteError
+from finetune.core.fit import validate
+from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
-from finetune.core.loop import TrainState, validate
+from finetune.core.loop import TrainState
 from finetune.core.metrics import Meter
 from finetune.core.optim import build_optimizer
-from finetune.core.plan import layer_rows, planned_rates, prepare
+from finetune.core.plan import layer_rows, planned_rates
 from finetune.core.sched import create_scheduler, lr_factor
 from finetune.models import build_model
 from finetune.models.heads.offsets import set_offsets
@@ -335,7 +337,7 @@ def _optimizer(run: Run, steps: int) -> tuple[Optimizer, LambdaLR]:
     warmup) is refused there.
     """
     conf = run.conf
-    prepare(run.model, conf)
+    set_up_layers(run.model, conf.optim, train=conf.train)
     optimizer = build_optimizer(run.model, recipe.scaled_optim(conf))
     return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
 
@@ -374,8 +376,15 @@ def _start(run: Run, steps: int) -> TrainState:
     run.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on: not from wherever building the model left the generator.
     torch.manual_seed(conf.seed)
-    state = TrainState.start(model, optimizer, scheduler, scaler)
-    state.task = run.task()
+    state = TrainState(
+        model,
+        optimizer,
+        scheduler,
+        scaler,
+        criterion=run.criterion(),
+        autocast=run.autocast(),
+        interval=conf.sched.interval,
+    )
     if conf.train.on_nonfinite == OnNonfinite.skip:
         state.guard.limit = conf.train.max_nonfinite
     if conf.train.ema:
@@ -408,7 +417,7 @@ def _evaluate(
     model: LayeredModel | None = None,
 ) -> dict[str, float]:
     """Score `model`, by default the one that learns, on a split whose feed ends ahead of layer `start`."""
-    return validate(model or run.model, scored(feed, title, stop, meter), run.autocast(), meter, start)
+    return validate(model or run.model, scored(feed, title, stop, meter), run.autocast(), meter=meter, start=start)
 
 
 def _test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
@@ -430,7 +439,7 @@ def _test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result,
             torch.manual_seed(run.conf.seed)
             untrained = build_model(run.model_conf, run.source.classes).model
             place(untrained, run.device, run.dtype)
-            prepare(untrained, run.conf)
+            set_up_layers(untrained, run.conf.optim, train=run.conf.train)
             zeroshot = _evaluate(run, feed, "test zero-shot", stop, meter=run.meter(), start=start, model=untrained)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in run.headlines}
     finally:

@@ -13,8 +13,9 @@ from finetune.app.batch_size import out_of_memory
 from finetune.app.build import Run
 from finetune.config import TrainConf
 from finetune.core.device import is_out_of_memory
-from finetune.core.finite import NotFiniteError, Seen
-from finetune.core.loop import Batch, Row, TrainState, fit
+from finetune.core.finite import NotFiniteError, StepRecord
+from finetune.core.fit import Row, Validation, fit
+from finetune.core.loop import Batch, TrainState
 from finetune.core.metrics import Meter
 from finetune.data import ImageError
 from finetune.prefix import Feed
@@ -38,7 +39,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
         Who saves; the last save may still be under way.
     """
     conf, history = run.conf, History(run.folder / "history.jsonl")
-    bar, validated = Bar("", total=0, images=0), -1
+    bar = Bar("", total=0, images=0)
     fed: dict[str, float] = {}
     gpu = utilisation.measure(run) if run.device.type == "cuda" else None
     saver, is_saved = _saver(run), True
@@ -51,14 +52,12 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
         return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
 
-    def val_batches(epoch: int) -> Iterator[Batch]:
+    def val_batches(meter: Meter) -> Iterator[Batch]:
         if val.will_fork(0):
             saver.wait()
-        # The loop asks a second time where averaged weights are scored, too.
-        nonlocal validated
-        meter = state.task.ema_meter if validated == epoch else state.task.meter
-        validated = epoch
         return scored(val, "validate", stop, meter)
+
+    validation = Validation(val_batches, run.meter(), run.meter(), ranked_by(run))
 
     def on_step_end(state: TrainState) -> bool:
         if bar.due():
@@ -74,9 +73,10 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
         _tell_skipped(run, state)  # what the last look of the epoch has found
         row |= {**fed, **_mfu(row, fed, gpu)}
         history.append(row)
-        _tell(run, state, row)
+        _tell(run, state, validation, row)
         # Where a stop was asked for as an epoch, too: there may be no other one to write these weights.
-        is_saved = _save_epoch(run, state, saver, history.rows(), always=(stopping := stop.is_set))
+        stopping = stop.is_set
+        is_saved = _save_epoch(run, state, saver, validation, history.rows(), always=stopping)
         if stopping:
             stop.check()
 
@@ -85,16 +85,14 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
             state,
             conf.train,
             train_batches=train_batches,
-            val_batches=val_batches,
-            interval=conf.sched.interval,
-            autocast=run.autocast(),
+            validation=validation,
             on_step_end=on_step_end,
             on_epoch_end=on_epoch_end,
         )
         if not finished:
             stop.check()
         if not is_saved:
-            _save_epoch(run, state, saver, history.rows(), always=True)
+            _save_epoch(run, state, saver, validation, history.rows(), always=True)
     return saver
 
 
@@ -103,19 +101,23 @@ def _saver(run: Run) -> Saver:
     return Saver(run.checkpoints, run.metadata(), run.notes(), keep=keep, max_share=share)
 
 
-def _save_epoch(run: Run, state: TrainState, saver: Saver, rows: list[dict[str, Any]], *, always: bool = False) -> bool:
+def _save_epoch(
+    run: Run, state: TrainState, saver: Saver, validation: Validation, rows: list[dict[str, Any]], *, always: bool
+) -> bool:
     """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
     left_s = (run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
-    return saver.save_epoch(state, rows, ranked_by(run), thresholds=_thresholds(state), left_s=left_s, always=always)
+    # Validation has just chosen the thresholds of the weights and of their averages.
+    thresholds = validation.meter.threshold(), None if state.ema is None else validation.ema_meter.threshold()
+    return saver.save_epoch(state, rows, validation.monitor, thresholds=thresholds, left_s=left_s, always=always)
 
 
-def _tell(run: Run, state: TrainState, row: Row) -> None:
+def _tell(run: Run, state: TrainState, validation: Validation, row: Row) -> None:
     """The epoch in a line, and where it is the best one its scores class by class."""
     best = None if math.isnan(state.best_score) else state.best_score
     epochs = run.conf.train.epochs
     logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=run.monitor))
     if state.best_epoch == state.epoch:
-        write_scores(run, "val", state.task.ema_meter if state.best_is_ema else state.task.meter)
+        write_scores(run, "val", validation.ema_meter if state.best_is_ema else validation.meter)
 
 
 def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
@@ -172,13 +174,8 @@ def _way_out(run: Run, state: TrainState, saver: Saver, result: Result) -> Itera
 
 
 def _tell_skipped(run: Run, state: TrainState) -> None:
-    for seen in state.guard.take():
-        logger.warning("%s. The step is skipped", _store_bad_batch(run, state, seen))
-
-
-def _thresholds(state: TrainState) -> tuple[float | None, float | None]:
-    """What validation has just chosen for the weights, and for their averages."""
-    return state.task.meter.threshold(), None if state.ema is None else state.task.ema_meter.threshold()
+    for record in state.guard.take():
+        logger.warning("%s. The step is skipped", _store_bad_batch(run, state, record))
 
 
 def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
@@ -204,22 +201,22 @@ def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
     return found
 
 
-def _store_bad_batch(run: Run, state: TrainState, seen: Seen) -> str:
+def _store_bad_batch(run: Run, state: TrainState, record: StepRecord) -> str:
     """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
-    names = [run.source.splits["train"].name_of(int(index)) for index in seen.ids]
+    names = [run.source.splits["train"].name_of(int(index)) for index in record.ids]
     rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-    path = bad_batch.store(run.folder, seen, run.window(seen.epoch, seen.batch), names=names, rates=rates)
-    logger.debug("images of step %d: %s", seen.step, bad_batch.shown_names(names, len(names)))
+    path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
+    logger.debug("images of step %d: %s", record.step, bad_batch.shown_names(names, len(names)))
     where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
     return (
-        f"the loss or the gradient norm was not finite in epoch {seen.epoch + 1}, step {seen.step}, rates"
+        f"the loss or the gradient norm was not finite in epoch {record.epoch + 1}, step {record.step}, rates"
         f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
     )
 
 
 def _not_finite(error: NotFiniteError, run: Run, state: TrainState) -> str:
     """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
-    texts = [_store_bad_batch(run, state, seen) for seen in state.guard.take()]
+    texts = [_store_bad_batch(run, state, record) for record in state.guard.take()]
     limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
     return (
         f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"

@@ -13,7 +13,7 @@ import torch
 
 from finetune.app.build import Run
 from finetune.core.cost import count_flops
-from finetune.core.plan import prepare
+from finetune.core.freezing import set_up_layers
 from finetune.models import build_model
 
 SIDE = 4096  # of the matrices whose product is the peak
@@ -45,7 +45,7 @@ def measure(run: Run) -> Utilisation:
     What `train.recompute` computes twice counts once: it is no work that an image needs.
     """
     meta = build_model(run.model_conf, run.source.classes, device="meta").model
-    prepare(meta, run.conf)
+    set_up_layers(meta, run.conf.optim, train=run.conf.train)
     meta.recompute = False
     flops = count_flops(meta, run.built.preprocess.size)
     return Utilisation(flops.training, flops.frozen, peak(run.device, run.dtype))

@@ -60,7 +60,7 @@ def replay(run_dir: Path, step: int | None = None) -> tuple[list[str], bool]:
 
 def _compute(run: Run, step: int, window: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[str], bool]:
     model, lines = run.model.train(), [f"step {step}: {sum(len(images) for images, _ in window)} images"]
-    criterion, is_bad = run.task().criterion, False
+    criterion, is_bad = run.criterion(), False
     for number, (images, targets) in enumerate(window):
         images, targets = images.to(run.device), targets.to(run.device)
         lines += [f"micro-batch {number}, {line}" for line in _first_bad_layer(run, images)]

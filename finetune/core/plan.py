@@ -4,36 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.config import ClassTokenOnly, Conf, Interval
-from finetune.core.layers import LayeredModel, freeze
+from finetune.config import Conf, Interval
+from finetune.core.layers import LayeredModel
 from finetune.core.optim import layer_scale, steps_to_output
 from finetune.core.recipe import num_units, peak_lr, timed_sched
 from finetune.core.sched import lr_factor
-from finetune.system.errors import UserError
 
 # Most points of a planned curve: enough for a picture, and little enough for a file.
 MAX_POINTS = 2000
 
 LayerRow = dict[str, Any]
-
-
-def prepare(model: LayeredModel, conf: Conf) -> None:
-    """Freeze, recompute and shorten the last block as `conf` says.
-
-    Ahead of the optimizer, which must hold what learns and nothing else.
-
-    Raises:
-        ValueError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.
-    """
-    if conf.train.recompute and not model.is_chain:
-        raise UserError(
-            f"train.recompute=true would be ignored: {type(model.net).__name__} is no plain chain of layers and runs"
-            " only whole; leave it out, and take a smaller data.batch_size with train.accumulate"
-        )
-    model.recompute = conf.train.recompute
-    has_shorter_run = any(layer.run_class_token is not None for layer in model.layers)
-    model.class_token_only = conf.train.class_token_only == ClassTokenOnly.auto and has_shorter_run
-    freeze(model, conf.optim.fix_layer)
 
 
 def layer_rows(model: LayeredModel, conf: Conf) -> list[LayerRow]:

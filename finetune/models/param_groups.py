@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from finetune.core.layers import Layer, LayeredModel, assign_layers
+from finetune.core.layers import Layer, LayeredModel
 from finetune.core.optim import Group, is_decayed, layer_scale
+from finetune.core.ownership import assign_layers
 from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
 from finetune.models.upstream.built import spared_names
 from finetune.system.errors import UserError

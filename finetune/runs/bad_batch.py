@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.core.finite import Seen
+from finetune.core.finite import StepRecord
 from finetune.core.loop import Batch
 from finetune.runs.checkpoint import DamagedError, copied
 from finetune.system.files import write_atomic, write_json
@@ -26,13 +26,13 @@ MAX_STORED = 10
 
 
 def store(
-    run_dir: Path, seen: Seen, window: Sequence[Batch], *, names: Sequence[str], rates: dict[str, float]
+    run_dir: Path, record: StepRecord, window: Sequence[Batch], *, names: Sequence[str], rates: dict[str, float]
 ) -> Path | None:
     """Write the micro-batches of a step; None where enough are stored already.
 
     Args:
         run_dir: The run's.
-        seen: The step.
+        record: The step.
         window: Its micro-batches.
         names: Of its images, in order.
         rates: Each parameter group's learning rate.
@@ -42,7 +42,7 @@ def store(
     """
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
-    path = folder / f"step_{seen.step}.pt"
+    path = folder / f"step_{record.step}.pt"
     if not path.exists() and len(list(folder.glob("step_*.pt"))) >= MAX_STORED:
         return None
     content = {
@@ -52,12 +52,12 @@ def store(
     }
     write_atomic(path, lambda temporary: torch.save(content, temporary))
     facts = {
-        "epoch": seen.epoch + 1,
-        "step": seen.step,
-        "first_micro_batch": seen.batch,
+        "epoch": record.epoch + 1,
+        "step": record.step,
+        "first_micro_batch": record.batch,
         "images": list(names),
         "rates": rates,
-        "replay": f"finetune replay {run_dir} --step {seen.step}",
+        "replay": f"finetune replay {run_dir} --step {record.step}",
     }
     write_json(path.with_suffix(".json"), facts)
     return path

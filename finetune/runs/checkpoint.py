@@ -192,7 +192,7 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
         "sums": state.sums.state_dict(),
         "random": random_state(),
         "ema": None if state.ema is None else state.ema.state_dict(),
-        "guard": state.guard.state_dict(),
+        "guard": {"total": state.guard.total},
         "rates": state.rates,
         "counters": {name: getattr(state, name) for name in COUNTERS},
         "notes": dict(notes or {}),
@@ -373,7 +373,7 @@ def restore(content: Content, state: TrainState, path: str) -> None:
     _restore_rates(content, state)
     state.scaler.load_state_dict(content["scaler"])
     state.sums.load_state_dict(content["sums"])
-    state.guard.load_state_dict(content["guard"])
+    state.guard.total = content["guard"]["total"]
     if state.ema is not None:
         state.ema.load_state_dict(content["ema"])
     state.rates = content["rates"]

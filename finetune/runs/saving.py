@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.core.loop import TrainState, is_better
+from finetune.core.fit import is_better
+from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import (
     Content,
     DamagedError,

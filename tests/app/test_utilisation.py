@@ -16,14 +16,14 @@ import pytest
 import torch
 from small_runs import go, small
 from tiny import tiny_batches, tiny_model
-from tiny_runs import CPU32, start
+from tiny_runs import tiny_state
 
 from finetune.app import training, utilisation
 from finetune.app.build import build_run
 from finetune.config import AugmentConf, Conf, Family, ModelConf, OptimConf, PrefixCache, Recipe, TrainConf
 from finetune.core.cost import count_flops
+from finetune.core.freezing import set_up_layers
 from finetune.core.loop import train_step
-from finetune.core.plan import prepare
 from finetune.data import ImageError
 from finetune.data.loading.loaders import Key, Made, Maker
 from finetune.models import build_model
@@ -35,10 +35,10 @@ CONF = Conf(model=ModelConf(family=Family.vit, name="glyph_vit"), optim=OptimCon
 
 def test_frozen_layers_are_counted_apart() -> None:
     model = build_model(CONF.model, tuple("0123456789"), device="meta").model
-    prepare(model, dataclasses.replace(CONF, optim=OptimConf(fix_layer=-1)))
+    set_up_layers(model, OptimConf(fix_layer=-1), train=CONF.train)
     whole = count_flops(model, 32)
     assert whole.frozen == 0
-    prepare(model, CONF)
+    set_up_layers(model, CONF.optim, train=CONF.train)
     flops = count_flops(model, 32)
     assert flops.forward == whole.forward
     with torch.device("meta"):
@@ -95,10 +95,10 @@ def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     used = utilisation.Utilisation(training=3e9, frozen=2e9, peak=1e12)
-    state = start(tiny_model())
+    state = tiny_state(tiny_model())
     # Built ahead of this very epoch: none was there before, and yet the bar's time holds nothing but what learns.
     feed = Mock(stats=lambda: {"data_wait": 0.02, "prefix_hits": 0.0}, is_kept=True)
-    train_step(state, tiny_batches([4], seed=0), TrainConf(), CPU32)
+    train_step(state, tiny_batches([4], seed=0), TrainConf())
     with progress.Bar("train 3/15", total=4, images=400) as bar:
         for number, _ in enumerate(bar.wrap(range(4))):
             clock[0] += 0.5

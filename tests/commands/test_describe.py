@@ -17,7 +17,8 @@ from finetune.app.run import run
 from finetune.config import Family, LayerRule, ModelConf
 from finetune.config.words import compose
 from finetune.core.cost import FP32_BYTES, count_flops, estimate_memory
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 from finetune.core.recipe import scaled_optim
 from finetune.models import build_model

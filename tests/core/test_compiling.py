@@ -15,7 +15,7 @@ from small_runs import go, small
 
 from finetune.config import AugmentConf, CompileMode, Conf, Family, ModelConf, Recipe, find_problems
 from finetune.core.compiling import compiled
-from finetune.core.layers import freeze
+from finetune.core.freezing import freeze
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import first_promise
 

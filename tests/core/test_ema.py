@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_batches, tiny_model
-from tiny_runs import CPU32, SIZES, run_fit, start
+from tiny_runs import SIZES, tiny_fit, tiny_state
 
 from finetune.app.run import run
 from finetune.config import Conf, TrainConf
 from finetune.core.ema import Ema
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState, train_step
 from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
@@ -22,7 +23,7 @@ from finetune.runs.history import timeless
 def averaged(
     model: LayeredModel, decay: float = 0.9, *, warmup: bool = True, fix_layer: int = -1, interval: str = "epoch"
 ) -> TrainState:
-    state = start(model, fix_layer=fix_layer, interval=interval)
+    state = tiny_state(model, fix_layer=fix_layer, interval=interval)
     state.ema = Ema(model, decay, warmup=warmup)
     return state
 
@@ -38,7 +39,7 @@ def test_averages_equal_a_hand_computation(warmup: bool) -> None:
     state = averaged(model, 0.6, warmup=warmup)
     expected = {name: p.detach().clone() for name, p in model.net.named_parameters()}
     for step, batch in enumerate(tiny_batches(SIZES), start=1):
-        train_step(state, [batch], TrainConf(), CPU32)
+        train_step(state, [batch], TrainConf())
         decay = min(0.6, (1 + step) / (10 + step)) if warmup else 0.6
         for name, parameter in model.net.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
@@ -47,10 +48,10 @@ def test_averages_equal_a_hand_computation(warmup: bool) -> None:
 
 
 def test_averaging_changes_no_weight_and_swapping_comes_back_to_the_last_bit() -> None:
-    plain = start(tiny_model(dropout=0.3))
-    run_fit(plain, TrainConf())
+    plain = tiny_state(tiny_model(dropout=0.3))
+    tiny_fit(plain, TrainConf())
     state = averaged(tiny_model(dropout=0.3))
-    run_fit(state, TrainConf(ema=0.9))
+    tiny_fit(state, TrainConf(ema=0.9))
     for ours, theirs in zip(state.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     before, averages = {n: p.clone() for n, p in state.model.net.named_parameters()}, tensors(state)
@@ -73,13 +74,13 @@ def test_what_is_frozen_is_not_averaged_and_running_statistics_are() -> None:
 def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, interval: str, tmp_path: Path) -> None:
     conf = TrainConf(epochs=3, ema=0.9)
     straight, straight_rows = averaged(tiny_model(dropout=0.3), interval=interval), []  # seeds: so one after the other
-    run_fit(straight, conf, interval=interval, rows=straight_rows)
+    tiny_fit(straight, conf, rows=straight_rows)
     state, rows = averaged(tiny_model(dropout=0.3), interval=interval), []
-    assert not run_fit(state, conf, interval=interval, stop_at=stop_at, rows=rows)
+    assert not tiny_fit(state, conf, stop_at=stop_at, rows=rows)
     save_state(tmp_path / "last.pt", state)
     state = averaged(tiny_model(seed=1, dropout=0.3), interval=interval)
     load_state(tmp_path / "last.pt", state)
-    assert run_fit(state, conf, interval=interval, rows=rows)
+    assert tiny_fit(state, conf, rows=rows)
     expected = tensors(straight)
     assert all(torch.equal(average, expected[name]) for name, average in tensors(state).items())
     for ours, theirs in zip(state.model.parameters(), straight.model.parameters(), strict=True):
@@ -91,13 +92,13 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, inter
 def test_a_checkpoint_with_averages_is_not_read_without_them(tmp_path: Path) -> None:
     save_state(tmp_path / "last.pt", averaged(tiny_model()))
     with pytest.raises(ValueError, match="with averages"):
-        load_state(tmp_path / "last.pt", start(tiny_model()))
+        load_state(tmp_path / "last.pt", tiny_state(tiny_model()))
 
 
 def test_the_better_of_weights_and_averages_is_the_best_epoch() -> None:
     rows: list[dict] = []
     state = averaged(tiny_model(), 0.5)
-    run_fit(state, TrainConf(epochs=3, ema=0.5, monitor="val/loss"), rows=rows)
+    tiny_fit(state, TrainConf(epochs=3, ema=0.5), rows=rows, monitor="val/loss")
     scores = {(row["epoch"], name): row[name] for row in rows for name in ("val/loss", "val_ema/loss")}
     (epoch, name), score = min(scores.items(), key=lambda item: item[1])
     assert (state.best_epoch, state.best_is_ema, state.best_score) == (epoch, name == "val_ema/loss", score)

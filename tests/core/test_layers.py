@@ -9,7 +9,9 @@ import pytest
 import torch
 from tiny import TinyNet, tiny_batches, tiny_layers, tiny_model
 
-from finetune.core.layers import Layer, LayeredModel, assign_layers, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import Layer, LayeredModel
+from finetune.core.ownership import assign_layers
 
 
 def test_whole_and_split_equal_upstream() -> None:

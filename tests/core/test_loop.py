@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_batches, tiny_model
-from tiny_runs import CPU32, SIZES, run_fit, start
+from tiny_runs import SIZES, tiny_fit, tiny_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
-from finetune.config import Interval, OptimConf, TrainConf
-from finetune.core.loop import NotFiniteError, fit, is_better, train_step, validate
+from finetune.config import OptimConf, TrainConf
+from finetune.core.finite import NotFiniteError
+from finetune.core.fit import Validation, fit, is_better, validate
+from finetune.core.loop import train_step
 from finetune.core.losses import cross_entropy
 from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
@@ -27,7 +30,7 @@ def test_nothing_ahead_of_the_first_layer_gets_gradients() -> None:
     model = tiny_model()
     ((images, targets, ids),) = tiny_batches([4], seed=0)
     with pytest.raises(AssertionError, match="run on into layers that are frozen"):
-        train_step(start(model), [(images.requires_grad_(), targets, ids)], TrainConf(), CPU32)
+        train_step(tiny_state(model), [(images.requires_grad_(), targets, ids)], TrainConf())
 
 
 class Waits(TorchDispatchMode):
@@ -46,7 +49,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 def test_a_step_asks_the_device_for_nothing(clip_grad: float) -> None:
     """Fused AdamW, as on a GPU; a step that skips itself by the mask, too. And validation, until its end."""
-    state = start(tiny_model())
+    state = tiny_state(tiny_model())
     assert state.optimizer.defaults["fused"]
     state.guard.limit = 3
     batches = tiny_batches([4, 4, 4], seed=0)
@@ -54,9 +57,9 @@ def test_a_step_asks_the_device_for_nothing(clip_grad: float) -> None:
         assert torch.ones(()).item() and len(waits.seen) == 1  # it does see one
         waits.seen.clear()
         for images, targets, ids in batches:
-            train_step(state, [(images, targets, ids)], TrainConf(clip_grad=clip_grad), CPU32)
+            train_step(state, [(images, targets, ids)], TrainConf(clip_grad=clip_grad))
         poisoned = torch.full_like(batches[0][0], torch.nan)
-        train_step(state, [(poisoned, *batches[0][1:])], TrainConf(clip_grad=clip_grad), CPU32)
+        train_step(state, [(poisoned, *batches[0][1:])], TrainConf(clip_grad=clip_grad))
         assert waits.seen == []
         meter = LabelMeter(cross_entropy)
         for images, targets, _ in batches:
@@ -71,10 +74,9 @@ def test_equals_a_plain_reference_loop(interval: str) -> None:
     model = tiny_model(dropout=0.2)
     reference = copy.deepcopy(model)
     rows: list[dict] = []
-    run_fit(
-        start(model, interval=interval),
+    tiny_fit(
+        tiny_state(model, interval=interval),
         TrainConf(epochs=3, clip_grad=0.5, label_smoothing=0.1),
-        interval=interval,
         rows=rows,
     )
 
@@ -111,8 +113,8 @@ def test_accumulation_weighs_every_image_alike() -> None:
     whole = copy.deepcopy(model)
     batches = tiny_batches(SIZES)
     together = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    train_step(start(model, accumulate=4), batches, TrainConf(accumulate=4), CPU32)
-    train_step(start(whole), [together], TrainConf(), CPU32)
+    train_step(tiny_state(model), batches, TrainConf(accumulate=4))
+    train_step(tiny_state(whole), [together], TrainConf())
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -121,22 +123,20 @@ def test_accumulation_weighs_every_image_alike() -> None:
 def test_frozen_parameters_are_bitwise_unchanged_and_the_others_learn(fix_layer: int) -> None:
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.net.named_parameters()}
-    run_fit(start(model, fix_layer=fix_layer), TrainConf(epochs=1))
+    tiny_fit(tiny_state(model, fix_layer=fix_layer), TrainConf(epochs=1))
     for name, parameter in model.net.named_parameters():
         assert torch.equal(parameter, before[name]) == (model.layer_ids[name] <= fix_layer), name
 
 
 def test_the_loop_overfits_a_handful_of_images() -> None:
     model = tiny_model()
-    state = start(model, epochs=60)
+    state = tiny_state(model, epochs=60)
     rows: list[dict] = []
     fit(
         state,
         TrainConf(epochs=60),
         train_batches=lambda epoch, skip: tiny_batches([8]),
-        val_batches=lambda epoch: tiny_batches([8]),
-        interval=Interval.epoch,
-        autocast=CPU32,
+        validation=Validation(lambda meter: tiny_batches([8])),
         on_step_end=lambda state: False,
         on_epoch_end=lambda state, row: rows.append(row),
     )
@@ -147,9 +147,9 @@ def test_the_loop_overfits_a_handful_of_images() -> None:
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(poison: str) -> None:
     model = tiny_model()
-    state = start(model)
+    state = tiny_state(model)
     batches = tiny_batches(SIZES)
-    train_step(state, batches[:1], TrainConf(), CPU32)
+    train_step(state, batches[:1], TrainConf())
     before = copy.deepcopy((model.state_dict(), state.optimizer.state_dict()))
     images, labels, ids = batches[1]
     if poison == "loss":
@@ -161,14 +161,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(poison: 
             state,
             TrainConf(epochs=1),
             train_batches=lambda epoch, skip: [(images, labels, ids), *batches[2:]],
-            val_batches=lambda epoch: batches,
-            interval=Interval.epoch,
-            autocast=CPU32,
+            validation=Validation(lambda meter: batches),
             on_step_end=lambda state: False,
             on_epoch_end=lambda state, row: None,
         )
-    assert error.value.step == 2
-    assert error.value.ids == list(range(8, 16))
+    assert error.value.record.step == 2
+    assert error.value.record.ids.tolist() == list(range(8, 16))
     after = (model.state_dict(), state.optimizer.state_dict())
     for name, value in before[0].items():
         assert torch.equal(value, after[0][name]), name
@@ -180,42 +178,42 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(poison: 
 def test_later_steps_do_not_learn_either_before_the_host_has_looked() -> None:
     """On a GPU the host looks rarely: the sticky flag must mask every update in between."""
     model = tiny_model()
-    state = start(model)
+    state = tiny_state(model)
     batches = tiny_batches(SIZES)
     batches[1][0][0] = float("inf")
-    train_step(state, batches[:1], TrainConf(), CPU32)
+    train_step(state, batches[:1], TrainConf())
     before = copy.deepcopy(model.state_dict())
-    train_step(state, batches[1:2], TrainConf(), CPU32)
-    train_step(state, batches[2:3], TrainConf(), CPU32)
+    train_step(state, batches[1:2], TrainConf())
+    train_step(state, batches[2:3], TrainConf())
     for name, value in before.items():
         assert torch.equal(value, model.state_dict()[name]), name
     with pytest.raises(NotFiniteError) as error:
         state.guard.look()
-    assert error.value.step == 2
+    assert error.value.record.step == 2
 
 
 def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
     """As if the bad batch had not been there, running statistics of BatchNorm included."""
     model = tiny_model(batch_norm=True)
-    state, straight = start(model), start(copy.deepcopy(model))
+    state, straight = tiny_state(model), tiny_state(copy.deepcopy(model))
     state.guard.limit = 1
     batches = tiny_batches(SIZES)
     for batch in (batches[0], batches[2]):
-        train_step(straight, [batch], TrainConf(), CPU32)
+        train_step(straight, [batch], TrainConf())
     bad = (batches[1][0] * float("nan"), *batches[1][1:])
     for batch in (batches[0], bad, batches[2]):
-        train_step(state, [batch], TrainConf(), CPU32)
+        train_step(state, [batch], TrainConf())
     state.guard.look()
     (found,) = state.guard.take()
     assert (found.epoch, found.step, found.batch, found.ids.tolist()) == (0, 2, 1, list(range(8, 16)))
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
 
-    train_step(state, [bad], TrainConf(), CPU32)
-    train_step(state, [batches[3]], TrainConf(), CPU32)
+    train_step(state, [bad], TrainConf())
+    train_step(state, [batches[3]], TrainConf())
     with pytest.raises(NotFiniteError, match="after 1 such") as error:
         state.guard.look()
-    assert error.value.step == 4
+    assert error.value.record.step == 4
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
 
@@ -225,16 +223,16 @@ def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
 def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, interval: str, tmp_path: Path) -> None:
     conf = TrainConf(epochs=3)
     straight_rows: list[dict] = []
-    straight = start(tiny_model(dropout=0.3), interval=interval)
-    run_fit(straight, conf, interval=interval, rows=straight_rows)
+    straight = tiny_state(tiny_model(dropout=0.3), interval=interval)
+    tiny_fit(straight, conf, rows=straight_rows)
 
     rows: list[dict] = []
-    state = start(tiny_model(dropout=0.3), interval=interval)
-    assert not run_fit(state, conf, interval=interval, stop_at=stop_at, rows=rows)
+    state = tiny_state(tiny_model(dropout=0.3), interval=interval)
+    assert not tiny_fit(state, conf, stop_at=stop_at, rows=rows)
     save_state(tmp_path / "last.pt", state)
-    state = start(tiny_model(seed=1, dropout=0.3), interval=interval)  # other weights: all must come from the file
+    state = tiny_state(tiny_model(seed=1, dropout=0.3), interval=interval)  # other weights: all must come from the file
     load_state(tmp_path / "last.pt", state)
-    assert run_fit(state, conf, interval=interval, rows=rows)
+    assert tiny_fit(state, conf, rows=rows)
 
     for (name, ours), theirs in zip(state.model.named_parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -246,9 +244,9 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(stop_at: int, inter
 
 
 def test_patience_stops_and_the_best_epoch_is_kept() -> None:
-    state = start(tiny_model(), epochs=50)
+    state = tiny_state(tiny_model(), epochs=50)
     rows: list[dict] = []
-    run_fit(state, TrainConf(epochs=50, patience=3, monitor="val/loss"), rows=rows)
+    tiny_fit(state, TrainConf(epochs=50, patience=3), rows=rows, monitor="val/loss")
     losses = [row["val/loss"] for row in rows]
     assert state.best_epoch == losses.index(min(losses)) + 1
     assert state.epoch == len(rows) == state.best_epoch + 3 < 50
@@ -270,7 +268,7 @@ def test_validation_is_exact_over_uneven_last_batches(size: int, batch_size: int
     model = tiny_model().eval()
     images, labels, ids = tiny_batches([size])[0]
     batches = list(zip(images.split(batch_size), labels.split(batch_size), ids.split(batch_size), strict=True))
-    result = validate(model, batches, CPU32)
+    result = validate(model, batches, contextlib.nullcontext())
     with torch.no_grad():
         logits = model(images)
     assert result["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-12)

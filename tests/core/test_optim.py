@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_batches, tiny_model
 
 from finetune.config import OptimConf
-from finetune.core.layers import freeze
+from finetune.core.freezing import freeze
 from finetune.core.optim import build_optimizer, is_decayed, layer_scale, param_groups
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -15,23 +14,22 @@ import pytest
 import torch
 from small import small_images, small_model
 from tiny import tiny_batches, tiny_model
+from tiny_runs import SIZES, tiny_fit, tiny_state
 from torch import Tensor
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.app.run import run
-from finetune.config import Conf, Interval, OptimConf, OptimizerKind, TrainConf, find_problems
+from finetune.config import Conf, OptimConf, OptimizerKind, TrainConf, find_problems
 from finetune.config.words import compose
 from finetune.core.cost import optimizer_bytes
-from finetune.core.finite import optimizer_reads_mask
-from finetune.core.layers import LayeredModel, freeze
-from finetune.core.loop import TrainState, fit, train_step
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
+from finetune.core.loop import TrainState, train_step
 from finetune.core.optim import build_optimizer, is_muons, param_groups
 from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
 
 ROOT = Path(__file__).parent.parent.parent
-CPU32 = contextlib.nullcontext()
-SIZES = [8, 8, 8, 3]
 FUSED = ("adamw", "sgd")
 KINDS = [
     pytest.param(
@@ -51,28 +49,6 @@ def conf_of(kind: str, **changes: object) -> OptimConf:
     """As `optim=KIND` says, with every part of the rule at work."""
     conf = compose([f"optim={kind}"]).optim
     return dataclasses.replace(conf, **{"layer_decay": 0.5, "weight_decay": 0.1, **changes})  # type: ignore[arg-type]
-
-
-def start(model: LayeredModel, conf: OptimConf, *, epochs: int = 3, scaler: float = 0.0) -> TrainState:
-    freeze(model, conf.fix_layer)
-    optimizer = build_optimizer(model, conf)
-    scheduler = create_scheduler(SchedulerConf(mode="cosine_pi"), optimizer, epochs)
-    torch.manual_seed(5)
-    amp = torch.amp.GradScaler("cpu", init_scale=scaler or 1.0, enabled=scaler > 0)
-    return TrainState.start(model, optimizer, scheduler, amp)
-
-
-def run_fit(state: TrainState, *, stop_at: int = -1, rows: list[dict] | None = None) -> bool:
-    return fit(
-        state,
-        TrainConf(epochs=3),
-        train_batches=lambda epoch, skip: tiny_batches(SIZES, seed=epoch)[skip:],
-        val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
-        interval=Interval.epoch,
-        autocast=CPU32,
-        on_step_end=lambda state: state.step == stop_at,
-        on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
-    )
 
 
 def trace(state: TrainState) -> tuple[dict, dict]:
@@ -166,7 +142,7 @@ def test_three_steps_equal_a_hand_computation(kind: str, fused: bool, monkeypatc
     model = tiny_model()
     conf = conf_of(kind, lr=0.01, nesterov=kind in ("sgd", "muon"))
     optimizer = build_optimizer(model, conf)
-    assert optimizer_reads_mask(optimizer) == (fused and kind in FUSED)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == (fused and kind in FUSED)
     weights = {name: p.detach().double() for name, p in model.net.named_parameters()}
     states: dict[str, dict] = {name: {} for name in weights}
     generator = torch.Generator().manual_seed(0)
@@ -232,7 +208,7 @@ def test_muon_moves_the_matrices_between_stem_and_head() -> None:
 def test_frozen_parameters_never_move_and_the_others_do(kind: str, fix_layer: int) -> None:
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.net.named_parameters()}
-    run_fit(start(model, conf_of(kind, fix_layer=fix_layer)))
+    tiny_fit(tiny_state(model, conf_of(kind, fix_layer=fix_layer)))
     for name, parameter in model.net.named_parameters():
         assert torch.equal(parameter, before[name]) == (model.layer_ids[name] <= fix_layer), name
 
@@ -250,39 +226,39 @@ def test_a_step_that_is_not_finite_changes_nothing(
     if not fused:
         monkeypatch.setattr("finetune.core.optim.fused_devices", lambda: ["cuda"])
     model = tiny_model(batch_norm=True)
-    straight, state = start(copy.deepcopy(model), conf_of(kind)), start(model, conf_of(kind))
+    straight, state = tiny_state(copy.deepcopy(model), conf_of(kind)), tiny_state(model, conf_of(kind))
     state.guard.limit = 1
     batches = tiny_batches(SIZES)
     bad = (batches[1][0] * float("nan"), *batches[1][1:])
     if not first:
-        train_step(state, batches[:1], TrainConf(), CPU32)
-        train_step(straight, batches[:1], TrainConf(), CPU32)
+        train_step(state, batches[:1], TrainConf())
+        train_step(straight, batches[:1], TrainConf())
     before = trace(state)
-    train_step(state, [bad], TrainConf(), CPU32)
+    train_step(state, [bad], TrainConf())
     assert_same(before[0], trace(state)[0])
     if not first:  # at the very first step a fused kernel makes moments; they are zero, as the next lines show
         assert_same(before[1], trace(state)[1])
-    train_step(state, batches[2:3], TrainConf(), CPU32)
-    train_step(straight, batches[2:3], TrainConf(), CPU32)
+    train_step(state, batches[2:3], TrainConf())
+    train_step(straight, batches[2:3], TrainConf())
     assert_same(trace(straight), trace(state))
     # One more than the limit: nothing is learned from then on, good batch or bad.
-    train_step(state, [bad], TrainConf(), CPU32)
-    train_step(state, batches[3:], TrainConf(), CPU32)
+    train_step(state, [bad], TrainConf())
+    train_step(state, batches[3:], TrainConf())
     assert_same(trace(straight), trace(state))
 
 
 @each_kind
 def test_the_fp16_scaler_skips_an_infinite_gradient(kind: str) -> None:
-    state = start(tiny_model(), conf_of(kind), scaler=256.0)
+    state = tiny_state(tiny_model(), conf_of(kind), scaler=256.0)
     batches = tiny_batches(SIZES)
-    train_step(state, batches[:1], TrainConf(), CPU32)
+    train_step(state, batches[:1], TrainConf())
     before = trace(state)
     hook = state.model.net.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
-    train_step(state, batches[1:2], TrainConf(), CPU32)
+    train_step(state, batches[1:2], TrainConf())
     assert_same(before, trace(state))
     assert state.skipped == 1
     hook.remove()
-    train_step(state, batches[2:3], TrainConf(), CPU32)
+    train_step(state, batches[2:3], TrainConf())
     assert not torch.equal(before[0]["net.head.weight"], state.model.net.head.weight)
 
 
@@ -293,16 +269,16 @@ def test_the_fp16_scaler_skips_an_infinite_gradient(kind: str) -> None:
 @pytest.mark.parametrize("stop_at", [1, 5, 8])
 def test_interrupted_and_resumed_equals_straight_bit_for_bit(kind: str, stop_at: int, tmp_path: Path) -> None:
     straight_rows: list[dict] = []
-    straight = start(tiny_model(dropout=0.3), conf_of(kind))
-    assert run_fit(straight, rows=straight_rows)
+    straight = tiny_state(tiny_model(dropout=0.3), conf_of(kind))
+    assert tiny_fit(straight, rows=straight_rows)
 
     rows: list[dict] = []
-    state = start(tiny_model(dropout=0.3), conf_of(kind))
-    assert not run_fit(state, stop_at=stop_at, rows=rows)
+    state = tiny_state(tiny_model(dropout=0.3), conf_of(kind))
+    assert not tiny_fit(state, stop_at=stop_at, rows=rows)
     save_state(tmp_path / "last.pt", state)
-    state = start(tiny_model(seed=1, dropout=0.3), conf_of(kind))
+    state = tiny_state(tiny_model(seed=1, dropout=0.3), conf_of(kind))
     load_state(tmp_path / "last.pt", state)
-    assert run_fit(state, rows=rows)
+    assert tiny_fit(state, rows=rows)
 
     assert_same(trace(straight), trace(state))
     assert_same(timeless(straight_rows), timeless(rows))
@@ -321,7 +297,7 @@ def steps(model: LayeredModel, optimizer: torch.optim.Optimizer, network: str, c
 def test_state_survives_a_checkpoint_on_real_shapes(kind: str, network: str, tmp_path: Path) -> None:
     """Kernels of four dimensions, tensors large enough for 8 bits; the groups' names and settings come back too."""
     conf = conf_of(kind, fix_layer=0, lr=1e-3)
-    one, other = start(small_model(network), conf), start(small_model(network), conf)
+    one, other = tiny_state(small_model(network), conf), tiny_state(small_model(network), conf)
     steps(one.model, one.optimizer, network, 2)
     steps(other.model, other.optimizer, network, 1)  # elsewhere, above the same frozen stem
     save_state(tmp_path / "last.pt", one)
@@ -338,9 +314,9 @@ def test_state_survives_a_checkpoint_on_real_shapes(kind: str, network: str, tmp
 
 
 def test_moments_of_another_optimizer_are_refused(tmp_path: Path) -> None:
-    save_state(tmp_path / "last.pt", start(tiny_model(), conf_of("sgd")))
+    save_state(tmp_path / "last.pt", tiny_state(tiny_model(), conf_of("sgd")))
     with pytest.raises(ValueError, match="was saved with optim=sgd"):
-        load_state(tmp_path / "last.pt", start(tiny_model(), conf_of("lion")))
+        load_state(tmp_path / "last.pt", tiny_state(tiny_model(), conf_of("lion")))
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -365,9 +341,9 @@ def test_memory_is_what_the_optimizer_holds(kind: str, network: str) -> None:
 
 def test_sgd_without_momentum_keeps_nothing() -> None:
     model, conf = tiny_model(), conf_of("sgd", momentum=0.0)
-    run_fit(start(model, conf))
+    tiny_fit(tiny_state(model, conf))
     assert optimizer_bytes(model, conf) == 0
-    assert not start(model, conf).optimizer.state_dict()["state"]
+    assert not tiny_state(model, conf).optimizer.state_dict()["state"]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

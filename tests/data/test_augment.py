@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune import SchedulerConf, create_scheduler
-from finetune.config import AugmentConf, Conf, DataConf, Interval, OptimConf, Policy, Recipe, TrainConf, find_problems
-from finetune.core.loop import TrainState, fit
+from finetune.config import AugmentConf, Conf, DataConf, OptimConf, Policy, Recipe, TrainConf, find_problems
+from finetune.core.fit import Validation, fit
+from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, Source, open_source
@@ -368,7 +369,7 @@ def test_a_resumed_epoch_mixes_as_a_straight_one(stop_at: int, tmp_path: Path) -
         optimizer = build_optimizer(model, OptimConf(lr=0.02, layer_decay=0.7))
         scheduler = create_scheduler(SchedulerConf(mode="cosine_pi"), optimizer, 3)
         torch.manual_seed(5)
-        return TrainState.start(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+        return TrainState(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
 
     def go(state: TrainState, stop: int = -1) -> list[dict]:
         rows: list[dict] = []
@@ -377,9 +378,7 @@ def test_a_resumed_epoch_mixes_as_a_straight_one(stop_at: int, tmp_path: Path) -
             state,
             conf,
             train_batches=lambda epoch, skip: mixes.wrap(tiny_batches(sizes, seed=epoch)[skip:], epoch, skip),
-            val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
-            interval=Interval.epoch,
-            autocast=contextlib.nullcontext(),
+            validation=Validation(lambda meter: tiny_batches([5, 2], seed=99)),
             on_step_end=lambda state: state.step == stop,
             on_epoch_end=lambda state, row: rows.append(row),
         )
@@ -401,9 +400,7 @@ def test_a_resumed_epoch_mixes_as_a_straight_one(stop_at: int, tmp_path: Path) -
         plain,
         conf,
         train_batches=lambda epoch, skip: tiny_batches(sizes, seed=epoch)[skip:],
-        val_batches=lambda epoch: tiny_batches([5, 2], seed=99),
-        interval=Interval.epoch,
-        autocast=contextlib.nullcontext(),
+        validation=Validation(lambda meter: tiny_batches([5, 2], seed=99)),
         on_step_end=lambda state: False,
         on_epoch_end=lambda state, row: None,
     )

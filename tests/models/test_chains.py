@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from small import ALL, CHAINS, CLASSES, WHOLE, small_images, small_model
 from torch import Tensor
 
-import finetune.core.layers
+import finetune.core.recompute
 from finetune.config import OptimConf
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 
 warnings.filterwarnings("ignore")
@@ -88,13 +89,13 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, fix_layer: int, m
     model = copy.deepcopy(plain)
     model.recompute = True
     calls = []
-    original = finetune.core.layers.checkpoint
+    original = finetune.core.recompute.checkpoint
 
     def counted(*args: object, **kwargs: object) -> object:
         calls.append(kwargs["use_reentrant"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(finetune.core.layers, "checkpoint", counted)
+    monkeypatch.setattr(finetune.core.recompute, "checkpoint", counted)
     expected, found = gradients(plain, images), gradients(model, images)
     # Non-reentrant, and only where something learns: a frozen prefix keeps no activations that could be saved.
     assert calls == [False] * (len(model.layers) - fix_layer - 1)

@@ -17,13 +17,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torchvision.models import vision_transformer
 
-import finetune.core.layers
-from finetune.config import ModelConf
+import finetune.core.recompute
+from finetune.config import ModelConf, OptimConf, TrainConf
 from finetune.config.words import compose
 from finetune.config.words.settings import SETTINGS, convert
 from finetune.core.cost import count_flops, estimate_memory
-from finetune.core.layers import LayeredModel, freeze
-from finetune.core.plan import prepare
+from finetune.core.freezing import freeze, set_up_layers
+from finetune.core.layers import LayeredModel
 from finetune.models import build_model
 from finetune.models.heads.head import Head
 from finetune.models.layering.clip import ClipClassifier, classifier_layers
@@ -287,8 +287,8 @@ def test_recomputing_gives_the_same_bits(name: str, fix_layer: int, monkeypatch:
     again = copy.deepcopy(model)
     again.recompute = True
     calls = []
-    original = finetune.core.layers.checkpoint
-    monkeypatch.setattr(finetune.core.layers, "checkpoint", lambda *a, **k: calls.append(a) or original(*a, **k))
+    original = finetune.core.recompute.checkpoint
+    monkeypatch.setattr(finetune.core.recompute, "checkpoint", lambda *a, **k: calls.append(a) or original(*a, **k))
     images = images_of(name, torch.float32)
     assert_same(backward(again, images), backward(model, images), 0.0)
     assert len(calls) == len(model.layers) - fix_layer - 1
@@ -336,10 +336,10 @@ def test_mixed_precision_is_as_close_as_its_rounding(name: str) -> None:
 def test_the_setting_is_off_where_it_makes_no_difference() -> None:
     conf = compose(["train.class_token_only=off"])
     short, whole = (made(build, torch.float32) for build in (_timm, functools.partial(_timm, global_pool="avg")))
-    prepare(short, conf)
+    set_up_layers(short, conf.optim, train=conf.train)
     assert not short.class_token_only
-    prepare(short, compose([]))
-    prepare(whole, compose([]))
+    set_up_layers(short, OptimConf(), train=TrainConf())
+    set_up_layers(whole, OptimConf(), train=TrainConf())
     assert short.class_token_only and not whole.class_token_only
 
 
@@ -366,7 +366,7 @@ def test_both_bundled_models_have_it_and_their_cost_is_that_of_the_run(family: s
     real = build_model(conf.model, names, device="cpu").model
     before = count_flops(meta, 32)
     for model in (meta, real):
-        prepare(model, conf)
+        set_up_layers(model, conf.optim, train=conf.train)
         assert model.class_token_only
     assert 0.85 * before.forward < count_flops(meta, 32).forward < 0.9 * before.forward  # a block of six, nearly
     own = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}

@@ -17,8 +17,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from finetune.config import LayerRule, OptimConf
-from finetune.core.layers import Layer, LayeredModel, assign_layers
+from finetune.core.layers import Layer, LayeredModel
 from finetune.core.optim import param_groups
+from finetune.core.ownership import assign_layers
 from finetune.models.layering.placing import Rule, ordered_layers
 from finetune.models.layering.towers import MATCHERS, open_clip_layers, timm_layers, torchvision_layers
 

@@ -9,7 +9,8 @@ from torch import nn
 import finetune
 from finetune import SchedulerConf, create_scheduler, param_groups_lrd
 from finetune.config import Family, ModelConf, OptimConf
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 from finetune.models import build_model
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.models import build_model
 from finetune.models.heads.head import Head
 from finetune.models.layering.clip import ClipClassifier, classifier_layers

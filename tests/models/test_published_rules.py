@@ -17,7 +17,8 @@ import timm
 import torch
 
 from finetune.config import LayerRule, OptimConf
-from finetune.core.layers import LayeredModel, freeze
+from finetune.core.freezing import freeze
+from finetune.core.layers import LayeredModel
 from finetune.core.optim import param_groups
 from finetune.models.heads.head import Head
 from finetune.models.layering.clip import ClipClassifier, classifier_layers

@@ -44,7 +44,7 @@ from finetune.config import (
     TrainConf,
     find_problems,
 )
-from finetune.core.layers import freeze
+from finetune.core.freezing import freeze
 from finetune.data import ImageError, open_source
 from finetune.data.caches.entries import size_of
 from finetune.data.loading.order import epoch_order, most_showings

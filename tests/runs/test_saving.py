@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
-from tiny_runs import run_fit, start
+from tiny_runs import tiny_fit, tiny_state
 
 from finetune.app.batch_size import DEFAULT_BATCH, divisors, largest_fitting, out_of_memory, with_batch
 from finetune.config import Conf, TrainConf
@@ -38,7 +38,7 @@ def saver(folder: Path, **kwargs: int) -> Saver:
 
 
 def at_step(step: int) -> TrainState:
-    state = start(tiny_model(seed=step))
+    state = tiny_state(tiny_model(seed=step))
     state.step = step
     return state
 
@@ -49,8 +49,8 @@ def at_step(step: int) -> TrainState:
 @pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.95])
 def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, position: float) -> None:
     path = tmp_path / "last.pt"
-    state = start(tiny_model())
-    run_fit(state, TrainConf(epochs=1))
+    state = tiny_state(tiny_model())
+    tiny_fit(state, TrainConf(epochs=1))
     save_state(path, state)
     weights = state.model.net.stem.weight.detach().numpy().tobytes()
     data = bytearray(path.read_bytes())
@@ -58,13 +58,13 @@ def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, position: float
     data[place] ^= 1
     path.write_bytes(data)
     with pytest.raises(DamagedError, match=r"last\.pt"):
-        load_state(path, start(tiny_model()))
+        load_state(path, tiny_state(tiny_model()))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
 def test_a_state_cut_short_is_refused(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "last.pt"
-    save_state(path, start(tiny_model()))
+    save_state(path, tiny_state(tiny_model()))
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(DamagedError, match=r"last\.pt"):
@@ -73,27 +73,27 @@ def test_a_state_cut_short_is_refused(tmp_path: Path, keep: float) -> None:
 
 def test_a_state_holds_no_frozen_tensor_and_goes_on_above_the_same_ones_alone(tmp_path: Path) -> None:
     path, model = tmp_path / "last.pt", tiny_model(dropout=0.3)
-    state = start(model, fix_layer=1)
-    run_fit(state, TrainConf(epochs=1))
+    state = tiny_state(model, fix_layer=1)
+    tiny_fit(state, TrainConf(epochs=1))
     save_state(path, state)
     saved = read_state(path)["model"]
     assert saved.keys() == {name for name in model.net.state_dict() if model.layer_ids[name] > 1} != set()
 
     same, other = tiny_model(dropout=0.3), tiny_model(seed=1, dropout=0.3)
     for each in (same, other):
-        run_fit(start(each, fix_layer=1), TrainConf(epochs=2))  # what learns is elsewhere by now
-    load_state(path, start(same, fix_layer=1))
+        tiny_fit(tiny_state(each, fix_layer=1), TrainConf(epochs=2))  # what learns is elsewhere by now
+    load_state(path, tiny_state(same, fix_layer=1))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match=r"other frozen layers.*no weights beside it.*model\.pretrained"):
-        load_state(path, start(other, fix_layer=1))
+        load_state(path, tiny_state(other, fix_layer=1))
 
 
 def test_a_state_of_before_brings_its_frozen_tensors_along(tmp_path: Path) -> None:
     """Format 3 held the whole network; runs that were stopped then go on."""
     path, model, other = tmp_path / "last.pt", tiny_model(), tiny_model(seed=1)
-    content = snapshot(start(model, fix_layer=1))
+    content = snapshot(tiny_state(model, fix_layer=1))
     torch.save({**content, "format": 3, "model": model.net.state_dict()}, path)
-    load_state(path, start(other, fix_layer=1))
+    load_state(path, tiny_state(other, fix_layer=1))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
@@ -145,12 +145,12 @@ def test_a_kill_behind_the_last_state_leaves_nothing_to_write(tmp_path: Path, mo
 def test_frozen_tensors_of_another_processor_are_taken_from_the_weights_beside(tmp_path: Path) -> None:
     """What is computed as a model is built differs there in its last bits: the run goes on with those of its start."""
     path, model = tmp_path / "last.pt", tiny_model()
-    save_state(path, start(model, fix_layer=1))
+    save_state(path, tiny_state(model, fix_layer=1))
     save_weights(tmp_path / "last.safetensors", model, {})
     other = tiny_model()
     with torch.no_grad():
         other.net.stem.weight.mul_(1 + 1e-6)
-    load_state(path, start(other, fix_layer=1))
+    load_state(path, tiny_state(other, fix_layer=1))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 

@@ -24,7 +24,7 @@ from finetune.app.build import Run
 from finetune.app.run import run
 from finetune.commands.replay import main as replay
 from finetune.config import Conf, OnNonfinite, Precision
-from finetune.core import loop
+from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
 from finetune.runs import saving
 from finetune.runs.checkpoint import read_state, read_weights
@@ -79,7 +79,7 @@ def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, Stop], None]:
     """Let something happen ahead of the n-th call of a function of the loop, from 1."""
 
     def at(name: str, number: int, stop: Stop) -> None:
-        original, calls = getattr(loop, name), 0
+        original, calls = getattr(fitting, name), 0
 
         def struck(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
@@ -88,7 +88,7 @@ def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, Stop], None]:
                 stop()
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(loop, name, struck)
+        monkeypatch.setattr(fitting, name, struck)
 
     return at
 
@@ -260,9 +260,9 @@ def test_killed_in_the_middle_of_an_epoch_twice(
     stripes: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second resume starts inside the same epoch as the first."""
-    original, limit = loop.train_step, [8, 2]
+    original, limit = fitting.train_step, [8, 2]
 
-    def dying(state: loop.TrainState, *args: Any) -> None:
+    def dying(state: fitting.TrainState, *args: Any) -> None:
         if limit and limit[0] == 0:
             limit.pop(0)
             raise Killed
@@ -270,7 +270,7 @@ def test_killed_in_the_middle_of_an_epoch_twice(
             limit[0] -= 1
         original(state, *args)
 
-    monkeypatch.setattr(loop, "train_step", dying)
+    monkeypatch.setattr(fitting, "train_step", dying)
     for _ in range(2):
         with pytest.raises(Killed):
             go(demanding(stripes), tmp_path / "run")

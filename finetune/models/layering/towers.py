@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from finetune.core.layers import Layer, assign_layers
+from finetune.core.layers import Layer
+from finetune.core.ownership import assign_layers
 from finetune.models.layering import clip, open_clip_chains, timm_chains, torchvision_chains
 from finetune.models.layering.class_token import with_class_token_run
 from finetune.models.layering.placing import WITH_PREVIOUS, Matcher, Rule, group_key, ordered_layers

@@ -1,0 +1,196 @@
+"""Epochs: train, validate, `scheduler.step()`, note the best epoch, stop early. One step is in `loop.py`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from finetune.config import Interval, TrainConf
+from finetune.core.layers import LayeredModel
+from finetune.core.loop import Batch, TrainState, train_step
+from finetune.core.losses import cross_entropy
+from finetune.core.metrics import LabelMeter, Meter, Sums
+from finetune.system.errors import UserError
+
+Row = dict[str, object]  # an epoch in the history: name of a number to its value
+
+# On a GPU `FiniteGuard.look` waits for the device, so it is called once in this many steps.
+LOOK_EVERY = 50
+
+
+@dataclass
+class Validation:
+    """The pass over the validation split that ends an epoch. The meters hold the results of the latest one.
+
+    Attributes:
+        batches: From the meter that will score them, to the validation batches.
+        meter: Scores the weights.
+        ema_meter: Scores the averaged weights, where the run has them.
+        monitor: The metric that picks the best epoch, such as `val/top1`.
+    """
+
+    batches: Callable[[Meter], Iterable[Batch]]
+    meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))
+    ema_meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))
+    monitor: str = "val/top1"
+
+
+def fit(
+    state: TrainState,
+    conf: TrainConf,
+    *,
+    train_batches: Callable[[int, int], Iterable[Batch]],
+    validation: Validation,
+    on_step_end: Callable[[TrainState], bool],
+    on_epoch_end: Callable[[TrainState, Row], None],
+) -> bool:
+    """Train and validate epoch by epoch, from wherever `state` stands; False where `on_step_end` stopped the run.
+
+    Args:
+        state: Changed in place.
+        conf: Epochs, accumulation, clipping, label smoothing and patience.
+        train_batches: From epoch (0 is the first) and number of micro-batches to leave out, to the epoch's batches.
+        validation: Its batches, meters and monitor.
+        on_step_end: Called after each optimizer step; True stops the run there.
+        on_epoch_end: Called with the epoch's row of the history, after the scheduler has stepped.
+
+    Raises:
+        NotFiniteError: See `train_one_epoch`.
+        UserError: `validation.monitor` is no metric of this validation.
+    """
+    while state.epoch < conf.epochs and not _is_patience_over(state, conf.patience):
+        began = time.perf_counter()
+        images_before = state.sums.count if state.batch else 0
+        finished = train_one_epoch(state, train_batches(state.epoch, state.batch), conf, on_step_end=on_step_end)
+        trained_s = time.perf_counter() - began
+        if not finished:
+            state.seconds += trained_s
+            return False
+        row: Row = {"epoch": state.epoch + 1}
+        row |= {f"train/{name}": value for name, value in state.sums.means().items()}
+        row |= _scores(state, validation)
+        row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
+        if state.interval == Interval.epoch:
+            state.scheduler.step()
+        state.epoch += 1
+        state.batch = 0
+        _note_best(state, row, validation.monitor)
+        row["seconds"] = time.perf_counter() - began
+        state.seconds += time.perf_counter() - began
+        on_epoch_end(state, row)
+    return True
+
+
+def train_one_epoch(
+    state: TrainState, batches: Iterable[Batch], conf: TrainConf, *, on_step_end: Callable[[TrainState], bool]
+) -> bool:
+    """Learn from the rest of the current epoch; False where `on_step_end` asked to stop.
+
+    Args:
+        state: Changed in place.
+        batches: Micro-batches, from number `state.batch` on.
+        conf: Accumulation, clipping and label smoothing.
+        on_step_end: Called after each optimizer step; True stops the run.
+
+    Raises:
+        NotFiniteError: More steps were not finite than the guard allows; no weight has changed since.
+    """
+    state.model.train()
+    if state.batch == 0:
+        # A run that is resumed within an epoch goes on with the sums and rates of its checkpoint.
+        state.sums = Sums(state.device)
+        state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+    look_every = LOOK_EVERY if state.device.type == "cuda" else 1
+    for window in windows(batches, conf.accumulate):
+        train_step(state, window, conf)
+        if state.step % look_every == 0:
+            state.guard.look()
+        if state.interval == Interval.step:
+            state.scheduler.step()
+        if on_step_end(state):
+            state.guard.look()
+            return False
+    state.guard.look()
+    return True
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups of `size` micro-batches; the last group may be shorter."""
+    iterator = iter(batches)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+@torch.inference_mode()
+def validate(
+    model: LayeredModel,
+    batches: Iterable[Batch],
+    autocast: AbstractContextManager[object],
+    *,
+    meter: Meter | None = None,
+    start: int = 0,
+) -> dict[str, float]:
+    """Exact metrics over `batches`, in eval mode.
+
+    Args:
+        model: Left in eval mode.
+        batches: Of the split.
+        autocast: Context of the forward pass, reusable.
+        meter: Reset, then filled; by default one of loss, top1 and top5.
+        start: Id of the first layer to run; the batches hold the output of the layers below.
+    """
+    model.eval()
+    meter = meter or LabelMeter(cross_entropy)
+    meter.reset()
+    for inputs, targets, _ in batches:
+        with autocast:
+            logits = model(inputs, start=start)
+        meter.add(logits, targets)
+    return meter.results()
+
+
+def _scores(state: TrainState, validation: Validation) -> Row:
+    """Metrics of the weights as `val/...`, and of their averages, where the run has them, as `val_ema/...`."""
+
+    def scored_by(meter: Meter) -> dict[str, float]:
+        return validate(state.model, validation.batches(meter), state.autocast, meter=meter, start=state.first_layer)
+
+    row: Row = {f"val/{name}": value for name, value in scored_by(validation.meter).items()}
+    if state.ema is not None:
+        with state.ema.swapped_in():
+            row |= {f"val_ema/{name}": value for name, value in scored_by(validation.ema_meter).items()}
+    return row
+
+
+def is_better(score: float, best: float, monitor: str) -> bool:
+    """Whether `score` beats `best` (NaN: there is none yet). NaN never wins.
+
+    A monitor that ends in `loss` or `ece` is minimised, any other maximised.
+    """
+    if math.isnan(score):
+        return False
+    if math.isnan(best):
+        return True
+    return score < best if monitor.endswith(("loss", "ece")) else score > best
+
+
+def _note_best(state: TrainState, row: Row, monitor: str) -> None:
+    """Update the best score and epoch, if the weights of the epoch just finished or their averages are better."""
+    for name in [monitor] if state.ema is None else [monitor, monitor.replace("val/", "val_ema/", 1)]:
+        score = row.get(name)
+        if not isinstance(score, float):
+            names = ", ".join(name for name in row if name.startswith("val/"))
+            raise UserError(f"train.monitor={monitor}: validation gives {names}")
+        if is_better(score, state.best_score, monitor):
+            state.best_score, state.best_epoch, state.best_is_ema = score, state.epoch, name != monitor
+
+
+def _is_patience_over(state: TrainState, patience: int) -> bool:
+    """Early stopping: `train.patience` epochs in a row were no better than the best one; 0 never stops."""
+    return patience > 0 and state.epoch > 0 and state.epoch - state.best_epoch >= patience

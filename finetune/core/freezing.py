@@ -1,0 +1,52 @@
+"""Which layers learn, and how the layers run: settled once, before the optimizer is built."""
+
+from __future__ import annotations
+
+from finetune.config import ClassTokenOnly, OptimConf, TrainConf
+from finetune.core.layers import LayeredModel
+from finetune.system.errors import UserError
+
+
+def set_up_layers(model: LayeredModel, optim: OptimConf, *, train: TrainConf) -> None:
+    """Freeze layers, switch gradient checkpointing, and choose how the last block runs. Call before the optimizer.
+
+    Args:
+        model: Changed in place.
+        optim: Has `fix_layer`.
+        train: Has `recompute` and `class_token_only`; the latter only affects models whose last block has a shorter
+            way to the class token.
+
+    Raises:
+        UserError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.
+    """
+    if train.recompute and not model.is_chain:
+        raise UserError(
+            f"train.recompute=true would be ignored: {type(model.net).__name__} is no plain chain of layers and runs"
+            " only whole; leave it out, and take a smaller data.batch_size with train.accumulate"
+        )
+    model.recompute = train.recompute
+    has_shorter_run = any(layer.run_class_token is not None for layer in model.layers)
+    model.class_token_only = train.class_token_only == ClassTokenOnly.auto and has_shorter_run
+    freeze(model, optim.fix_layer)
+
+
+def freeze(model: LayeredModel, fix_layer: int) -> None:
+    """Freeze the layers with id <= `fix_layer`, and let all layers above learn; -1 freezes nothing.
+
+    Freeze first, then build the optimizer, then wrap (compile, DDP): the optimizer must hold the same parameters
+    when a run is resumed, and a wrapper changes the names of parameters.
+
+    Raises:
+        UserError: `fix_layer` leaves nothing to learn, or is below -1.
+    """
+    head = len(model.layers) - 1
+    if not -1 <= fix_layer < head:
+        mistake = "freezes everything" if fix_layer >= head else "is out of range"
+        raise UserError(
+            f"optim.fix_layer={fix_layer} {mistake}: {type(model.net).__name__} has layers 0 (stem) to {head} (head),"
+            f" so use -1 (nothing frozen) to {head - 1} (only the head learns)"
+        )
+    model.num_frozen = fix_layer + 1
+    for name, parameter in model.net.named_parameters():
+        parameter.requires_grad_(model.layer_ids[name] > fix_layer)
+    model.train(model.training)  # puts the newly frozen layers into eval mode
