@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -22,3 +22,15 @@ def test_python_blocks_run_in_order(page: Path) -> None:
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_names_on_the_architecture_page_exist() -> None:
+    """`core/sched.py:CURVES` is the name CURVES in finetune/core/sched.py."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    found = re.findall(r"`((?:[\w.]+/)*\w+\.py)(?::(\w+))?`", text)
+    assert len(found) > 30
+    for path, name in found:
+        file = next((base / path for base in (ROOT / "finetune", ROOT) if (base / path).is_file()), None)
+        assert file is not None, f"{path} does not exist"
+        is_defined = rf"^ *(?:async )?(?:def |class |){name}\b"
+        assert re.search(is_defined, file.read_text(encoding="utf-8"), re.MULTILINE), f"{path} defines no {name}"
