@@ -2,7 +2,7 @@
 
 from finetune.data.checks.start import SkippedList, check_at_start
 from finetune.data.images.decode import ImageError, natural_key, read_image
-from finetune.data.loading.loaders import Batch, Loader
+from finetune.data.loading.loader import Batch, Loader
 from finetune.data.sources.opening import Source, Split, open_source
 
 __all__ = [

@@ -25,7 +25,7 @@ from finetune.core.cost import count_flops
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import train_step
 from finetune.data import ImageError
-from finetune.data.loading.loaders import Key, Made, Maker
+from finetune.data.loading.batches import BatchKey, BatchMaker, PixelBatch
 from finetune.models import build_model
 from finetune.report.columns import DROPPED_FIRST, bar_texts
 from finetune.system import progress
@@ -125,13 +125,13 @@ def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: PrefixCache
 ) -> None:
     """36 training images, of which every batch of 8 takes 0.2 s to come unless it is kept."""
-    make, terminal = Maker.__getitem__, Terminal()
+    make, terminal = BatchMaker.__getitem__, Terminal()
 
-    def slow(maker: Maker, key: Key) -> Made | ImageError:
+    def slow(maker: BatchMaker, key: BatchKey) -> PixelBatch | ImageError:
         time.sleep(0.2)
         return make(maker, key)
 
-    monkeypatch.setattr(Maker, "__getitem__", slow)
+    monkeypatch.setattr(BatchMaker, "__getitem__", slow)
     monkeypatch.setattr(progress, "REDRAW_S", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     augment = AugmentConf(recipe=Recipe.none)

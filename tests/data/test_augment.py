@@ -25,7 +25,7 @@ from finetune.data import Loader, Source, open_source
 from finetune.data.images.mix import Mixer
 from finetune.data.images.recipes import OPERATIONS, Erasing, RandAugment, RandomCrop, RandomMirror, drawing_from
 from finetune.data.images.transforms import build_transform
-from finetune.data.loading.loaders import Key, Maker
+from finetune.data.loading.batches import BatchKey, BatchMaker
 from finetune.data.streams import augment_generator
 from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
@@ -132,8 +132,8 @@ def test_repeats_show_every_image_so_often_in_views_of_their_own(digits: Source)
 
 
 def test_views_recycle_for_every_recipe(digits: Source) -> None:
-    maker = Maker(digits.splits["val"], build_transform(SQUARE, recipe("randaug")), 0)
-    batch, again, other = (maker[Key([1, 2, 3], [0, 0, 0], view)] for view in (4, 4, 5))
+    maker = BatchMaker(digits.splits["val"], build_transform(SQUARE, recipe("randaug")), 0)
+    batch, again, other = (maker[BatchKey([1, 2, 3], [0, 0, 0], view)] for view in (4, 4, 5))
     assert isinstance(batch, tuple) and isinstance(again, tuple) and isinstance(other, tuple)
     assert torch.equal(batch[0], again[0]) and not torch.equal(batch[0], other[0])
 

@@ -21,7 +21,7 @@ from finetune.config import AugmentConf, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, natural_key, open_source, read_image
 from finetune.data.images.transforms import Light, View, build_transform, fit_square, warp
-from finetune.data.loading.loaders import Key, Maker, Reading, normalise
+from finetune.data.loading.batches import BatchKey, BatchMaker, ImageReader, normalise
 from finetune.data.streams import augment_generator, mix, shuffled, view_of
 
 CPU = torch.device("cpu")
@@ -171,12 +171,14 @@ def test_an_epoch_left_early_does_not_spoil_the_next(digits: Source, workers: in
 @pytest.mark.parametrize("augment", [None, AugmentConf(degrees=30)])
 def test_an_image_is_the_same_in_any_company(digits: Source, augment: AugmentConf | None) -> None:
     for size in (16, 33, 224):  # warped many at a time, and one at a time
-        maker = Maker(digits.splits["train"], build_transform(Preprocess(size, SQUARE.mean, SQUARE.std), augment), 0)
+        maker = BatchMaker(
+            digits.splits["train"], build_transform(Preprocess(size, SQUARE.mean, SQUARE.std), augment), 0
+        )
         samples = list(range(9))
-        together = maker[Key(samples, [0] * 9, 4)]
+        together = maker[BatchKey(samples, [0] * 9, 4)]
         assert isinstance(together, tuple)
         for sample in samples:
-            alone = maker[Key([sample], [0], 4)]
+            alone = maker[BatchKey([sample], [0], 4)]
             assert isinstance(alone, tuple) and torch.equal(alone[0][0], together[0][sample])
 
 
@@ -201,24 +203,24 @@ def test_decoded_images_are_held_one_at_a_time(augment: AugmentConf | None) -> N
         alive.append(weakref.ref(image))
         return image
 
-    reading = Reading(load, Key(list(range(9)), [0] * 9, 0), skip=False)
+    reading = ImageReader(load, BatchKey(list(range(9)), [0] * 9, 0), skip=False)
     generators = (augment_generator(0, 0, *showing) for showing in reading.shown)
     batch = build_transform(SQUARE, augment)(reading, generators)
     assert batch[:, 0, 5, 5].tolist() == list(range(9)) and len(alive) == 9
 
 
 def test_repeated_images_get_views_of_their_own(digits: Source) -> None:
-    maker = Maker(digits.splits["train"], build_transform(SQUARE, AugmentConf()), 0)
-    batch = maker[Key([7, 7, 7], [0, 1, 0], 0)]
+    maker = BatchMaker(digits.splits["train"], build_transform(SQUARE, AugmentConf()), 0)
+    batch = maker[BatchKey([7, 7, 7], [0, 1, 0], 0)]
     assert isinstance(batch, tuple)
     assert torch.equal(batch[0][0], batch[0][2]) and not torch.equal(batch[0][0], batch[0][1])
 
 
 def test_what_workers_are_sent_is_small_and_complete(digits: Source) -> None:
-    maker = Maker(digits.splits["train"], build_transform(SQUARE, AugmentConf()), 0)
+    maker = BatchMaker(digits.splits["train"], build_transform(SQUARE, AugmentConf()), 0)
     sent = pickle.dumps(maker)
     assert len(sent) < 200_000
-    key = Key([3, 1], [0, 0], 2)
+    key = BatchKey([3, 1], [0, 0], 2)
     assert torch.equal(pickle.loads(sent)[key][0], maker[key][0])  # type: ignore[index]
 
 

@@ -18,7 +18,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, open_source
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.transforms import fit_square
-from finetune.data.loading.workers import choose_workers
+from finetune.data.loading.workers import pick_workers
 from finetune.data.sources.filestore import FileStore
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_memory_stays_over_epochs(tmp_path: Path, source: Source) -> None:
 def test_workers_are_as_many_as_the_device_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data.loading.workers.cores", lambda: 8)
     cuda = torch.device("cuda")
-    assert [choose_workers(cost, cuda) for cost in (1e-6, 1e-4, 1e-3, 0.1)] == [0, 1, 4, 8]
-    assert [choose_workers(cost, CPU) for cost in (1e-4, 5e-3)] == [0, 2]
+    assert [pick_workers(cost, cuda) for cost in (1e-6, 1e-4, 1e-3, 0.1)] == [0, 1, 4, 8]
+    assert [pick_workers(cost, CPU) for cost in (1e-4, 5e-3)] == [0, 2]
     monkeypatch.setattr("finetune.data.loading.workers.cores", lambda: 2)
-    assert choose_workers(0.1, CPU) == 0
+    assert pick_workers(0.1, CPU) == 0

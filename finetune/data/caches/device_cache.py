@@ -1,7 +1,7 @@
-"""Decoded squares kept on the device: a batch is an index into them, and nothing travels.
+"""Resized images on the device: a batch is an index into them, and no pixels travel.
 
-Only where the square is all that the host makes of an image: evaluation and `augment=none`. Random views are drawn and
-warped on the host, and another processor's arithmetic would give other last bits.
+Only for evaluation and `augment=none`, where resizing is all that the host does. Random views are drawn and warped on
+the host, since another processor's arithmetic would give other last bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import CacheKind, DataConf
+from finetune.data.caches.entries import GIB
 from finetune.data.caches.pixel_cache import FirstStep, open_cache
 from finetune.data.images.decode import ImageError
 from finetune.data.split import Split
@@ -20,15 +21,15 @@ from finetune.system.errors import UserError
 CHUNK = 1024  # images that travel to the device at once
 
 
-class DeviceSquares:
-    """The squares of a split, uint8 (images, 3, size, size), on a device."""
+class DeviceCache:
+    """All images of a split at the model's size, uint8 (images, 3, size, size), on a device."""
 
     def __init__(self, split: Split, step: FirstStep, conf: DataConf, device: torch.device) -> None:
-        """Decode every image once, in the host's memory, and move them over.
+        """Decode every image once, in the host's memory, and copy them to the device.
 
         Raises:
             ImageError: An image cannot be read and `data.on_error=stop`.
-            ValueError: The memory of the host or of the device is too small.
+            UserError: The memory of the host or of the device is too small.
         """
         assert step.square is not None, "refused by the configuration"
         self._split = split
@@ -38,40 +39,39 @@ class DeviceSquares:
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
                 raise UserError(
-                    f"data.cache=device: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free on {device}: use"
+                    f"data.cache=device: needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}: use"
                     " data.cache=ram"
                 )
         cache = open_cache(split, step, dataclasses.replace(conf, cache=CacheKind.ram))
-        kept = [cache.load(sample) for sample in range(len(split))]
-        self._present = torch.tensor([image is not None for image in kept])
+        images = [cache.load(sample) for sample in range(len(split))]
+        self._is_readable = torch.tensor([image is not None for image in images])
         blank = torch.zeros(3, size, size, dtype=torch.uint8)
-        self._squares = torch.empty(len(split), 3, size, size, dtype=torch.uint8, device=device)
-        for start in range(0, len(kept), CHUNK):
-            part = [blank if image is None else image for image in kept[start : start + CHUNK]]
-            self._squares[start : start + len(part)] = torch.stack(part).to(device)
+        self._images = torch.empty(len(split), 3, size, size, dtype=torch.uint8, device=device)
+        for start in range(0, len(images), CHUNK):
+            part = [blank if image is None else image for image in images[start : start + CHUNK]]
+            self._images[start : start + len(part)] = torch.stack(part).to(device)
 
     def take(self, samples: Tensor) -> tuple[Tensor, Tensor, list[ImageError]]:
-        """The images of a batch.
+        """Return the images of a batch.
 
         Args:
             samples: int64 (n,).
 
         Returns:
-            uint8 (m, 3, size, size) on the device; which of `samples` they are, int64 (m,); and what could not be read
-            when the squares were made: it is left out for the whole run, also if it was repaired meanwhile.
+            The readable images, uint8 (m, 3, size, size) on the device; their indices, int64 (m,); and an error for
+            each of the others. An image that could not be read at first stays out for the whole run, also if its file
+            is repaired meanwhile.
         """
-        there = self._present[samples]
-        if not there.all():
-            names = [self._split.name_of(sample) for sample in samples[~there].tolist()]
-            errors = [ImageError(name, "it could not be read when the images were put on the device") for name in names]
-            samples = samples[there]
-        else:
-            errors = []
-        return self._squares[sent(samples, self._squares.device)], samples, errors
+        readable = self._is_readable[samples]
+        names = [self._split.name_of(sample) for sample in samples[~readable].tolist()]
+        errors = [ImageError(name, "it could not be read when the images were put on the device") for name in names]
+        if errors:
+            samples = samples[readable]
+        return self._images[sent(samples, self._images.device)], samples, errors
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values on the host as they are on `device`; to a GPU out of pinned memory: any other copy waits for it."""
+    """`values` on `device`. To a GPU they go out of pinned memory, since any other copy would wait for the GPU."""
     if device.type == "cuda" and values.device.type == "cpu":
         return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
     return values.to(device)

@@ -1,4 +1,4 @@
-"""A name for the content of a split: what caches are known by."""
+"""A digest of the content of a split, which is part of the names of caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from finetune.data.split import Split
 
 
 def content_digest(split: Split) -> bytes:
-    """Changes when an image of the split does, or their order: path, size and time of each, or its bytes. 16 bytes."""
+    """16 bytes that change when an image of the split changes, or their order.
+
+    Of each image the path, size and time count; where the source has no such thing, its bytes.
+    """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     for row in split.rows.tolist():
         try:

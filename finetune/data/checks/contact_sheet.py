@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.config import Conf
 from finetune.core.preprocess import Preprocess
 from finetune.data.images.mix import Mixer
-from finetune.data.loading.loaders import Loader
+from finetune.data.loading.loader import Loader
 from finetune.data.split import Source
 from finetune.system.files import write_atomic
 

@@ -1,7 +1,7 @@
-"""MixUp and CutMix: images of a batch mixed in pairs, on the device, and their labels with them.
+"""MixUp and CutMix: images of a batch are mixed in pairs, on the device, and so are their labels.
 
-What is mixed, and how, is drawn on the host from (seed, epoch, micro-batch): a resumed epoch mixes as a straight one,
-whatever was drawn elsewhere. The device never has to answer.
+The mixture is drawn on the host from (seed, epoch, micro-batch) alone. So a resumed epoch mixes images as an
+uninterrupted one does, and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Mixture(NamedTuple):
     """How one batch is mixed.
 
     Attributes:
-        shift: Image i is mixed with image i + shift, counted in a circle: never with itself but in a batch of one.
-        share: Weight of image i, in [0, 1]; the other has the rest.
+        shift: Image i is mixed with image (i + shift) mod batch: with itself only in a batch of one.
+        share: Weight of image i, in [0, 1]; the other image has the rest.
         box: CutMix's rectangle, (top, bottom, left, right) in pixels, which comes from the other image; None: MixUp.
     """
 
@@ -44,7 +44,7 @@ class Mixer:
         self._seed = seed
 
     def wrap(self, batches: Iterable[Batch], epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from micro-batch `skip` on, mixed; the very same where there is nothing to mix."""
+        """Yield the batches of an epoch mixed; `batches` begins at micro-batch `skip`. Unchanged if mixing is off."""
         if not (self._augment.mixup or self._augment.cutmix):
             yield from batches
             return
@@ -52,8 +52,8 @@ class Mixer:
             yield (*self._mixed(images, labels, epoch, index), ids)
 
     def draw(self, epoch: int, index: int, *, batch: int, height: int, width: int) -> Mixture | None:
-        """The mixture of micro-batch `index` of an epoch, of `batch` images; None where it stays as it is."""
-        # RandomState, the one generator whose numbers numpy has promised never to change; a Beta is not easily made.
+        """The mixture of micro-batch `index` of an epoch, which has `batch` images; None: it stays unmixed."""
+        # RandomState, since numpy has promised never to change its numbers, those of the Beta distribution included.
         random = np.random.RandomState(np.random.PCG64(mix("mix", self._seed, epoch, index)))
         mixes, switch, vertical, horizontal = random.random_sample(4)
         augment = self._augment
@@ -65,8 +65,8 @@ class Mixer:
         shift = int(random.randint(1, batch)) if batch > 1 else 0
         if not cuts:
             return Mixture(shift, share, None)
-        # The rectangle has the image's shape and 1 - share of its area, around a pixel anywhere; what sticks out is
-        # cut off, so the share is counted anew.
+        # The rectangle has the image's shape and 1 - share of its area. Its centre may be any pixel, so a part may lie
+        # outside of the image: the share is then computed from the part inside.
         tall, wide = (int(side * (1 - share) ** 0.5) for side in (height, width))
         y, x = int(vertical * height), int(horizontal * width)
         top, bottom = max(0, y - tall // 2), min(height, y + tall // 2)
@@ -75,7 +75,7 @@ class Mixer:
         return Mixture(shift, 1 - area / (height * width), (top, bottom, left, right))
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Images float (batch, 3, height, width) and targets float32 (batch, classes), also where nothing was mixed."""
+        """Mixed images, float (batch, 3, height, width), and targets float32 (batch, classes), also if unmixed."""
         shares = F.one_hot(labels, self._num_classes).to(torch.float32) if labels.ndim == 1 else labels
         height, width = images.shape[-2:]
         mixture = self.draw(epoch, index, batch=len(images), height=height, width=width)

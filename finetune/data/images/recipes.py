@@ -1,7 +1,7 @@
-"""Random resized crops and what follows them: published augmentation, each image by a generator of its own.
+"""Augmentation that starts with a random resized crop, as published; each image by a generator of its own.
 
-Everything is torchvision's `v2` on uint8, or its equal to the bit where that is faster. Its operations draw from
-torch's global CPU generator, so that one is lent out, image by image (`drawing_from`), and handed back as it was.
+Operations are torchvision's `v2` on uint8, or faster ones of our own with the same bits. torchvision draws from torch's
+global CPU generator. So `drawing_from` puts the image's generator in its place and afterwards restores it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from finetune.config import AugmentConf, Policy
 from finetune.core.preprocess import Preprocess
-from finetune.data.images.squares import Images, gather, resize
+from finetune.data.images.resize import Images, batch_images, resize
 
 ImageStep = Callable[[Tensor], Tensor]
 Fill = list[int]
@@ -29,9 +29,9 @@ BILINEAR = InterpolationMode.BILINEAR
 
 @contextlib.contextmanager
 def drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """Let whatever draws from torch's global CPU generator draw from `generator`, and leave no trace.
+    """Within it, torch's global CPU generator draws the numbers of `generator`; afterwards it is as it was before.
 
-    Not `torch.manual_seed`, which would seed the GPU's generator too, and with it the training process's dropout.
+    `torch.manual_seed` would not do: it seeds the GPU's generator too, and with it the dropout of the training process.
     """
     before = torch.get_rng_state()
     torch.set_rng_state(generator.get_state())
@@ -43,7 +43,7 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CropRecipe:
-    """One image after the other: crop, mirror, policy, colour jitter, erasing, in this order.
+    """Crop, mirror, policy, colour jitter and erasing, in this order, one image after the other.
 
     Attributes:
         steps: uint8 (3, height, width) -> uint8 (3, size, size), each drawing from torch's global generator.
@@ -52,9 +52,9 @@ class CropRecipe:
     steps: tuple[ImageStep, ...]
 
     def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
-        """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
+        """Transform each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
         pairs = zip(images, generators, strict=True)
-        return gather((self._one(image, generator) for image, generator in pairs), len(images))
+        return batch_images((self._one(image, generator) for image, generator in pairs), len(images))
 
     def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
         with drawing_from(generator):
@@ -64,9 +64,9 @@ class CropRecipe:
 
 
 def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecipe:
-    """The steps that the settings ask for; what is off is not there and draws nothing.
+    """Build the steps that the settings ask for; a step that is off draws no random number.
 
-    Shifted, sheared and turned images are filled with the colour that normalises to zero.
+    Shifted, sheared and rotated images are filled with the colour that normalises to zero.
     """
     fill = [round(255 * value) for value in preprocess.mean]
     crop = RandomCrop(preprocess.size, augment.crop_scale, augment.crop_ratio, preprocess.interpolation)
@@ -92,14 +92,14 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
 class RandomCrop:
     """A box of random area and shape, resized to a square (Szegedy et al., arXiv:1409.4842, section 6).
 
-    torchvision's `v2.RandomResizedCrop` to the bit, out of the same random numbers, with less around them. Only where
-    that fails, on boxes of no width or height out of the thinnest images, is there a pixel.
+    The same bits as torchvision's `v2.RandomResizedCrop` out of the same random numbers, in less time. torchvision
+    fails on very thin images, where its box has no width or height; here the box has at least one pixel.
 
     Attributes:
         size: Side of the square.
-        scale: Share of the image's area, from and to.
-        ratio: Width over height, from and to.
-        interpolation: A word that torchvision knows.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width over height.
+        interpolation: A name of torchvision's, such as `bicubic`.
     """
 
     size: int
@@ -119,12 +119,12 @@ class RandomCrop:
 
     @functools.cached_property
     def _log_ratio(self) -> list[float]:
-        """Logarithm and, below, exponential are torch's own, in float32: others round differently."""
+        """Computed by torch in float32, as the exponential below: Python's `math` would round differently."""
         logarithms: list[float] = torch.log(torch.tensor(self.ratio)).tolist()
         return logarithms
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int] | None:
-        """As `box`; None where ten boxes did not fit into the image."""
+        """A random box, as `box` has it; None where ten of them did not fit into the image."""
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*self.scale).item()
             ratio = torch.empty(1).uniform_(*self._log_ratio).exp_().item()
@@ -135,7 +135,7 @@ class RandomCrop:
         return None
 
     def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The middle of the image, as much of it as the limits of the shape allow, but a pixel at least."""
+        """The largest box in the middle of the image that `ratio` allows, but at least one pixel."""
         narrowest, widest = min(self.ratio), max(self.ratio)
         tall = max(1, round(width / narrowest)) if width / height < narrowest else height
         wide = max(1, round(height * widest)) if width / height > widest else width
@@ -144,7 +144,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class RandomMirror:
-    """Left and right change places, with probability `prob`."""
+    """Mirrors an image, left to right, with probability `prob`."""
 
     prob: float
 
@@ -154,11 +154,11 @@ class RandomMirror:
 
 
 def three_augment(size: int) -> ImageStep:
-    """DeiT III's 3-Augment: grey, solarised or blurred, one of the three (Touvron et al., arXiv:2204.07118).
+    """DeiT III's 3-Augment (Touvron et al., arXiv:2204.07118): an image becomes grey, solarised or blurred.
 
-    Solarised from the middle of the range up; blurred with a standard deviation of 0.1 to 2 pixels.
+    Solarising inverts the upper half of the range; the blur has a standard deviation of 0.1 to 2 pixels.
     """
-    width = min(13, size - 1 + size % 2)  # three standard deviations either way, where the image is that large
+    width = min(13, size - 1 + size % 2)  # of the kernel: three standard deviations either way, if that fits
     choice: ImageStep = v2.RandomChoice([
         v2.Grayscale(num_output_channels=3),
         v2.RandomSolarize(threshold=128, p=1.0),
@@ -175,16 +175,17 @@ def _uniform(low: float = 0.0, high: float = 1.0) -> float:
 class RandAugment:
     """RandAugment (Cubuk et al., arXiv:1909.13719) in the variant that timm calls `rand-m9-mstd0.5-inc1`.
 
-    It is what BEiT, MAE, DeiT and FT-CLIP were trained with. For each of `ops` operations: one of fifteen, evenly and
-    with replacement, happens with probability 0.5 at a strength from N(magnitude, std) cut to [0, 10]. All grow with
-    the strength ("inc1"). torchvision's own RandAugment is another recipe: fourteen operations, each always applied, at
-    9 of 30 instead of 9 of 10. Unlike timm, which draws between bilinear and bicubic, shears and turns are bilinear.
+    BEiT, MAE, DeiT and FT-CLIP were trained with it. `ops` times, one of fifteen operations is drawn evenly, with
+    replacement. It is applied with probability 0.5, at a strength drawn from N(magnitude, std) and cut to [0, 10]. The
+    effect of every operation grows with the strength ("inc1"). torchvision's own RandAugment is another recipe:
+    fourteen operations, each always applied, at 9 of 30 instead of 9 of 10. timm draws between bilinear and bicubic for
+    shears and rotations; here they are bilinear.
 
     Attributes:
-        ops: How many operations.
+        ops: Number of operations drawn for an image.
         magnitude: Mean strength, 0 to 10.
         std: Standard deviation of the strength.
-        fill: Colour of what comes in from outside, (red, green, blue), 0 to 255.
+        fill: Colour of pixels that come in from outside, (red, green, blue), 0 to 255.
     """
 
     ops: int
@@ -203,28 +204,8 @@ class RandAugment:
         return image
 
 
-# image, strength in [0, 1], sign -1 or 1, fill
+# (image, strength in [0, 1], sign -1 or 1, fill) -> image
 Operation = Callable[[Tensor, float, float, Fill], Tensor]
-
-
-def _shear_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, shear=[math.degrees(math.atan(0.3 * strength * sign)), 0.0])
-
-
-def _shear_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, shear=[0.0, math.degrees(math.atan(0.3 * strength * sign))])
-
-
-def _translate_x(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0.0])
-
-
-def _translate_y(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, translate=[0.0, -0.45 * strength * sign * image.shape[-2]])
-
-
-def _rotate(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    return _affine(image, fill, angle=-30 * strength * sign)  # PIL counts against the clock
 
 
 def _affine(
@@ -235,7 +216,7 @@ def _affine(
     translate: Sequence[float] = (0.0, 0.0),
     shear: Sequence[float] = (0.0, 0.0),
 ) -> Tensor:
-    # PIL, which timm and so the published recipes use, shears from the top left corner and turns around the centre.
+    # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the centre.
     moved: Tensor = F.affine(
         image,
         angle=angle,
@@ -249,38 +230,45 @@ def _affine(
     return moved
 
 
+def _shear(strength: float, sign: float) -> float:
+    """The angle of a shear by up to 0.3 of a side, in degrees."""
+    return math.degrees(math.atan(0.3 * strength * sign))
+
+
 def _factor(strength: float, sign: float) -> float:
-    """Of an enhancement that 1 leaves alone: up to 0.9 less or more."""
+    """The factor of an enhancement, 0.1 to 1.9; 1 changes nothing."""
     return max(0.1, 1 + 0.9 * strength * sign)
 
 
-def _solarize(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    """What is brighter than a threshold, 256 at no strength, is inverted."""
-    return torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image)
-
-
 def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
-    """What is darker than the middle grows brighter by up to 110."""
+    """Brighten pixels of the darker half of the range by up to 110."""
     brighter = image.int().add_(int(110 * strength)).clamp_(max=255).to(torch.uint8)
     return torch.where(image < 128, brighter, image)
 
 
+# The order counts: an operation is drawn by its place in this list.
 OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, sign, fill: F.autocontrast(image),
     lambda image, strength, sign, fill: F.equalize(image),
     lambda image, strength, sign, fill: F.invert(image),
-    _rotate,
-    lambda image, strength, sign, fill: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits: black
-    _solarize,
+    # Rotate. A positive angle of PIL is counterclockwise.
+    lambda image, strength, sign, fill: _affine(image, fill, angle=-30 * strength * sign),
+    lambda image, strength, sign, fill: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits would be black
+    # Solarize: invert pixels from a threshold on, which is 256, above all pixels, at strength 0.
+    lambda image, strength, sign, fill: torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image),
     _solarize_add,
     lambda image, strength, sign, fill: F.adjust_saturation(image, _factor(strength, sign)),
     lambda image, strength, sign, fill: F.adjust_contrast(image, _factor(strength, sign)),
     lambda image, strength, sign, fill: F.adjust_brightness(image, _factor(strength, sign)),
     lambda image, strength, sign, fill: F.adjust_sharpness(image, _factor(strength, sign)),
-    _shear_x,
-    _shear_y,
-    _translate_x,
-    _translate_y,
+    lambda image, strength, sign, fill: _affine(image, fill, shear=[_shear(strength, sign), 0.0]),
+    lambda image, strength, sign, fill: _affine(image, fill, shear=[0.0, _shear(strength, sign)]),
+    lambda image, strength, sign, fill: _affine(
+        image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0.0]
+    ),
+    lambda image, strength, sign, fill: _affine(
+        image, fill, translate=[0.0, -0.45 * strength * sign * image.shape[-2]]
+    ),
 )
 
 
@@ -288,13 +276,14 @@ OPERATIONS: tuple[Operation, ...] = (
 class Erasing:
     """Random erasing (Zhong et al., arXiv:1708.04896) as timm's mode `pixel`: one rectangle of noise.
 
-    Its area is 2 % to a third of the image, its height over width 0.3 to 1/0.3; ten tries to fit it in. The noise is
-    normal after normalisation, up to what 0 to 255 can hold: timm erases behind the normalisation, this ahead of it.
+    Its area is 2 % to a third of the image, its height over width 0.3 to 1/0.3; an image stays as it is where ten
+    rectangles did not fit. timm erases after normalising and draws the noise from N(0, 1). This erases before, so the
+    noise is scaled, and cut to 0 to 255.
 
     Attributes:
-        prob: How often.
-        mean: Of the normalisation.
-        std: Of the normalisation.
+        prob: Probability that an image is erased.
+        mean: Of the normalisation, by channel.
+        std: Of the normalisation, by channel.
     """
 
     prob: float
@@ -302,7 +291,7 @@ class Erasing:
     std: Sequence[float]
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 (3, height, width), the same shape back; the image itself is left alone."""
+        """Return the image erased, uint8 (3, height, width); its own pixels stay as they are."""
         height, width = image.shape[-2:]
         if _uniform() >= self.prob:
             return image

@@ -1,6 +1,6 @@
-"""From a decoded image of any size to the square that the model sees: uint8 in, uint8 out.
+"""From decoded images of any size to a batch of the size that the model expects: uint8 in, uint8 out.
 
-Normalising comes after the trip to the device: four times fewer bytes travel.
+Images are normalised after they went to the device: uint8 is a fourth of the bytes of float32.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torchvision.transforms.v2 import functional as v2
 from finetune.config import AugmentConf, Recipe
 from finetune.core.preprocess import Preprocess
 from finetune.data.images.recipes import build_crop_recipe
-from finetune.data.images.squares import Images, gather, resize
+from finetune.data.images.resize import Images, batch_images, resize
 
-# A strip longer than this is cut to its middle ahead of a `crop` resize, or a 20 x 20,000 image would grow to gigabytes
-# of which the centre crop keeps a thousandth. Nothing that the crop shows is lost.
+# Longest side over shortest, above which an image is cut to its middle before a `crop` resize. Else a 20 x 20,000 image
+# would grow to gigabytes, of which the centre crop shows a thousandth. The crop's pixels stay the same.
 MAX_ASPECT = 8
 
-# Warped together: many small images, since a call costs more than 32 x 32 pixels; but no more than the processor's
-# cache holds (at 224 pixels one image at a time takes three quarters of the time of 64).
+# Pixels that are warped in one call. A call costs more than 32 x 32 pixels, so small images go together; but no more
+# than the processor's cache holds (at 224 pixels, one image at a time takes three quarters of the time of 64).
 WARP_PIXELS = 2**16
 
 
 def fit_square(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """Resize to what the model expects, antialiased. uint8 (3, height, width) -> uint8 (3, size, size)."""
+    """Resize an image to the model's square, antialiased. uint8 (3, height, width) -> uint8 (3, size, size)."""
     size = preprocess.size
     height, width = image.shape[-2:]
     if preprocess.resize == "squash":
@@ -38,7 +38,7 @@ def fit_square(image: Tensor, preprocess: Preprocess) -> Tensor:
     if preprocess.resize == "pad":
         longest = max(height, width)
         shape = [max(1, round(size * height / longest)), max(1, round(size * width / longest))]
-        # Cutting out the centre adds black where a side is too short.
+        # Where a side is too short, torchvision's centre crop adds black.
         return _centre(resize(image, shape, preprocess.interpolation), size, size)
     assert preprocess.resize == "crop", preprocess.resize
     shortest = min(height, width)
@@ -55,13 +55,13 @@ def _centre(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class View(NamedTuple):
-    """How one image is moved, around its centre: mirrored, grown, turned, then shifted.
+    """How one image is moved around its centre: mirrored, scaled, rotated, then shifted, in this order.
 
     Attributes:
         angle: Clockwise as seen on the screen, radians.
         scale: Above 1 the content grows.
-        right: Shift in half sides.
-        down: Shift in half sides.
+        right: Shift, as a share of half the side.
+        down: Shift, as a share of half the side.
         mirror: -1.0: left and right change places; 1.0: they do not.
     """
 
@@ -74,9 +74,9 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Light:
-    """A small random rotation, shift and zoom, and perhaps a mirror image: one warp, one interpolation.
+    """A small random rotation, shift and zoom, and perhaps a mirror image, in one interpolation.
 
-    What comes in from outside takes the median colour of the image's border: digits stay on black, goods on white.
+    Pixels that come in from outside have the median colour of the image's border: digits stay on black, goods on white.
 
     Attributes:
         degrees: Largest rotation either way.
@@ -91,7 +91,7 @@ class Light:
     flip: float
 
     def draw(self, generator: torch.Generator) -> View:
-        """One view; takes five numbers from `generator`, whatever the settings."""
+        """Draw a view; takes five numbers from `generator`, whatever the settings are."""
         turn, right, down, grow, mirror = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
         return View(
             angle=math.radians(self.degrees) * (2 * turn - 1),
@@ -103,22 +103,22 @@ class Light:
 
 
 def warp(images: Tensor, views: Sequence[View]) -> Tensor:
-    """Show each image in its view, bilinear. uint8 (batch, 3, n, n) -> uint8 (batch, 3, n, n).
+    """Move each image as its view says, bilinear. uint8 (batch, 3, n, n) -> uint8 (batch, 3, n, n).
 
-    All at once because 32-pixel images cost less than the calls. Every operation is element by element (the grid too:
-    no matrix product, whose sums may change with the batch), so an image comes out the same in any company.
+    An image comes out the same in any batch: every operation is element by element. That is why the grid is computed
+    without a matrix product, whose sums may change with the size of the batch.
     """
     size = images.shape[-1]
-    # Sines from `math`: torch takes vector instructions or not by the length of the list, and their last bits differ.
+    # Sines from `math`: for long lists torch uses vector instructions, which give other last bits.
     turns = [(math.cos(view.angle) / view.scale, math.sin(view.angle) / view.scale) for view in views]
     numbers = [(*turn, view.right, view.down, view.mirror) for turn, view in zip(turns, views, strict=True)]
     along, across, right, down, mirror = torch.tensor(numbers, dtype=torch.float32).T[:, :, None, None]
     centres = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1  # of the pixels, the image being [-1, 1]
-    # For each pixel of the result the place it comes from: every step is undone, the last first.
+    # For each pixel of the result, the place in the image that it comes from: every step is undone, the last one first.
     x, y = centres[None, None, :] - right, centres[None, :, None] - down
     grid = torch.stack([(x * along + y * across) * mirror, y * along - x * across], dim=-1)
     outside = border_colour(images)
-    inside = images.to(torch.float32) - outside  # around zero, which is what grid_sample finds outside
+    inside = images.to(torch.float32) - outside  # so that the border is zero, which grid_sample puts outside
     moved = grid_sample(inside, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.add_(outside).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -131,34 +131,34 @@ def border_colour(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to images on the host.
+    """Resize each image to the model's square, then augment it lightly or not at all.
 
     Attributes:
-        preprocess: The square the model expects.
-        light: Augmentation after that, or None.
+        preprocess: Says how the model wants images resized.
+        light: The augmentation after that, or None.
     """
 
     preprocess: Preprocess
     light: Light | None
 
     def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
-        """Apply: to each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
-        squares = gather((fit_square(image, self.preprocess) for image in images), len(images))
+        """Transform each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
+        batch = batch_images((fit_square(image, self.preprocess) for image in images), len(images))
         if self.light is None:
-            return squares
+            return batch
         views = [self.light.draw(generator) for generator in generators]
         at_once = max(1, WARP_PIXELS // self.preprocess.size**2)
         for start in range(0, len(views), at_once):
             part = slice(start, start + at_once)
-            squares[part] = warp(squares[part], views[part])
-        return squares
+            batch[part] = warp(batch[part], views[part])
+        return batch
 
 
-Shower = Callable[[Images, Iterable[torch.Generator]], Tensor]
+BatchTransform = Callable[[Images, Iterable[torch.Generator]], Tensor]
 
 
-def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> Shower:
-    """The transform of training (`augment`) or of evaluation (None, or the recipe `none`).
+def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> BatchTransform:
+    """Build the transform of training (`augment`) or of evaluation (None, or the recipe `none`).
 
     Returns:
         A function of images, uint8 (3, height, width) each, and of a generator for each, which gives uint8

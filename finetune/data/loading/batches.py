@@ -1,0 +1,163 @@
+"""One micro-batch: the key that asks for it, and the code that makes it, in the training process or in a worker.
+
+A key holds everything that the random numbers of a batch depend on. So workers have no state, and it does not matter
+which of them makes which batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from finetune.data.caches.pixel_cache import FirstStep, PixelCache
+from finetune.data.images.decode import ImageError
+from finetune.data.images.transforms import BatchTransform
+from finetune.data.loading.order import Showings
+from finetune.data.split import Split
+from finetune.data.streams import augment_generator
+
+# Pixels that are normalised at a time: three channels of float32 of so many fill about what a core's cache holds.
+CACHED_PIXELS = 2**16
+
+
+class BatchKey(NamedTuple):
+    """Which images a micro-batch holds, and in which view.
+
+    Attributes:
+        samples: Indices into the split.
+        occurrences: For each, how often this epoch has shown it before.
+        view: From `view_of`.
+    """
+
+    samples: list[int]
+    occurrences: list[int]
+    view: int
+
+
+class PixelBatch(NamedTuple):
+    """A micro-batch before it goes to the device.
+
+    Attributes:
+        images: uint8 (batch, 3, size, size).
+        labels: int64 (batch,), or float32 (batch, classes).
+        ids: Indices into the split, int64 (batch,).
+        left_out: One error for each image of the key that could not be read; the batch does not hold these images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    left_out: list[ImageError]
+
+
+class ImageReader:
+    """Reads the images of a key one at a time, so that a batch of large images takes the memory of one.
+
+    Attributes:
+        shown: (sample, occurrence) of each image that was read so far; the last is the one that was yielded last.
+        left_out: One error for each image that could not be read so far.
+    """
+
+    def __init__(self, load: Callable[[int], Tensor], key: BatchKey, *, skip: bool) -> None:
+        """Read the images of `key` by `load`. `skip`: leave out images that cannot be read."""
+        self.shown: list[tuple[int, int]] = []
+        self.left_out: list[ImageError] = []
+        self._load, self._key, self._skip = load, key, skip
+
+    def __len__(self) -> int:
+        """The number of images in the key; fewer are yielded where some cannot be read."""
+        return len(self._key.samples)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield each image. Raises ImageError at an unreadable one without `skip`, and at the end if none was read."""
+        for showing in zip(self._key.samples, self._key.occurrences, strict=True):
+            try:
+                image = self._load(showing[0])
+            except ImageError as error:
+                if not self._skip:
+                    raise
+                self.left_out.append(error)
+                continue
+            self.shown.append(showing)
+            yield image
+        if not self.shown:
+            raise self.left_out[0]
+
+
+class BatchMaker(Dataset["PixelBatch | ImageError"]):
+    """A map from keys to micro-batches, as a DataLoader wants it; small to pickle."""
+
+    def __init__(self, split: Split, transform: BatchTransform, seed: int, *, skip: bool = False) -> None:
+        """Show images of `split` by `transform`, under the run's `seed`. `skip`: leave out unreadable images."""
+        self._split = split
+        self._transform = transform
+        self._seed = seed
+        self._skip = skip
+        self._cached: tuple[PixelCache, FirstStep] | None = None
+
+    def __getitem__(self, key: BatchKey) -> PixelBatch | ImageError:
+        """Return the micro-batch of `key`.
+
+        An unreadable image comes back as an error that is returned: raised in a worker, it would arrive with a page of
+        traceback. With `skip` the batch is smaller by that image, and no other image takes its place: so every other
+        image stays in its batch and in its view, for any number of workers and whenever the file became unreadable. A
+        batch without any readable image is an error also with `skip`.
+        """
+        reader = ImageReader(self._load, key, skip=self._skip)
+        # `shown` grows while the transform reads: it takes an image first, then that image's generator.
+        generators = (augment_generator(self._seed, key.view, *showing) for showing in reader.shown)
+        try:
+            images = self._transform(reader, generators)
+        except ImageError as error:
+            return error
+        ids = torch.tensor([sample for sample, _ in reader.shown], dtype=torch.int64)
+        return PixelBatch(images, self._split.labels[ids], ids, reader.left_out)
+
+    def use_cache(self, cache: PixelCache, step: FirstStep) -> None:
+        """Read images from `cache`, which stores them as they are after `step`."""
+        self._cached = cache, step
+
+    def _load(self, sample: int) -> Tensor:
+        if self._cached is None:
+            return self._split.load(sample)
+        cache, step = self._cached
+        stored = cache.load(sample)
+        return step(self._split.load(sample)) if stored is None else stored
+
+
+class EpochPlan(Sampler[BatchKey]):
+    """The keys of the next epoch's batches, in order."""
+
+    def __init__(self, batch_size: int) -> None:
+        """Plan an epoch without images; `set` replaces it."""
+        self._batch_size = batch_size
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._showings = Showings(nothing, nothing)
+        self._view = 0
+
+    def set(self, showings: Showings, view: int) -> None:
+        """Plan an epoch of `showings` in the view `view`."""
+        self._showings, self._view = showings, view
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        """Yield the key of each batch; the last batch may be short."""
+        (samples, occurrences), view, size = self._showings, self._view, self._batch_size
+        starts = range(0, len(samples), size)
+        return (BatchKey(samples[i : i + size].tolist(), occurrences[i : i + size].tolist(), view) for i in starts)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x / 255 - mean) / std on the host. uint8 (batch, 3, size, size) -> float32, the same shape.
+
+    A few images at a time, so that all four operations find them in the processor's cache.
+    """
+    batch = torch.empty(images.shape, dtype=torch.float32)
+    at_once = max(1, CACHED_PIXELS // images.shape[-1] ** 2)
+    for start in range(0, len(images), at_once):
+        part = slice(start, start + at_once)
+        batch[part].copy_(images[part]).div_(255).sub_(mean).div_(std)
+    return batch

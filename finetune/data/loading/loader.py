@@ -1,0 +1,224 @@
+"""The batches of a split on the device, epoch by epoch. Workers and caches change the speed and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
+from finetune.core.preprocess import Preprocess
+from finetune.data.caches.device_cache import DeviceCache
+from finetune.data.caches.pixel_cache import first_step, open_cache
+from finetune.data.images.decode import ImageError
+from finetune.data.images.transforms import build_transform
+from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, PixelBatch, normalise
+from finetune.data.loading.order import Showings, epoch_order, most_showings
+from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
+from finetune.data.split import Split
+from finetune.data.streams import view_of
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Loader:
+    """The batches of a split, epoch by epoch, on the device.
+
+    Attributes:
+        split: The images.
+        batch_size: Images in a micro-batch.
+        num_images: Images that an epoch shows, repeats counted.
+        waited_s: Seconds that the iterating code has waited for batches so far.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        conf: DataConf,
+        augment: AugmentConf | None,
+        seed: int,
+        device: torch.device,
+        on_skip: Callable[[ImageError], None] = lambda error: None,
+    ) -> None:
+        """Prepare; workers start with the first epoch.
+
+        Args:
+            split: The images.
+            preprocess: What the model expects.
+            conf: Batch size, workers and cache.
+            augment: For training: shuffled and augmented. None is evaluation: in order and without augmentation.
+            seed: The run's.
+            device: Where batches go.
+            on_skip: Called with the error of each image that a batch leaves out, with `data.on_error=skip`.
+        """
+        self.split = split
+        self.batch_size = conf.batch_size
+        self._repeats = 1 if augment is None else augment.repeats
+        self._drawn = 0 if augment is None else conf.epoch_images
+        self.num_images = (self._drawn or len(split)) * self._repeats
+        self.waited_s = 0.0
+        self._conf = conf
+        self._augment = augment
+        self._seed = seed
+        self._device = device
+        self._on_skip = on_skip
+        self._skips = conf.on_error == OnError.skip
+        self._step = first_step(preprocess, augment)
+        self._has_cache_to_open = conf.cache in (CacheKind.ram, CacheKind.disk)
+        self._device_cache: DeviceCache | None = None
+        start = self._step.rest if self._has_cache_to_open else preprocess
+        self._maker = BatchMaker(split, build_transform(start, augment), seed, skip=self._skips)
+        self._mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=device)[:, None, None]
+        self._std = torch.tensor(preprocess.std, dtype=torch.float32, device=device)[:, None, None]
+        self._plan = EpochPlan(conf.batch_size)
+        self._loader: DataLoader[PixelBatch | ImageError] | None = None
+        self._batches: Iterator[PixelBatch | ImageError] = iter(())
+        self._turn = 0
+        self._image_cost_s: float | None = None
+
+    def __len__(self) -> int:
+        """Micro-batches in an epoch; the last may be short."""
+        return -(-self.num_images // self.batch_size)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch.
+
+        Args:
+            epoch: From 0; decides order and views where there is augmentation.
+            skip: Micro-batches to leave out at the start; they are not even read. The others stay as they are.
+
+        Yields:
+            Images float32 (batch, 3, size, size), normalised, and labels int64 (batch,) on the device; ids int64
+            (batch,), the indices into the split, on the host.
+
+        Raises:
+            ImageError: A file cannot be read.
+        """
+        assert epoch >= 0 and skip >= 0
+        return self.show(self.showings(epoch).after(skip * self.batch_size), self.view(epoch))
+
+    def show(self, showings: Showings, view: int, *, empty: bool = False) -> Iterator[Batch]:
+        """Yield batches as `epoch` does, of any images.
+
+        Args:
+            showings: The images, in order.
+            view: The view of all of them.
+            empty: With `data.on_error=skip`: yield a batch of no images where none of a batch can be read, without
+                calling `on_skip`; otherwise such a batch is an error.
+        """
+        self._turn += 1
+        turn = self._turn
+        self._start(showings, view)
+        # Nothing but `self._batches` refers to the iterator, not even this frame, so that `close` ends the workers.
+        while (batch := self._next()) is not None:
+            if isinstance(batch, ImageError):
+                if not (empty and self._skips):
+                    raise batch
+                batch = self._empty_batch()
+            for error in batch.left_out:
+                self._on_skip(error)
+            yield self._to_device(batch)
+            assert turn == self._turn, "another epoch of this loader was begun before this one ended"
+
+    def view(self, epoch: int) -> int:
+        """Which view an epoch shows."""
+        return view_of(epoch, self._augment)
+
+    def showings(self, epoch: int) -> Showings:
+        """Which images an epoch shows, in which order."""
+        if self._augment is None:
+            everything = torch.arange(self.num_images)
+            return Showings(everything, torch.zeros_like(everything))
+        balanced = self._conf.balance == Balance.sampling
+        order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced, images=self._drawn)
+        return order.repeated(self._repeats)
+
+    def most_showings(self) -> Tensor | None:
+        """How often an epoch can show each image at most, int64 (n,); None: any number of times."""
+        balanced = self._augment is not None and self._conf.balance == Balance.sampling
+        return most_showings(self.split.labels, balanced=balanced, repeats=self._repeats, images=self._drawn)
+
+    @property
+    def will_fork(self) -> bool:
+        """Whether the next pass may start worker processes."""
+        if self._loader is not None or self._conf.cache == CacheKind.device:
+            return False
+        # For `auto` the most there can be: how slow images are is measured when the pass begins.
+        return (pick_workers(1.0, self._device) if self._conf.workers == "auto" else int(self._conf.workers)) > 0
+
+    def seconds_per_image(self) -> float:
+        """Seconds until an image is loaded, with as many workers as there are, by measurement; 0 from the device."""
+        if self._conf.cache == CacheKind.device:
+            return 0.0
+        # Not stored: none of its workers has started, and `will_fork` looks at whether there is a loader.
+        workers = (self._loader or self._build()).num_workers
+        return self._image_cost() / max(1, workers)
+
+    def leave_out(self, sample: int, reason: str) -> None:
+        """Report an image that other code could not use, as if a batch had left it out."""
+        self._on_skip(ImageError(self.split.name_of(sample), reason))
+
+    def close(self) -> None:
+        """End the workers, if there are any. A later epoch starts new ones."""
+        self._turn += 1
+        self._batches = iter(())
+        self._loader = None
+
+    def _start(self, showings: Showings, view: int) -> None:
+        """Begin a pass: make `self._batches` its iterator."""
+        self._plan.set(showings, view)
+        self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
+        if self._conf.cache == CacheKind.device:
+            self._batches = self._from_device()
+            return
+        if self._loader is None:
+            self._loader = self._build()
+        with signals_blocked():
+            self._batches = iter(self._loader)
+
+    def _next(self) -> PixelBatch | ImageError | None:
+        began = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited_s += time.perf_counter() - began
+        return batch
+
+    def _build(self) -> DataLoader[PixelBatch | ImageError]:
+        if self._has_cache_to_open:
+            self._maker.use_cache(open_cache(self.split, self._step, self._conf), self._step)
+            self._has_cache_to_open = False  # opened once, also when workers are started again
+        is_auto = self._conf.workers == "auto"
+        workers = pick_workers(self._image_cost(), self._device) if is_auto else int(self._conf.workers)
+        return build_data_loader(self._maker, self._plan, workers, self._device)
+
+    def _image_cost(self) -> float:
+        """Seconds of one core to make one image, measured once on the first ones."""
+        if self._image_cost_s is None:
+            count = min(self.batch_size, len(self.split))
+            self._image_cost_s = seconds_per_call(lambda sample: self._maker[BatchKey([sample], [0], 0)], count)
+        return self._image_cost_s
+
+    def _from_device(self) -> Iterator[PixelBatch | ImageError]:
+        """Batches out of the cache on the device, which is filled now if it is not yet."""
+        if self._device_cache is None:
+            self._device_cache = DeviceCache(self.split, self._step, self._conf, self._device)
+        for key in self._plan:
+            images, ids, left_out = self._device_cache.take(torch.tensor(key.samples, dtype=torch.int64))
+            yield PixelBatch(images, self.split.labels[ids], ids, left_out) if len(ids) else left_out[0]
+
+    def _empty_batch(self) -> PixelBatch:
+        images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return PixelBatch(images, self.split.labels[:0], torch.empty(0, dtype=torch.int64), [])
+
+    def _to_device(self, batch: PixelBatch) -> Batch:
+        images, labels, ids, _ = batch
+        if self._device.type == "cpu":
+            return normalise(images, self._mean, self._std), labels, ids
+        early = self._device.type == "cuda"  # out of pinned memory, while the device is still busy
+        pixels = images.to(self._device, non_blocking=early).to(torch.float32)
+        normalised = pixels.div_(255).sub_(self._mean).div_(self._std)
+        return normalised, labels.to(self._device, non_blocking=early), ids
