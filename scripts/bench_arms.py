@@ -21,7 +21,7 @@ from finetune.app import training
 from finetune.app.run import run
 from finetune.core.loop import FiniteGuard
 from finetune.core.optim import build_optimizer
-from finetune.prefix.shelf import shared_between_runs
+from finetune.prefix.sweep_memory import shared_between_runs
 from finetune.runs.history import OF_THE_CLOCK, History
 from finetune.system.memory import hand_back_freed_memory
 

@@ -26,7 +26,7 @@ from finetune.data import open_source
 from finetune.data.streams import num_views
 from finetune.models import build_model
 from finetune.models.patches import products_dominate
-from finetune.prefix import why_not_in_training
+from finetune.prefix import why_not_cacheable
 from finetune.system.errors import UserError
 
 IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 1_281_167
@@ -214,7 +214,11 @@ def _compute(model: LayeredModel, conf: Conf, image_size: int, epoch_images: int
 
 def _pflop_with_cache(conf: Conf, flops: Flops, epoch_images: int) -> float | None:
     """Work of the run where the activations of the frozen layers are cached; None where none can be cached."""
-    if not flops.frozen or conf.prefix.cache == PrefixCache.none or why_not_in_training(conf) is not None:
+    if (
+        not flops.frozen
+        or conf.prefix.cache == PrefixCache.none
+        or why_not_cacheable(conf.augment, conf.data.epoch_images) is not None
+    ):
         return None
     epochs = conf.train.epochs
     views = min(num_views(conf.augment), epochs)

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run, place
+from finetune.app.feeds import Feeds
 from finetune.app.probing import fit_head
 from finetune.app.training import ranked_by, scored, stoppable, train_to_the_end, write_scores
 from finetune.config import CompileMode, Conf, HeadKind, OnNonfinite, as_dict, train_problems
@@ -39,7 +40,6 @@ from finetune.core.sched import create_scheduler, lr_factor
 from finetune.models import build_model
 from finetune.models.heads.offsets import set_offsets
 from finetune.prefix import Feed
-from finetune.prefix.splits import Feeding
 from finetune.report import run_figures as report
 from finetune.report import scores
 from finetune.runs.checkpoint import put_weights
@@ -257,11 +257,11 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
     if not session.is_accepted and not (conf.resume_force or session.earlier.is_forced):
         # Ahead of what takes long: a stop shall not undo it.
         _accept(session, run_dir, carried_on=carried_on, plan=plan)
-    feeding = Feeding(run, stop.check)
-    train, val = feeding.splits()
-    _prepare_head(run, train, val, feeding.first_layer, result, stop)
+    feeds = Feeds(run, stop.check)
+    train, val = feeds.train_and_val()
+    _prepare_head(run, train, val, run.model.boundary, result, stop)
     state = _start(run, steps)
-    state.first_layer = feeding.first_layer
+    state.first_layer = run.model.boundary
     state.compiled = compiled(run.model, conf.train.compile, batch_size=conf.data.batch_size, device=device)
     notice = recipe.batch_notice(conf)
     if notice is not None:
@@ -282,7 +282,7 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
         train.close()
         val.close()
     try:  # while the last save goes to the disk
-        _test(run, state, saver, feeding.test(), result, stop)
+        _test(run, state, saver, feeds.test(), result, stop)
         report.plot_rates(run_dir)
     finally:
         saver.wait()
@@ -426,7 +426,7 @@ def _test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result,
     try:
         if feed.will_fork(0):
             saver.wait()  # no process is forked while another thread holds who knows what
-        feed.prepare(0)
+        feed.fill(0)
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
             put_weights(saver.best_weights(), run.model, run.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.

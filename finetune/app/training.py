@@ -48,7 +48,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
         nonlocal bar
         if train.will_fork(epoch):
             saver.wait()  # no process is forked while another thread holds who knows what
-        train.prepare(epoch)
+        train.fill(epoch)
         bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
         return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
 
@@ -136,7 +136,7 @@ def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation
     shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"], **feed.stats()}
     speed = bar.images_per_s
     if gpu is not None and speed:
-        shown["mfu"] = gpu.share(speed, float(feed.is_kept))  # the bar begins behind what was computed for it
+        shown["mfu"] = gpu.share(speed, float(feed.is_cached))  # the bar begins behind what was computed for it
     return shown
 
 

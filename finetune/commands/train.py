@@ -80,7 +80,7 @@ def _single(line: CommandLine, prepared: Prepared) -> int:
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
     """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
     from finetune.config.words.composition import launch
-    from finetune.prefix.shelf import shared_between_runs
+    from finetune.prefix.sweep_memory import shared_between_runs
 
     codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():

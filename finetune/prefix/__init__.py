@@ -1,20 +1,27 @@
-"""The frozen layers of a model: run once an image and view, and their output kept where it pays."""
+"""The frozen layers of a model: they run once for each image and view, and their output, the activations, is cached.
 
-from finetune.prefix.choice import SHARE, Need, choose, is_roomy, measure, why_not_in_training
-from finetune.prefix.feed import Feed, Keep
+May know `system`, `config`, `core` and `data`; not the whole configuration, nor a run's folder. Read `feed.py` first
+(how a batch of activations reaches the training loop), then `planning.py` (where activations are cached).
+"""
+
+from finetune.prefix.cache import ActivationCache
+from finetune.prefix.choice import SHARE
+from finetune.prefix.feed import Feed
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.identity import prefix_digest, split_digest
+from finetune.prefix.measuring import measure
+from finetune.prefix.planning import CachePlanner, why_not_cacheable
+from finetune.prefix.sweep_memory import sweep_memory
 
 __all__ = [
     "SHARE",
+    "ActivationCache",
+    "CachePlanner",
     "Feed",
     "FrozenPrefix",
-    "Keep",
-    "Need",
-    "choose",
-    "is_roomy",
     "measure",
     "prefix_digest",
     "split_digest",
-    "why_not_in_training",
+    "sweep_memory",
+    "why_not_cacheable",
 ]

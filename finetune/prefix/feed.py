@@ -1,15 +1,11 @@
-"""The batches of a split as the loop takes them: images, or what the frozen layers make of them, computed or kept."""
+"""The batches of a split as the training loop takes them: images, or the activations of the frozen layers."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,79 +16,20 @@ from finetune.data import Batch, ImageError, Loader
 from finetune.data.caches.device_cache import sent
 from finetune.data.images.mix import Mixer
 from finetune.data.loading.order import Showings
+from finetune.prefix.cache import ActivationCache
 from finetune.prefix.frozen import FrozenPrefix
-from finetune.prefix.shelf import Shelf
-from finetune.prefix.store import Block, Builder, build_in_memory, find_on_disk, open_on_disk
+from finetune.prefix.store import ActivationBlock, Builder
 from finetune.system.progress import Bar
 
 logger = logging.getLogger("finetune")
 
-AHEAD = 2  # batches fetched while the loop computes
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Where the activations of a split are kept, and under which name.
-
-    Attributes:
-        kind: ram, device or disk.
-        name: Changes with all that the numbers depend on but the view.
-        images: Activations of a view.
-        views: How many views there will be.
-        shelf: Where blocks in memory stand.
-        device: Where the run computes.
-        folder: Of blocks on disk.
-        is_asked: Whether somebody named the place; else what does not fit there after all is computed every time.
-    """
-
-    kind: PrefixCache
-    name: str
-    images: int
-    views: int
-    shelf: Shelf
-    device: torch.device
-    folder: Path
-    is_asked: bool
-
-    @property
-    def total(self) -> int:
-        """Activations of all views."""
-        return self.images * self.views
-
-    @property
-    def missing(self) -> int:
-        """Those of them that are still to be computed."""
-        return self.images * sum(not self.is_there(view) for view in range(self.views))
-
-    def place(self, view: int) -> Path:
-        """Of a view's block on disk."""
-        return self.folder / f"{self.name}-{view}"
-
-    def is_there(self, view: int) -> bool:
-        """Whether a view is kept already, as far as its name tells."""
-        if self.kind == PrefixCache.disk:
-            return os.path.isdir(self.place(view))
-        return self.shelf.get(self.on_shelf(view)) is not None
-
-    def on_shelf(self, view: int) -> str:
-        """The name of a view's block in memory."""
-        where = self.device if self.kind == PrefixCache.device else "host"
-        return f"{self.kind}-{self.name}-{where}-{view}"
-
-    def find(self, view: int) -> Block | None:
-        """A view's block, where it is there; what is damaged is removed.
-
-        Raises:
-            OSError: What is damaged cannot be removed.
-        """
-        if self.kind == PrefixCache.disk:
-            return find_on_disk(self.place(view), self.images)
-        block: Block | None = self.shelf.get(self.on_shelf(view))
-        return block
+PREFETCH = 2  # batches that are read from a cache while the loop computes
 
 
 class Feed:
-    """What a `Loader` gives, mixed where that is asked for, and behind the frozen layers where there are any.
+    """The batches of a `Loader`: mixed by MixUp or CutMix, and run through the frozen layers where there are any.
+
+    With a cache, the frozen layers run on all images of a view at once, before the first epoch that shows the view.
 
     Attributes:
         num_images: How many images an epoch shows.
@@ -105,82 +42,86 @@ class Feed:
         title: str,
         device: torch.device,
         prefix: FrozenPrefix | None = None,
-        keep: Keep | None = None,
+        cache: ActivationCache | None = None,
         mixer: Mixer | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Feed from `loader`.
 
         Args:
-            loader: Of the split.
-            title: Of the split, for a progress bar.
+            loader: Batches of images.
+            title: Name of the split, for progress bars.
             device: Where batches go.
             prefix: The frozen layers; None: batches hold images.
-            keep: Where their output is kept, which takes a bound on how often an epoch shows an image; None: it is
-                computed every time.
-            mixer: For training.
-            check: Called between batches of a long pass; what it raises ends the pass.
+            cache: Where activations are cached; None: they are computed in every epoch.
+            mixer: MixUp and CutMix, in training.
+            check: Called between batches while a cache is filled; an exception from it ends the filling.
         """
-        most = loader.most_showings()
-        assert keep is None or (prefix is not None and most is not None)
+        showings = loader.most_showings()
+        assert cache is None or (prefix is not None and showings is not None), "see why_not_cacheable"
         self.num_images = loader.num_images
         self._loader = loader
         self._title = title
         self._device = device
-        self._most = torch.zeros(0, dtype=torch.int64) if most is None else most
+        # An image has a slot in a block for each time that an epoch can show it.
+        self._showings = torch.zeros(0, dtype=torch.int64) if showings is None else showings
+        self._first_slot = self._showings.cumsum(0) - self._showings
         self._prefix = prefix
-        self._keep = keep
+        self._cache = cache
         self._mixer = mixer
         self._check = check
-        self._first_slot = self._most.cumsum(0) - self._most
-        self._opened: dict[int, Block] = {}
-        self._waited_s = self._waited_before = 0.0
-        self._began = self._prepared_s = 0.0
-        self._built = False
+        self._blocks: dict[int, ActivationBlock] = {}
+        self._began = self._waited_s = 0.0  # of the current epoch
+        self._fill_s = self._fill_waited_s = 0.0  # of `fill` before it
+        self._was_computed = False  # whether `fill` ran the frozen layers
 
     def __len__(self) -> int:
-        """Micro-batches an epoch; the last may be short."""
+        """Micro-batches in an epoch; the last may be short."""
         return len(self._loader)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether a pass takes what the frozen layers have given before it."""
-        return self._keep is not None
+    def is_cached(self) -> bool:
+        """Whether epochs read activations from a cache."""
+        return self._cache is not None
 
     def will_fork(self, epoch: int) -> bool:
-        """Whether a pass may start processes."""
+        """Whether the epoch may start worker processes."""
         view = self._loader.view(epoch)
-        is_there = view in self._opened or (self._keep is not None and self._keep.is_there(view))
+        is_there = view in self._blocks or (self._cache is not None and self._cache.has(view))
         return self._loader.will_fork and not is_there
 
-    def prepare(self, epoch: int) -> None:
-        """Compute now what the epoch would otherwise wait for, where it is kept; under a bar of its own.
+    def fill(self, epoch: int) -> None:
+        """Compute the activations that an epoch reads, unless the cache has them; nothing to do without a cache.
 
         Raises:
-            OSError: It does not fit where it was asked for.
+            OSError: The disk that the user asked for is full.
         """
         began, before = time.perf_counter(), self._loader.waited_s
-        self._built = False
+        self._was_computed = False
         try:
-            if self._keep is not None:
-                self._block(self._loader.view(epoch))
+            if self._cache is not None:
+                self._block(self._cache, self._loader.view(epoch))
         except (OSError, RuntimeError, MemoryError) as error:
             if not isinstance(error, OSError) and not is_out_of_memory(error):
                 raise
-            assert self._keep is not None
-            if self._keep.is_asked:
+            if self._cache is None or self._cache.is_required:
                 raise
             reason = str(error).splitlines()[0]
-            logger.warning("what the frozen layers give for %s is not kept after all: %s", self._title, reason)
-            self._keep = None
-            self._opened.clear()
-        self._prepared_s, self._waited_before = time.perf_counter() - began, self._loader.waited_s - before
+            logger.warning("the activations of %s are not cached after all: %s", self._title, reason)
+            self._cache = None
+            self._blocks.clear()
+        self._fill_s, self._fill_waited_s = time.perf_counter() - began, self._loader.waited_s - before
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """One pass, as `Loader.epoch` has it; the first of a batch are what the loop's first layer takes."""
+        """One pass, as of `Loader.epoch`; batches hold images, or activations in the dtype that the next layer takes.
+
+        Args:
+            epoch: From 0.
+            skip: Micro-batches to leave out at the start.
+        """
         self._began, self._waited_s = time.perf_counter(), 0.0
-        if self._keep is not None:
-            yield from self._kept(epoch, skip)
+        if self._cache is not None:
+            yield from self._cached(self._cache, epoch, skip)
             return
         before = self._loader.waited_s
         batches = self._loader.epoch(epoch, skip)
@@ -193,53 +134,67 @@ class Feed:
             yield inputs, targets, ids
 
     def stats(self) -> dict[str, float]:
-        """Of the latest epoch, read at its end: `data_wait`, the share of its time that was waited for data.
+        """Speed of the latest epoch, read at its end.
 
-        Its preparation counts. Where layers are frozen also `prefix_hits`, the share of images whose activations were
-        there before.
+        `data_wait` is the share of its time, `fill` included, that was spent waiting for data. `prefix_hits`, with
+        frozen layers only, is the share of images whose activations were cached before.
         """
-        seconds = time.perf_counter() - self._began + self._prepared_s
-        found = {"data_wait": (self._waited_s + self._waited_before) / max(seconds, 1e-9)}
+        seconds = time.perf_counter() - self._began + self._fill_s
+        found = {"data_wait": (self._waited_s + self._fill_waited_s) / max(seconds, 1e-9)}
         if self._prefix is not None:
-            found["prefix_hits"] = 0.0 if self._keep is None or self._built else 1.0
+            found["prefix_hits"] = 0.0 if self._cache is None or self._was_computed else 1.0
         return found
 
     def close(self) -> None:
         """End the loader's workers. A later epoch starts new ones."""
         self._loader.close()
 
-    def _kept(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """An epoch out of a block, in the order that the loader would show."""
-        block, size, split = self._block(self._loader.view(epoch)), self._loader.batch_size, self._loader.split
+    def _block(self, cache: ActivationCache, view: int) -> ActivationBlock:
+        """The activations of a view, computed now if the cache does not have them."""
+        if view not in self._blocks:
+            block, self._was_computed = cache.open(view, lambda builder: self._compute(builder, view), self._check)
+            self._blocks[view] = block
+            if not self._was_computed and not block.present.all():  # `_compute` has reported the images of its own
+                self._report_unreadable(self._slot_samples()[~block.present])
+        block = self._blocks[view]
+        assert self._prefix is not None
+        self._prefix.native = block.native
+        return block
+
+    def _cached(self, cache: ActivationCache, epoch: int, skip: int) -> Iterator[Batch]:
+        """An epoch read from a block, in the order in which the loader would show the images."""
+        block, size, split = self._block(cache, self._loader.view(epoch)), self._loader.batch_size, self._loader.split
         assert self._prefix is not None
         samples, occurrences = self._loader.showings(epoch).after(skip * size)
         slots = self._first_slot[samples] + occurrences
-        there = block.present[slots]  # without what could not be read
-        counts = [int(part.sum()) for part in torch.split(there, size)] if len(slots) else []
-        values_of = self._fetched(block, slots[there], counts)
-        for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[there], counts), strict=True)):
+        present = block.present[slots]  # images that could be read
+        counts = [int(part.sum()) for part in torch.split(present, size)] if len(slots) else []
+        is_at_hand = cache.kind != PrefixCache.disk and block.values.device.type == self._device.type
+        read = self._indexed if is_at_hand else self._prefetched
+        batches = zip(read(block, slots[present], counts), torch.split(samples[present], counts), strict=True)
+        for number, (values, ids) in enumerate(batches):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
             yield self._prefix.restore(values), sent(split.labels[ids], self._device), ids
 
-    def _fetched(self, block: Block, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
-        """The activations of each batch on the device; read ahead where that takes longer than a copy in memory.
+    def _indexed(self, block: ActivationBlock, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
+        """The activations of each batch, from a block in the memory of the device that computes.
 
         Args:
-            block: Holds them.
-            slots: Of an epoch, int64 (n,).
-            counts: Images of each batch.
+            block: The activations of a view.
+            slots: Slots that the epoch shows, int64 (n,).
+            counts: Images in each batch.
         """
-        assert self._keep is not None
-        if self._keep.kind != PrefixCache.disk and block.values.device.type == self._device.type:
-            for part in torch.split(sent(slots, self._device), counts):
-                yield block.values[part]
-            return
+        for part in torch.split(sent(slots, self._device), counts):
+            yield block.values[part]
+
+    def _prefetched(self, block: ActivationBlock, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
+        """The same from another memory or the disk: a thread reads `PREFETCH` batches ahead of the loop."""
         with ThreadPoolExecutor(1) as pool:
             waiting: list[Future[Tensor]] = []
             for part in torch.split(slots, counts):
-                waiting.append(pool.submit(_fetch, block.values, part, pin=self._device.type == "cuda"))
-                if len(waiting) > AHEAD:
+                waiting.append(pool.submit(_read, block.values, part, pin=self._device.type == "cuda"))
+                if len(waiting) > PREFETCH:
                     yield self._arrived(waiting.pop(0))
             for future in waiting:
                 yield self._arrived(future)
@@ -250,58 +205,18 @@ class Feed:
         self._waited_s += time.perf_counter() - began
         return sent(values, self._device)
 
-    def _found(self, view: int) -> Block | None:
-        """The activations of a view where they are there already, from an earlier epoch or run."""
-        assert self._keep is not None
-        if view not in self._opened:
-            block = self._keep.find(view)
-            if block is None:
-                return None
-            self._open(view, block)
-        return self._opened[view]
+    def _slot_samples(self) -> Tensor:
+        """The image of each slot, int64 (slots,)."""
+        return torch.arange(len(self._showings)).repeat_interleave(self._showings)
 
-    def _block(self, view: int) -> Block:
-        """The activations of a view, computed now if they are not there."""
-        block = self._found(view)
-        if block is None:
-            block = self._build(view)
-        assert self._prefix is not None
-        self._prefix.native = block.native
-        return block
-
-    def _build(self, view: int) -> Block:
-        """Compute the activations of a view, unless another run does so meanwhile."""
-        keep = self._keep
-        assert keep is not None
-        if keep.kind != PrefixCache.disk:
-            where = self._device if keep.kind == PrefixCache.device else torch.device("cpu")
-            block = build_in_memory(keep.images, lambda builder: self._fill(builder, view), where)
-            keep.shelf.put(keep.on_shelf(view), block, block.values.nbytes)
-            self._opened[view], self._built = block, True
-            return block
-        block, self._built = open_on_disk(
-            keep.place(view), keep.images, lambda builder: self._fill(builder, view), self._check
-        )
-        if self._built:
-            self._opened[view] = block
-        else:
-            self._open(view, block)
-        return block
-
-    def _open(self, view: int, block: Block) -> None:
-        """Take what an earlier epoch or another run has computed; who asks for it is told of what it lacks, too."""
-        self._opened[view] = block
-        if not block.present.all():
-            self._leave_out(torch.arange(len(self._most)).repeat_interleave(self._most)[~block.present])
-
-    def _leave_out(self, samples: Tensor) -> None:
+    def _report_unreadable(self, samples: Tensor) -> None:
         for sample in sorted(set(samples.tolist())):
             self._loader.leave_out(sample, "could not be read when the frozen layers ran on it")
 
-    def _fill(self, builder: Builder, view: int) -> None:
-        """Run the frozen layers on every showing that an epoch of this view can hold."""
+    def _compute(self, builder: Builder, view: int) -> None:
+        """Run the frozen layers on every image of a view, as often as an epoch can show it."""
         assert self._prefix is not None
-        samples = torch.arange(len(self._most)).repeat_interleave(self._most)
+        samples = self._slot_samples()
         everything = Showings(samples, torch.arange(len(samples)) - self._first_slot[samples])
         size = self._loader.batch_size
         title = f"frozen layers on {self._title}" + (f", view {view + 1}" if view else "")
@@ -311,36 +226,15 @@ class Feed:
             for number, (images, _, ids) in enumerate(bar.wrap(batches)):
                 asked = samples[number * size : (number + 1) * size]
                 if len(ids):
-                    builder.put(self._prefix(images), found_in(asked, ids), self._prefix.native)
-                else:  # of so many side by side; an epoch shows them among others
+                    builder.put(self._prefix(images), torch.isin(asked, ids), self._prefix.native)
+                else:  # a whole batch of unreadable images: an epoch in another order may mix them with readable ones
                     builder.put(None, torch.zeros(len(asked), dtype=torch.bool), self._prefix.native)
-                    self._leave_out(asked)
+                    self._report_unreadable(asked)
                 self._check()
-        finally:  # these activations take the place of its images; and workers hold locks as long as they live
+        finally:  # epochs read activations from here on; and each worker process holds memory as long as it lives
             self._loader.close()
 
 
-def _fetch(values: Tensor, slots: Tensor, *, pin: bool) -> Tensor:
+def _read(values: Tensor, slots: Tensor, *, pin: bool) -> Tensor:
     batch = values[slots]
     return batch.pin_memory() if pin else batch
-
-
-def found_in(wanted: Tensor, got: Tensor) -> Tensor:
-    """Which of `wanted` (n,) are in `got` (m,), which is `wanted` with some left out, in the same order. bool (n,)."""
-    if len(wanted) == len(got):
-        return torch.ones(len(wanted), dtype=torch.bool)
-    rest = iter(got.tolist())
-    present, following = [], next(rest, None)
-    for number in wanted.tolist():
-        present.append(number == following)
-        if number == following:
-            following = next(rest, None)
-    return torch.tensor(present)
-
-
-def first_batch(loader: Loader) -> Batch:
-    """The first of a pass over a loader's images; its workers end."""
-    batches = loader.epoch(0)
-    batch = next(islice(batches, 1))
-    loader.close()
-    return batch

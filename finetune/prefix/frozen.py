@@ -1,8 +1,8 @@
-"""The frozen layers as a function of a batch: no gradients, weights cast once, rounded at the boundary.
+"""The frozen layers as a function of a batch: no gradients, weights cast once, activations rounded at the boundary.
 
-An image's activations have the same bits in every batch of one size, whatever its neighbours and its place among them;
-another size may take other kernels (both measured on CPUs). So a short batch is filled up here, and what is computed
-once and kept equals what would be computed in every epoch.
+The boundary is where the frozen layers end and the layers that learn begin. An image's activations have the same bits
+in every batch of one size, whatever the other images and their order; a batch of another size may run other kernels
+(both measured on CPUs). So a short batch is filled up here, and cached activations equal recomputed ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from finetune.core.layers import LayeredModel
 
-# Kept values stay this many times below what a float16 can hold: images to come may reach further than those seen.
+# fp16 is picked only if the first activations stay this many times below its largest number: later ones may be larger.
 HEADROOM = 4.0
 LARGEST = torch.finfo(torch.float16).max
-# What autocast would cast anew in every forward pass: the weights of these alone.
+# Modules whose weights autocast would cast again in every forward pass.
 CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
 
 
@@ -27,9 +27,8 @@ class FrozenPrefix:
 
     Attributes:
         boundary: How many layers it runs.
-        kept_as: The dtype at the boundary, in which activations can be kept; None: as they come. Set it before the
-            first batch.
-        native: The dtype that the layers above take; known after the first batch, or from a cache.
+        stored_as: Precision of the activations; None: as the layers give them. Set it before the first batch.
+        native: Dtype in which the layers above take the activations; known after the first batch, or from a cache.
         batch_size: Images of every pass; a shorter batch is filled up.
     """
 
@@ -44,71 +43,56 @@ class FrozenPrefix:
         """Share the frozen layers of `model`, which stays as it is.
 
         Args:
-            model: Frozen, on its device, and of one kind with all whose activations are exchanged.
+            model: Frozen, and on its device.
             batch_size: Images of every pass.
             autocast: Context of the forward pass, reusable.
-            dtype: What it computes in.
+            dtype: What the forward pass computes in.
         """
         assert model.boundary > 0
         self.boundary = model.boundary
-        self.kept_as: torch.dtype | None = None
+        self.stored_as: torch.dtype | None = None
         self.native = torch.float32
         self.batch_size = batch_size
         self._autocast = autocast
-        self._first: tuple[Tensor, Tensor] | None = None
         frozen = [p for name, p in model.net.named_parameters() if model.layer_ids[name] < self.boundary]
         assert not any(p.requires_grad for p in frozen), "freeze the model first"
         self._model = model if dtype == torch.float32 else _cast_once(model, dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Activations at the boundary, rounded, as they can be kept. (batch, 3, size, size) -> (batch, ...).
+        """Activations at the boundary, rounded to `stored_as`. (batch, 3, size, size) -> (batch, ...).
 
-        What lies beyond float16, where that was chosen by other images, becomes its largest number: infinities would
-        end the run, and an image's few largest values are not what it is known by.
+        Numbers beyond the range of float16 become its largest number, since infinities would end the run. Only images
+        after the first batch can have any: float16 was picked because the first batch fits into it.
         """
-        h = self._run(images)
+        h = self.compute(images)
         self.native = h.dtype
-        if self.kept_as == torch.float16 != h.dtype:
-            h = h.float().clamp(-LARGEST, LARGEST)  # NaN stays what it is
-        return h.to(self.kept_as or h.dtype)
-
-    def first(self, images: Tensor) -> Tensor:
-        """Activations as they are, unrounded; remembered, so that the pass that begins with these has them already."""
-        h = self._run(images)
-        self._first = (images, h)
-        return h
-
-    def forget(self) -> None:
-        """Let go of the first batch, wanted or not."""
-        self._first = None
+        if self.stored_as == torch.float16 != h.dtype:
+            h = h.float().clamp(-LARGEST, LARGEST)  # NaN stays NaN
+        return h.to(self.stored_as or h.dtype)
 
     @torch.no_grad()
-    def _run(self, images: Tensor) -> Tensor:
-        if self._first is not None:
-            known, kept = self._first
-            if torch.equal(known, images):
-                self._first = None
-                return kept
+    def compute(self, images: Tensor) -> Tensor:
+        """Activations at the boundary, not rounded. (batch, 3, size, size) -> (batch, ...)."""
         count = len(images)
         assert 0 < count <= self.batch_size, f"{count} images, made for {self.batch_size}"
         if count < self.batch_size:
             images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
-        with self._autocast:  # frozen layers are in eval mode whatever the model is in
+        with self._autocast:  # frozen layers are in eval mode, whatever mode the model is in
             h: Tensor = self._model(images, stop=self.boundary)
         return h[:count]
 
-    def restore(self, kept: Tensor) -> Tensor:
-        """Kept activations as the layers above take them."""
-        return kept.to(self.native)
+    def restore(self, activations: Tensor) -> Tensor:
+        """Stored activations in the dtype that the layers above take."""
+        return activations.to(self.native)
 
 
 def overflow_safe(h: Tensor) -> bool:
-    """Whether float16 holds these activations, with room for those of other images."""
+    """Whether float16 holds these activations with room for larger ones of other images."""
     return bool(h.abs().amax() * HEADROOM < LARGEST)
 
 
 def _cast_once(model: LayeredModel, dtype: torch.dtype) -> LayeredModel:
-    """A model that shares every tensor with `model`, but for frozen weights that autocast would cast in every pass."""
+    """A copy that shares every tensor with `model` except the frozen weights that autocast would cast in every pass."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, dict(shared))
     for path, module in twin.net.named_modules():

@@ -1,4 +1,4 @@
-"""The name under which activations are kept: it changes with everything that their bits depend on."""
+"""The names of cached activations: they change with everything that the bits of the activations depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data.caches.digest import content_digest
 from finetune.data.sources.opening import Split
 
-# Of `model.*`: what the frozen layers do not depend on, beyond their weights, which are counted one by one.
+# Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
 NOT_OF_THE_PREFIX = (
     *("head", "head_scale", "head_dropout", "head_bias", "templates", "class_names", "drop_path"),
     *("pretrained", "pool"),
@@ -27,12 +27,12 @@ NOT_OF_THE_PREFIX = (
 
 
 def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, str]) -> str:
-    """The frozen layers, and how they are computed. 32 letters and digits.
+    """Digest of the frozen layers and of how they are computed, 32 hexadecimal digits.
 
     Args:
         model: Frozen.
-        conf: What it was built by.
-        computing: Dtypes, device, batch size, versions: in words.
+        conf: The settings that it was built with.
+        computing: Dtypes, device, batch size and versions, in words.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     settings = {name: value for name, value in as_dict(conf).items() if name not in NOT_OF_THE_PREFIX}
@@ -50,22 +50,23 @@ def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, 
 
 
 def split_digest(
-    split: Split, most: Tensor, preprocess: Preprocess, augment: AugmentConf | None, seed: int, *, skip: bool
+    split: Split, showings: Tensor, preprocess: Preprocess, augment: AugmentConf | None, seed: int, *, skip: bool
 ) -> str:
-    """The images of a split, what is done to them, and where each of them lies. 32 letters and digits.
+    """Digest of a split's images, of their transforms and of their slots in a block, 32 hexadecimal digits.
 
     Args:
         split: The images.
-        most: How often an epoch can show each, int64 (n,): so many slots it has, one image's behind another's.
-        preprocess: What the model expects.
-        augment: In training; None in evaluation, which draws nothing.
-        seed: The run's.
-        skip: Whether an image that cannot be read is left out; else it ends the run, so no other's block will do.
+        showings: How often an epoch can show each image, int64 (images,); an image has that many slots in a row.
+        preprocess: The transform that the model expects.
+        augment: Augmentation in training; None in evaluation, which draws no random numbers.
+        seed: The run's seed.
+        skip: Whether images that cannot be read are left out. Without it they end a run, so a block without them must
+            not be found.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     chance = {"augment": None} if augment is None else {"augment": as_dict(augment), "seed": seed}
     _add(state, {"preprocess": as_dict(preprocess), **chance, "skip": skip})
-    state.update(most.numpy().data)
+    state.update(showings.numpy().data)
     state.update(content_digest(split))
     return state.hexdigest()
 
@@ -76,7 +77,7 @@ def _add(state: Any, words: Mapping[str, Any]) -> None:
 
 @cache
 def _source_digest() -> str:
-    """Our own code, byte for byte: a change of it makes other activations. Versions are among `computing`'s words."""
+    """Digest of this package's source code, since a change of it may change activations."""
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     root = Path(finetune.__file__).parent
     for path in sorted(root.rglob("*.py")):

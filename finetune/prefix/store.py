@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass
-class Block:
+class ActivationBlock:
     """The activations of one view of a split.
 
     Attributes:
@@ -158,15 +158,15 @@ def _told_of(folder: Path) -> Iterator[None]:
 Fill = Callable[[Builder], None]
 
 
-def build_in_memory(slots: int, fill: Fill, device: torch.device) -> Block:
+def build_in_memory(slots: int, fill: Fill, device: torch.device) -> ActivationBlock:
     """A block in the memory of `device`."""
     builder = MemoryBuilder(slots, device)
     fill(builder)
     builder.finish()
-    return Block(builder.values, builder.present, builder.native)
+    return ActivationBlock(builder.values, builder.present, builder.native)
 
 
-def find_on_disk(place: Path, slots: int) -> Block | None:
+def find_on_disk(place: Path, slots: int) -> ActivationBlock | None:
     """The block in the folder `place`; None where it is not there, or is damaged, and then it is said so and it goes.
 
     Returns:
@@ -189,7 +189,9 @@ def find_on_disk(place: Path, slots: int) -> Block | None:
     return block
 
 
-def open_on_disk(place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None) -> tuple[Block, bool]:
+def open_on_disk(
+    place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None
+) -> tuple[ActivationBlock, bool]:
     """The block in the folder `place`, built now if it is not there or is damaged.
 
     `check` is called while another run builds it; what it raises ends the wait.
@@ -199,7 +201,7 @@ def open_on_disk(place: Path, slots: int, fill: Fill, check: Callable[[], None] 
 
     Raises:
         OSError: The folder cannot be written, or is full, or does not give back what was written.
-        ValueError: See `Builder`.
+        ValueError: See `BlockBuilder`.
     """
     built = False
 
@@ -252,7 +254,7 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(place: Path, slots: int) -> tuple[Block | None, str]:
+def _read(place: Path, slots: int) -> tuple[ActivationBlock | None, str]:
     """The block, or None and why it is damaged."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
@@ -266,7 +268,7 @@ def _read(place: Path, slots: int) -> tuple[Block | None, str]:
     present = torch.from_numpy(np.unpackbits(bits, count=slots).astype(bool))
     assert meta["shape"][0] == slots, "the name of a block tells how many there are"
     values = _map(place / "activations", tuple(meta["shape"]), DTYPES[meta["dtype"]])
-    return Block(values, present, DTYPES[meta["native"]]), ""
+    return ActivationBlock(values, present, DTYPES[meta["native"]]), ""
 
 
 def _words_checksum(meta: dict[str, Any]) -> int:

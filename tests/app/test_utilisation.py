@@ -97,7 +97,7 @@ def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     used = utilisation.Utilisation(training=3e9, frozen=2e9, peak=1e12)
     state = tiny_state(tiny_model())
     # Built ahead of this very epoch: none was there before, and yet the bar's time holds nothing but what learns.
-    feed = Mock(stats=lambda: {"data_wait": 0.02, "prefix_hits": 0.0}, is_kept=True)
+    feed = Mock(stats=lambda: {"data_wait": 0.02, "prefix_hits": 0.0}, is_cached=True)
     train_step(state, tiny_batches([4], seed=0), TrainConf())
     with progress.Bar("train 3/15", total=4, images=400) as bar:
         for number, _ in enumerate(bar.wrap(range(4))):

@@ -35,7 +35,7 @@ from bench_task import (  # noqa: E402
 
 from finetune.config import DataConf, SourceKind  # noqa: E402
 from finetune.data import open_source  # noqa: E402
-from finetune.prefix import feed  # noqa: E402
+from finetune.prefix import cache  # noqa: E402
 
 VIEWS = ("augment=light", "augment.flip=0.5", "augment.views=2")
 
@@ -92,8 +92,8 @@ def test_a_sweep_is_its_runs_with_one_cache(tmp_path: Path, monkeypatch: pytest.
     That is once for each split; what is stored is the same, bit for bit, as what every run alone computes.
     """
     built: list[int] = []
-    build = feed.build_in_memory
-    monkeypatch.setattr(feed, "build_in_memory", lambda *given: built.append(1) or build(*given))
+    build = cache.build_in_memory
+    monkeypatch.setattr(cache, "build_in_memory", lambda *given: built.append(1) or build(*given))
     decays = (0.5, 0.9)
     task = make_task(tmp_path, fix_layer=3, lr=1e-2, extra=("prefix.cache=ram",))
     for arm in (bench_arms.tuned, bench_arms.ours):

@@ -165,7 +165,7 @@ def test_more_epochs_that_were_agreed_on_outlive_a_stop_before_the_first_of_them
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.app.run.Feeding.splits", stopped)
+        patch.setattr("finetune.app.run.Feeds.train_and_val", stopped)
         with pytest.raises(Interrupted):
             resume(tmp_path / "run", conf, train__epochs=3)
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -1,0 +1,181 @@
+"""The batches of a run's splits: loaders, the frozen layers behind them, and the caches of their activations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from finetune.app.build import Run
+from finetune.config import OnError, Precision, PrefixCache
+from finetune.config.fields import changed
+from finetune.core.device import environment
+from finetune.data import Loader
+from finetune.data.cache_dir import cache_folder
+from finetune.data.streams import num_views
+from finetune.prefix import (
+    ActivationCache,
+    CachePlanner,
+    Feed,
+    FrozenPrefix,
+    measure,
+    prefix_digest,
+    split_digest,
+    sweep_memory,
+    why_not_cacheable,
+)
+from finetune.prefix.measuring import Measured
+from finetune.prefix.planning import READ_ONCE, is_read_once
+from finetune.system.errors import UserError
+
+logger = logging.getLogger("finetune")
+
+Planned = tuple[ActivationCache | None, str]  # a split's cache, if it has one, and the reason
+
+
+class Feeds:
+    """Makes the feeds of a run; its model is already frozen."""
+
+    def __init__(self, run: Run, check: Callable[[], None]) -> None:
+        """Measure the frozen layers, if there are any; activations are computed later.
+
+        Args:
+            run: Everything that the run is built of.
+            check: Called between batches while a cache is filled; an exception from it ends the filling.
+
+        Raises:
+            UserError: `prefix.cache` or `prefix.dtype` would be ignored.
+        """
+        model = run.model
+        if model.num_frozen and not model.is_chain:
+            _refuse_ignored(run)
+            logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
+        self._run = run
+        self._check = check
+        self._val = run.loader("val", train=False)
+        self._prefix: FrozenPrefix | None = None
+        self._planner: CachePlanner | None = None
+        if model.boundary:
+            size = run.conf.data.batch_size
+            self._prefix = FrozenPrefix(model, batch_size=size, autocast=run.autocast(), dtype=run.dtype)
+            self._measured = self._measure(self._prefix)
+        else:
+            sweep_memory().drop_all_but(())  # activations of earlier jobs would only take memory from this one
+
+    def train_and_val(self) -> tuple[Feed, Feed]:
+        """The feeds of training and validation; logs where their activations are cached, and computes validation's.
+
+        Raises:
+            UserError: The place that `prefix.cache` names is too small.
+            OSError: The disk that `prefix.cache` names cannot be written.
+        """
+        conf = self._run.conf
+        train, val = self._run.loader("train", train=True), self._val
+        if self._prefix is None:
+            return self._feed(train, "train"), self._feed(val, "val")
+        passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + self._run.built.has_zeroshot
+        val_cache, val_why = self._plan(val, "val", passes)
+        train_cache, train_why = self._plan_train(train)
+        self._log(self._measured, {"train": (train_cache, train_why), "val": (val_cache, val_why)})
+        feeds = self._feed(train, "train", train_cache), self._feed(val, "val", val_cache)
+        feeds[1].fill(0)
+        return feeds
+
+    def test(self) -> Feed:
+        """The feed of the test split, which is scored once, or twice where there is a zero-shot model."""
+        loader = self._run.loader("test", train=False)
+        if self._prefix is None:
+            return self._feed(loader, "test")
+        try:
+            cache, why = self._plan(loader, "test", 1.0 + self._run.built.has_zeroshot)
+        except UserError as error:  # too little room must not fail a run that has trained to its end
+            cache, why = None, str(error)
+        logger.debug("frozen layers on test: %s", why)
+        return self._feed(loader, "test", cache)
+
+    def _measure(self, prefix: FrozenPrefix) -> Measured:
+        """Measure the frozen layers, once in a sweep, and make the planner where activations may be cached."""
+        run, conf, memory = self._run, self._run.conf, sweep_memory()
+        if conf.prefix.cache == PrefixCache.none:
+            measured = measure(prefix, self._val, conf.prefix.dtype, run.dtype)
+            prefix.stored_as = measured.dtype
+            return measured
+        layers = prefix_digest(run.model, run.model_conf, computing(run))
+        name = f"{layers}-{conf.prefix.dtype}-{run.fingerprint('val')}"
+        if name not in memory.measured:
+            memory.measured[name] = measure(prefix, self._val, conf.prefix.dtype, run.dtype)
+        measured = memory.measured[name]
+        prefix.stored_as = measured.dtype
+        folder = cache_folder(conf.data.cache_dir) / "activations"
+        self._planner = CachePlanner(
+            conf.prefix, measured, layers=layers, memory=memory, device=run.device, folder=folder
+        )
+        return measured
+
+    def _plan_train(self, loader: Loader) -> Planned:
+        conf = self._run.conf
+        fresh = why_not_cacheable(conf.augment, conf.data.epoch_images)
+        if fresh is not None:
+            return None, fresh
+        return self._plan(loader, "train", conf.train.epochs / num_views(conf.augment))
+
+    def _plan(self, loader: Loader, split: str, passes: float) -> Planned:
+        """Plan the cache of a split whose activations this run reads `passes` times."""
+        conf = self._run.conf
+        if self._planner is None:
+            return None, "prefix.cache=none"
+        if is_read_once(conf.prefix.cache, passes):  # before the digest, for which every file is looked at
+            return None, READ_ONCE
+        showings, is_train = loader.most_showings(), split == "train"
+        assert showings is not None, "see why_not_cacheable"
+        augment = conf.augment if is_train and conf.augment.recipe != "none" else None
+        skip = conf.data.on_error == OnError.skip
+        digest = split_digest(loader.split, showings, self._run.built.preprocess, augment, conf.seed, skip=skip)
+        views = min(num_views(conf.augment), conf.train.epochs) if is_train else 1
+        return self._planner.plan(split, digest, slots=int(showings.sum()), views=views)
+
+    def _feed(self, loader: Loader, split: str, cache: ActivationCache | None = None) -> Feed:
+        mixer = self._run.mixer() if split == "train" else None
+        return Feed(
+            loader,
+            title=split,
+            device=self._run.device,
+            prefix=self._prefix,
+            cache=cache,
+            mixer=mixer,
+            check=self._check,
+        )
+
+    def _log(self, measured: Measured, planned: dict[str, Planned]) -> None:
+        logger.info(
+            "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary",
+            self._run.model.boundary - 1,
+            1000 * measured.seconds,
+            measured.bytes / 1000,
+            str(measured.dtype).removeprefix("torch."),
+        )
+        for split, (cache, why) in planned.items():
+            how = "computed in every epoch" if cache is None else f"computed once, cached ({cache.kind})"
+            logger.info("  %s: %s: %s", split, how, why)
+
+
+def computing(run: Run) -> dict[str, str]:
+    """How a run computes its frozen layers, in words: everything that changes the last bits of activations."""
+    conf = run.conf
+    return {
+        **environment(run.device),
+        "dtype": str(run.dtype),
+        "tf32": str(conf.precision == Precision.tf32),
+        "deterministic": str(conf.deterministic),
+        "batch size": str(conf.data.batch_size),
+    }
+
+
+def _refuse_ignored(run: Run) -> None:
+    """Refuse settings of the frozen prefix for a model whose layers cannot run apart."""
+    name = type(run.model.net).__name__
+    for key, value in changed(run.conf.prefix, "cache", "dtype", "max_gib").items():
+        if value != PrefixCache.none:
+            raise UserError(
+                f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only whole, so its"
+                f" frozen layers cannot run apart; leave it out, or take a model that is (finetune describe)"
+            )

@@ -1,0 +1,88 @@
+"""Where the activations of one split are cached: in memory, which the jobs of a sweep share, or on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.config import PrefixCache
+from finetune.prefix.store import ActivationBlock, Fill, build_in_memory, open_on_disk
+from finetune.prefix.sweep_memory import BlockKey, SweepMemory
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """The cached activations of one split, a block for each view.
+
+    Attributes:
+        kind: ram, device or disk.
+        name: Changes with everything that the activations depend on, except the view.
+        slots: How many activations a block holds.
+        is_required: Whether the user named the place. If not, activations that do not fit are computed in every epoch.
+    """
+
+    kind: PrefixCache
+    name: str
+    slots: int
+    is_required: bool
+
+    def has(self, view: int) -> bool:
+        """Whether the block of a view exists; a block on disk is not read for that."""
+        raise NotImplementedError
+
+    def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
+        """The block of a view, and whether `fill` computed it just now.
+
+        Args:
+            view: Number of the view.
+            fill: Computes the activations.
+            check: Called while another run computes the same block; an exception from it ends the wait.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MemoryCache(ActivationCache):
+    """Blocks in the memory of the host or of a device."""
+
+    memory: SweepMemory
+    device: torch.device
+
+    def _key(self, view: int) -> BlockKey:
+        return BlockKey(self.kind, self.device, self.name, view)
+
+    def has(self, view: int) -> bool:
+        """Whether the block of a view is in memory."""
+        return self._key(view) in self.memory.blocks
+
+    def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
+        """The block of a view, computed now if no earlier epoch or job has left it."""
+        key, is_new = self._key(view), not self.has(view)
+        if is_new:
+            self.memory.blocks[key] = build_in_memory(self.slots, fill, self.device)
+        return self.memory.blocks[key], is_new
+
+
+@dataclass(frozen=True)
+class DiskCache(ActivationCache):
+    """Blocks in `folder`, which every run with the same cache folder shares."""
+
+    folder: Path
+
+    def _path(self, view: int) -> Path:
+        return self.folder / f"{self.name}-{view}"
+
+    def has(self, view: int) -> bool:
+        """Whether the folder of a view's block exists."""
+        return os.path.isdir(self._path(view))
+
+    def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
+        """The block of a view as a memory map, computed now if it is not there or is damaged."""
+        return open_on_disk(self._path(view), self.slots, fill, check)

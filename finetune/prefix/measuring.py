@@ -1,0 +1,69 @@
+"""What the frozen layers cost on this machine, measured on one batch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from finetune.config import PrefixDtype
+from finetune.data import Loader
+from finetune.prefix.frozen import FrozenPrefix, overflow_safe
+from finetune.system.errors import UserError
+
+DTYPES = {PrefixDtype.fp32: torch.float32, PrefixDtype.fp16: torch.float16, PrefixDtype.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The cost of the frozen layers.
+
+    Attributes:
+        seconds: Time that one image takes in the frozen layers.
+        loading: Seconds to load and decode one image.
+        bytes: Size of one image's activations at the boundary.
+        dtype: Precision of the activations at the boundary.
+    """
+
+    seconds: float
+    loading: float
+    bytes: int
+    dtype: torch.dtype
+
+
+def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: torch.dtype) -> Measured:
+    """Time the frozen layers on the first batch of `loader`, and pick the precision of their activations.
+
+    Args:
+        prefix: The frozen layers.
+        loader: Batches of validation images.
+        wanted: The setting `prefix.dtype`.
+        dtype: What the run computes in.
+
+    Raises:
+        UserError: The activations overflow the precision that was asked for.
+    """
+    images, _, _ = next(islice(loader.epoch(0), 1))
+    loader.close()
+    on_gpu = images.device.type == "cuda"
+    if on_gpu:  # the first pass also loads kernels
+        prefix.compute(images)
+        torch.cuda.synchronize(images.device)
+    began = time.perf_counter()
+    h = prefix.compute(images)
+    if on_gpu:
+        torch.cuda.synchronize(images.device)
+    seconds = (time.perf_counter() - began) / len(images)
+    stored_as = h.dtype
+    if wanted != PrefixDtype.auto:
+        stored_as = DTYPES[wanted]
+        if stored_as == torch.float16 and not torch.isfinite(h.to(torch.float16)).all():
+            raise UserError(
+                f"prefix.dtype=fp16: the frozen layers give values up to {h.abs().amax():.3g}, and fp16 ends at 65,504;"
+                " use prefix.dtype=bf16, fp32 or auto"
+            )
+    elif dtype != torch.float32 and h.dtype == torch.float32:
+        stored_as = torch.float16 if overflow_safe(h) else torch.bfloat16
+    return Measured(seconds, loader.seconds_per_image(), h[0].numel() * stored_as.itemsize, stored_as)

@@ -1,0 +1,120 @@
+"""Decides, split by split, whether the activations of the frozen layers are cached, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from finetune.config import AugmentConf, PrefixCache, PrefixConf
+from finetune.data.streams import num_views
+from finetune.prefix.cache import ActivationCache, DiskCache, MemoryCache
+from finetune.prefix.choice import RoomNeeded, choose_place, fits_beside_others
+from finetune.prefix.measuring import Measured
+from finetune.prefix.sweep_memory import SweepMemory, is_shared
+
+IN_MEMORY = (PrefixCache.device, PrefixCache.ram)
+READ_ONCE = "each activation would be read only once"
+
+
+def why_not_cacheable(augment: AugmentConf, epoch_images: int) -> str | None:
+    """Why the frozen layers see other training images in every epoch, and what to change; None if they see the same.
+
+    Args:
+        augment: The augmentation of training images.
+        epoch_images: The setting `data.epoch_images`.
+    """
+    if augment.mixup or augment.cutmix:
+        views = "" if num_views(augment) else " augment.views=K"
+        return f"MixUp and CutMix mix whole images; augment.mixup=0 augment.cutmix=0{views} would make caching possible"
+    if epoch_images:
+        return "data.epoch_images draws images with replacement, so an epoch can show an image any number of times"
+    if num_views(augment) == 0:
+        return "every epoch shows fresh views; augment.views=K recycles K views, which can be cached"
+    return None
+
+
+def is_read_once(kind: PrefixCache, passes: float) -> bool:
+    """Whether `prefix.cache=auto` should not cache activations of which every one is read only once.
+
+    Args:
+        kind: The setting `prefix.cache`.
+        passes: How often this run reads each activation.
+    """
+    return kind == PrefixCache.auto and passes <= 1 and not is_shared()
+
+
+class CachePlanner:
+    """Picks the caches of a run's splits. Each split gets what room the splits before it have left."""
+
+    def __init__(
+        self,
+        conf: PrefixConf,
+        measured: Measured,
+        *,
+        layers: str,
+        memory: SweepMemory,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
+        """Plan for one run.
+
+        Args:
+            conf: The place that the user asked for, and the limit of the disk.
+            measured: Cost of the frozen layers.
+            layers: From `prefix_digest`.
+            memory: Blocks of earlier jobs of a sweep; those of other layers are dropped from the device.
+            device: Where training runs.
+            folder: Cached activations on disk.
+        """
+        self._conf = conf
+        self._measured = measured
+        self._layers = f"{layers}-{str(measured.dtype).removeprefix('torch.')}"
+        self._memory = memory
+        self._device = device
+        self._folder = folder
+        self._planned: list[tuple[ActivationCache, int]] = []  # caches of the splits so far, and their views
+        memory.drop_other_layers(self._layers)
+
+    def plan(self, split: str, digest: str, *, slots: int, views: int) -> tuple[ActivationCache | None, str]:
+        """The cache of a split, or None where its activations are computed in every epoch; and the reason in words.
+
+        Args:
+            split: Name of the split.
+            digest: From `split_digest`.
+            slots: Activations in one view.
+            views: How many views the run will show.
+
+        Raises:
+            UserError: The place that the user asked for is too small.
+        """
+        name = f"{self._layers}-{digest}"
+        is_required = self._conf.cache != PrefixCache.auto and split != "test"
+        host = torch.device("cpu")
+        caches: dict[PrefixCache, ActivationCache] = {
+            PrefixCache.device: MemoryCache(
+                PrefixCache.device, name, slots, is_required, memory=self._memory, device=self._device
+            ),
+            PrefixCache.ram: MemoryCache(PrefixCache.ram, name, slots, is_required, memory=self._memory, device=host),
+            PrefixCache.disk: DiskCache(PrefixCache.disk, name, slots, is_required, folder=self._folder),
+        }
+        own_names = {name, *(cache.name for cache, _ in self._planned)}
+        need = self._need(split, views, caches, own_names)
+        kind, why = choose_place(self._conf, self._measured, need, self._device, self._folder)
+        if kind == PrefixCache.none:
+            return None, why
+        if kind in IN_MEMORY and not fits_beside_others(kind, self._measured, need, self._device):
+            self._memory.drop_all_but(own_names)
+        self._planned.append((caches[kind], views))
+        return caches[kind], why
+
+    def _need(
+        self, split: str, views: int, caches: dict[PrefixCache, ActivationCache], own_names: set[str]
+    ) -> RoomNeeded:
+        missing, total = {}, {}
+        for kind, cache in caches.items():
+            planned = [(cache, views), *((other, count) for other, count in self._planned if other.kind == kind)]
+            total[kind] = sum(each.slots * count for each, count in planned)
+            missing[kind] = sum(each.slots for each, count in planned for view in range(count) if not each.has(view))
+        spare = {kind: self._memory.num_bytes(kind, without=own_names) for kind in IN_MEMORY}
+        return RoomNeeded(split, views, missing, total, spare)
