@@ -174,7 +174,7 @@ def _schedule_line(schedule: dict[str, Any]) -> str:
 
 
 def _draw(plan: dict[str, Any], path: Path) -> None:
-    from finetune.report.figure import save_figure
+    from finetune.report.look import save_figure
     from finetune.report.rates_figure import rates_figure
 
     if not path.parent.is_dir():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.report.jobs import job_folders
+from finetune.report.jobs import read_jobs
 from finetune.report.run_figures import plot_curves, plot_rates
 from finetune.report.sweep import summarize
 from finetune.system.log import say
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
         _redraw(folder)
         return 0
-    if not job_folders(folder):
+    if not read_jobs(folder):
         raise FileNotFoundError(f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)")
     summarize(folder)
     return 0

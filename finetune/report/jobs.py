@@ -8,9 +8,9 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.report.reading import number, read_json
 from finetune.runs.folders import JOBS
@@ -128,22 +128,11 @@ def group_jobs(jobs: Sequence[JobResult], keys: Sequence[str]) -> list[JobGroup]
 # --- reading the folders ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Record:
-    """An entry of `jobs.jsonl`: a job that began.
+class _Record(NamedTuple):
+    """An entry of `jobs.jsonl`: a job that began."""
 
-    Attributes:
-        name: The job's folder, relative to the sweep's.
-        refused: Why the job did not run: its folder holds another run. None: it ran.
-    """
-
-    name: str
-    refused: str | None
-
-
-def job_folders(sweep_dir: Path) -> list[Path]:
-    """The folders of a sweep's jobs: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
-    return _folders(sweep_dir, _records(sweep_dir))
+    name: str  # its folder, relative to the sweep's
+    refused: str | None  # why it did not run: its folder holds another run; None: it ran
 
 
 def read_jobs(sweep_dir: Path) -> list[JobResult]:
@@ -160,6 +149,7 @@ def read_jobs(sweep_dir: Path) -> list[JobResult]:
 
 
 def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
+    """The folders of jobs that ran: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
     named = [sweep_dir / record.name for record in records if record.refused is None]
     above = {parent for record in records for parent in (sweep_dir / record.name).parents}
     numbered = [
@@ -185,7 +175,7 @@ def _records(sweep_dir: Path) -> list[_Record]:
             if "start" in entry:  # the sweep was started again: a job refused before may run now
                 found = {ident: record for ident, record in found.items() if record.refused is None}
             elif "refused" in entry:
-                found[entry["id"]] = replace(found[entry["id"]], refused=str(entry["refused"]))
+                found[entry["id"]] = found[entry["id"]]._replace(refused=str(entry["refused"]))
             else:
                 found[entry["id"]] = _Record(str(entry["job"]), None)
     return list(found.values())

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from finetune.report import look
 from finetune.report.columns import layer_of
-from finetune.report.figure import FAINT, INK, SIZE_INCHES, clean_axes, headline, label_axes, new_figure, ramp, short
 from finetune.report.reading import number
 from finetune.system.errors import UserError
 
@@ -49,18 +49,15 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
     """
     lines, x = rate_lines(plan, rows)
     learning = [line for line in lines if not line.is_frozen]
-    figure = new_figure()
-    curves, ladder = figure.subplots(
-        1,
-        2,
-        width_ratios=(2.5, 1),
-        gridspec_kw={"left": 0.085, "right": 0.985, "top": 0.82, "bottom": 0.11, "wspace": 0.28},
-    )
-    _draw_curves(curves, lines, x, is_stepwise=plan["interval"] == "epoch")
+    figure = look.new_figure()
+    place = {"left": 0.085, "right": 0.985, "top": 0.82, "bottom": 0.11, "wspace": 0.28}
+    curves, ladder = figure.subplots(1, 2, width_ratios=(2.5, 1), gridspec_kw=place)
+    is_stepwise = plan["interval"] == "epoch"
+    _draw_curves(curves, lines, x, is_stepwise=is_stepwise)
     if "before" in plan:
-        _draw_before(curves, plan["before"], is_stepwise=plan["interval"] == "epoch")
+        _draw_before(curves, plan["before"], is_stepwise=is_stepwise)
     _draw_ladder(ladder, lines)
-    headline(figure, "Learning rate of every layer", _rates_subtitle(learning, x))
+    look.headline(figure, "Learning rate of every layer", _rates_subtitle(learning, x))
     return figure
 
 
@@ -105,10 +102,10 @@ def _is_same(one: RateLine, other: RateLine) -> bool:
     """Whether two layers can share a line: equal planned rates, and equal measured ones."""
     if one.is_frozen or other.is_frozen:
         return one.is_frozen and other.is_frozen
-    pairs = [*zip(one.planned, other.planned, strict=True)]
-    pairs += [(a[1], b[1]) for a, b in zip(one.measured, other.measured, strict=False)]
-    same_points = [a[0] for a in one.measured] == [b[0] for b in other.measured]
-    return same_points and all(math.isclose(a, b, rel_tol=1e-9) or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
+    mine, others = ([*line.planned, *(value for point in line.measured for value in point)] for line in (one, other))
+    return len(mine) == len(others) and all(
+        math.isclose(a, b, rel_tol=1e-9) or (math.isnan(a) and math.isnan(b)) for a, b in zip(mine, others, strict=True)
+    )
 
 
 def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
@@ -116,11 +113,11 @@ def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
     peaks = [line.peak for line in learning]
     if not peaks or peaks[-1] == 0:
         return "nothing learns"
-    text = f"peak {short(peaks[-1])} at {learning[-1].label}"
+    text = f"peak {look.short(peaks[-1])} at {learning[-1].label}"
     ratios = [low / high for low, high in pairwise(peaks) if high > 0]
     if ratios and all(math.isclose(ratio, ratios[0], rel_tol=1e-6) for ratio in ratios):
         text += f"; each layer further from the output at {ratios[0]:.4g} of the one above"
-        text += f"; {short(peaks[0])} at {learning[0].label}"
+        text += f"; {look.short(peaks[0])} at {learning[0].label}"
     return text
 
 
@@ -144,35 +141,28 @@ def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
 
 
 def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is_stepwise: bool) -> None:
-    """Draw planned rates as lines and measured ones as dots; shade the warmup and mark the ends of cycles.
-
-    A schedule that steps once an epoch keeps a rate for a whole epoch: its line is a staircase.
-    """
-    clean_axes(axes)
-    label_axes(axes, x="epoch", y="learning rate")
+    """Draw planned rates as lines and measured ones as dots; shade the warmup and mark the ends of cycles."""
+    look.clean_axes(axes)
+    look.label_axes(axes, x="epoch", y="learning rate")
     learning = [line for line in lines if not line.is_frozen]
-    top = (
-        max([line.peak for line in learning] + [rate for line in learning for _, rate in line.measured], default=0)
-        or 1.0
-    )
+    top = max((rate for line in learning for rate in (line.peak, *(y for _, y in line.measured))), default=0) or 1.0
     end = (x[-1] + 1 if is_stepwise else x[-1]) if x else 1.0
     if learning and x:
         _mark_phases(axes, learning[-1].planned, x, top)
     for line in lines:
         if line.is_frozen:
-            axes.plot([0, end], [0, 0], color=FAINT, linewidth=2.2, label=line.label, zorder=2)
-    for line, colour in zip(learning, ramp(len(learning)), strict=True):
-        xs, ys = ([*x, end], [*line.planned, *line.planned[-1:]]) if is_stepwise else (list(x), line.planned)
+            axes.plot([0, end], [0, 0], color=look.FAINT, linewidth=2.2, label=line.label, zorder=2)
+    for line, colour in zip(learning, look.ramp(len(learning)), strict=True):
         style: dict[str, Any] = {"color": colour, "linewidth": 2.2 if len(learning) <= 16 else 1.2, "label": line.label}
-        axes.plot(xs, ys, drawstyle="steps-post" if is_stepwise else "default", zorder=3, **style)
+        _plot_plan(axes, x, line.planned, is_stepwise=is_stepwise, zorder=3, **style)
         num_dots = len(learning) * len(line.measured)
         size = 36 if num_dots <= 250 else 20 if num_dots <= 700 else 8
         points = {"s": size, "color": [colour], "edgecolors": "white", "linewidths": 0.8 if size > 8 else 0.3}
-        axes.scatter([p[0] for p in line.measured], [p[1] for p in line.measured], zorder=4, clip_on=False, **points)
+        axes.scatter([x for x, _ in line.measured], [y for _, y in line.measured], zorder=4, clip_on=False, **points)
     axes.set_ylim(-0.015 * top, 1.06 * top)
     axes.set_xlim(0, end if end > 0 else 1)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.yaxis.set_major_formatter(lambda value, _: short(round(value, 12)))
+    axes.yaxis.set_major_formatter(lambda value, _: look.short(round(value, 12)))
     _explain_marks(axes, is_measured=any(line.measured for line in learning))
 
 
@@ -182,11 +172,19 @@ def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> Non
     x = [number(value) for value in before["x"]]
     if not rates or len(rates) != len(x):
         raise UserError("rates.json is damaged: `before` needs a rate for every x")
-    xs, ys = ([*x, x[-1] + 1], [*rates, rates[-1]]) if is_stepwise else (x, rates)
-    style: dict[str, Any] = {"color": INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
-    axes.plot(xs, ys, drawstyle="steps-post" if is_stepwise else "default", **style)
+    style: dict[str, Any] = {"color": look.INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
+    _plot_plan(axes, x, rates, is_stepwise=is_stepwise, **style)
+    place: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
     note = f" as planned for {before['epochs']} epochs"
-    axes.annotate(note, (xs[-1], ys[-1]), xytext=(0, 6), textcoords="offset points", fontsize=10, color=INK, ha="right")
+    axes.annotate(note, (x[-1] + is_stepwise, rates[-1]), fontsize=10, color=look.INK, **place)
+
+
+def _plot_plan(axes: Any, x: Sequence[float], rates: Sequence[float], *, is_stepwise: bool, **style: Any) -> None:
+    """Plot planned rates; a schedule that steps once an epoch keeps a rate for a whole epoch: a staircase."""
+    if is_stepwise and x:
+        axes.plot([*x, x[-1] + 1], [*rates, rates[-1]], drawstyle="steps-post", **style)
+    else:
+        axes.plot(x, rates, **style)
 
 
 def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: float) -> None:
@@ -197,43 +195,36 @@ def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: flo
         axes.axvspan(x[0], x[warmup_end], color="#f1f3f6", zorder=0, linewidth=0)
         axes.text(x[0], 1.05 * top, " warmup", ha="left", **note)
     for index in ends[:12]:
-        axes.axvline(x[index], color=FAINT, linewidth=1.2, linestyle=(0, (2, 3)), zorder=1)
+        axes.axvline(x[index], color=look.FAINT, linewidth=1.2, linestyle=(0, (2, 3)), zorder=1)
         axes.text(x[index], 1.05 * top, " end of cycle", ha="left", **note)
 
 
 def _explain_marks(axes: Any, *, is_measured: bool) -> None:
     from matplotlib.lines import Line2D
 
-    marks = [Line2D([], [], color=INK, linewidth=2.2, label="planned")]
+    marks = [Line2D([], [], color=look.INK, linewidth=2.2, label="planned")]
     if is_measured:
         dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
-        marks.append(Line2D([], [], color=INK, label="the optimizer's rate at the start of each epoch", **dot))
-    axes.legend(
-        handles=marks,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=2,
-        frameon=False,
-        fontsize=10.5,
-        borderaxespad=0.2,
-    )
+        marks.append(Line2D([], [], color=look.INK, label="the optimizer's rate at the start of each epoch", **dot))
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+    axes.legend(handles=marks, ncols=2, frameon=False, fontsize=10.5, **place)
 
 
 def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
     """Draw each layer's peak rate as a bar with the layer's name, head on top; the colours are those of the curves."""
     learning = [line for line in lines if not line.is_frozen]
     top = max((line.peak for line in learning), default=0) or 1.0
-    colours = iter(ramp(len(learning)))
-    row_points = 0.73 * SIZE_INCHES[1] * 72 / max(len(lines), 7)
+    colours = iter(look.ramp(len(learning)))
+    row_points = 0.73 * look.SIZE_INCHES[1] * 72 / max(len(lines), 7)
     fontsize = max(6.5, min(11.0, 0.72 * row_points))
     every = math.ceil(1.15 * fontsize / row_points)  # many layers: only every second (third, ...) gets its name
     for row, line in enumerate(lines):
         is_named = (len(lines) - 1 - row) % every == 0 or line.is_frozen
-        colour = FAINT if line.is_frozen else next(colours)
+        colour = look.FAINT if line.is_frozen else next(colours)
         axes.barh(row, line.peak, height=0.62, color=colour, zorder=3)
-        text = "frozen: rate 0" if line.is_frozen else short(line.peak)
+        text = "frozen: rate 0" if line.is_frozen else look.short(line.peak)
         if is_named:
-            style = {"fontsize": fontsize, "color": FAINT if line.is_frozen else INK, "va": "center"}
+            style = {"fontsize": fontsize, "color": look.FAINT if line.is_frozen else look.INK, "va": "center"}
             axes.text(line.peak + 0.02 * top, row, text, **style)
             axes.text(-0.03 * top, row, line.label, ha="right", **style)
     axes.set_xlim(0, 1.28 * top)
@@ -241,4 +232,4 @@ def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
     spare = max(7 - len(lines), 0) / 2
     axes.set_ylim(-0.6 - spare, len(lines) - 0.4 + spare)
     axes.set_axis_off()
-    axes.set_title("peak rate by layer", fontsize=12, color=INK, loc="left", pad=9)
+    axes.set_title("peak rate by layer", fontsize=12, color=look.INK, loc="left", pad=9)

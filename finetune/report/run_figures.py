@@ -12,21 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.report import look
 from finetune.report.columns import CURVES
-from finetune.report.figure import (
-    BLUE,
-    FAINT,
-    GREEN,
-    INK,
-    ORANGE,
-    PURPLE,
-    clean_axes,
-    headline,
-    label_axes,
-    new_figure,
-    save_figure,
-    spread,
-)
 from finetune.report.rates_figure import rates_figure
 from finetune.report.reading import number, read_json
 from finetune.runs.history import History
@@ -41,7 +28,7 @@ def plot_rates(run_dir: Path) -> None:
         OSError: `lr.png` could not be written.
     """
     plan = read_json(run_dir / "rates.json")
-    save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
+    look.save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
 
 
 def plot_curves(run_dir: Path) -> None:
@@ -53,7 +40,7 @@ def plot_curves(run_dir: Path) -> None:
     """
     path = run_dir / "result.json"
     result = read_json(path) if path.exists() else {}
-    save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
+    look.save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
 
 
 def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
@@ -63,22 +50,21 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
         rows: Of `history.jsonl`; none, one, or with null for NaN.
         result: `result.json`, or empty.
     """
-    figure = new_figure()
-    panels = figure.subplots(
-        1, len(CURVES), gridspec_kw={"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
-    )
+    figure = look.new_figure()
+    place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
+    panels = figure.subplots(1, len(CURVES), gridspec_kw=place)
     epochs = [number(row["epoch"]) for row in rows]
     for axes, (y_name, *keys) in zip(panels, CURVES, strict=True):
         train, val = ([number(row.get(key)) for row in rows] for key in keys)
-        clean_axes(axes)
-        label_axes(axes, x="epoch", y=y_name)
+        look.clean_axes(axes)
+        look.label_axes(axes, x="epoch", y=y_name)
         extra = _reference_scores(axes, epochs, val, result) if keys[1] == "val/top1" else {}
-        _draw_series(axes, epochs, [("train", train, ORANGE), ("val", val, BLUE)], extra)
+        _draw_series(axes, epochs, [("train", train, look.ORANGE), ("val", val, look.BLUE)], extra)
         _mark_not_finite(axes, epochs, [train, val])
         axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     top1 = [number(row.get("val/top1")) for row in rows]
-    headline(figure, "Learning curves", _curves_subtitle(epochs, top1, result))
+    look.headline(figure, "Learning curves", _curves_subtitle(epochs, top1, result))
     return figure
 
 
@@ -105,12 +91,13 @@ def _draw_series(
         labels[name] = (next(value for value in reversed(values) if math.isfinite(value)), colour)
     labels |= extra
     if not labels:
-        axes.text(0.5, 0.5, "no epoch has finished", transform=axes.transAxes, ha="center", color=FAINT, fontsize=12)
+        middle: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "fontsize": 12}
+        axes.text(0.5, 0.5, "no epoch has finished", color=look.FAINT, **middle)
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     # Heights are shares of the axis; 0.042 of it is one line of text.
-    heights = spread([(value - low) / (high - low) for value, _ in labels.values()], gap=0.042)
+    heights = look.spread([(value - low) / (high - low) for value, _ in labels.values()], gap=0.042)
     for (name, (value, colour)), height in zip(labels.items(), heights, strict=True):
         text = f"{name} {value:.3f}" if abs(value) >= 0.01 else f"{name} {value:.1e}"
         axes.text(1.02, height, text, transform=axes.transAxes, color=colour, fontsize=11, va="center")
@@ -125,21 +112,21 @@ def _reference_scores(
     extra = {}
     zeroshot, test = number(result.get("zeroshot/top1")), number(result.get("test/top1"))
     if math.isfinite(zeroshot):
-        axes.axhline(zeroshot, color=PURPLE, linewidth=1.8, linestyle=(0, (5, 3)), zorder=2)
-        extra["zero-shot"] = (zeroshot, PURPLE)
+        axes.axhline(zeroshot, color=look.PURPLE, linewidth=1.8, linestyle=(0, (5, 3)), zorder=2)
+        extra["zero-shot"] = (zeroshot, look.PURPLE)
     best = best_epoch(epochs, scores, result)
     if best is not None and math.isfinite(scores[best]):
-        ring = {"s": 190, "facecolors": "none", "edgecolors": INK, "linewidths": 1.6}
+        ring = {"s": 190, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
         axes.scatter([epochs[best]], [scores[best]], zorder=5, clip_on=False, **ring)
         halo = [withStroke(linewidth=3, foreground="white")]
         place: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top"}
         text = f"best, epoch {epochs[best]:.0f}"
         spot = (epochs[best], scores[best])
-        axes.annotate(text, spot, fontsize=10.5, color=INK, zorder=4, path_effects=halo, **place)
+        axes.annotate(text, spot, fontsize=10.5, color=look.INK, zorder=4, path_effects=halo, **place)
     if math.isfinite(test) and epochs:
-        diamond = {"s": 110, "marker": "D", "color": GREEN, "edgecolors": "white", "linewidths": 1.2}
+        diamond = {"s": 110, "marker": "D", "color": look.GREEN, "edgecolors": "white", "linewidths": 1.2}
         axes.scatter([max(epochs)], [test], zorder=6, clip_on=False, label="test", **diamond)
-        extra["test"] = (test, GREEN)
+        extra["test"] = (test, look.GREEN)
     return extra
 
 
@@ -157,8 +144,8 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
     bad = [epoch for i, epoch in enumerate(epochs) if not all(math.isfinite(values[i]) for values in series)]
     if bad:
         above = axes.get_xaxis_transform()
-        axes.scatter(bad, [0.985] * len(bad), marker="x", s=50, color=INK, linewidths=2, transform=above, zorder=6)
-        axes.text(bad[0], 0.955, "not finite", transform=above, ha="center", va="top", fontsize=10.5, color=INK)
+        axes.scatter(bad, [0.985] * len(bad), marker="x", s=50, color=look.INK, linewidths=2, transform=above, zorder=6)
+        axes.text(bad[0], 0.955, "not finite", transform=above, ha="center", va="top", fontsize=10.5, color=look.INK)
 
 
 def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:

@@ -8,17 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.report.figure import (
-    BLUE,
-    FAINT,
-    INK,
-    clean_axes,
-    headline,
-    label_axes,
-    new_figure,
-    save_figure,
-    write_cells,
-)
+from finetune.report import look
 from finetune.report.reading import read_json
 from finetune.system.files import write_json, write_text
 
@@ -82,8 +72,8 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     else:
         figure = _draw_pairs(matrix, classes)
         subtitle = f"{right:,} of {total:,} test images right; the pairs of classes most often confused"
-    headline(figure, "Confusion", subtitle)
-    save_figure(figure, path)
+    look.headline(figure, "Confusion", subtitle)
+    look.save_figure(figure, path)
 
 
 def _short_name(name: str, length: int = 22) -> str:
@@ -96,7 +86,7 @@ def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any
     upright = max(map(len, names)) <= 3
     side = min(8.8, 2.5 + 0.4 * count)  # inches; the figure is 12 wide and the names need up to 2.2
     height = 1.2 + side + (0.9 if upright else 2.4)
-    figure = new_figure(height=height)
+    figure = look.new_figure(height=height)
     left = max(2.4, 6 - side / 2)
     axes = figure.add_axes((left / 12, (height - 1.2 - side) / height, side / 12, side / height))
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
@@ -105,10 +95,10 @@ def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any
     size = 9 if count > 25 else 11
     axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size, parse_math=False)
     axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
-    axes.tick_params(colors=INK, length=0, pad=6)
-    axes.spines[:].set_color(FAINT)
-    label_axes(axes, x="predicted", y="true")
-    write_cells(
+    axes.tick_params(colors=look.INK, length=0, pad=6)
+    axes.spines[:].set_color(look.FAINT)
+    look.label_axes(axes, x="predicted", y="true")
+    look.write_cells(
         axes,
         [[f"{value}" if value else "" for value in row] for row in matrix],
         [[share**0.5 > 0.55 for share in row] for row in shares],
@@ -122,19 +112,19 @@ def _draw_pairs(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
     pairs.sort(key=lambda pair: (-pair[0] / sum(matrix[pair[1]]), -pair[0], pair[1], pair[2]))
     shown = pairs[:PAIRS][::-1]
     height = 2.4 + 0.3 * max(1, len(shown))
-    figure = new_figure(height=height)
+    figure = look.new_figure(height=height)
     axes = figure.add_axes((0.36, 0.8 / height, 0.56, 1 - 2.0 / height))
     shares = [value / sum(matrix[y]) for value, y, _ in shown]
-    axes.barh(range(len(shown)), shares, color=BLUE, height=0.7)
-    clean_axes(axes)
-    label_axes(axes, x="share of the true class's test images")
+    axes.barh(range(len(shown)), shares, color=look.BLUE, height=0.7)
+    look.clean_axes(axes)
+    look.label_axes(axes, x="share of the true class's test images")
     axes.grid(visible=False, axis="y")
     labels = [f"{_short_name(classes[y])} taken for {_short_name(classes[x])}" for _, y, x in shown]
     axes.set_yticks(range(len(shown)), labels, parse_math=False)
     for place, (share, (value, _, _)) in enumerate(zip(shares, shown, strict=True)):
-        axes.text(share, place, f"  {value}", va="center", fontsize=10, color=INK)
+        axes.text(share, place, f"  {value}", va="center", fontsize=10, color=look.INK)
     axes.set_xlim(0, max([*shares, 0.01]) * 1.12)
     axes.set_ylim(-0.6, max(1, len(shown)) - 0.4)
     if not shown:
-        axes.text(0.0005, 0, "no two classes were confused", va="center", fontsize=12, color=INK)
+        axes.text(0.0005, 0, "no two classes were confused", va="center", fontsize=12, color=look.INK)
     return figure

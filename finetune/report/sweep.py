@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.report.figure import save_figure
+from finetune.report import look
 from finetune.report.jobs import (
     SPLITS,
     JobGroup,
@@ -84,7 +84,7 @@ def summarize(sweep_dir: Path) -> int:
     if sweep.scored:
         missing = len(jobs) - len(sweep.scored)
         figure = sweep_figure(sweep.scored, sweep.varied, num_missing=missing, metric=sweep.metric)
-        save_figure(figure, sweep_dir / "sweep.png")
+        look.save_figure(figure, sweep_dir / "sweep.png")
     say("\n" + "\n".join(_answer(sweep)))
     return sum(not job.is_finished for job in jobs)
 

@@ -6,20 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.report.figure import (
-    BLUE,
-    FAINT,
-    GREEN,
-    INK,
-    ORANGE,
-    SIZE_INCHES,
-    clean_axes,
-    headline,
-    label_axes,
-    new_figure,
-    side_legend,
-    write_cells,
-)
+from finetune.report import look
 from finetune.report.jobs import JobGroup, JobResult, group_jobs, rank
 from finetune.system.terminal import printable
 
@@ -28,7 +15,7 @@ MAX_ROWS = 30
 # A grid needs scores for at least this share of the combinations of its two keys.
 MIN_FILLED = 0.5
 # Split, colour and marker of each series of points.
-SERIES = (("val", BLUE, "o"), ("test", GREEN, "D"))
+SERIES = (("val", look.BLUE, "o"), ("test", look.GREEN, "D"))
 
 
 def sweep_figure(jobs: Sequence[JobResult], varied: Sequence[str], *, num_missing: int, metric: str = "top1") -> Any:
@@ -42,7 +29,7 @@ def sweep_figure(jobs: Sequence[JobResult], varied: Sequence[str], *, num_missin
     """
     keys = [key for key in varied if key != "seed"]
     groups = group_jobs(jobs, keys)
-    figure = new_figure()
+    figure = look.new_figure()
     if len(keys) == 1 and len(groups) > 1:
         _draw_line(figure, groups, keys[0], metric)
     elif len(keys) == 2 and _is_grid(groups, keys):
@@ -51,7 +38,7 @@ def sweep_figure(jobs: Sequence[JobResult], varied: Sequence[str], *, num_missin
         shown = keys or list(varied)
         _draw_ranking(figure, group_jobs(jobs, shown), shown, metric)
     title = f"Sweep over {' and '.join(keys or varied) or 'one job'}"[:90]
-    headline(figure, title, _subtitle(groups, keys, num_missing, metric))
+    look.headline(figure, title, _subtitle(groups, keys, num_missing, metric))
     return figure
 
 
@@ -113,8 +100,8 @@ def positions(values: Sequence[str]) -> tuple[list[float], str]:
 def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -> None:
     """Validation and test against one key: a dot for each seed, and a line through the means where it is a number."""
     axes = figure.subplots(gridspec_kw={"left": 0.085, "right": 0.885, "top": 0.85, "bottom": 0.13})
-    clean_axes(axes)
-    label_axes(axes, x=printable(key), y=_axis_name(metric))
+    look.clean_axes(axes)
+    look.label_axes(axes, x=printable(key), y=_axis_name(metric))
     names = levels([group.value(key) for group in groups])
     xs, scale = positions(names)
     x_of = dict(zip(names, xs, strict=True))
@@ -132,10 +119,10 @@ def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -
         mean_style = {"color": colour, "marker": marker, "markeredgecolor": "white", "label": split, "zorder": 4}
         axes.plot(*zip(*means, strict=True), **mean_style, **style)
     best = _best(groups, metric)
-    ring: dict[str, Any] = {"s": 230, "facecolors": "none", "edgecolors": INK, "linewidths": 1.6}
+    ring: dict[str, Any] = {"s": 230, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
     axes.scatter([x_of[best.value(key)]], [best.mean(f"val/{metric}")], zorder=5, label="best val", **ring)
     _name_ticks(axes, names, xs, scale)
-    side_legend(axes)
+    look.side_legend(axes)
 
 
 def _name_ticks(axes: Any, names: Sequence[str], xs: Sequence[float], scale: str) -> None:
@@ -181,12 +168,12 @@ def _draw_grid(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], met
         name = f"{split}/{metric}"
         cells = [[at[x, y].mean(name) if (x, y) in at else math.nan for x in columns] for y in rows]
         _draw_map(axes, cells, frame=frame, bright_is_low=rank(1.0, metric) < 0)
-        axes.set_title(name, fontsize=12, color=INK, loc="left", pad=8)
-        label_axes(axes, x=printable(keys[0]))
+        axes.set_title(name, fontsize=12, color=look.INK, loc="left", pad=8)
+        look.label_axes(axes, x=printable(keys[0]))
         _label_ticks(axes, range(len(columns)), columns, length=16, max_letters=45)
         axes.set_yticks(range(len(rows)), [_shortened(row, 16) for row in rows], parse_math=False)
     both[1].tick_params(labelleft=False)
-    label_axes(both[0], y=printable(keys[1]))
+    look.label_axes(both[0], y=printable(keys[1]))
 
 
 def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, int], bright_is_low: bool) -> None:
@@ -197,7 +184,7 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
     colours = "cividis_r" if bright_is_low else "cividis"
     axes.imshow(cells, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), aspect="auto", origin="lower")
-    write_cells(
+    look.write_cells(
         axes,
         [[f"{value:.3f}" if math.isfinite(value) else "" for value in row] for row in cells],
         [[(value < (low + high) / 2) != bright_is_low for value in row] for row in cells],
@@ -208,9 +195,9 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
         gap = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f4f5f7", edgecolor="#cfd3da", hatch="///")
         axes.add_patch(gap)
     x, y = frame
-    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=ORANGE, linewidth=3))
+    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=look.ORANGE, linewidth=3))
     axes.spines[:].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
+    axes.tick_params(colors=look.INK, labelsize=11, length=0, pad=6)
 
 
 # --- anything else ---------------------------------------------------------------------------------------------------
@@ -226,12 +213,12 @@ def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], 
         _shortened("  ".join(f"{name}={group.value(key)}" for key, name in shown.items()), 64) or "the job"
         for group in ranked
     ]
-    row_points = 0.72 * SIZE_INCHES[1] * 72 / max(len(ranked), 8)
+    row_points = 0.72 * look.SIZE_INCHES[1] * 72 / max(len(ranked), 8)
     fontsize = max(7.0, min(11.0, 0.72 * row_points))
-    left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * SIZE_INCHES[0]))
+    left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * look.SIZE_INCHES[0]))
     axes = figure.subplots(gridspec_kw={"left": left, "right": 0.885, "top": 0.85, "bottom": 0.11})
-    clean_axes(axes)
-    label_axes(axes, x=_axis_name(metric))
+    look.clean_axes(axes)
+    look.label_axes(axes, x=_axis_name(metric))
     for split, colour, marker in SERIES:
         scores = [group.scores(f"{split}/{metric}") for group in ranked]
         points = [(score, row) for row, values in enumerate(scores) for score in values if len(values) > 1]
@@ -246,7 +233,7 @@ def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], 
     axes.set_ylim(len(ranked) - 0.4 + spare, -0.6 - spare)
     axes.set_yticks(range(len(ranked)), labels, parse_math=False, fontsize=fontsize)
     axes.spines["left"].set_visible(False)
-    side_legend(axes)
+    look.side_legend(axes)
     if len(groups) > len(ranked):
         note = f"the best {len(ranked)} of {len(groups)} settings"
-        axes.text(1, 1.015, note, transform=axes.transAxes, ha="right", fontsize=10.5, color=FAINT)
+        axes.text(1, 1.015, note, transform=axes.transAxes, ha="right", fontsize=10.5, color=look.FAINT)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.__main__ import main
-from finetune.report.figure import short, spread
+from finetune.report.look import short, spread
 from finetune.report.rates_figure import rate_lines, rates_figure, turning_points
 from finetune.report.run_figures import curves_figure, plot_curves, plot_rates
 from finetune.system import files

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.report.jobs import JobResult, group_jobs, job_folders, read_job, varied_keys
+from finetune.report.jobs import JobResult, group_jobs, read_jobs, varied_keys
 from finetune.report.sweep import summarize
 from finetune.report.sweep_figure import levels, positions, sweep_figure
 from finetune.runs.folders import JOBS, record_job, record_refusal, record_start
@@ -286,7 +286,7 @@ def test_only_what_varies_is_a_column(tmp_path: Path) -> None:
     add_job(tmp_path / "0", "model=vit", "optim.lr=1e-3", "seed=0", val=0.9)
     add_job(tmp_path / "1", "model=vit", "optim.lr=1e-3", "seed=1", "+train.epochs=3", val=0.9)
     (tmp_path / "2").mkdir()
-    jobs = [read_job(folder) for folder in job_folders(tmp_path)]
+    jobs = read_jobs(tmp_path)
     assert varied_keys(jobs) == ["seed", "train.epochs"]
 
 
