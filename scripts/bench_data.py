@@ -27,7 +27,7 @@ from finetune.config import AugmentConf, CacheKind, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, open_source
 from finetune.data.checks.examine import examine
-from finetune.data.checks.verdicts import Verdicts
+from finetune.data.checks.known_images import KnownImages
 from finetune.system.memory import keep_freed_memory
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
@@ -124,7 +124,7 @@ def check_rates(root: Path, repeats: int) -> dict[str, list[float]]:
         return len(files)
 
     def look(cache_dir: str) -> int:
-        examine(source, Verdicts(cache_dir, source.location))
+        examine(source, KnownImages(cache_dir, source.location))
         return total
 
     for _ in range(repeats):

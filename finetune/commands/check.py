@@ -10,18 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.config import Conf, OnError
 from finetune.config.words import parse_command_line
 from finetune.runs.folders import run_folder
-from finetune.system.files import write_text
 from finetune.system.log import say
-from finetune.system.terminal import printable
-
-if TYPE_CHECKING:
-    from finetune.data import Source
-    from finetune.data.checks.examine import Bad
 
 USAGE = """usage: finetune check [GROUP=CHOICE ...] [KEY=VALUE ...]
 
@@ -49,55 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(conf: Conf, folder: Path) -> int:
-    """Look at the data of `conf`, print what was found, and leave it in `folder`; the exit code.
+    """Check the data of `conf`, print what was found, and write it into `folder`; return the exit code.
 
     Raises:
-        ValueError: The data or the model cannot be opened.
+        UserError: The data or the model cannot be opened.
     """
     from finetune.data import open_source
-    from finetune.data.checks.examine import examine
-    from finetune.data.checks.start import duplicate_lines
-    from finetune.data.checks.summary import summary
-    from finetune.data.checks.verdicts import Verdicts
-
-    source = open_source(conf.data)
-    findings = examine(source, Verdicts(conf.data.cache_dir, source.location))
-    text = summary(source, findings)
-    write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
-    say(text)
-    _list(
-        "images are the same to the last byte in several splits or classes", duplicate_lines(source, findings), folder
-    )
-    bad = [f"{item.name}\t{item.split}\t{item.reason}" for item in findings.bad]
-    _list("images cannot be read", bad, folder, file="unreadable.txt", shown=len(bad))
-    _draw(conf, _readable(source, findings.bad), folder)
-    say(f"all of it: {folder}")
-    return 1 if findings.bad and conf.data.on_error == OnError.stop else 0
-
-
-def _list(what: str, lines: Sequence[str], folder: Path, *, file: str = "duplicates.txt", shown: int = 20) -> None:
-    """Say how many there are, show the first and write all down."""
-    if not lines:
-        return
-    safe = [printable(line, keep="\t") for line in lines]
-    write_text(folder / file, "".join(f"{line}\n" for line in safe))
-    say(f"\n{len(lines):,} {what} ({folder / file}):")
-    for line in safe[:shown]:
-        say(f"  {line}")
-    if len(lines) > shown:
-        say(f"  ... and {len(lines) - shown:,} more")
-
-
-def _readable(source: Source, bad: Sequence[Bad]) -> Source:
-    """The source without what cannot be read."""
-    return source.without({name: [item.index for item in bad if item.split == name] for name in source.splits})
-
-
-def _draw(conf: Conf, source: Source, folder: Path) -> None:
-    """The contact sheet: the first images of the first epoch, by the model's own preprocessing."""
     from finetune.data.checks.contact_sheet import write_contact_sheet
+    from finetune.data.checks.report import check_source
+    from finetune.data.checks.start import without_images
     from finetune.models import build_model
 
+    source = open_source(conf.data)
+    report, text = check_source(source, conf.data.cache_dir, folder)
+    say(text)
     preprocess = build_model(conf.model, source.classes).preprocess
-    write_contact_sheet(folder / "contact_sheet.png", source, preprocess, conf)
-    say(f"\n{folder / 'contact_sheet.png'}: training images as {conf.model.name} will see them")
+    sheet = folder / "contact_sheet.png"
+    readable = without_images(source, report.unreadable)
+    write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
+    say(f"\n{sheet}: training images as {conf.model.name} will see them")
+    say(f"all of it: {folder}")
+    return 1 if report.unreadable and conf.data.on_error == OnError.stop else 0

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import struct
@@ -26,9 +25,10 @@ from finetune.config.words import compose
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
 from finetune.data.cache_dir import cache_folder
-from finetune.data.checks.contact_sheet import _pixels
-from finetune.data.checks.examine import _decode, _Look, _read_header, duplicates, examine
-from finetune.data.checks.verdicts import DECODED, HEADER, RECORD, Verdicts
+from finetune.data.checks import examine as examine_module
+from finetune.data.checks.contact_sheet import CAPTION, GAP, pixels_of_input, write_contact_sheet
+from finetune.data.checks.examine import examine, find_duplicates
+from finetune.data.checks.known_images import RECORD, KnownImages
 from finetune.data.images.decode import decode, header_of_whole, read_header
 from finetune.data.sources.filestore import FileStore
 
@@ -59,16 +59,16 @@ def folder_conf(root: Path, **changes: object) -> DataConf:
 
 def look(conf: DataConf, budget_s: float = 1e9):  # type: ignore[no-untyped-def]
     source = open_source(conf)
-    return source, examine(source, Verdicts(conf.cache_dir, source.location), budget_s=budget_s)
+    return source, examine(source, KnownImages(conf.cache_dir, source.location), budget_s=budget_s)
 
 
 # --- the look --------------------------------------------------------------------------------------------------------
 
 
 def test_every_image_is_looked_at(root: Path) -> None:
-    _, findings = look(folder_conf(root))
-    assert findings.coverage == "20 images checked: 20 decoded" and findings.bad == []
-    for records in findings.records.values():
+    _, report = look(folder_conf(root))
+    assert report.coverage == "20 images checked: 20 decoded" and report.unreadable == []
+    for records in report.records.values():
         assert (records["width"] == 9).all() and (records["height"] == 8).all() and (records["first"] != 0).all()
 
 
@@ -84,7 +84,7 @@ def test_a_second_look_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(FileStore, "read", noted)
     monkeypatch.setattr(FileStore, "header", lambda *_: pytest.fail("read"))
     _, second = look(folder_conf(root))
-    assert second.remembered == 19 and second.bad == first.bad and len(second.bad) == 1
+    assert second.remembered == 19 and second.unreadable == first.unreadable and len(second.unreadable) == 1
     assert "19 decoded, 1 unreadable (19 of them known from an earlier look)" in second.coverage
     assert names == [str(root / "a" / "0.png")]  # but for what could not be read
     for name, records in first.records.items():
@@ -104,42 +104,39 @@ def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_i
 
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "read", failing)
-        assert [bad.name for bad in look(folder_conf(root))[1].bad] == [name]
-    (again,) = look(folder_conf(root), budget_s=0)[1].bad
+        assert [bad.name for bad in look(folder_conf(root))[1].unreadable] == [name]
+    (again,) = look(folder_conf(root), budget_s=0)[1].unreadable
     assert again.reason == "it cannot be decoded"
     (root / "b" / "4.png").write_bytes((root / "b" / "4.png").read_bytes()[:60])  # its header is whole
-    verdicts = look(folder_conf(root))
-    assert [bad.name for bad in verdicts[1].bad] == [str(root / "b" / "4.png")]
-    source, remembered = verdicts[0], Verdicts(folder_conf(root).cache_dir, verdicts[0].location)
-    again = _Look(source, remembered)
-    again.find_all(math.inf)
-    again.go_through(_decode, -math.inf, below=DECODED, title="")  # no time left, as with millions
-    again.go_through(_read_header, math.inf, below=HEADER, title="")
-    assert len(again.bad) == 1
+    assert [bad.name for bad in look(folder_conf(root))[1].unreadable] == [str(root / "b" / "4.png")]
+    clock = iter([0.0])
+    with monkeypatch.context() as patch:  # after the first look at the clock there is time for headers alone
+        patch.setattr(examine_module.time, "monotonic", lambda: next(clock, 1.2))
+        assert len(look(folder_conf(root), budget_s=1)[1].unreadable) == 1
     (root / "b" / "4.png").unlink()
     Image.new("RGB", (9, 8)).save(root / "b" / "4.png")
-    assert look(folder_conf(root))[1].bad == [] and look(folder_conf(root), budget_s=0)[1].bad == []
+    assert look(folder_conf(root))[1].unreadable == [] and look(folder_conf(root), budget_s=0)[1].unreadable == []
 
 
 def test_a_changed_file_is_looked_at_anew(root: Path) -> None:
-    assert look(folder_conf(root))[1].bad == []
+    assert look(folder_conf(root))[1].unreadable == []
     os.truncate(root / "a" / "3.png", 60)
-    _, findings = look(folder_conf(root))
-    assert [bad.name for bad in findings.bad] == [str(root / "a" / "3.png")] and findings.remembered == 19
+    _, report = look(folder_conf(root))
+    assert [bad.name for bad in report.unreadable] == [str(root / "a" / "3.png")] and report.remembered == 19
 
 
 def test_the_look_ends_with_its_budget_and_goes_on_next_time(root: Path) -> None:
     (root / "a" / "0.png").unlink()
     (root / "a" / "0.png").symlink_to("nowhere")
-    _, findings = look(folder_conf(root), budget_s=0)
-    assert "19 only found to be there, 1 unreadable" in findings.coverage  # a missing file is found at any rate
+    _, report = look(folder_conf(root), budget_s=0)
+    assert "19 only found to be there, 1 unreadable" in report.coverage  # a missing file is found at any rate
     assert look(folder_conf(root))[1].coverage == "20 images checked: 19 decoded, 1 unreadable"
 
 
 def _save_part(cache: str, start: int) -> None:
     records = np.zeros(50, RECORD)
     records["key"], records["depth"] = np.arange(start, start + 50), 3
-    Verdicts(cache, "here").save(records, {start: f"reason {start}"})
+    KnownImages(cache, "here").save(records, {start: f"reason {start}"})
 
 
 def test_two_processes_remember_at_once(tmp_path: Path) -> None:
@@ -149,8 +146,8 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
         process.start()
     for process in processes:
         process.join()
-    verdicts = Verdicts(str(tmp_path), "here")
-    assert verdicts.records["key"].tolist() == list(range(1, 201)) and len(verdicts.reasons) == 4
+    known = KnownImages(str(tmp_path), "here")
+    assert known.records["key"].tolist() == list(range(1, 201)) and len(known.reasons) == 4
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", b"no archive"])
@@ -164,7 +161,7 @@ def test_a_damaged_memory_costs_a_second_look_only(root: Path, own_cache: Path, 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert look(folder_conf(root, cache_dir=str(tmp_path / "file")))[1].bad == []
+    assert look(folder_conf(root, cache_dir=str(tmp_path / "file")))[1].unreadable == []
 
 
 def test_where_caches_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,15 +178,15 @@ def test_duplicates_are_found_where_they_harm(root: Path) -> None:
     Path(of_a["test"][0]).write_bytes(Path(of_a["train"][0]).read_bytes())  # leak
     Path(of_b[0]).write_bytes(Path(of_a["train"][1]).read_bytes())  # two labels
     Path(of_b[1]).write_bytes(Path(of_b[2]).read_bytes())  # within a class of a split: no harm
-    _, findings = look(folder_conf(root))
-    groups = [{source.splits[split].name_of(i) for split, i in group} for group in duplicates(source, findings)]
+    _, report = look(folder_conf(root))
+    groups = [{source.splits[split].name_of(i) for split, i in group} for group in find_duplicates(source, report)]
     assert len(groups) == 2
     assert {of_a["train"][0], of_a["test"][0]} in groups and {of_a["train"][1], of_b[0]} in groups
 
 
 def test_digits_hold_no_duplicates_and_are_read_quickly() -> None:
-    source, findings = look(DataConf())
-    assert list(duplicates(source, findings)) == [] and "1,797 decoded" in findings.coverage
+    source, report = look(DataConf())
+    assert list(find_duplicates(source, report)) == [] and "1,797 decoded" in report.coverage
 
 
 # --- stop or skip ----------------------------------------------------------------------------------------------------
@@ -340,12 +337,10 @@ def test_check_data_as_a_command(root: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("words", [[], ["data.batch_size=auto"]])
 def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path, words: list[str]) -> None:
-    from finetune.data.checks.contact_sheet import CAPTION, GAP, write_contact_sheet
-
     conf = compose(["data=folder", f"data.root={root}", "data.workers=0", *words])
     source = open_source(conf.data)
     big = Preprocess(128, SQUARE.mean, SQUARE.std)
-    write_contact_sheet(tmp_path / "sheet.png", source, big, conf)
+    write_contact_sheet(tmp_path / "sheet.png", source, big, data=conf.data, augment=conf.augment, seed=conf.seed)
     sheet = read_image(str(tmp_path / "sheet.png"))
     split, device = source.splits["train"], torch.device("cpu")
     data = dataclasses.replace(conf.data, batch_size=conf.data.batch_size or 48)
@@ -353,7 +348,7 @@ def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path,
     images, _, _ = next(loader.epoch(0))
     for number in (0, 1, 9):
         y, x = GAP + number // 8 * (128 + CAPTION + GAP), GAP + number % 8 * (128 + GAP)
-        assert torch.equal(sheet[:, y : y + 128, x : x + 128], _pixels(images[number], big))
+        assert torch.equal(sheet[:, y : y + 128, x : x + 128], pixels_of_input(images[number], big))
 
 
 # --- odd files -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from PIL import Image
 from finetune.config import DataConf, SourceKind
 from finetune.data import Source, open_source
 from finetune.data.checks.examine import examine
-from finetune.data.checks.verdicts import Verdicts
+from finetune.data.checks.known_images import KnownImages
 from finetune.data.images.decode import ImageError, read_header, read_image
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no such files")
@@ -66,8 +66,8 @@ def opened(folder: Path) -> Source:
 
 def test_each_is_named_and_nothing_else_is(tmp_path: Path, folder: Path) -> None:
     for _ in range(2):  # the second time from what is remembered
-        findings = examine(opened(folder), Verdicts(str(tmp_path / "cache"), str(folder)))
-        found = {os.path.basename(bad.name): bad.reason for bad in findings.bad}
+        report = examine(opened(folder), KnownImages(str(tmp_path / "cache"), str(folder)))
+        found = {os.path.basename(bad.name): bad.reason for bad in report.unreadable}
         assert found.keys() == ODD.keys()
         for name, words in ODD.items():
             assert words in found[name] and str(folder) not in found[name], name

@@ -24,7 +24,7 @@ from PIL import Image
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
 from finetune.data import Source, open_source
 from finetune.data.checks.examine import examine
-from finetune.data.checks.verdicts import Verdicts
+from finetune.data.checks.known_images import KnownImages
 from finetune.data.sources import fetching, remote_shards
 from finetune.data.sources.fetching import Remote
 
@@ -175,9 +175,9 @@ def test_urls_give_what_local_shards_give_and_are_asked_once(tmp_path: Path, pac
     assert sum(method == "GET" and path.endswith(".tar") for method, path, _ in server.log) == 4
     again = open_source(conf(tmp_path, url(server), download=False))  # all there: nothing to allow, nobody to ask
     assert content(again) == content(source) and len(server.log) == asked
-    findings = examine(again, Verdicts(str(tmp_path / "cache"), again.location))
-    assert not findings.bad and "32 decoded" in findings.coverage
-    assert examine(again, Verdicts(str(tmp_path / "cache"), again.location)).remembered == 32
+    report = examine(again, KnownImages(str(tmp_path / "cache"), again.location))
+    assert not report.unreadable and "32 decoded" in report.coverage
+    assert examine(again, KnownImages(str(tmp_path / "cache"), again.location)).remembered == 32
 
 
 def test_nothing_is_fetched_unasked(tmp_path: Path, packed: Path, server: Server) -> None:

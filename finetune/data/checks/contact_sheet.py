@@ -1,4 +1,4 @@
-"""A picture of training images exactly as the model will see them: same order, same views, normalising undone."""
+"""A picture of training images exactly as the model will see them: in the order and the views of the first epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from finetune.config import Conf
+from finetune.config import AugmentConf, DataConf
 from finetune.core.preprocess import Preprocess
 from finetune.data.images.mix import Mixer
 from finetune.data.loading.loader import Loader
@@ -20,48 +20,46 @@ from finetune.data.split import Source
 from finetune.system.files import write_atomic
 
 COLUMNS, ROWS = 8, 6
-MIN_SIDE = 128  # pixels of a tile; smaller images are shown in whole multiples of their pixels
-GAP, CAPTION = 8, 18
+MIN_SIDE = 128  # pixels of a tile; a smaller image is enlarged by a whole number
+GAP, CAPTION = 8, 18  # pixels between tiles, and of a line of text
 
 
-def write_contact_sheet(path: Path, source: Source, preprocess: Preprocess, conf: Conf) -> None:
-    """Draw the first images of the first training epoch of this very configuration.
+def write_contact_sheet(
+    path: Path, source: Source, preprocess: Preprocess, *, data: DataConf, augment: AugmentConf, seed: int
+) -> None:
+    """Draw the first images of the first training epoch that these settings give.
 
     Args:
         path: The PNG to write.
         source: Without unreadable images.
         preprocess: Of the model.
-        conf: The run's.
+        data: Order and batches.
+        augment: Views and mixtures.
+        seed: The run's.
     """
     wanted = COLUMNS * ROWS
-    # What `auto` comes to only the training GPU knows; the images are the same in batches of any size.
-    data = conf.data if conf.data.batch_size else dataclasses.replace(conf.data, batch_size=wanted)
-    loader = Loader(
-        source.splits["train"],
-        preprocess,
-        conf=data,
-        augment=conf.augment,
-        seed=conf.seed,
-        device=torch.device("cpu"),
-    )
-    mixer = Mixer(conf.augment, num_classes=len(source.classes), seed=conf.seed)
+    # With `batch_size=auto` only the training GPU knows the size. Images are the same in batches of any size.
+    data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)
+    split, device = source.splits["train"], torch.device("cpu")
+    loader = Loader(split, preprocess, conf=data, augment=augment, seed=seed, device=device)
+    mixer = Mixer(augment, num_classes=len(source.classes), seed=seed)
     try:
         batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // data.batch_size))
         tiles = [(image, label) for images, labels, _ in batches for image, label in zip(images, labels, strict=True)]
     finally:
         loader.close()
-    sheet = _sheet([(_pixels(image, preprocess), _caption(source, label)) for image, label in tiles[:wanted]])
+    sheet = _sheet([(pixels_of_input(image, preprocess), _caption(source, label)) for image, label in tiles[:wanted]])
     write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
-def _pixels(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """Normalised float32 (3, size, size) -> uint8, as it was on the way to the device."""
+def pixels_of_input(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """Undo the normalising of an image: float32 (3, size, size) -> uint8, the pixels before it."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
     return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _caption(source: Source, label: Tensor) -> str:
-    """The class; several with their shares where images or labels are mixed."""
+    """The class of an image; for a mixed image all its classes with their shares."""
     if label.ndim == 0:
         return source.classes[int(label)]
     shares = sorted(
@@ -71,7 +69,7 @@ def _caption(source: Source, label: Tensor) -> str:
 
 
 def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
-    """Tiles in rows, each over its caption."""
+    """Draw (pixels, caption) tiles in rows, each above its caption."""
     size = tiles[0][0].shape[-1]
     side = size * -(-MIN_SIDE // size)
     columns = min(COLUMNS, len(tiles))
@@ -88,7 +86,7 @@ def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
 
 
 def _font() -> Any:
-    """Matplotlib's own font: it knows more alphabets than Pillow's."""
+    """The font that matplotlib brings, which has more alphabets than Pillow's."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)

@@ -1,4 +1,4 @@
-"""What a source holds, in plain tables."""
+"""What a source holds, in plain text: tables of counts and sizes, and lines of warning."""
 
 from __future__ import annotations
 
@@ -6,19 +6,47 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune.data.checks.examine import Findings
-from finetune.data.checks.start import imbalance
-from finetune.data.checks.verdicts import HEADER, MODES, Records
+from finetune.data.checks.examine import DataReport, find_duplicates
+from finetune.data.checks.known_images import HEADER, MODES, Records
 from finetune.data.split import SPLITS, Source, class_counts
+from finetune.system.terminal import printable
 
 MAX_CLASSES = 40  # shown; of more, the largest and the smallest
+IMBALANCE = 10.0  # largest class over smallest, from which a warning is due
 
 
-def summary(source: Source, findings: Findings) -> str:
-    """Counts per split and class, sizes, modes, and warnings, as lines of text."""
-    lines = [source.description, findings.coverage, "", *_classes(source), "", *_sizes(findings), *_modes(findings)]
+def summary(source: Source, report: DataReport) -> str:
+    """Counts per split and class, sizes, modes and warnings, as lines of text."""
+    lines = [source.description, report.coverage, "", *_classes(source), "", *_sizes(report), *_modes(report)]
     warnings = [*source.warnings, *imbalance(source)]
     return "\n".join([*lines, *(f"warning: {line}" for line in warnings)])
+
+
+def imbalance(source: Source) -> list[str]:
+    """A line where training classes differ much in size and `data.balance` does nothing about it."""
+    counts = class_counts(source.splits["train"].labels, len(source.classes))
+    small, large = int(counts.argmin()), int(counts.argmax())
+    if source.is_multilabel or source.class_weights is not None or counts[large] < IMBALANCE * counts[small]:
+        return []
+    ends = f"{source.classes[large]} has {counts[large]:,} training images, {source.classes[small]} {counts[small]:,}"
+    return [f"classes differ in size: {ends}; data.balance=weights or sampling evens that out"]
+
+
+def duplicate_lines(source: Source, report: DataReport) -> list[str]:
+    """A line for each group of `find_duplicates`: its images with the split and the class of each."""
+    lines = []
+    for group in find_duplicates(source, report):
+        images = [f"{source.splits[name].name_of(i)} [{name}, {_label(source, name, i)}]" for name, i in group]
+        lines.append(printable(" = ".join(images)))
+    return lines
+
+
+def _label(source: Source, split: str, index: int) -> str:
+    """The name of an image's class, or of all its classes."""
+    label = source.splits[split].labels[index]
+    if label.ndim == 0:
+        return source.classes[int(label)]
+    return "+".join(name for name, has in zip(source.classes, label.tolist(), strict=True) if has) or "no label"
 
 
 def _classes(source: Source) -> list[str]:
@@ -36,34 +64,33 @@ def _classes(source: Source) -> list[str]:
     return [*_aligned([["class", *SPLITS], *rows, totals]), *note]
 
 
-def _sizes(findings: Findings) -> list[str]:
-    seen = _seen(findings)
-    if not len(seen):
+def _sizes(report: DataReport) -> list[str]:
+    known = _with_header(report)
+    if not len(known):
         return []
     lines = []
-    for word, values in (("width", seen["width"]), ("height", seen["height"])):
+    for word, values in (("width", known["width"]), ("height", known["height"])):
         low, middle, high = np.percentile(values, (0, 50, 100)).astype(int).tolist()
         lines.append(f"{word}: {low:,} to {high:,} pixels, median {middle:,}")
     return lines
 
 
-def _modes(findings: Findings) -> list[str]:
-    seen = _seen(findings)
-    modes, counts = np.unique(seen["mode"], return_counts=True)
+def _modes(report: DataReport) -> list[str]:
+    modes, counts = np.unique(_with_header(report)["mode"], return_counts=True)
     order = np.argsort(-counts, kind="stable").tolist()
     words = ", ".join(f"{counts[place]:,} {MODES[modes[place]]}" for place in order)
     return [f"modes: {words}"] if words else []
 
 
-def _seen(findings: Findings) -> Records:
-    """The records of images whose size is known."""
-    records: Records = np.concatenate(list(findings.records.values()))
+def _with_header(report: DataReport) -> Records:
+    """The records of readable images whose size and mode are known."""
+    records: Records = np.concatenate(list(report.records.values()))
     chosen: Records = records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
     return chosen
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns, the first leaning left and numbers right."""
+    """The rows as lines: the first column aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,0 +1,94 @@
+"""A memory of earlier checks: which images were readable, by path, size and time. So a second start decodes nothing.
+
+One file a data set, `checks/<key>.npz` in the cache folder. Where it is damaged or missing, images are read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data.cache_dir import cache_folder
+from finetune.data.caches.entries import lock_of
+from finetune.data.streams import Ranks, mix
+from finetune.system.files import write_atomic
+from finetune.system.locks import file_lock
+
+# One image. `key`: hash of its stamp (path, size, time), 0 where it has none; `depth`: how closely it was examined, see
+# below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read.
+RECORD = np.dtype([
+    ("key", "<u8"), ("depth", "u1"), ("bad", "u1"), ("mode", "u1"), ("height", "<i4"), ("width", "<i4"),
+    ("first", "<u8"), ("second", "<u8"),
+])  # fmt: skip
+Records = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+# Depths: not looked at; the file exists; its header was read; all of it was decoded.
+UNSEEN, PRESENT, HEADER, DECODED = range(4)
+# Pillow's names. Files hold places in this list: append, never reorder.
+MODES = tuple(
+    ["?", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B", "RGBX"]
+)
+
+
+class KnownImages:
+    """What earlier checks of one data set have found.
+
+    Attributes:
+        records: One RECORD an image, sorted by key.
+        reasons: Key of each unreadable image -> why it cannot be read.
+    """
+
+    def __init__(self, cache_dir: str | None, location: str) -> None:
+        """Load the memory of the data set at `location`, see `Source.location`; empty where there is none."""
+        # `verdicts` is what earlier versions called this memory; another word would lose theirs.
+        self._path = cache_folder(cache_dir) / "checks" / f"{mix('verdicts', location):016x}.npz"
+        self.records, self.reasons = _read(self._path)
+
+    def find(self, keys: Ranks) -> tuple[Records, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]:
+        """The record of each key, and whether there is one, bool; there is none for key 0."""
+        if not len(self.records):
+            return np.zeros(len(keys), RECORD), np.zeros(len(keys), dtype=bool)
+        places = np.searchsorted(self.records["key"], keys).clip(max=len(self.records) - 1)
+        found = self.records[places]
+        return found, (found["key"] == keys) & (keys != 0)
+
+    def save(self, records: Records, reasons: Mapping[int, str]) -> None:
+        """Add `records` and `reasons` to the file; records that other processes wrote meanwhile stay.
+
+        Does nothing where the folder cannot be written: then the next start reads the images again.
+        """
+        learned = records[(records["key"] != 0) & (records["depth"] >= HEADER)]
+        if not len(learned):
+            return
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(lock_of(self._path)):
+                before, reasons_before = _read(self._path)
+                everything = np.concatenate([learned, before])  # `unique` takes the first of one key: the new one
+                _, firsts = np.unique(everything["key"], return_index=True)
+                self.records = everything[firsts]
+                self.reasons = {**reasons_before, **reasons}
+                write_atomic(self._path, self._write)
+
+    def _write(self, path: Path) -> None:
+        text = json.dumps({str(key): reason for key, reason in self.reasons.items()}).encode()
+        with open(path, "wb") as file:
+            np.savez(file, records=self.records, reasons=np.frombuffer(text, dtype=np.uint8))
+
+
+def _read(path: Path) -> tuple[Records, dict[int, str]]:
+    """Records and reasons of the file; none of either where it is missing, damaged or of another version."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            records, reasons = file["records"], json.loads(file["reasons"].tobytes())
+        if records.dtype == RECORD:
+            return records, {int(key): str(reason) for key, reason in reasons.items()}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
+        pass
+    return np.zeros(0, RECORD), {}
