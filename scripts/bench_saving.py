@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.app.run import run  # noqa: E402
 from finetune.config import Conf  # noqa: E402
-from finetune.runs.saving import Saver  # noqa: E402
+from finetune.runs.saver import Saver  # noqa: E402
 
 
 def measure(epochs: int, *, waits: bool) -> tuple[float, float, float]:

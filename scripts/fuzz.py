@@ -122,7 +122,8 @@ def problems_of(words: list[str], work: Path, counts: Counter[str]) -> list[str]
 
 
 def _unwhole(folder: Path, code: int) -> list[str]:
-    from finetune.runs.checkpoint import read_state, read_weights
+    from finetune.runs.checkpoint import read_state
+    from finetune.runs.weights import read_weights
 
     found = [f"left behind: {path.name}" for path in folder.rglob(".*")]
     try:

@@ -99,7 +99,8 @@ def differences(one: Any, other: Any, where: str) -> list[str]:
 def compare(straight: Path, folder: Path) -> list[str]:
     """Every difference between two finished runs."""
     sys.path.insert(0, str(ROOT))
-    from finetune.runs.checkpoint import read_state, read_weights
+    from finetune.runs.checkpoint import read_state
+    from finetune.runs.weights import read_weights
 
     found = [] if history(straight) == history(folder) else ["history.jsonl"]
     if (straight / "config.yaml").read_bytes() != (folder / "config.yaml").read_bytes():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tiny import tiny_batches
 
@@ -12,6 +14,8 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
+from finetune.runs.checkpoint import read_state, restore, restore_frozen, snapshot, write_state
+from finetune.runs.weights import checksum, frozen_weights
 
 SIZES = [8, 8, 8, 3]  # images of the micro-batches of an epoch
 
@@ -53,3 +57,13 @@ def tiny_fit(
         on_step_end=lambda state: state.step == stop_at,
         on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
     )
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    write_state(path, snapshot(state), checksum(frozen_weights(state.model)))
+
+
+def load_state(path: Path, state: TrainState) -> None:
+    content = read_state(path)
+    restore_frozen(content, state.model, path)
+    restore(content, state, str(path))

@@ -22,7 +22,7 @@ from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import model_settings
 from finetune.models.patches import patches_as_products, products_dominate
-from finetune.runs import checkpoint
+from finetune.runs.weights import weights_metadata
 from finetune.system.memory import keep_freed_memory
 
 
@@ -122,7 +122,7 @@ class Run:
 
     def metadata(self) -> dict[str, str]:
         """What travels with the weights."""
-        return checkpoint.weights_metadata(
+        return weights_metadata(
             self.source.classes,
             self.built.preprocess,
             as_dict(self.model_conf),

@@ -42,8 +42,8 @@ from finetune.models.heads.offsets import set_offsets
 from finetune.prefix import Feed
 from finetune.report import run_figures as report
 from finetune.report import scores
-from finetune.runs.checkpoint import put_weights
 from finetune.runs.earlier import EarlierRun, Result, find_earlier, flat
+from finetune.runs.history import History
 from finetune.runs.resume import (
     Promise,
     Saved,
@@ -54,7 +54,8 @@ from finetune.runs.resume import (
     restore_run,
     say_changes,
 )
-from finetune.runs.saving import Saver, tidy
+from finetune.runs.saver import Saver
+from finetune.runs.weights import put_weights
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_json, write_text
 from finetune.system.locks import Holder, run_lock
@@ -288,7 +289,7 @@ def _learn(run: Run, session: _Session, stop: StopSignals) -> None:
         saver.wait()
     write_json(run_dir / "result.json", result)  # which the picture reads; finished is the very last word
     report.plot_curves(run_dir)
-    tidy(run.checkpoints)
+    saver.finish(History(run_dir / "history.jsonl").rows(), ranked_by(run))
 
 
 def _plan(run: Run, steps: int, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
 from finetune.runs.earlier import Result
 from finetune.runs.history import History
-from finetune.runs.saving import Saver
+from finetune.runs.saver import Saver
 from finetune.system.errors import UserError
 from finetune.system.progress import Bar
 from finetune.system.signals import Interrupted, StopSignals
@@ -42,7 +42,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
     bar = Bar("", total=0, images=0)
     fed: dict[str, float] = {}
     gpu = utilisation.measure(run) if run.device.type == "cuda" else None
-    saver, is_saved = _saver(run), True
+    saver, is_saved = _saver(run, state.best_epoch), True
 
     def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
         nonlocal bar
@@ -96,9 +96,10 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
     return saver
 
 
-def _saver(run: Run) -> Saver:
+def _saver(run: Run, best_epoch: int) -> Saver:
     keep, share = run.conf.train.keep, run.conf.train.max_save_share
-    return Saver(run.checkpoints, run.metadata(), run.notes(), keep=keep, max_share=share)
+    metadata, notes = run.metadata(), run.notes()
+    return Saver(run.checkpoints, metadata, notes, keep=keep, max_share=share, best_epoch=best_epoch)
 
 
 def _save_epoch(

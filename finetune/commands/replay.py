@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.app.build import Run, build_run
 from finetune.config.words.saved import read_conf
 from finetune.runs import bad_batch
-from finetune.runs.checkpoint import read_weights
+from finetune.runs.weights import read_weights
 from finetune.system.log import say
 from finetune.system.terminal import printable
 

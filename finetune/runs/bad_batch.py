@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.core.finite import StepRecord
 from finetune.core.loop import Batch
-from finetune.runs.checkpoint import DamagedError, copied
+from finetune.runs.weights import DamagedError, copied_to_host
 from finetune.system.files import write_atomic, write_json
 from finetune.system.terminal import printable
 
@@ -46,9 +46,9 @@ def store(
     if not path.exists() and len(list(folder.glob("step_*.pt"))) >= MAX_STORED:
         return None
     content = {
-        "images": [copied(images) for images, _, _ in window],
-        "targets": [copied(targets) for _, targets, _ in window],
-        "ids": [copied(ids) for _, _, ids in window],
+        "images": [copied_to_host(images) for images, _, _ in window],
+        "targets": [copied_to_host(targets) for _, targets, _ in window],
+        "ids": [copied_to_host(ids) for _, _, ids in window],
     }
     write_atomic(path, lambda temporary: torch.save(content, temporary))
     facts = {

@@ -15,8 +15,8 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, restore, restore_frozen
 from finetune.runs.earlier import ROUNDING, Change, EarlierRun
+from finetune.runs.epoch_files import latest_state, settle
 from finetune.runs.history import History
-from finetune.runs.saving import latest_state, settle
 from finetune.system.errors import UserError
 from finetune.system.tables import table
 from finetune.system.terminal import printable

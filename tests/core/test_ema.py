@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_batches, tiny_model
-from tiny_runs import SIZES, tiny_fit, tiny_state
+from tiny_runs import SIZES, load_state, save_state, tiny_fit, tiny_state
 
 from finetune.app.run import run
 from finetune.config import Conf, TrainConf
@@ -16,7 +16,6 @@ from finetune.core.ema import Ema
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState, train_step
-from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_batches, tiny_model
-from tiny_runs import SIZES, tiny_fit, tiny_state
+from tiny_runs import SIZES, load_state, save_state, tiny_fit, tiny_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
@@ -22,7 +22,6 @@ from finetune.core.loop import train_step
 from finetune.core.losses import cross_entropy
 from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
-from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
 
 

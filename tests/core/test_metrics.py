@@ -35,7 +35,7 @@ from finetune.core.metrics import classes as classes_module
 from finetune.models import build_model
 from finetune.models.heads.offsets import model_settings, offsets
 from finetune.report.scores import chosen_threshold, draw_confusion, write_scores
-from finetune.runs.checkpoint import put_weights, read_weights
+from finetune.runs.weights import put_weights, read_weights
 
 SIZES = (1, 7, 8, 9, 33)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sklearn")

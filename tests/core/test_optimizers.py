@@ -14,7 +14,7 @@ import pytest
 import torch
 from small import small_images, small_model
 from tiny import tiny_batches, tiny_model
-from tiny_runs import SIZES, tiny_fit, tiny_state
+from tiny_runs import SIZES, load_state, save_state, tiny_fit, tiny_state
 from torch import Tensor
 
 from finetune import SchedulerConf, create_scheduler
@@ -26,7 +26,6 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState, train_step
 from finetune.core.optim import build_optimizer, is_muons, param_groups
-from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
 
 ROOT = Path(__file__).parent.parent.parent

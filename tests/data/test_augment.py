@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from tiny import tiny_batches, tiny_model
+from tiny_runs import load_state, save_state
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -27,7 +28,6 @@ from finetune.data.images.recipes import OPERATIONS, Erasing, RandAugment, Rando
 from finetune.data.images.transforms import build_transform
 from finetune.data.loading.batches import BatchKey, BatchMaker
 from finetune.data.streams import augment_generator
-from finetune.runs.checkpoint import load_state, save_state
 from finetune.runs.history import timeless
 
 CPU = torch.device("cpu")

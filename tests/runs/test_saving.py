@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
-from tiny_runs import tiny_fit, tiny_state
+from tiny_runs import load_state, save_state, tiny_fit, tiny_state
 
-from finetune.app.batch_size import DEFAULT_BATCH, divisors, largest_fitting, out_of_memory, with_batch
-from finetune.config import Conf, TrainConf
+from finetune.config import TrainConf
 from finetune.core.loop import TrainState
-from finetune.runs import saving
-from finetune.runs.checkpoint import (
-    DamagedError,
-    load_state,
-    put_weights,
-    read_state,
-    read_weights,
-    save_state,
-    save_weights,
-    snapshot,
-)
-from finetune.runs.saving import NoSpaceError, Saver, best_epochs, latest_state, settle
-from finetune.system.files import write_text
+from finetune.runs import saver as saving
+from finetune.runs.checkpoint import read_state, snapshot
+from finetune.runs.epoch_files import best_epochs, latest_state, settle
+from finetune.runs.saver import NoSpaceError, Saver
+from finetune.runs.weights import DamagedError, put_weights, read_weights, save_weights
 
 
 def saver(folder: Path, **kwargs: int) -> Saver:
@@ -88,13 +82,10 @@ def test_a_state_holds_no_frozen_tensor_and_goes_on_above_the_same_ones_alone(tm
         load_state(path, tiny_state(other, fix_layer=1))
 
 
-def test_a_state_of_before_brings_its_frozen_tensors_along(tmp_path: Path) -> None:
-    """Format 3 held the whole network; runs that were stopped then go on."""
-    path, model, other = tmp_path / "last.pt", tiny_model(), tiny_model(seed=1)
-    content = snapshot(tiny_state(model, fix_layer=1))
-    torch.save({**content, "format": 3, "model": model.net.state_dict()}, path)
-    load_state(path, tiny_state(other, fix_layer=1))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    torch.save({**snapshot(tiny_state(tiny_model())), "format": 3}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="no checkpoint of this version"):
+        read_state(tmp_path / "last.pt")
 
 
 def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
@@ -126,20 +117,6 @@ def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
     keeper.wait()
     late = keeper.best_weights()
     assert early.keys() == late.keys() and all(torch.equal(early[name], late[name]) for name in early)
-
-
-def test_a_kill_behind_the_last_state_leaves_nothing_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper, state = saver(tmp_path, keep=2), at_step(1)
-    state.epoch = 2
-    rows = [{"epoch": 1, "val/top1": 0.9}, {"epoch": 2, "val/top1": 0.5}]
-    state.best_epoch = 1
-    there: list[set[str]] = []
-    monkeypatch.setattr(
-        saving, "write_state", lambda path, *args, **kw: there.append({p.name for p in tmp_path.iterdir()})
-    )
-    keeper.save_epoch(state, rows, "val/top1", always=True)
-    keeper.wait()
-    assert there == [{"last.safetensors", "epoch_0002.safetensors"}]
 
 
 def test_frozen_tensors_of_another_processor_are_taken_from_the_weights_beside(tmp_path: Path) -> None:
@@ -252,39 +229,149 @@ def test_a_kill_between_keeping_and_replacing_leaves_nothing_behind(tmp_path: Pa
     assert [read_state(tmp_path / name)["counters"]["step"] for name in ("previous.pt", "last.pt")] == [1, 2]
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_the_best_weights_change_hands_only_with_the_state(tmp_path: Path, saved: bool) -> None:
-    """Killed after the new best weights were written: they count if the state that says so is there, and else not."""
-    old, new = tiny_model(seed=1), tiny_model(seed=2)
-    save_weights(tmp_path / "best.safetensors", old, {"epoch": "1"})
-    save_weights(tmp_path / saving.PENDING, new, {"epoch": "2"})
-    write_text(tmp_path / "epoch_0002.safetensors", "")
-    write_text(tmp_path / ".last.pt.123.tmp", "half")
-    state = at_step(5)
-    state.epoch = state.best_epoch = 2 if saved else 1
-    settle(tmp_path, state)
-    tensors, metadata = read_weights(tmp_path / "best.safetensors")
-    assert metadata["epoch"] == ("2" if saved else "1")
-    assert torch.equal(tensors["head.weight"], (new if saved else old).net.head.weight)
-    left = {"best.safetensors", "epoch_0002.safetensors"} if saved else {"best.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+def save_epochs(keeper: Saver, scores: list[float]) -> None:
+    """Save an epoch for each score; the head's weights of epoch n are those of `at_step(n)`."""
+    rows: list[dict[str, float]] = []
+    for epoch, score in enumerate(scores, start=1):
+        state = at_step(epoch)
+        rows.append({"epoch": epoch, "val/top1": score})
+        state.epoch, state.best_epoch = epoch, best_epochs(rows, "val/top1", 1)[0]
+        keeper.save_epoch(state, rows, "val/top1")
+    keeper.wait()
+
+
+def assert_best_is_what_the_state_names(folder: Path) -> int:
+    """Settle the folder as a resumed run does; the step of the state that it continues from."""
+    found = latest_state(folder)
+    state = at_step(99)
+    if found is not None:
+        load_state(found[1], state)
+    settle(folder, state)
+    if state.best_epoch:
+        tensors, metadata = read_weights(folder / "best.safetensors")
+        assert metadata["epoch"] == str(state.best_epoch)
+        assert torch.equal(tensors["head.weight"], at_step(state.best_epoch).model.net.head.weight)
+    assert not list(folder.glob(".*.tmp"))
+    return state.step
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_best_weights_that_the_state_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, has_links: bool
+) -> None:
+    """Each write, rename, link and removal of a save is the last one in turn; so is `last.pt` without its new bytes."""
+    calls, limit = 0, 0
+
+    def dying(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise KilledError
+            return original(*args, **named)
+
+        return call
+
+    class KilledError(OSError):
+        """Stands for SIGKILL; in a thread any exception ends the save."""
+
+    def refused(*_: object) -> None:
+        raise OSError("no hard links")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refused)
+    scores, steps = [0.3, 0.9, 0.5, 0.95], set()
+    for limit in range(200):
+        folder, calls = tmp_path / str(limit), 0
+        folder.mkdir()
+        save_epochs(saver(folder, keep=keep), scores[:3])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying(os.replace))
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            keeper = saver(folder, keep=keep, best_epoch=2)
+            state = at_step(4)
+            state.epoch = state.best_epoch = 4
+            rows = [{"epoch": epoch, "val/top1": score} for epoch, score in enumerate(scores, start=1)]
+            keeper.save_epoch(state, rows, "val/top1")
+            with contextlib.suppress(OSError):
+                keeper.wait()
+            is_whole = calls <= limit
+        steps.add(assert_best_is_what_the_state_names(folder))
+        if (folder / "last.pt").exists():
+            (folder / "last.pt").unlink()  # else its other name, previous.pt, may be damaged with it
+            (folder / "last.pt").write_bytes(b"damaged")
+        assert assert_best_is_what_the_state_names(folder) in (2, 3)
+        if is_whole:
+            break
+    assert limit > 5 and steps == {3, 4}
+
+
+def test_a_run_of_an_earlier_version_gets_its_best_weights(tmp_path: Path) -> None:
+    """It wrote new best weights as best.pending, and put older ones aside as best.before."""
+    for best, pending, before in ((1, 2, 0), (2, 0, 1), (2, 3, 1)):
+        for name, epoch in (("best.safetensors", best), ("best.pending", pending), ("best.before", before)):
+            if epoch:
+                save_weights(tmp_path / name, at_step(epoch).model, {"epoch": str(epoch)})
+        for wanted in {best, pending, before} - {0}:
+            folder = tmp_path / f"{best}{pending}{before}{wanted}"
+            folder.mkdir()
+            for path in tmp_path.glob("best.*"):
+                (folder / path.name).write_bytes(path.read_bytes())
+            state = at_step(9)
+            state.epoch = state.best_epoch = wanted
+            settle(folder, state)
+            assert read_weights(folder / "best.safetensors")[1]["epoch"] == str(wanted)
+            names = {"best.safetensors", f"epoch_{wanted:04d}.safetensors"}
+            assert {path.name for path in folder.iterdir()} == names
+        for path in tmp_path.glob("best.*"):
+            path.unlink()
 
 
 def test_best_k_and_last_are_kept(tmp_path: Path) -> None:
-    keeper, rows = saver(tmp_path, keep=2), []
-    for epoch, score in enumerate([0.3, 0.9, 0.5, 0.9, 0.7], start=1):
-        state = at_step(epoch)
-        state.epoch = epoch
-        rows.append({"epoch": epoch, "val/top1": score})
-        state.best_epoch = best_epochs(rows, "val/top1", 1)[0]
-        keeper.save_epoch(state, rows, "val/top1")
-    keeper.wait()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        *("last.pt", "previous.pt", "last.safetensors", "best.safetensors"),
-        *("epoch_0002.safetensors", "epoch_0004.safetensors"),
-    }
+    keeper, scores = saver(tmp_path, keep=2), [0.3, 0.9, 0.5, 0.9, 0.7]
+    save_epochs(keeper, scores)
+    names = {"last.pt", "last.safetensors", "best.safetensors", "epoch_0002.safetensors", "epoch_0004.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"previous.pt"}
     assert read_weights(tmp_path / "best.safetensors")[1]["epoch"] == "2"
+    keeper.finish([{"epoch": i, "val/top1": score} for i, score in enumerate(scores, start=1)], "val/top1")
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_of_a_finished_run_the_best_and_the_last_weights_stay(tmp_path: Path) -> None:
+    keeper = saver(tmp_path)
+    save_epochs(keeper, [0.3, 0.9, 0.95, 0.5])
+    epochs = {"epoch_0003.safetensors"}  # both states on the disk name epoch 3
+    names = {"last.pt", "last.safetensors", "best.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names | epochs | {"previous.pt"}
+    keeper.finish([], "val/top1")
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert assert_best_is_what_the_state_names(tmp_path) == 4  # as if more epochs were asked for
+    assert {path.name for path in tmp_path.iterdir()} == names | epochs
+
+
+def test_a_save_copies_no_tensor_twice_and_lets_go_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state and the weights of an epoch share their tensors, and nothing outlives the writing."""
+    seen: list[tuple[int, int]] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def write_state(path: Path, content: dict[str, Any], *args: object, **named: object) -> None:
+        alive.extend(weakref.ref(tensor) for tensor in content["model"].values())
+        seen.append((content["model"]["head.weight"].data_ptr(), weights["head.weight"].data_ptr()))
+
+    def write_weights(path: Path, tensors: Any, metadata: object) -> None:
+        weights.update(tensors)
+        path.touch()
+
+    weights: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(saving, "write_state", write_state)
+    monkeypatch.setattr(saving, "write_weights", write_weights)
+    keeper = saver(tmp_path)
+    save_epochs(keeper, [0.3])
+    weights.clear()
+    (pair,) = seen
+    assert pair[0] == pair[1]
+    assert alive and all(reference() is None for reference in alive)
 
 
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.3, float("nan")]), min_size=1), st.integers(1, 5))
@@ -325,41 +412,6 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: p
         keeper.wait()
     assert read_state(tmp_path / "last.pt")["counters"]["step"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt"}
-
-
-# --- data.batch_size=auto -------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 512), st.integers(0, 600))
-def test_the_search_finds_the_largest_that_fits(batch: int, limit: int) -> None:
-    tried: list[int] = []
-
-    def fits(size: int) -> bool:
-        tried.append(size)
-        return size <= limit
-
-    expected = max((size for size in divisors(batch) if size <= limit), default=None)
-    assert largest_fitting(divisors(batch), fits) == expected
-    assert len(tried) <= len(divisors(batch)).bit_length()
-
-
-def test_advice_where_memory_runs_out() -> None:
-    """Who asked for `auto` is not sent in a circle."""
-    parts = Mock(device=torch.device("cpu"), conf=Conf(), is_auto_batch=False)
-    text = out_of_memory(parts, step=4)
-    assert "in step 5" in text and "data.batch_size=32 train.accumulate=2" in text and "data.batch_size=auto" in text
-    parts.is_auto_batch = True
-    text = out_of_memory(parts)
-    assert "out of memory on cpu. Try" in text and "data.batch_size=auto" not in text
-
-
-def test_a_found_batch_keeps_the_images_of_a_step() -> None:
-    conf = Conf()
-    conf.train.accumulate = 3
-    found = with_batch(conf, 48)
-    assert found.data.batch_size * found.train.accumulate == DEFAULT_BATCH * 3
-    conf.optim.recipe_batch = 2048
-    assert with_batch(conf, 256).train.accumulate == 8
 
 
 # --- saves that would take too much of the time ----------------------------------------------------------------------
@@ -409,17 +461,7 @@ def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speak
     load_state(path, again)
     assert content["counters"]["best_epoch"] == again.best_epoch == 1
     settle(tmp_path, again)
-    assert torch.equal(read_weights(best)[0]["head.weight"], kept[1]) and not (tmp_path / saving.BEFORE).exists()
-
-
-def test_weights_put_aside_for_another_state_go(tmp_path: Path) -> None:
-    save_weights(tmp_path / "best.safetensors", tiny_model(seed=2), {"epoch": "2"})
-    save_weights(tmp_path / saving.BEFORE, tiny_model(seed=1), {"epoch": "1"})
-    before, state = (tmp_path / "best.safetensors").read_bytes(), at_step(2)
-    state.epoch = state.best_epoch = 2
-    settle(tmp_path, state)
-    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
-    assert (tmp_path / "best.safetensors").read_bytes() == before
+    assert torch.equal(read_weights(best)[0]["head.weight"], kept[1])
 
 
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from finetune.commands.replay import main as replay
 from finetune.config import Conf, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
-from finetune.runs import saving
-from finetune.runs.checkpoint import read_state, read_weights
+from finetune.runs import saver
+from finetune.runs.checkpoint import read_state
 from finetune.runs.earlier import RefusedError
+from finetune.runs.weights import read_weights
 from finetune.system.locks import RUN_LOCK, InUseError, run_lock
 from finetune.system.signals import Interrupted
 
@@ -124,7 +125,7 @@ def test_a_stop_in_the_last_validation_leaves_the_last_weights_too(
     stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That epoch's own save is put off to the end of the run, which then has no epoch left to save."""
-    monkeypatch.setattr(saving, "CHEAP_S", -1.0)
+    monkeypatch.setattr(saver, "CHEAP_S", -1.0)
     conf = small(stripes, train__max_save_share=1e-6)
     go(conf, tmp_path / "straight")
     strike("validate", conf.train.epochs, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -199,7 +200,7 @@ def test_a_run_that_cannot_go_on_says_why_now(stripes: Path, tmp_path: Path, str
 def test_another_error_waits_for_the_save_under_way(
     stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = saving.write_state
+    write = saver.write_state
 
     def slowly(*args: Any, **named: Any) -> None:
         time.sleep(0.5)
@@ -208,7 +209,7 @@ def test_another_error_waits_for_the_save_under_way(
     def fail() -> None:
         raise RuntimeError("of another kind")
 
-    monkeypatch.setattr(saving, "write_state", slowly)
+    monkeypatch.setattr(saver, "write_state", slowly)
     strike("train_step", 3, fail)
     with pytest.raises(RuntimeError, match="of another kind"):
         go(small(stripes, train__save_every_steps=2), tmp_path / "run")

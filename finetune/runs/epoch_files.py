@@ -1,0 +1,125 @@
+"""The files in `checkpoints/` beside the state: which epochs keep their weights, and what a restart finds there.
+
+`epoch_0007.safetensors` holds the weights of epoch 7. A state names the best epoch so far, and the file of that epoch
+stays as long as `last.pt` or `previous.pt` names it. `best.safetensors` is a second name (hard link) of the file of the
+epoch that `last.pt` names, so it is whole at every moment and costs no space.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.core.fit import is_better
+from finetune.core.loop import TrainState
+from finetune.runs.checkpoint import Content, read_state
+from finetune.runs.weights import DamagedError, read_weights
+from finetune.system.errors import UserError
+from finetune.system.files import link_or_copy, sweep_temporaries
+
+logger = logging.getLogger("finetune")
+
+STATE, STATE_BEFORE, DAMAGED_STATE = "last.pt", "previous.pt", "damaged.pt"
+BEST, LAST = "best.safetensors", "last.safetensors"
+# Names of best weights in run directories of earlier versions.
+OLD_NAMES = ("best.pending", "best.before")
+
+
+def epoch_path(folder: Path, epoch: int) -> Path:
+    """The weights file of an epoch, from 1."""
+    return folder / f"epoch_{epoch:04d}.safetensors"
+
+
+def _epoch_paths(folder: Path) -> dict[int, Path]:
+    found = [(path.stem.partition("_")[2], path) for path in folder.glob("epoch_*.safetensors")]
+    return {int(digits): path for digits, path in found if digits.isdigit()}
+
+
+def remove_epochs(folder: Path, *, but: Collection[int]) -> None:
+    """Remove the weights files of all epochs but those given."""
+    for epoch, path in _epoch_paths(folder).items():
+        if epoch not in but:
+            path.unlink()
+
+
+def epoch_score(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
+    """(score, whether it is that of the averaged weights) of an epoch; NaN for null.
+
+    Args:
+        row: The epoch's row of the history.
+        monitor: The metric that ranks epochs, such as `val/top1`.
+    """
+    plain, averaged = (_number(row.get(name)) for name in (monitor, monitor.replace("val/", "val_ema/", 1)))
+    return (averaged, True) if is_better(averaged, plain, monitor) else (plain, False)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def best_epochs(rows: Sequence[Mapping[str, Any]], monitor: str, count: int) -> list[int]:
+    """The `count` best epochs, best first; of equals the earlier ones."""
+    best: list[tuple[float, int]] = []
+    for row in rows:
+        score = epoch_score(row, monitor)[0]
+        place = next((i for i, (other, _) in enumerate(best) if is_better(score, other, monitor)), len(best))
+        best.insert(place, (score, int(row["epoch"])))
+    return [epoch for _, epoch in best[:count]]
+
+
+def latest_state(folder: Path) -> tuple[Content, Path] | None:
+    """The newest checkpoint that can be read, and its path; None where none was ever saved.
+
+    Renames a damaged `last.pt` to `damaged.pt`, warns, and takes the checkpoint before it.
+
+    Raises:
+        UserError: There are checkpoints, and none of them can be read.
+    """
+    last, previous = folder / STATE, folder / STATE_BEFORE
+    if not last.exists():
+        return (read_state(previous), previous) if previous.exists() else None
+    try:
+        return read_state(last), last
+    except DamagedError as error:
+        if not previous.exists():
+            raise UserError(f"{error}; there is none before it: remove {folder} to start from the beginning") from error
+        content = read_state(previous)
+        logger.warning(
+            "%s. Falling back to the checkpoint before it, of step %d; the damaged file is now %s",
+            error,
+            content["counters"]["step"],
+            DAMAGED_STATE,
+        )
+        last.replace(folder / DAMAGED_STATE)
+        return content, previous
+
+
+def settle(folder: Path, state: TrainState) -> None:
+    """Bring the weights files in line with the state that a run continues from.
+
+    They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage.
+    """
+    sweep_temporaries(folder)
+    if state.best_epoch > 0:
+        path = epoch_path(folder, state.best_epoch)
+        if not path.exists():
+            _find_best(folder, state.best_epoch, path)
+        if path.exists():
+            link_or_copy(path, folder / BEST)
+    for name in OLD_NAMES:
+        (folder / name).unlink(missing_ok=True)
+    remove_epochs(folder, but=range(state.epoch + 1))
+
+
+def _find_best(folder: Path, epoch: int, path: Path) -> None:
+    """Put the weights of `epoch` at `path`, from a run that has finished or that an earlier version wrote."""
+    for name in (BEST, *OLD_NAMES):
+        try:
+            found = read_weights(folder / name)[1].get("epoch")
+        except (FileNotFoundError, DamagedError):
+            continue
+        if found == str(epoch):
+            link_or_copy(folder / name, path)
+            return

@@ -1,0 +1,150 @@
+"""Weights files (`safetensors`): the network's tensors, the metadata that prediction needs, and a checksum."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.core.layers import LayeredModel
+from finetune.core.preprocess import Preprocess
+from finetune.system.errors import UserError
+from finetune.system.files import write_atomic
+
+Tensors = Mapping[str, Tensor]
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or that differs from what was written."""
+
+
+def weights_metadata(
+    classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any], *, is_multilabel: bool
+) -> dict[str, str]:
+    """The metadata of a weights file, each value JSON. A file of a multi-label model also gets `threshold`.
+
+    Args:
+        classes: Names, in the order of the logits.
+        preprocess: From an image to the network's input.
+        model: The model's settings.
+        is_multilabel: Whether an image may have several labels.
+    """
+    return {
+        "format": "pt",
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "preprocess": json.dumps(preprocess.as_dict()),
+        "model": json.dumps(model),
+        "is_multilabel": json.dumps(is_multilabel),
+    }
+
+
+def is_frozen(model: LayeredModel, name: str) -> bool:
+    """Whether the tensor `name` of the network's state dict belongs to a frozen layer."""
+    return name in model.layer_ids and model.layer_ids[name] < model.num_frozen
+
+
+def frozen_weights(model: LayeredModel) -> dict[str, Tensor]:
+    """The tensors of frozen layers, in host memory. No step changes them, so those on a CPU are not copied."""
+    tensors = model.net.state_dict().items()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors if is_frozen(model, name)}
+
+
+def copied_to_host(tree: Any) -> Any:
+    """A copy of dicts, lists and tuples, with tensors copied to host memory; everything else as it is."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone() if tree.device.type == "cpu" else tree.detach().cpu()
+    if isinstance(tree, dict):
+        return {key: copied_to_host(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied_to_host(value) for value in tree)
+    return tree
+
+
+def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
+    """The network's tensors in host memory: those of `known` as they are there, the others copied."""
+    tensors = model.net.state_dict().items()
+    return {name: known[name] if name in known else copied_to_host(tensor) for name, tensor in tensors}
+
+
+def save_weights(path: Path, model: LayeredModel, metadata: Mapping[str, str]) -> None:
+    """Write the network's tensors as they are now; see `write_weights`."""
+    write_weights(path, copied_weights(model, {}), metadata)
+
+
+def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; atomic.
+
+    Raises:
+        OSError: The disk is full; an older file at `path` is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {**metadata, "sha256": checksum(tensors)}
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            # `save_file` writes from where the tensors lie; `save` would copy them twice.
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=whole)
+        except SafetensorError as error:
+            raise write_error(error, path) from error
+        temporary.chmod(mode)  # `save_file` lets nobody but the owner read
+
+    write_atomic(path, write)
+
+
+def write_error(error: Exception, path: Path) -> OSError:
+    """The OSError behind an error that torch or safetensors raised because they could not write to `path`."""
+    return OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path))
+
+
+def checksum(tensors: Tensors) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a weights file. Compares its checksum where it has one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedError: The file cannot be read, or its checksum differs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if "sha256" in metadata and metadata["sha256"] != checksum(tensors):
+        raise DamagedError(f"{path} is damaged: its checksum differs from what was written")
+    return tensors, metadata
+
+
+def put_weights(tensors: Tensors, model: LayeredModel, path: Path) -> None:
+    """Copy tensors of `read_weights` into the network; every name must match.
+
+    Raises:
+        UserError: The tensors are of another network; names `path`, their file.
+    """
+    try:
+        model.net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {type(model.net).__name__}: {str(error).splitlines()[0]}") from error
