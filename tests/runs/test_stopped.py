@@ -19,10 +19,10 @@ import torch
 from small_runs import ROOT, assert_same_run, finetune, go, history, small
 from torch import Tensor
 
+from finetune.__main__ import main
 from finetune.app import training
 from finetune.app.build import Run
 from finetune.app.run import run
-from finetune.commands.replay import main as replay
 from finetune.config import Conf, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
@@ -437,9 +437,9 @@ def test_bad_steps_are_skipped_stored_and_replayed(
     assert facts["rates"]["head.decay"] == pytest.approx(0.5e-3)
     assert (tmp_path / "run.log").read_text().count("The step is skipped") == 2
     assert read_state(tmp_path / "checkpoints" / "last.pt")["guard"] == {"total": 2}
-    assert replay([str(tmp_path), "--step", "7"]) == 0
+    assert main(["replay", str(tmp_path), "--step", "7"]) == 0
     assert "the images themselves" in capsys.readouterr().out
-    assert replay([str(tmp_path), "--step", "3"]) == 1
+    assert main(["replay", str(tmp_path), "--step", "3"]) == 1
     assert "stored steps: 2, 7" in capsys.readouterr().err
 
 
@@ -447,7 +447,7 @@ def test_one_bad_step_too_many_ends_the_run(stripes: Path, tmp_path: Path, poiso
     poisoned(1, 4)
     conf = small(stripes)
     conf.train.on_nonfinite, conf.train.max_nonfinite = OnNonfinite.skip, 2
-    with pytest.raises(NotFiniteError, match=r"epoch 1, step 4.*one step more than.*finetune\.replay"):
+    with pytest.raises(NotFiniteError, match=r"epoch 1, step 4.*one step more than.*finetune replay"):
         go(conf, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
     assert len(list((tmp_path / "bad_batch").glob("*.pt"))) == 3
