@@ -36,6 +36,9 @@ Examples:
 
 FLAGS = ("--json", "--plot", "--classes", "--images", "--config-dir", "--help")
 GIB, MIB = 2**30, 2**20
+# Headings of the table of layers, and the keys of `describe`'s rows.
+COLUMNS = {"id": "id", "layer": "layer", "parameters": "parameters", "state": "state"}
+COLUMNS |= {"rate at start": "rate_start", "peak rate": "rate_peak", "weight decay": "weight_decay"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,23 +117,12 @@ def as_text(found: dict[str, Any]) -> str:
     model, totals, compute = found["model"], found["totals"], found["compute"]
     least = compute["pflop_run_kept"]
     cached = "" if least is None else f", {least:,.4g} with the activations of the frozen layers cached"
-    rows = [
-        {
-            "id": row["id"],
-            "layer": row["layer"],
-            "parameters": row["parameters"],
-            "state": row["state"],
-            "rate at start": row["rate_start"],
-            "peak rate": row["rate_peak"],
-            "weight decay": row["weight_decay"],
-        }
-        for row in found["layers"]
-    ]
+    rows = [{title: row[key] for title, key in COLUMNS.items()} for row in found["layers"]]
     lines = [
         f"{model['name']} (model={model['family']}), weights {model['pretrained']},"
         f" images of {model['image_size']} pixels a side; {found['assumed']}",
         "",
-        table(rows, columns=list(rows[0])),
+        table(rows, columns=list(COLUMNS)),
         "",
         f"parameters  {totals['parameters']:,}, of which {totals['learning']:,} learn"
         f" ({100 * totals['learning_share']:.3g} %) in {totals['groups']} groups;"
@@ -159,13 +151,11 @@ def _memory_line(memory: dict[str, Any]) -> str:
 
 def _schedule_line(schedule: dict[str, Any]) -> str:
     unit = schedule["interval"]
-    warmup = ""
-    if schedule["warmup"]:
-        warmup = f", {schedule['warmup']:,} {unit}s of warmup"
-        warmup += f" ({schedule['warmup_epochs']:.3g} epochs)" if unit == "step" else ""
-    past = ""
-    if schedule["cycle"] < schedule["units"]:
-        past = f"; a cycle has {schedule['cycle']:,} {unit}s, then {schedule['past_cycle']}"
+    warmup = f", {schedule['warmup']:,} {unit}s of warmup" if schedule["warmup"] else ""
+    if warmup and unit == "step":
+        warmup += f" ({schedule['warmup_epochs']:.3g} epochs)"
+    past = f"; a cycle has {schedule['cycle']:,} {unit}s, then {schedule['past_cycle']}"
+    past = past if schedule["cycle"] < schedule["units"] else ""
     return (
         f"schedule    {schedule['mode']} by {unit}: {schedule['epochs']} epochs, {schedule['steps']:,} steps of"
         f" {schedule['batch']:,} images{warmup}{past}; the head's rate {schedule['lr_start']:.3g} at the start,"

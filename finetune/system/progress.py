@@ -27,11 +27,11 @@ class Bar:
 
     Reading a loss from the device stalls it, so the caller hands over numbers only when `due()`:
 
-        with Bar("train 3/15", total=len(loader), images=loader.num_images) as bar:
-            for batch in bar.wrap(batches):
-                ...
-                if bar.due():
-                    bar.show({"loss": "0.412", "lr": "9.1e-05"})
+        bar = Bar("train 3/15", total=len(loader), images=loader.num_images)
+        for batch in bar.wrap(batches):
+            ...
+            if bar.due():
+                bar.show({"loss": "0.412", "lr": "9.1e-05"})
     """
 
     def __init__(self, title: str, *, total: int, images: int, start: int = 0) -> None:
@@ -62,14 +62,6 @@ class Bar:
                 file=sys.stderr,
             )
             open_bars.append(self)
-
-    def __enter__(self) -> Bar:
-        """For `with`."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take the bar away, also after an error."""
-        self.close()
 
     def wrap(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields the same batches, and counts each when the caller asks for the next; the bar ends with the last."""

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # These ask for a stop: Ctrl-C, schedulers' SIGTERM, the warnings ahead of a time limit (SLURM --signal, submitit).
@@ -48,9 +48,7 @@ class StopSignals:
                     self._before[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Put the earlier handlers back."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)

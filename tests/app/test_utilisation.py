@@ -99,17 +99,17 @@ def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     # Built ahead of this very epoch: none was there before, and yet the bar's time holds nothing but what learns.
     feed = Mock(stats=lambda: {"data_wait": 0.02, "prefix_hits": 0.0}, is_cached=True)
     train_step(state, tiny_batches([4], seed=0), TrainConf())
-    with progress.Bar("train 3/15", total=4, images=400) as bar:
-        for number, _ in enumerate(bar.wrap(range(4))):
-            clock[0] += 0.5
-            bar.show(bar_texts(training._shown(state, bar, feed, used)), dropped_first=DROPPED_FIRST)
-            line = terminal.getvalue().split("\r")[-1].rstrip()
-            if number == 0:
-                assert "mfu" not in line and "wait 2%" in line, "no batch is done, so there is no speed"
-            if number == 3:  # 300 images in 2 s, of 1e9 FLOP each
-                assert line.endswith("wait 2% cached 0% mfu 15% 150 img/s"), line
-                assert len(line) <= 80
-                assert "mfu" not in training._shown(state, bar, feed, None)
+    bar = progress.Bar("train 3/15", total=4, images=400)
+    for number, _ in enumerate(bar.wrap(range(4))):
+        clock[0] += 0.5
+        bar.show(bar_texts(training._shown(state, bar, feed, used)), dropped_first=DROPPED_FIRST)
+        line = terminal.getvalue().split("\r")[-1].rstrip()
+        if number == 0:
+            assert "mfu" not in line and "wait 2%" in line, "no batch is done, so there is no speed"
+        if number == 3:  # 300 images in 2 s, of 1e9 FLOP each
+            assert line.endswith("wait 2% cached 0% mfu 15% 150 img/s"), line
+            assert len(line) <= 80
+            assert "mfu" not in training._shown(state, bar, feed, None)
 
 
 def test_the_share_of_an_epoch_goes_by_what_was_kept_in_it() -> None:
