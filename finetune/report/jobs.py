@@ -9,6 +9,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from finetune.system.locks import holder
 from finetune.system.terminal import printable
 
 SPLITS = ("zeroshot/", "val/", "test/")
+LENGTHS = ("epochs", "seconds")
 
 
 @dataclass(frozen=True)
@@ -28,32 +30,31 @@ class JobResult:
         folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` has it.
         status: finished, failed, diverged, interrupted or at work; refused, where the folder holds another run.
         words: Overrides as typed.
-        overrides: The same overrides by key.
-        scores: Such as zeroshot/top1, val/top1 (of the best epoch) and test/top1.
+        numbers: Scores (zeroshot/top1, val/top1 of the best epoch, test/top1, ...), `epochs` and `seconds`.
         metric: The metric that picked the best epoch, such as top1 or map.
-        epochs: Finished epochs; NaN where unknown.
-        seconds: Seconds of training; NaN where unknown.
         error: Why the job did not finish, in one line; empty for a finished job.
     """
 
     folder: Path
     status: str
     words: list[str]
-    overrides: dict[str, str]
-    scores: dict[str, float]
-    metric: str
-    epochs: float
-    seconds: float
-    error: str
+    numbers: dict[str, float]
+    metric: str = "top1"
+    error: str = ""
 
     @property
     def is_finished(self) -> bool:
         """Whether the job's scores count."""
         return self.status == "finished"
 
-    def score(self, name: str) -> float:
-        """The score of this name; NaN where the job has none."""
-        return self.scores.get(name, math.nan)
+    @cached_property
+    def overrides(self) -> dict[str, str]:
+        """The overrides by key."""
+        return {key_of(word): word.partition("=")[2] for word in self.words}
+
+    def number(self, name: str) -> float:
+        """The score of this name, or `epochs` or `seconds`; NaN where the job has none."""
+        return self.numbers.get(name, math.nan)
 
     def values_of(self, keys: Sequence[str]) -> dict[str, str]:
         """The overrides of `keys`, without those that the job does not set."""
@@ -74,7 +75,7 @@ class JobGroup:
 
     def scores(self, name: str) -> list[float]:
         """The score of this name of each job that has one."""
-        return [job.score(name) for job in self.jobs if math.isfinite(job.score(name))]
+        return [job.number(name) for job in self.jobs if math.isfinite(job.number(name))]
 
     def mean(self, name: str) -> float:
         """Mean of `scores`; NaN where there is none."""
@@ -92,7 +93,34 @@ class JobGroup:
 
     def best_job(self, metric: str) -> JobResult:
         """The first job with the best validation score."""
-        return max(self.jobs, key=lambda job: rank(job.score(f"val/{metric}"), metric))
+        return max(self.jobs, key=lambda job: rank(job.number(f"val/{metric}"), metric))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that was read from its folder.
+
+    Attributes:
+        folder: The sweep's folder.
+        jobs: All jobs.
+        varied: Keys of overrides that differ between jobs.
+        metric: The metric that ranks the jobs, such as top1.
+    """
+
+    folder: Path
+    jobs: list[JobResult]
+    varied: list[str]
+    metric: str
+
+    @property
+    def scored(self) -> list[JobResult]:
+        """Finished jobs that have a validation score."""
+        return [job for job in self.jobs if job.is_finished and math.isfinite(job.number(f"val/{self.metric}"))]
+
+    @property
+    def groups(self) -> list[JobGroup]:
+        """Scored jobs, grouped where they differ in their seed alone."""
+        return group_jobs(self.scored, [key for key in self.varied if key != "seed"])
 
 
 def rank(score: float, metric: str) -> float:
@@ -133,6 +161,12 @@ class _Record(NamedTuple):
 
     name: str  # its folder, relative to the sweep's
     refused: str | None  # why it did not run: its folder holds another run; None: it ran
+
+
+def read_sweep(sweep_dir: Path) -> Sweep:
+    """Returns the sweep in a folder: its jobs, and how they differ."""
+    jobs = read_jobs(sweep_dir)
+    return Sweep(sweep_dir, jobs, varied_keys(jobs), common_metric(jobs))
 
 
 def read_jobs(sweep_dir: Path) -> list[JobResult]:
@@ -210,11 +244,8 @@ def _as_job(folder: Path, result: dict[str, Any]) -> JobResult:
         folder=folder,
         status=printable(result["status"]),
         words=words,
-        overrides={key_of(word): word.partition("=")[2] for word in words},
-        scores={name: number(value) for name, value in result.items() if name.startswith(SPLITS)},
+        numbers={name: number(value) for name, value in result.items() if name.startswith((*SPLITS, *LENGTHS))},
         metric=str(result.get("monitor") or "val/top1").removeprefix("val/"),
-        epochs=number(result.get("epochs")),
-        seconds=number(result.get("seconds")),
         error=printable(lines[0]) if lines else "" if result["status"] == "finished" else "no reason given",
     )
 

@@ -9,21 +9,10 @@ import csv
 import io
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.report import look
-from finetune.report.jobs import (
-    SPLITS,
-    JobGroup,
-    JobResult,
-    common_metric,
-    group_jobs,
-    key_of,
-    rank,
-    read_jobs,
-    varied_keys,
-)
+from finetune.report.jobs import LENGTHS, SPLITS, JobGroup, Sweep, key_of, rank, read_sweep
 from finetune.report.sweep_figure import is_number, sweep_figure
 from finetune.system.files import write_text
 from finetune.system.log import say
@@ -32,33 +21,6 @@ from finetune.system.terminal import command, printable
 
 # Longest error shown on the console; `run.log` of the job has all of it.
 ERROR_CHARS = 300
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that was read from its folder.
-
-    Attributes:
-        folder: The sweep's folder.
-        jobs: All jobs.
-        varied: Keys of overrides that differ between jobs.
-        metric: The metric that ranks the jobs, such as top1.
-    """
-
-    folder: Path
-    jobs: list[JobResult]
-    varied: list[str]
-    metric: str
-
-    @property
-    def scored(self) -> list[JobResult]:
-        """Finished jobs that have a validation score."""
-        return [job for job in self.jobs if job.is_finished and math.isfinite(job.score(f"val/{self.metric}"))]
-
-    @property
-    def groups(self) -> list[JobGroup]:
-        """Scored jobs, grouped where they differ in their seed alone."""
-        return group_jobs(self.scored, [key for key in self.varied if key != "seed"])
 
 
 def summarize(sweep_dir: Path) -> int:
@@ -77,16 +39,15 @@ def summarize(sweep_dir: Path) -> int:
     """
     if not sweep_dir.is_dir():
         raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
-    jobs = read_jobs(sweep_dir)
-    sweep = Sweep(sweep_dir, jobs, varied_keys(jobs), common_metric(jobs))
+    sweep = read_sweep(sweep_dir)
     _write_csv(sweep)
     say("\n".join(_tables(sweep)))
     if sweep.scored:
-        missing = len(jobs) - len(sweep.scored)
+        missing = len(sweep.jobs) - len(sweep.scored)
         figure = sweep_figure(sweep.scored, sweep.varied, num_missing=missing, metric=sweep.metric)
         look.save_figure(figure, sweep_dir / "sweep.png")
     say("\n" + "\n".join(_answer(sweep)))
-    return sum(not job.is_finished for job in jobs)
+    return sum(not job.is_finished for job in sweep.jobs)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -112,14 +73,14 @@ def _tables(sweep: Sweep) -> list[str]:
 def _jobs_table(sweep: Sweep) -> str:
     """One row for each job: a star at the best validation score, a dash for a number that a failed job lacks."""
     names = [f"val/{sweep.metric}", f"test/{sweep.metric}"]
-    top = max((rank(job.score(names[0]), sweep.metric) for job in sweep.scored), default=math.inf)
+    top = max((rank(job.number(names[0]), sweep.metric) for job in sweep.scored), default=math.inf)
     rows = []
     for job in sweep.jobs:
-        is_best = job.is_finished and rank(job.score(names[0]), sweep.metric) == top
+        is_best = job.is_finished and rank(job.number(names[0]), sweep.metric) == top
         row: dict[str, object] = {"": "*" if is_best else "", "job": job.folder.name, "status": job.status}
         row |= {key: job.overrides.get(key, "-") for key in sweep.varied}
-        row |= {name: _score(job.score(name)) if job.is_finished else None for name in names}
-        rows.append(row | {"seconds": f"{job.seconds:.1f}" if math.isfinite(job.seconds) else None})
+        row |= {name: _digits(job.number(name)) if job.is_finished else None for name in names}
+        rows.append(row | {"seconds": _digits(job.number("seconds"), 1)})
     return table(rows, columns=["", "job", *sweep.varied, *names, "seconds", "status"])
 
 
@@ -134,7 +95,7 @@ def _seeds_table(sweep: Sweep) -> str:
         row |= {key: group.overrides.get(key, "-") for key in keys}
         for name in names:
             std = group.std(name)
-            row |= {f"{name} mean": _score(group.mean(name)), f"{name} std": None if std is None else f"{std:.4f}"}
+            row |= {f"{name} mean": _digits(group.mean(name)), f"{name} std": None if std is None else f"{std:.4f}"}
         rows.append(row)
     return table(rows, columns=["", *keys, "seeds", *(f"{name} {of}" for name in names for of in ("mean", "std"))])
 
@@ -145,8 +106,8 @@ def _best_groups(sweep: Sweep) -> list[JobGroup]:
     return [group for group, mean in zip(sweep.groups, means, strict=True) if mean == max(means)]
 
 
-def _score(value: float) -> str | None:
-    return f"{value:.4f}" if math.isfinite(value) else None
+def _digits(value: float, count: int = 4) -> str | None:
+    return f"{value:.{count}f}" if math.isfinite(value) else None
 
 
 def _typed(overrides: dict[str, str]) -> str:
@@ -158,9 +119,9 @@ def _write_csv(sweep: Sweep) -> None:
     names = list(dict.fromkeys(f"{split}{name}" for name in ("top1", sweep.metric) for split in SPLITS))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_csv_cells(["job", "status", *sweep.varied, *names, "epochs", "seconds", "error"]))
+    writer.writerow(_csv_cells(["job", "status", *sweep.varied, *names, *LENGTHS, "error"]))
     for job in sweep.jobs:
-        numbers = [*map(job.score, names), job.epochs, job.seconds]
+        numbers = [*map(job.number, [*names, *LENGTHS])]
         shown = [f"{value:.10g}" if math.isfinite(value) else "" for value in numbers]
         values = [job.overrides.get(key, "") for key in sweep.varied]
         writer.writerow(_csv_cells([job.folder.name, job.status, *values, *shown, job.error]))
@@ -211,5 +172,5 @@ def _scores_line(group: JobGroup, metric: str) -> str:
         name = f"{split}/{metric}"
         std = group.std(name)
         spread = "" if std is None else f" ± {std:.4f}"
-        parts.append(f"{split if metric == 'top1' else name} {_score(group.mean(name)) or 'not scored'}{spread}")
+        parts.append(f"{split if metric == 'top1' else name} {_digits(group.mean(name)) or 'not scored'}{spread}")
     return ", ".join(parts)

@@ -41,17 +41,8 @@ def add_job(folder: Path, *overrides: str, **result: Any) -> Path:
 
 def job_of(overrides: dict[str, str], val: float, test: float = math.nan) -> JobResult:
     """A finished job with these scores."""
-    return JobResult(
-        folder=Path("job"),
-        status="finished",
-        words=[f"{key}={value}" for key, value in overrides.items()],
-        overrides=overrides,
-        scores={"val/top1": val, "test/top1": test},
-        metric="top1",
-        epochs=1,
-        seconds=1,
-        error="",
-    )
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    return JobResult(Path("job"), "finished", words, {"val/top1": val, "test/top1": test})
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -165,7 +156,7 @@ def test_mean_and_deviation_over_seeds_are_those_of_statistics(scores: list[list
     for group, values in zip(groups, scores, strict=True):
         assert group.mean("val/top1") == statistics.fmean(values)
         assert group.std("val/top1") == (statistics.stdev(values) if len(values) > 1 else None)
-        assert group.best_job("top1").scores["val/top1"] == max(values)
+        assert group.best_job("top1").number("val/top1") == max(values)
         assert math.isnan(group.mean("test/top1")) and group.std("test/top1") is None
 
 
