@@ -43,9 +43,7 @@ def summarize(sweep_dir: Path) -> int:
     _write_csv(sweep)
     say("\n".join(_tables(sweep)))
     if sweep.scored:
-        missing = len(sweep.jobs) - len(sweep.scored)
-        figure = sweep_figure(sweep.scored, sweep.varied, num_missing=missing, metric=sweep.metric)
-        look.save_figure(figure, sweep_dir / "sweep.png")
+        look.save_figure(sweep_figure(sweep), sweep_dir / "sweep.png")
     say("\n" + "\n".join(_answer(sweep)))
     return sum(not job.is_finished for job in sweep.jobs)
 

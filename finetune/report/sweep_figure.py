@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.report import look
-from finetune.report.jobs import JobGroup, JobResult, group_jobs, rank
+from finetune.report.jobs import JobGroup, Sweep, group_jobs, rank
 from finetune.system.terminal import printable
 
 # Rows of a ranking: the best ones; more would be too small to read.
@@ -18,40 +18,36 @@ MIN_FILLED = 0.5
 SERIES = (("val", look.BLUE, "o"), ("test", look.GREEN, "D"))
 
 
-def sweep_figure(jobs: Sequence[JobResult], varied: Sequence[str], *, num_missing: int, metric: str = "top1") -> Any:
+def sweep_figure(sweep: Sweep) -> Any:
     """Returns the picture that suits the varied keys, as a matplotlib figure; seeds are points around their mean.
 
-    Args:
-        jobs: Finished jobs with a validation score, at least one. A failed job is absent, never 0.
-        varied: Keys of overrides that differ between jobs.
-        num_missing: How many jobs have no score.
-        metric: The metric that is drawn and ranked by.
+    At least one job must have a validation score. A failed job is absent, never 0.
     """
-    keys = [key for key in varied if key != "seed"]
-    groups = group_jobs(jobs, keys)
+    keys = [key for key in sweep.varied if key != "seed"]
+    groups, metric = sweep.groups, sweep.metric
     figure = look.new_figure()
     if len(keys) == 1 and len(groups) > 1:
         _draw_line(figure, groups, keys[0], metric)
     elif len(keys) == 2 and _is_grid(groups, keys):
         _draw_grid(figure, groups, keys, metric)
     else:
-        shown = keys or list(varied)
-        _draw_ranking(figure, group_jobs(jobs, shown), shown, metric)
-    title = f"Sweep over {' and '.join(keys or varied) or 'one job'}"[:90]
-    look.headline(figure, title, _subtitle(groups, keys, num_missing, metric))
+        shown = keys or sweep.varied
+        _draw_ranking(figure, group_jobs(sweep.scored, shown), shown, metric)
+    title = f"Sweep over {' and '.join(keys or sweep.varied) or 'one job'}"[:90]
+    look.headline(figure, title, _subtitle(sweep, keys))
     return figure
 
 
-def _subtitle(groups: Sequence[JobGroup], keys: Sequence[str], num_missing: int, metric: str) -> str:
+def _subtitle(sweep: Sweep, keys: Sequence[str]) -> str:
     """The group with the best mean validation score in words, and how many jobs have no score."""
-    best = _best(groups, metric)
+    metric, best = sweep.metric, _best(sweep.groups, sweep.metric)
     name = " ".join(f"{key}={best.value(key)}" for key in keys)
     text = f"best by validation: {name}   " if name else ""
     text += f"val{'' if metric == 'top1' else f'/{metric}'} {best.mean(f'val/{metric}'):.4f}"
-    test, num_jobs = best.mean(f"test/{metric}"), sum(len(group.jobs) for group in groups)
+    test, num_missing = best.mean(f"test/{metric}"), len(sweep.jobs) - len(sweep.scored)
     text += f"   test {test:.4f}" if math.isfinite(test) else ""
     text += f"   (mean of {len(best.jobs)} seeds)" if len(best.jobs) > 1 else ""
-    return text + (f"   without a score: {num_missing} of {num_missing + num_jobs} jobs" if num_missing else "")
+    return text + (f"   without a score: {num_missing} of {len(sweep.jobs)} jobs" if num_missing else "")
 
 
 def _best(groups: Sequence[JobGroup], metric: str) -> JobGroup:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.report.jobs import JobResult, group_jobs, read_jobs, varied_keys
+from finetune.report.jobs import JobResult, Sweep, group_jobs, read_jobs, varied_keys
 from finetune.report.sweep import summarize
 from finetune.report.sweep_figure import levels, positions, sweep_figure
 from finetune.runs.folders import JOBS, record_job, record_refusal, record_start
@@ -43,6 +43,11 @@ def job_of(overrides: dict[str, str], val: float, test: float = math.nan) -> Job
     """A finished job with these scores."""
     words = [f"{key}={value}" for key, value in overrides.items()]
     return JobResult(Path("job"), "finished", words, {"val/top1": val, "test/top1": test})
+
+
+def picture_of(jobs: list[JobResult], varied: list[str], *, num_missing: int = 0) -> Any:
+    failed = [JobResult(Path("job"), "failed", [], {})] * num_missing
+    return sweep_figure(Sweep(Path("sweep"), [*jobs, *failed], varied, "top1"))
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -301,7 +306,7 @@ def test_one_number_is_a_line_of_means_with_a_dot_a_seed() -> None:
         for d in ("0.9", "0.65", "0.75")
         for s in (0, 1)
     ]
-    figure = sweep_figure(jobs, ["optim.layer_decay", "seed"], num_missing=1)
+    figure = picture_of(jobs, ["optim.layer_decay", "seed"], num_missing=1)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert list(lines["val"].get_xdata()) == [0.65, 0.75, 0.9]
@@ -314,7 +319,7 @@ def test_one_number_is_a_line_of_means_with_a_dot_a_seed() -> None:
 
 def test_words_are_dots_without_a_line_between_them() -> None:
     jobs = [job_of({"sched.mode": mode}, 0.9, 0.8) for mode in ("linear", "cosine")]
-    (axes,) = sweep_figure(jobs, ["sched.mode"], num_missing=0).axes
+    (axes,) = picture_of(jobs, ["sched.mode"]).axes
     assert {line.get_linestyle() for line in axes.get_lines() if line.get_label() in ("val", "test")} == {"None"}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["linear", "cosine"]
 
@@ -322,7 +327,7 @@ def test_words_are_dots_without_a_line_between_them() -> None:
 def test_two_settings_are_a_grid_with_gaps_for_what_failed() -> None:
     pairs = [("1e-4", "0.65"), ("1e-3", "0.65"), ("1e-3", "0.75")]
     jobs = [job_of({"optim.lr": lr, "optim.layer_decay": d}, 0.9 + i / 100, 0.8) for i, (lr, d) in enumerate(pairs)]
-    figure = sweep_figure(jobs, ["optim.lr", "optim.layer_decay"], num_missing=1)
+    figure = picture_of(jobs, ["optim.lr", "optim.layer_decay"], num_missing=1)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["val/top1", "test/top1"]
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (2, 2) and math.isnan(image.filled(math.nan)[1, 0])
@@ -335,7 +340,7 @@ def test_anything_else_is_a_ranking_by_validation(varied: list[str]) -> None:
     jobs = [job_of({"a": "x", "b.k": str(i), "c": "$1_{", "seed": str(i)}, i / 100, math.nan) for i in range(1, 60)]
     if varied == ["a"]:
         jobs = jobs[:1]
-    figure = sweep_figure(jobs, varied, num_missing=0)
+    figure = picture_of(jobs, varied)
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert 1 <= len(labels) <= 30
     figure.canvas.draw()
@@ -343,7 +348,7 @@ def test_anything_else_is_a_ranking_by_validation(varied: list[str]) -> None:
 
 def test_a_ranking_has_the_best_on_top() -> None:
     jobs = [job_of({"seed": str(i)}, 0.5 + i / 10, 0.4) for i in range(4)]
-    axes = sweep_figure(jobs, ["seed"], num_missing=0).axes[0]
+    axes = picture_of(jobs, ["seed"]).axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["seed=3", "seed=2", "seed=1", "seed=0"]
     assert axes.yaxis_inverted()
 
