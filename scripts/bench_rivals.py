@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.config import DataConf, SourceKind
 from finetune.data import open_source
-from finetune.data.sources.opening import Split
+from finetune.data.split import Split
 
 
 def with_timm(task: Task, flags: Flags) -> Outcome:

@@ -28,7 +28,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data import open_source
 from finetune.data.images.transforms import build_transform, fit_square
 from finetune.data.loading.order import epoch_order
-from finetune.data.sources.opening import Split
+from finetune.data.split import Split
 from finetune.data.streams import augment_generator, view_of
 from finetune.models import build_model
 

@@ -97,13 +97,14 @@ class DataConf:
     )
     cache_gib: float = setting(
         500.0,
-        "cache=disk: most that decoded images of all runs may take, GiB; fetched shards: only a warning",
+        "cache=disk: most that decoded images of all runs may take, GiB; the same for all fetched shards",
         above=0,
     )
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
-REMOTE = re.compile("(https?|pipe):")  # the start of a place that is not on this machine
+# The start of a place that is not on this machine. A drive letter of Windows (C:) is none.
+REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://")
 
 # The sources that read a setting which not every source reads.
 _READERS: dict[str, tuple[SourceKind, ...]] = {
@@ -175,7 +176,7 @@ def _ignored_reasons(data: DataConf) -> dict[str, str]:
     if data.source == SourceKind.webdataset and data.root and not _is_fetched(data):
         reasons["download"] = f"data.root={data.root} is neither a URL nor pipe:COMMAND"
     if data.cache != CacheKind.disk and not _is_fetched(data):
-        reasons["cache_gib"] = f"data.cache={data.cache}; it bounds data.cache=disk, and warns of fetched shards"
+        reasons["cache_gib"] = f"data.cache={data.cache}; it bounds data.cache=disk and fetched shards"
     if data.folds:
         reasons["val_fraction"] = f"data.folds={data.folds} cuts val"
     else:

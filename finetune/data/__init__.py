@@ -1,9 +1,15 @@
-"""Images and labels: sources, the square a model sees, and the batches of an epoch."""
+"""Images and labels: where they come from, how they are split, and the batches of an epoch.
+
+The room knows its own section of the settings, and neither models nor runs. Read `split.py` first: a `Source` is what
+every part of this room makes or uses. From the bottom to the top: `streams` (random numbers), `images` (decode, resize,
+crop, mix), `split` and `selection`, `sources` and `caches`, `loading` (workers and batches), `checks`.
+"""
 
 from finetune.data.checks.start import SkippedList, check_at_start
 from finetune.data.images.decode import ImageError, natural_key, read_image
 from finetune.data.loading.loader import Batch, Loader
-from finetune.data.sources.opening import Source, Split, open_source
+from finetune.data.sources import open_source
+from finetune.data.split import Source, Split
 
 __all__ = [
     "Batch",

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from finetune.config import Balance, DataConf, nearest
-from finetune.data.split import SPLITS, Found, Source, Split, class_counts
+from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
-def split_up(found: Found, conf: DataConf) -> Source:
+def split_up(found: FoundImages, conf: DataConf) -> Source:
     """Choose classes, cut the splits that the data does not come with, then draw from `train`.
 
     Raises:
@@ -55,7 +55,7 @@ def split_up(found: Found, conf: DataConf) -> Source:
     )
 
 
-def _choose_classes(found: Found, names: Sequence[str]) -> tuple[Found, Rows]:
+def _choose_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImages, Rows]:
     """The classes that `data.classes` names, in the data's own order, and the rows that have one of them.
 
     Labels of the rows that fall out keep no meaning.
@@ -91,7 +91,7 @@ def _strata(labels: Tensor) -> Rows:
     return rarest.numpy()
 
 
-def _cut_all(found: Found, rows: Rows, strata: Rows, conf: DataConf) -> tuple[dict[str, Rows], str]:
+def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tuple[dict[str, Rows], str]:
     """The rows of each split, and how they came about as ` (val cut by ...)`."""
     given = found.given.numpy()[rows]
     parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
@@ -117,7 +117,7 @@ def _cut_all(found: Found, rows: Rows, strata: Rows, conf: DataConf) -> tuple[di
     return parts, how
 
 
-def _check_sizes(found: Found, counts: Tensor, needed: Sequence[str]) -> None:
+def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> None:
     """Each class needs an image for each split that is cut; with several labels an image nothing can be promised."""
     if found.labels.ndim == 2 or len(needed) == 1:
         return
@@ -187,7 +187,7 @@ def _groups(order: Ranks, strata: Rows) -> Iterable[Rows]:
     return (rows[np.argsort(order[rows], kind="stable")] for rows in np.split(by_stratum, ends))
 
 
-def _draw(found: Found, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows, str]:
+def _draw(found: FoundImages, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows, str]:
     """What `data.shots` or `data.fraction` leaves of the training rows, and words for it."""
     if not conf.shots and conf.fraction == 1:
         return train, ""
@@ -212,7 +212,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     return (len(labels) / (num_classes * counts)).to(torch.float32)
 
 
-def _check_train(found: Found, splits: Mapping[str, Split]) -> None:
+def _check_train(found: FoundImages, splits: Mapping[str, Split]) -> None:
     """A class that is tested but never learned is a mistake of the data."""
     if len(found.classes) < 2:
         only = ", ".join(found.classes)

@@ -1,81 +1,90 @@
-"""What a source is: stored images, labels, and three splits of them."""
+"""The types of a data source: its stored images, the labels, and the three splits train, val and test."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.images.decode import Header
+from finetune.data.images.decode import Header, decode, header_of
 from finetune.system.errors import UserError
 
 SPLITS = ("train", "val", "test")
+# Words that name a split in tables, folders, shards and data sets -> index into SPLITS.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), 0),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), 1),
+    **dict.fromkeys(("test", "testing"), 2),
+}
 
 
-class Store(Protocol):
-    """All the images of a source, before they are split. Small to pickle: it travels to every worker."""
+class ImageStore(ABC):
+    """All images of a source, by row number. A store pickles small, since every worker process gets a copy.
 
-    @property
-    def encoded(self) -> bool:
-        """Whether `read` gives an image file, which `decode` turns into what `load` gives."""
+    A store of image files defines `read`, `stamp` and `name_of`. A store of decoded images sets `encoded` to False and
+    defines `load` and `header`, too.
+    """
+
+    encoded = True  # whether `read` returns an image file, of which `decode` makes the pixels that `load` returns
 
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
+        return decode(self.read(row), self.name_of(row))
 
     def header(self, row: int) -> Header:
-        """Size and mode, with as little reading as can be; raises ImageError."""
+        """Size and mode, for which as little as possible is read; raises ImageError."""
+        return header_of(self.read(row), self.name_of(row))
 
+    @abstractmethod
     def read(self, row: int) -> bytes:
-        """What is stored, undecoded: two images with the same bytes are the same image; raises ImageError."""
+        """The stored bytes: two images with the same bytes are the same image; raises ImageError."""
 
+    @abstractmethod
     def stamp(self, row: int) -> str:
-        """What changes when the image does (path, size, time), read in microseconds; empty: there is no such thing.
+        """A text that changes when the image does (path, size, time), found in microseconds; empty if there is none.
 
-        Raises ImageError where the image is not there at all.
+        Raises:
+            ImageError: There is no such image.
         """
 
+    @abstractmethod
     def name_of(self, row: int) -> str:
-        """How a message calls the image: its path, or the source and the number."""
+        """The image's name in messages: its path, or the source and the row."""
 
 
 class Split:
-    """Some rows of a store with their labels: what is trained on, or validated, or tested.
+    """Some images of a store with their labels: the training, validation or test images.
 
     Attributes:
         store: All images of the source.
-        rows: Which of them, int64 (n,).
+        rows: Rows of the store, int64 (n,).
         labels: Class index of each image, int64 (n,); with several labels an image float32 (n, classes), 0 or 1.
     """
 
-    def __init__(self, store: Store, rows: Tensor, labels: Tensor) -> None:
-        """Take `rows` of `store`, int64 (n,), labelled `labels`, one each."""
+    def __init__(self, store: ImageStore, rows: Tensor, labels: Tensor) -> None:
+        """Take `rows` of `store`, int64 (n,), and a label for each."""
         assert rows.ndim == 1 and len(rows) == len(labels) and labels.ndim in (1, 2)
         self.store = store
         self.rows = rows
         self.labels = labels
 
     def __len__(self) -> int:
-        """How many images."""
+        """The number of images."""
         return len(self.rows)
 
     def load(self, index: int) -> Tensor:
-        """The image, uint8 (3, height, width), RGB, whatever its size.
-
-        Raises:
-            ImageError: It cannot be read.
-        """
+        """The image, uint8 (3, height, width), RGB, of any size; raises ImageError."""
         return self.store.load(int(self.rows[index]))
 
     def name_of(self, index: int) -> str:
-        """How a message calls the image: its path, or `digits[17]`."""
+        """The image's name in messages: its path, or `digits[17]`."""
         return self.store.name_of(int(self.rows[index]))
 
     def without(self, indices: Collection[int]) -> Split:
-        """The same split with these images left out."""
+        """The split without the images at `indices`."""
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[torch.tensor(sorted(indices), dtype=torch.int64)] = False
         return Split(self.store, self.rows[keep], self.labels[keep])
@@ -86,14 +95,14 @@ class Source:
     """Labelled images in three splits.
 
     Attributes:
-        name: The word behind `data.source`.
-        classes: Names; the place in the list is the label.
-        splits: `train`, `val` and `test`, none empty.
-        description: One line with what was found, for the start of a run.
+        name: The value of `data.source`.
+        classes: Class names; the index of a name is its label.
+        splits: `train`, `val` and `test`; none is empty.
+        description: One line for the start of a run: counts, and how the splits were made.
         is_multilabel: Whether an image may have several labels, or none: labels are then float32 (n, classes), 0 or 1.
         class_weights: Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
-        location: Where the images lie: what is known of them is remembered under it.
-        warnings: What a person should know before training, a line each.
+        location: Where the images lie. Results of checks are remembered under it.
+        warnings: Lines that a person should read before training.
     """
 
     name: str
@@ -106,7 +115,7 @@ class Source:
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Hold what every builder promises."""
+        """Check the promises of the attributes."""
         assert tuple(self.splits) == SPLITS and len(self.classes) > 1
         for split in self.splits.values():
             assert len(split)
@@ -117,38 +126,35 @@ class Source:
                 assert split.labels.min() >= 0 and split.labels.max() < len(self.classes)
 
     def without(self, left_out: Mapping[str, Collection[int]]) -> Source:
-        """The same source, some images of its splits left out.
-
-        Args:
-            left_out: Of each split the indices.
+        """The source without some images; `left_out` has the indices for each split's name.
 
         Raises:
-            ValueError: A split would be empty, or a class would have no training image left.
+            UserError: A split would be empty, or a class would have no training image left.
         """
         splits = {name: split.without(left_out.get(name, ())) for name, split in self.splits.items()}
         for name, split in splits.items():
             if not len(split):
                 raise UserError(f"no image of the {name} split can be read; see the list of unreadable files")
-        gone = class_counts(splits["train"].labels, len(self.classes)) == 0
-        gone &= class_counts(self.splits["train"].labels, len(self.classes)) > 0
-        if gone.any():
-            names = ", ".join(name for name, lost in zip(self.classes, gone.tolist(), strict=True) if lost)
+        lost = class_counts(splits["train"].labels, len(self.classes)) == 0
+        lost &= class_counts(self.splits["train"].labels, len(self.classes)) > 0
+        if lost.any():
+            names = ", ".join(name for name, is_lost in zip(self.classes, lost.tolist(), strict=True) if is_lost)
             raise UserError(f"no training image of class {names} can be read; see the list of unreadable files")
         return replace(self, splits=splits)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a builder finds, before it is selected from and split.
+class FoundImages:
+    """The images that a builder of `data/sources` finds, before images are selected and split.
 
     Attributes:
-        kind: The word behind `data.source`.
+        kind: The value of `data.source`.
         store: The images.
-        names: One for each image, the same wherever the data lies: images are split by them.
-        classes: Names in their order.
-        labels: int64 (n,), or float32 (n, classes) where an image may have several labels.
-        given: Index into SPLITS of each image, uint8 (n,): as the data itself says; 0 where it says nothing.
-        place: How a message calls the data: `data.root=PATH`.
+        names: A name for each image, which the split depends on. It is the same wherever the data lies.
+        classes: Class names in their order.
+        labels: int64 (n,), or float32 (n, classes) if an image may have several labels.
+        given: Index into SPLITS of each image, uint8 (n,), as the data gives it; 0 if the data gives no splits.
+        place: The data's name in messages: `data.root=PATH`.
         title: Start of the description: `folder PATH`.
         note: End of the description.
         location: See `Source`.
@@ -156,7 +162,7 @@ class Found:
     """
 
     kind: str
-    store: Store
+    store: ImageStore
     names: Collection[str]
     classes: tuple[str, ...]
     labels: Tensor
@@ -165,7 +171,7 @@ class Found:
     title: str
     note: str = ""
     location: str = ""
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
@@ -174,5 +180,5 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def no_split(count: int) -> Tensor:
-    """`Found.given` where the data says nothing about splits."""
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8))
+    """`FoundImages.given` for data that gives no splits, uint8 (count,)."""
+    return torch.zeros(count, dtype=torch.uint8)

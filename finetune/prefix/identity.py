@@ -17,7 +17,7 @@ from finetune.config import AugmentConf, ModelConf, as_dict
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.data.caches.digest import content_digest
-from finetune.data.sources.opening import Split
+from finetune.data.split import Split
 
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
 NOT_OF_THE_PREFIX = (

@@ -30,7 +30,7 @@ from finetune.data.checks.contact_sheet import CAPTION, GAP, pixels_of_input, wr
 from finetune.data.checks.examine import examine, find_duplicates
 from finetune.data.checks.known_images import RECORD, KnownImages
 from finetune.data.images.decode import decode, header_of_whole, read_header
-from finetune.data.sources.filestore import FileStore
+from finetune.data.sources.stores import FileStore
 
 SQUARE = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize="squash")
 

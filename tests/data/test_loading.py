@@ -19,7 +19,7 @@ from finetune.data import ImageError, Loader, Source, open_source
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.transforms import fit_square
 from finetune.data.loading.workers import pick_workers
-from finetune.data.sources.filestore import FileStore
+from finetune.data.sources.stores import FileStore
 
 CPU = torch.device("cpu")
 CROP = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), crop_fraction=0.9)

@@ -100,11 +100,10 @@ def test_parquet_says_the_same(tmp_path: Path, rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("block", [1, 40, 300, 1 << 20])
+@pytest.mark.parametrize("block", [1, 5, 16_384])
 def test_a_table_says_the_same_however_it_is_cut_into_blocks(
     tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch, end: str, block: int
 ) -> None:
-    monkeypatch.setattr(table_formats, "CHARACTERS", block)
     monkeypatch.setattr(table_formats, "ROWS", block)
 
     def write(quoted: int, more: str = "", last: str = end) -> Path:
@@ -264,8 +263,6 @@ def test_shards_with_splits_and_names(tmp_path: Path) -> None:
         shards(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no \.tar files"):
         shards(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"data\.root=s3://b/a\.tar: expected a path, a URL .* or a command"):
-        shards("s3://b/a.tar")
 
 
 def test_a_shard_that_breaks_off_between_two_images_is_damaged(tmp_path: Path) -> None:

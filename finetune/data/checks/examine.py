@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.data.checks.known_images import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, KnownImages, Records
 from finetune.data.images.decode import Header, ImageError, header_of_whole
-from finetune.data.split import SPLITS, Source, Store
+from finetune.data.split import SPLITS, ImageStore, Source
 from finetune.data.streams import ranks, shuffled
 from finetune.system.processors import cores
 
@@ -87,7 +87,7 @@ class _Examination:
     """The images of all splits as one list; a position is a place in it."""
 
     def __init__(self, source: Source, known: KnownImages) -> None:
-        self.store: Store = source.splits["train"].store
+        self.store: ImageStore = source.splits["train"].store
         self.rows = np.concatenate([source.splits[name].rows.numpy() for name in SPLITS])
         self.records: Records = np.zeros(len(self.rows), RECORD)
         self.known = known
@@ -124,7 +124,7 @@ class _Examination:
             self.records[position]["bad"] = 1
             return None
 
-    def read(self, look: Callable[[Store, int], Records], deadline: float, *, below: int, title: str) -> None:
+    def read(self, look: Callable[[ImageStore, int], Records], deadline: float, *, below: int, title: str) -> None:
         """Call `look` on the images that were examined less closely than `below`, in threads, until the time is up."""
         if self._is_over(deadline):
             return  # before the shuffle, which takes a second for millions
@@ -151,7 +151,7 @@ class _Examination:
     def _is_over(self, deadline: float) -> bool:
         return time.monotonic() > deadline or len(self.unreadable) > MAX_UNREADABLE
 
-    def _looked(self, look: Callable[[Store, int], Records], position: int) -> Records | ImageError:
+    def _looked(self, look: Callable[[ImageStore, int], Records], position: int) -> Records | ImageError:
         try:
             return look(self.store, int(self.rows[position]))
         except ImageError as error:
@@ -207,7 +207,7 @@ def _is_of_the_system(error: ImageError) -> bool:
     return isinstance(cause, OSError) and cause.errno is not None  # decoders raise OSError too, without a number
 
 
-def _decode(store: Store, row: int) -> Records:
+def _decode(store: ImageStore, row: int) -> Records:
     data = store.read(row)
     if store.encoded:
         header = header_of_whole(data, store.name_of(row))
@@ -220,7 +220,7 @@ def _decode(store: Store, row: int) -> Records:
     return record
 
 
-def _read_header(store: Store, row: int) -> Records:
+def _read_header(store: ImageStore, row: int) -> Records:
     return _record(HEADER, store.header(row))
 
 

@@ -1,1 +1,39 @@
-"""data.sources."""
+"""Where images and labels come from: one builder for each word of `data.source`.
+
+A builder reads its section of the settings and returns `FoundImages`; `selection.split_up` makes three splits of them.
+Read `open_source` below, then `folders.py`, the plainest builder. A new source is one file here and one line of
+`_BUILDERS`, beside its word in `config/data.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from finetune.config import DataConf, SourceKind, member_of
+from finetune.data.selection import split_up
+from finetune.data.sources.digits import find_digits
+from finetune.data.sources.folders import find_folder
+from finetune.data.sources.hugging_face import find_hugging_face
+from finetune.data.sources.shards import find_shards
+from finetune.data.sources.tables import find_table
+from finetune.data.sources.torchvision_sets import find_torchvision
+from finetune.data.split import FoundImages, Source
+
+_BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
+    SourceKind.digits: find_digits,
+    SourceKind.folder: find_folder,
+    SourceKind.table: find_table,
+    SourceKind.torchvision: find_torchvision,
+    SourceKind.hf: find_hugging_face,
+    SourceKind.webdataset: find_shards,
+}
+
+
+def open_source(conf: DataConf) -> Source:
+    """Find images and labels, select among them, and split them. No image file is opened yet.
+
+    Raises:
+        UserError: A source that does not exist, or data that cannot be split.
+        FileNotFoundError: `data.root` or `data.table` is missing.
+    """
+    return split_up(_BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf), conf)

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: bundled, so that every command runs offline."""
+"""Scikit-learn's handwritten digits: a bundled data set, so that every command runs offline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from finetune.config import DataConf
 from finetune.data.images.decode import Header
-from finetune.data.split import Found, no_split
+from finetune.data.split import FoundImages, ImageStore, no_split
 
 
-class DigitStore:
+class DigitStore(ImageStore):
     """Handwritten digits in memory: white ink on black."""
 
     encoded = False
 
     def __init__(self, images: Tensor) -> None:
-        """Hold `images`, uint8 (n, 8, 8)."""
+        """Take the digits, uint8 (n, 8, 8)."""
         self._images = images
 
     def load(self, row: int) -> Tensor:
@@ -30,27 +30,27 @@ class DigitStore:
         return Header(height, width, "L")
 
     def read(self, row: int) -> bytes:
-        """Its pixels."""
+        """The 64 grey levels."""
         return self._images[row].numpy().tobytes()
 
     def stamp(self, row: int) -> str:
-        """Nothing: it is in memory, and looking it up would take longer."""
+        """Always empty: a digit in memory is read faster than a remembered check of it."""
         return ""
 
     def name_of(self, row: int) -> str:
-        """Its number in scikit-learn's order."""
+        """`digits[row]`, the row in scikit-learn's order."""
         return f"digits[{row}]"
 
 
-def find_digits(conf: DataConf) -> Found:
+def find_digits(conf: DataConf) -> FoundImages:
     """The 1,797 digits of `sklearn.datasets.load_digits` (the test part of UCI Optical Recognition of Digits)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    levels = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))  # 0 to 16, the ink in each pixel
+    levels = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))  # the data count ink from 0 to 16
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     store = DigitStore(levels)
-    return Found(
+    return FoundImages(
         kind="digits",
         store=store,
         names=[store.name_of(row) for row in range(len(labels))],

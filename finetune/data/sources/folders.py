@@ -1,4 +1,4 @@
-"""Class folders on a disk: which files belong to which class, and clear words where the layout is another."""
+"""One folder of images for each class: finds the images, and explains what is wrong with any other layout."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ import torch
 from finetune.config import DataConf, nearest
 from finetune.data.images.decode import EXTENSIONS, natural_key
 from finetune.data.packed import PackedStrings
-from finetune.data.sources.filestore import FileStore
-from finetune.data.split import SPLITS, Found
+from finetune.data.sources.stores import FileStore
+from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.system.errors import UserError
 
 LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 
-# Left behind by systems and tools, some of them with small copies of the images inside; names with a dot in front too.
+# Folders that operating systems and tools leave behind. Some hold small copies of the images.
 _LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies under a root.
+    """The images in the class folders of a root.
 
     Attributes:
         root: With `~` expanded.
@@ -37,7 +32,7 @@ class Listing:
         names: Relative paths with `/`, class by class.
         labels: Index into `classes`, one for each name.
         splits: `train`, `val` or `test` for each name; all `train` where the folders say nothing.
-        left_out: What in the class folders was no image, as ` [left out: 3 .txt]`, or nothing.
+        left_out: Counts of the files that are no images, as ` [left out: 3 .txt]`, or nothing.
     """
 
     root: str
@@ -48,18 +43,18 @@ class Listing:
     left_out: str
 
 
-def find_folder(conf: DataConf) -> Found:
-    """One folder of images a class under `data.root`; or such folders under `train/`, `val/` and `test/`.
+def find_folder(conf: DataConf) -> FoundImages:
+    """The class folders under `data.root`, or under its `train/`, `val/` and `test/`.
 
-    Where there is a `train/` without one of the others, that one is cut from `train/` by its share.
+    If there is a `train/` without `val/` or `test/`, the missing split is cut from `train/`.
 
     Raises:
-        ValueError: The layout is not one of these.
+        UserError: The folder has another layout.
         FileNotFoundError: `data.root` is missing.
     """
     listing = list_root(conf.root or "")
     names = PackedStrings(listing.names)
-    return Found(
+    return FoundImages(
         kind="folder",
         store=FileStore(listing.root, names),
         names=names,
@@ -78,7 +73,7 @@ def list_root(root: str) -> Listing:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: It is no folder, or what lies in it is laid out in another way.
+        UserError: It is no folder, or it has another layout.
     """
     path = os.path.expanduser(root)
     _check_reachable(path)
@@ -105,11 +100,11 @@ def list_root(root: str) -> Listing:
 
 
 def _split_folders(root: str) -> dict[str, str]:
-    """The folder of each split, or nothing where `root` holds class folders itself."""
+    """Split -> its folder; empty if the folders in `root` are classes."""
     folders, _ = _entries(root)
     found = {}
-    for split, words in SPLIT_FOLDERS.items():
-        same = [folder for folder in folders if folder.lower() in words]
+    for number, split in enumerate(SPLITS):
+        same = [folder for folder in folders if SPLIT_WORDS.get(folder.lower()) == number]
         if len(same) > 1:
             raise UserError(f"data.root={root}: {' and '.join(same)} both mean {split}; keep one of them")
         if same:
@@ -117,7 +112,7 @@ def _split_folders(root: str) -> dict[str, str]:
     if len(found) == len(folders) > 0 and "train" not in found:
         raise UserError(f"data.root={root}: {' and '.join(found.values())} but no train; {LAYOUT}")
     if "train" not in found or not _entries(os.path.join(root, found["train"]))[0]:
-        return {}  # no train/, or a class of railway pictures: images, not folders, lie in it
+        return {}  # there is no train/, or it is a class (of railway pictures), with images and no folders in it
     others = [folder for folder in folders if folder not in found.values()]
     if others and len(found) > 1:
         raise UserError(
@@ -155,10 +150,10 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
 
 
 def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[int, int], ...]) -> Iterable[str]:
-    """Image files under `root/folder`, at any depth, relative to `root`; counts in `others` what is no image."""
+    """Image files under `root/folder`, at any depth, relative to `root`; counts all other files in `others`."""
     here = _identity(os.path.join(root, folder))
     if here in above:
-        return  # a link back to a folder above: everything in it is listed there
+        return  # a link to a folder above, whose images are listed there
     folders, files = _entries(os.path.join(root, folder))
     for file in files:
         if os.path.splitext(file)[1].lower() in EXTENSIONS:
@@ -176,7 +171,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _check_reachable(path: str) -> None:
-    """Raises ValueError where a folder above keeps us out: nobody can tell then whether `path` is there."""
+    """Raises UserError if the rights of a folder above forbid to see whether `path` exists."""
     try:
         os.stat(path)
     except PermissionError as error:
@@ -184,11 +179,11 @@ def _check_reachable(path: str) -> None:
             f"{path}: may not be reached (permission denied); change the rights of a folder above, or data.root"
         ) from error
     except OSError:
-        return  # said by who looks closer
+        return  # the caller finds the same error and names it
 
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the visible folders, in natural order, and of the visible files. Links count as what they point to."""
+    """Names of the visible folders, in natural order, and of the visible files. A link counts as its target."""
     folders: list[str] = []
     files: list[str] = []
     try:
@@ -196,7 +191,7 @@ def _entries(folder: str) -> tuple[list[str], list[str]]:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in _LITTER:
                     continue
-                # Whatever is no folder stays in, broken links and pipes too: reading it names it.
+                # Broken links and pipes count as files: the check of the images names them.
                 (folders if _is_folder(entry) else files).append(entry.name)
     except PermissionError as error:
         raise UserError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
@@ -211,7 +206,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _check_class_maps(root: str, found: dict[str, dict[str, list[str]]]) -> None:
-    """The splits must know the same classes, or a label would mean one thing in training and another in the test."""
+    """Raises UserError if a split lacks a class or has another: a label would mean different classes in them."""
     known = found["train"].keys()
     problems = []
     for split, classes in found.items():

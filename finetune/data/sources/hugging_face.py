@@ -11,62 +11,36 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
-from finetune.data.images.decode import Header, ImageError, decode, header_of, natural_key, read_file
-from finetune.data.sources.tables import SPLIT_WORDS
-from finetune.data.split import SPLITS, Found
+from finetune.data.images.decode import ImageError, natural_key, read_file
+from finetune.data.sources.stores import PartsStore
+from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.system.errors import UserError
 
-MARKS = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` of the library leaves one of them
 
 
-class HuggingFaceStore:
-    """The image columns of a data set's parts, undecoded, one behind the other."""
-
-    encoded = True
-
-    def __init__(self, name: str, parts: Sequence[tuple[str, Any]]) -> None:
-        """Hold (split, column of undecoded images with its fingerprint) pairs of the data set `name`."""
-        self._name = name
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for _, part in parts])
-
-    def _find(self, row: int) -> tuple[str, Any, int]:
-        place = int(np.searchsorted(self._ends, row, side="right"))
-        word, part = self._parts[place]
-        return word, part, row - int(self._ends[place]) + len(part)
-
-    def load(self, row: int) -> Tensor:
-        """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        return decode(self.read(row), self.name_of(row))
-
-    def header(self, row: int) -> Header:
-        """Size and mode; raises ImageError."""
-        return header_of(self.read(row), self.name_of(row))
+class HuggingFaceStore(PartsStore):
+    """The image column of each split of a data set, undecoded."""
 
     def read(self, row: int) -> bytes:
-        """The image file; raises ImageError."""
-        _, part, index = self._find(row)
+        """The bytes of the image file; raises ImageError."""
+        _, part, index = self.find(row)
         (cell,) = part[index].values()
         if cell is None:
             raise ImageError(self.name_of(row), "the cell is empty")
         return cell["bytes"] if cell["bytes"] is not None else read_file(cell["path"])
 
     def stamp(self, row: int) -> str:
-        """The data set's own fingerprint, and the number."""
-        _, part, index = self._find(row)
+        """The library's fingerprint of the split, and the index in it."""
+        _, part, index = self.find(row)
         return f"{part._fingerprint}:{index}"
 
-    def name_of(self, row: int) -> str:
-        """Data set, split and number."""
-        word, _, index = self._find(row)
-        return f"{self._name}/{word}[{index}]"
 
-
-def find_hugging_face(conf: DataConf) -> Found:
-    """The data set `data.name`, its splits as they are; `val` or `test` that it lacks is cut from `train`.
+def find_hugging_face(conf: DataConf) -> FoundImages:
+    """The data set `data.name` with its own splits; `val` or `test` is cut from `train` if the data set lacks it.
 
     Raises:
-        ValueError: It cannot be opened, lacks a column, or its columns hold no images and labels.
+        UserError: It cannot be opened, lacks a column, or its columns hold no images and labels.
     """
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -91,10 +65,10 @@ def find_hugging_face(conf: DataConf) -> Found:
     ]
     store = HuggingFaceStore(name, images)
     sizes = [len(part) for _, part in images]
-    return Found(
+    return FoundImages(
         kind="hf",
         store=store,
-        names=[store.name_of(row) for row in range(sum(sizes))],
+        names=store.names(),
         classes=classes,
         labels=labels,
         given=torch.from_numpy(np.repeat(np.array([SPLITS.index(split) for split in parts], dtype=np.uint8), sizes)),
@@ -106,70 +80,60 @@ def find_hugging_face(conf: DataConf) -> Found:
 
 
 def _open(datasets: Any, name: str, conf: DataConf) -> Any:
-    """A Dataset, or a dict of them; from the hub only what is there already unless `data.download` is true."""
+    """A `Dataset`, or a dict of them. Only `data.download` allows a download from the hub."""
     try:
-        if any(os.path.exists(os.path.join(name, mark)) for mark in MARKS):
+        if any(os.path.exists(os.path.join(name, file)) for file in SAVED_FILES):
             return datasets.load_from_disk(name)
-        local = os.path.exists(name)
-        offline = datasets.DownloadConfig(local_files_only=not (conf.download or local))
-        return datasets.load_dataset(name, conf.subset, download_config=offline)
+        is_offline = not (conf.download or os.path.exists(name))
+        config = datasets.DownloadConfig(local_files_only=is_offline)
+        return datasets.load_dataset(name, conf.subset, download_config=config)
     except (OSError, ValueError, RuntimeError, LookupError) as error:
         how = "" if conf.download else "; a data set of the hub that is not here yet needs data.download=true"
         raise UserError(f"data.name={name}: cannot be opened: {' '.join(str(error).split())[:300]}{how}") from error
 
 
 def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """Split -> (its word there, data set), in the order of SPLITS; and the words of parts that are none of these."""
+    """Split -> (the library's word for it, data set) in the order of SPLITS; and the names of all other parts."""
     named = opened if isinstance(opened, dict) else {"train": opened}
     found: dict[str, tuple[str, Any]] = {}
     left_out = []
     for word, part in named.items():
-        place = SPLIT_WORDS.get(str(word).lower())
-        if place is None or SPLITS[place] in found:
+        number = SPLIT_WORDS.get(str(word).lower())
+        if number is None or SPLITS[number] in found:
             left_out.append(f"{word} ({len(part):,})")
         else:
-            found[SPLITS[place]] = (str(word), part)
+            found[SPLITS[number]] = (str(word), part)
     if "train" not in found:
         raise UserError(f"data.name={name}: has no train split, only {', '.join(named)}")
     return {split: found[split] for split in SPLITS if split in found}, left_out
 
 
-def _unwrapped(feature: Any) -> tuple[bool, Any]:
-    """Whether a cell is a list, and what one label is."""
-    if isinstance(feature, list):  # how versions before 4 wrote it
-        return True, feature[0]
-    if type(feature).__name__ in ("List", "LargeList", "Sequence"):
-        return True, feature.feature
-    return False, feature
-
-
 def _labels(parts: Sequence[Any], column: str) -> tuple[tuple[str, ...], Tensor]:
-    """Classes and labels: int64 (n,), or float32 (n, classes) where a cell is a list.
+    """Class names and labels: int64 (n,), or float32 (n, classes) if a cell is a list.
 
-    A ClassLabel keeps its own order; texts and numbers come in natural order.
+    The names of a ClassLabel column keep their order; texts and numbers come in natural order.
     """
     feature = parts[0].features[column]
-    several, inner = _unwrapped(feature)
-    names = tuple(inner.names) if type(inner).__name__ == "ClassLabel" else None
-    if names is None and str(inner.dtype).startswith(("float", "dict", "list")):
-        raise UserError(f"data.label_column={column}: holds {inner}, expected class names or whole numbers")
+    several = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
+    if several:  # a plain list before version 4 of the library
+        feature = feature[0] if isinstance(feature, list) else feature.feature
     cells = [cell for part in parts for cell in part[column]]
-    problem = next((row for row, cell in enumerate(cells) if cell is None), None)
-    if problem is not None:
-        raise UserError(f"data.label_column={column}: row {problem} (from 0, over all splits) has no label")
+    missing = next((row for row, cell in enumerate(cells) if cell is None), None)
+    if missing is not None:
+        raise UserError(f"data.label_column={column}: row {missing} (from 0, over all splits) has no label")
     lists = [list(cell) if several else [cell] for cell in cells]
-    if names is None:
-        words = {str(word) for cell in lists for word in cell}
-        names = tuple(sorted(words, key=natural_key))
-        index: dict[Any, int] = {name: label for label, name in enumerate(names)}
-        numbers = [[index[str(word)] for word in cell] for cell in lists]
-    else:
-        numbers = [[int(word) for word in cell] for cell in lists]
-        hidden = [row for row, cell in enumerate(numbers) if any(label < 0 for label in cell)]
+    if type(feature).__name__ == "ClassLabel":
+        names = tuple(feature.names)
+        numbers = [[int(label) for label in cell] for cell in lists]
+        hidden = sum(any(label < 0 for label in cell) for cell in numbers)
         if hidden:
-            raise UserError(
-                f"data.label_column={column}: {len(hidden):,} rows have label -1: their labels are withheld"
-            )
+            raise UserError(f"data.label_column={column}: {hidden:,} rows have label -1: their labels are withheld")
+    elif str(feature.dtype).startswith(("float", "dict", "list")):
+        raise UserError(f"data.label_column={column}: holds {feature}, expected class names or whole numbers")
+    else:
+        names = tuple(sorted({str(word) for cell in lists for word in cell}, key=natural_key))
+        index = {name: label for label, name in enumerate(names)}
+        numbers = [[index[str(word)] for word in cell] for cell in lists]
     if not several:
         return names, torch.tensor([label for (label,) in numbers], dtype=torch.int64)
     table = torch.zeros(len(numbers), len(names))

@@ -1,202 +1,145 @@
-"""Shards that are not on this machine: asked for, measured, and fetched in parallel under one bar."""
+"""Downloads the shards that are not on this machine: several at a time, under one progress bar."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import queue
 import shutil
 import tarfile
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
 from finetune.data.cache_dir import cache_folder
-from finetune.data.sources.fetching import Progress, Remote, StoppedError, fetch, length_of, read_small
+from finetune.data.caches.entries import size_of
+from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, fetch, length_of
 from finetune.system.errors import UserError
-from finetune.system.files import write_bytes
 from finetune.system.signals import at_once
 
-logger = logging.getLogger("finetune")
-
 THREADS = 4
-MEASURED = 64  # shards whose length is asked for ahead of a download that is not allowed yet
-CLASSES_BYTES = 2**22  # a list of class names is no longer than this
+MEASURED = 32  # lengths that are asked for; those of more shards are estimated from these
+CLASS_FILES = ("classes.txt", "classnames.txt")  # lists with a class name a line, for labels that are numbers
+CLASS_FILE_BYTES = 2**22  # a longer file is no list of class names
 
 
-def fetch_shards(remotes: Sequence[Remote], conf: DataConf, class_files: Sequence[str]) -> list[Path]:
-    """Where each shard lies on this machine, fetched now if need be and `data.download` allows it.
+def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
+    """Return the path of each downloaded shard; download missing ones if `data.download` allows it.
 
-    Args:
-        remotes: The shards.
-        conf: `data.download`, `data.cache_dir` and `data.cache_gib`.
-        class_files: Names of lists of classes, that may lie beside the first shard or in the folder above.
+    Lists of class names that lie beside the first shard, or in the folder above, are downloaded with the shards.
 
     Raises:
-        ValueError: Shards are missing and `data.download` is false, or the disk is too small, or fetching failed.
-        OSError: The folder cannot be written.
+        UserError: Shards are missing and `data.download` is false, there is no room for them, or a download failed.
+        OSError: The folder of downloaded shards cannot be written.
     """
-    folder = cache_folder(conf.cache_dir) / "shards"
-    missing = [remote for remote in remotes if not remote.place_in(folder).exists()]
+    folder = _folder(conf)
+    missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
+    if missing and not conf.download:
+        raise UserError(
+            f"data.root: {len(missing):,} of {len(remotes):,} shards are not on this machine yet, {_size(missing)[1]};"
+            f" the first is {missing[0].name}. data.download=true fetches them once, into {folder}"
+        )
     if missing:
-        if not conf.download:
-            raise UserError(_refusal(missing, len(remotes), folder))
-        _fetch_missing(missing, remotes[0], folder, class_files)
-    places = [remote.place_in(folder) for remote in remotes]
-    _warn_of_size(places, folder, conf)
-    return places
+        with at_once():  # the next start goes on with the shards that a stop signal left
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                num_bytes, _ = _size(missing)
+                _check_room(num_bytes or 0, folder, conf.cache_gib)
+                _fetch_all(missing, _class_files_near(remotes[0]), folder, num_bytes)
+            except OSError as error:
+                raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
+    return [remote.path_in(folder) for remote in remotes]
 
 
-def _fetch_missing(missing: Sequence[Remote], first: Remote, folder: Path, class_files: Sequence[str]) -> None:
-    """Fetch what is not there, and the lists of classes beside the first shard."""
-    with at_once():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lengths = _lengths(missing)
-            _check_room(missing, lengths, folder)
-            _fetch_all(missing, folder, None if None in lengths else sum(filter(None, lengths)))
-            for remote in [one for file in class_files for one in _beside(first, file)]:
-                data = read_small(remote, CLASSES_BYTES)
-                if data is not None:
-                    write_bytes(remote.place_in(folder), data)
-        except OSError as error:
-            raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
-
-
-def _warn_of_size(places: Sequence[Path], folder: Path, conf: DataConf) -> None:
-    """Say when fetched shards pass `data.cache_gib`; they are not removed.
-
-    Other caches can be made again from what is on this machine. A shard comes back only if its server, its signature
-    and a `data.download=true` are still there, and for as long and as much as it took the first time.
-    """
-    total = 0
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another run has just renamed its part
-            total += path.stat().st_size
-    own = sum(place.stat().st_size for place in places)
-    if total > conf.cache_gib * 2**30:
-        logger.warning(
-            "%s holds %.2f GiB of fetched shards, %.2f of them not of this run: more than data.cache_gib=%g, and"
-            " nothing removes them; delete those that you no longer need",
-            folder, total / 2**30, (total - own) / 2**30, conf.cache_gib,
-        )  # fmt: skip
-
-
-def fetched_class_files(first: Remote, conf: DataConf, class_files: Sequence[str]) -> list[Path]:
-    """Lists of classes that came with the shards, the nearest first."""
-    folder = cache_folder(conf.cache_dir) / "shards"
-    places = [remote.place_in(folder) for file in class_files for remote in _beside(first, file)]
+def fetched_class_files(first: RemoteFile, conf: DataConf) -> list[Path]:
+    """Lists of class names that were downloaded with the shards; the nearest to the first shard comes first."""
+    places = [remote.path_in(_folder(conf)) for remote in _class_files_near(first)]
     return [place for place in places if place.exists()]
 
 
-def _beside(shard: Remote, file: str) -> list[Remote]:
-    """`file` beside a shard, and in the folder above."""
-    if shard.is_pipe:
+def _folder(conf: DataConf) -> Path:
+    return cache_folder(conf.cache_dir) / "shards"
+
+
+def _class_files_near(shard: RemoteFile) -> list[RemoteFile]:
+    """Where lists of class names may lie: in the folder of the shard, and in the folder above."""
+    if shard.is_command:
         return []
     path, mark, query = shard.address.partition("?")
     folder = path.rpartition("/")[0]
     above = folder.rpartition("/")[0]
-    folders = [folder] if above.endswith("/") else [folder, above]  # https://host has nothing above it
-    return [Remote(f"{one}/{file}{mark}{query}") for one in folders]
+    folders = [folder] if above.endswith("/") else [folder, above]  # there is no folder above https://host
+    return [RemoteFile(f"{place}/{file}{mark}{query}") for file in CLASS_FILES for place in folders]
 
 
-def _refusal(missing: Sequence[Remote], total: int, folder: Path) -> str:
-    """What is missing, how large it is, and how to get it."""
-    step = max(1, len(missing) // MEASURED)
-    asked = missing[::step]
-    known = [length for length in _lengths(asked) if length is not None]
-    size = ", of unknown size"
-    if known:
-        about = "" if len(known) == len(missing) else "about "
-        size = f", {about}{sum(known) / len(known) * len(missing) / 2**30:.2f} GiB"
-    return (
-        f"data.root: {len(missing):,} of {total:,} shards are not on this machine yet{size}; the first is"
-        f" {missing[0].shown}. data.download=true fetches them once, into {folder}"
-    )
+def _size(missing: Sequence[RemoteFile]) -> tuple[int | None, str]:
+    """The total length of some shards in bytes, None if it is unknown; and words for it."""
+    asked = missing[:: max(1, -(-len(missing) // MEASURED))]
+    total = 0
+    for remote in asked:
+        length = length_of(remote)
+        if length is None:
+            return None, "of unknown size"
+        total += length
+    estimate = total * len(missing) // len(asked)
+    return estimate, f"{'about ' if len(asked) < len(missing) else ''}{estimate / 2**30:.2f} GiB"
 
 
-def _lengths(remotes: Sequence[Remote]) -> list[int | None]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(length_of, remotes))
-
-
-def _check_room(missing: Sequence[Remote], lengths: Sequence[int | None], folder: Path) -> None:
-    """Whether the disk has room for what is known to come."""
-    parts = [Path(f"{remote.place_in(folder)}.part") for remote in missing]
-    there = sum(part.stat().st_size for part in parts if part.exists())
-    needed, free = sum(filter(None, lengths)) - there, shutil.disk_usage(folder).free
+def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> None:
+    """Raises UserError if shards of `num_bytes` fit neither the disk nor `data.cache_gib`."""
+    needed, free = num_bytes / 2**30, shutil.disk_usage(folder).free / 2**30
+    stored = size_of(folder) / 2**30
+    problem = ""
     if needed > free:
-        raise UserError(
-            f"data.root: the shards need {needed / 2**30:.2f} GiB more in {folder}, where {free / 2**30:.2f} are free:"
-            " choose another data.cache_dir"
+        problem = f"where {free:.2f} GiB are free: choose another data.cache_dir"
+    elif stored + needed > limit_gib:
+        problem = (
+            f"which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}; raise it, or"
+            " remove shards (finetune cache clear --kind shards)"
         )
+    if problem:
+        raise UserError(f"data.root: the shards need {needed:.2f} GiB more in {folder}, {problem}")
 
 
-def _fetch_all(remotes: Sequence[Remote], folder: Path, total: int | None) -> None:
-    """Fetch each, some at a time; the first error ends it all."""
-    waiting, done = deque(remotes), queue.Queue[BaseException | None]()
-    with tqdm(total=total, desc="fetch shards", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+def _fetch_all(
+    shards: Sequence[RemoteFile], class_files: Sequence[RemoteFile], folder: Path, num_bytes: int | None
+) -> None:
+    with tqdm(total=num_bytes, desc="fetch shards", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         progress = Progress(bar)
-
-        def work() -> None:
-            while waiting:
-                try:
-                    remote = waiting.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                done.put(_outcome(lambda remote=remote: fetch(remote, folder, check_tar, progress)))  # type: ignore[misc]
-
-        # Daemons, so that a person who has enough waits for no server.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(THREADS, len(remotes)))]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in remotes:
-                error = done.get()
-                if error is not None:
-                    raise error
-        finally:
-            progress.stop()
-            deadline = time.monotonic() + 2
-            for thread in threads:
-                thread.join(max(0, deadline - time.monotonic()))
+        # Before the shards, since a later start that finds every shard downloads nothing at all.
+        for class_file in class_files:
+            with contextlib.suppress(MissingFileError):
+                fetch(class_file, folder, _check_class_file, progress)
+        # The threads of this pool are daemons: Ctrl-C does not wait for a server, as it would with concurrent.futures.
+        with ThreadPool(THREADS) as pool:
+            try:
+                for _ in pool.imap_unordered(lambda remote: fetch(remote, folder, check_tar, progress), shards):
+                    pass  # the first error is raised here
+            finally:
+                progress.stop()
 
 
-def _outcome(work: Callable[[], object]) -> BaseException | None:
-    """What `work` raised: it travels to the main thread."""
-    try:
-        work()
-    except (ValueError, OSError, StoppedError) as error:
-        return error
-    return None
+def _check_class_file(path: Path) -> None:
+    if path.stat().st_size > CLASS_FILE_BYTES or path.read_bytes().lstrip().startswith(b"<"):
+        raise MissingFileError("it is no list of class names")  # but a web page, which some servers send for anything
 
 
 def check_tar(path: Path) -> None:
-    """Whether a file is a whole tar archive, by its headers and its end.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raises UserError if a file is not a whole tar archive, by its headers and its end."""
     try:
         with tarfile.open(path, "r:") as tar:
             for _ in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or memory grows with the archive
+                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
             check_end(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"it is no whole tar archive: {error}") from error
 
 
 def check_end(path: Path, offset: int) -> None:
-    """Whether a tar archive ends where its reader stopped, which also stops at damage as if it were the end.
+    """Raises tarfile.ReadError if a tar archive does not end at `offset`, where its reader stopped.
 
-    Raises:
-        ReadError: There is no block of zeros at `offset`, by which an archive ends.
+    A reader also stops at damage. Only at the true end does a block of zeros follow.
     """
     with open(path, "rb") as file:
         file.seek(offset)

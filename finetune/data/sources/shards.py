@@ -1,7 +1,7 @@
-"""Tar shards as WebDataset lays them out: an index over them gives every image by its number.
+"""Tar shards in the layout of WebDataset. An index of all shards finds every image by its number.
 
-So epochs are exact, shuffled over all shards, and resumed like any others. Shards by URL or from a command are fetched
-once and lie on a disk from then on.
+With the index an epoch shows every image once, in an order over all shards, and a resumed run goes on in that order.
+Shards at a URL, or from a command, are downloaded once and read from the disk from then on.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images.decode import EXTENSIONS, MISSING, Header, ImageError, decode, header_of, natural_key
+from finetune.data.images.decode import EXTENSIONS, MISSING, ImageError, natural_key
 from finetune.data.packed import PackedStrings
-from finetune.data.sources.fetching import Remote, is_remote
-from finetune.data.sources.remote_shards import check_end, fetch_shards, fetched_class_files
-from finetune.data.sources.tables import SPLIT_WORDS
-from finetune.data.split import Found
+from finetune.data.sources.fetching import RemoteFile, is_remote
+from finetune.data.sources.remote_shards import CLASS_FILES, check_end, fetch_shards, fetched_class_files
+from finetune.data.split import SPLIT_WORDS, FoundImages, ImageStore
 from finetune.system.errors import UserError
 
-CLASS_FILES = ("classes.txt", "classnames.txt")  # a name a line, for labels that are numbers
-MAX_SHARDS = 1_000_000  # of one pattern; more is a slip of the pen
+MAX_SHARDS = 1_000_000  # in one pattern; a larger number is a typing mistake
 LAYOUT = "expected .tar shards with pairs such as 0001.jpg and 0001.cls (a class number or name)"
 
 
@@ -41,41 +39,31 @@ class Shard:
 
     Attributes:
         path: Where it lies on this machine.
-        shown: How a person knows it: its path, or the address that it was fetched from.
+        name: Its name in messages: the path, or the address that it was downloaded from.
         split: Index into SPLITS.
-        remote: What it was fetched from; None where it was here.
+        remote: Where it was downloaded from; None for a local shard.
     """
 
     path: str
-    shown: str
+    name: str
     split: int = 0
-    remote: Remote | None = None
+    remote: RemoteFile | None = None
 
 
-class ShardStore:
-    """Images inside tar files, found by shard, offset and size; opened for each read, so that workers share nothing."""
-
-    encoded = True
+class ShardStore(ImageStore):
+    """Images inside tar files. Each read opens the shard anew, so that worker processes share no open file."""
 
     def __init__(
         self, shards: Sequence[Shard], keys: PackedStrings, places: np.ndarray[Any, np.dtype[np.int64]]
     ) -> None:
-        """Hold the shards, the images' keys, and (shard, offset, size) of each, int64 (n, 3)."""
+        """Take the shards, the name of each image, and its (shard, offset, size), int64 (n, 3)."""
         self._shards = [shard.path for shard in shards]
-        self._folders = [os.path.dirname(shard.shown) for shard in shards]
+        self._folders = [os.path.dirname(shard.name) for shard in shards]
         self._keys = keys
         self._places = places
 
-    def load(self, row: int) -> Tensor:
-        """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        return decode(self.read(row), self.name_of(row))
-
-    def header(self, row: int) -> Header:
-        """Size and mode; raises ImageError."""
-        return header_of(self.read(row), self.name_of(row))
-
     def read(self, row: int) -> bytes:
-        """The image file; raises ImageError."""
+        """The bytes of the image file; raises ImageError."""
         shard, offset, size = self._places[row].tolist()
         try:
             with open(self._shards[shard], "rb") as file:
@@ -90,7 +78,7 @@ class ShardStore:
         return data
 
     def stamp(self, row: int) -> str:
-        """Size and time of the shard, and the place in it; raises ImageError."""
+        """Size and time of the shard, and the image's place in it; raises ImageError."""
         shard, offset, size = self._places[row].tolist()
         try:
             status = os.stat(self._shards[shard])
@@ -99,13 +87,13 @@ class ShardStore:
         return f"{status.st_size}:{status.st_mtime_ns}:{offset}:{size}:{self._shards[shard]}"
 
     def name_of(self, row: int) -> str:
-        """Path or address of the shard, then the name in it."""
+        """Path or address of the shard, then the name of the file in it."""
         return os.path.join(self._folders[int(self._places[row, 0])], self._keys[row])
 
 
 @dataclass
 class _Index:
-    """What lies in the shards: (shard, offset, size) of each image in a row, its label as a text, its split."""
+    """The images of all shards: (shard, offset, size), name, label and split of each, in flat lists."""
 
     places: array[int] = field(default_factory=lambda: array("q"))
     keys: list[str] = field(default_factory=list)
@@ -113,23 +101,23 @@ class _Index:
     given: bytearray = field(default_factory=bytearray)
 
 
-def find_shards(conf: DataConf) -> Found:
-    """The images of all shards at `data.root`: a folder, perhaps with `train/ val/ test/`, patterns, addresses.
+def find_shards(conf: DataConf) -> FoundImages:
+    """The images of all shards at `data.root`: folders, perhaps with `train/ val/ test/`, patterns, URLs, commands.
 
     Raises:
-        FileNotFoundError: No shards there.
-        ValueError: A shard is damaged or cannot be fetched, or an image has no label.
+        FileNotFoundError: There are no shards.
+        UserError: A shard is damaged or cannot be downloaded, or an image has no label.
     """
     shards = _list_shards(conf)
     index = _Index()
     for number, shard in enumerate(shards):
         _read_shard(shard, number, conf.label_column, index)
-    root = "::".join(_shown(part) for part in _parts(conf))
+    root = "::".join(_name(part) for part in _parts(conf))
     if not index.keys:
         raise UserError(f"data.root={root}: no images in {len(shards)} shards; {LAYOUT}")
     classes, labels = _classes(_class_files(shards[0], conf), index.labels)
     keys = PackedStrings(index.keys)
-    return Found(
+    return FoundImages(
         kind="webdataset",
         store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)),
         names=keys,
@@ -143,37 +131,32 @@ def find_shards(conf: DataConf) -> Found:
 
 
 def _parts(conf: DataConf) -> list[str]:
-    """The places that `data.root` names, `::` between them as WebDataset writes it."""
+    """The places in `data.root`, which `::` separates as in WebDataset."""
     return [os.path.expanduser(part) for part in (conf.root or "").split("::")]
 
 
-def _shown(part: str) -> str:
-    return Remote(part).shown if is_remote(part) else part
+def _name(part: str) -> str:
+    return RemoteFile(part).name if is_remote(part) else part
 
 
 def _list_shards(conf: DataConf) -> list[Shard]:
-    """Every shard once, in natural order of what they are called, those that were elsewhere fetched."""
+    """Every shard once, in natural order of the names; downloads those that are not on this machine."""
     found: set[Shard] = set()
-    remotes: list[Remote] = []
+    remotes: list[RemoteFile] = []
     for part in _parts(conf):
         if is_remote(part):
-            remotes += map(Remote, _braces(part))
-        elif re.match(r"[a-z][a-z0-9]+:", part):
-            raise UserError(
-                f"data.root={part}: expected a path, a URL (https://...) or a command that prints a shard, such as"
-                f" data.root='pipe:aws s3 cp s3://bucket/train-{{0000..0012}}.tar -'"
-            )
+            remotes += map(RemoteFile, _expand_braces(part))
         elif os.path.isdir(part):
             found |= _in_folder(part)
         else:
-            found |= {Shard(path, path) for pattern in _braces(part) for path in glob.glob(pattern)}
+            found |= {Shard(path, path) for pattern in _expand_braces(part) for path in glob.glob(pattern)}
     remotes = list(dict.fromkeys(remotes))
     if remotes:
-        paths = fetch_shards(remotes, conf, CLASS_FILES)
-        found |= {Shard(str(path), one.shown, 0, one) for path, one in zip(paths, remotes, strict=True)}
+        paths = fetch_shards(remotes, conf)
+        found |= {Shard(str(path), remote.name, 0, remote) for path, remote in zip(paths, remotes, strict=True)}
     if not found:
         raise FileNotFoundError(f"data.root={conf.root}: no .tar files there; {LAYOUT}")
-    return sorted(_with_splits(found), key=lambda shard: (natural_key(shard.shown), shard.path))
+    return sorted(_with_splits(found), key=lambda shard: (natural_key(shard.name), shard.path))
 
 
 def _in_folder(folder: str) -> set[Shard]:
@@ -188,10 +171,9 @@ def _in_folder(folder: str) -> set[Shard]:
 
 
 def _names_in(folder: str) -> list[str]:
-    """What a folder holds; one that may not be listed is an error, or a split would be missing without a word."""
     try:
         return sorted(os.listdir(folder))
-    except PermissionError as error:
+    except PermissionError as error:  # without this error a split would be missing and nobody would know
         raise UserError(f"data.root: {folder} may not be listed (permission denied); change its rights") from error
 
 
@@ -200,27 +182,27 @@ def _tars(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
-    """The splits that names speak of: `val/000.tar` or `val-000.tar`, where there is a `train` too.
+    """The shards with the splits that their names give, such as `val/000.tar` or `val-000.tar`.
 
-    Shards of one word only are all to be cut by seed.
+    Names count only if some shards are named after train and others after val or test. Else all images are cut by seed.
     """
     if any(shard.split for shard in shards):
         return shards
-    words = {shard: _split_word(shard.shown) for shard in shards}
+    words = {shard: _split_by_name(shard.name) for shard in shards}
     if 0 not in words.values() or not {1, 2} & set(words.values()):
         return shards
     return [replace(shard, split=split or 0) for shard, split in words.items()]
 
 
-def _split_word(shown: str) -> int | None:
-    """Index into SPLITS by the folder of a shard, or by the words of its name; None: they say nothing."""
-    folder, _, name = shown.replace(os.sep, "/").rpartition("/")
-    words = [folder.rpartition("/")[2], *re.split(r"[-_.]", name)]
+def _split_by_name(name: str) -> int | None:
+    """Index into SPLITS by the folder of a shard, or by a word of its file name; None if neither names a split."""
+    folder, _, file = name.replace(os.sep, "/").rpartition("/")
+    words = [folder.rpartition("/")[2], *re.split(r"[-_.]", file)]
     return next((SPLIT_WORDS[word.lower()] for word in words if word.lower() in SPLIT_WORDS), None)
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """`{train,val}-{000..012}.tar` -> each of the twenty-six names."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """`{train,val}-{000..012}.tar` -> each of the 26 names."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}", pattern)
     if found is None:
         yield pattern
@@ -229,22 +211,22 @@ def _braces(pattern: str) -> Iterator[str]:
     middles: Iterable[str] = words.split(",") if words else ()
     if not words:
         if abs(int(last) - int(first)) > MAX_SHARDS:
-            raise UserError(f"data.root={_shown(pattern)}: more than {MAX_SHARDS:,} shards")
+            raise UserError(f"data.root={_name(pattern)}: more than {MAX_SHARDS:,} shards")
         step = 1 if int(first) <= int(last) else -1
         middles = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step))
     for middle in middles:
-        yield from _braces(f"{pattern[: found.start()]}{middle}{pattern[found.end() :]}")
+        yield from _expand_braces(f"{pattern[: found.start()]}{middle}{pattern[found.end() :]}")
 
 
 def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> None:
-    """Add the images of a shard; files of one sample share the name up to its first dot and stand together."""
+    """Add the images of a shard to `index`. Files of one sample share the name up to its first dot."""
     path = shard.path
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or memory grows with the archive
+                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
                 if not member.isfile() or not stem:
@@ -253,7 +235,7 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
                 if f".{ending.lower()}" in EXTENSIONS:
                     if key in images:
                         raise UserError(
-                            f"data.root: {shard.shown}: {images[key][0]} and {member.name} are both the image of {key}"
+                            f"data.root: {shard.name}: {images[key][0]} and {member.name} are both the image of {key}"
                         )
                     images[key] = (member.name, member.offset_data, member.size)
                 elif ending in ("cls", "json"):
@@ -267,21 +249,21 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
         raise UserError(f"data.root: {path} may not be read (permission denied); change its rights") from error
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"data.root: {path} is damaged or no tar file ({error}); make it anew or remove it") from error
-    bare = [name for key, (name, _, _) in images.items() if key not in labels]
-    if bare:
+    without_label = [name for key, (name, _, _) in images.items() if key not in labels]
+    if without_label:
         raise UserError(
-            f"data.root: {shard.shown}: {len(bare):,} images have no label, such as {', '.join(bare[:5])}; {LAYOUT},"
-            f" or a .json with {label_key!r} (data.label_column)"
+            f"data.root: {shard.name}: {len(without_label):,} images have no label, such as"
+            f" {', '.join(without_label[:5])}; {LAYOUT}, or a .json with {label_key!r} (data.label_column)"
         )
     for key, (name, offset, size) in images.items():
         index.places.extend((number, offset, size))
-        index.keys.append(f"{os.path.basename(shard.shown)}/{name}")
+        index.keys.append(f"{os.path.basename(shard.name)}/{name}")
         index.labels.append(labels[key])
         index.given.append(shard.split)
 
 
 def _label(content: bytes, ending: str, label_key: str) -> str | None:
-    """The label in a .cls or .json file of a shard, or None."""
+    """The label in a .cls or .json file; None if there is none."""
     try:
         text = content.decode("utf-8").strip()
         if ending == "json":
@@ -293,16 +275,20 @@ def _label(content: bytes, ending: str, label_key: str) -> str | None:
 
 
 def _class_files(first: Shard, conf: DataConf) -> list[Path]:
-    """Lists of class names: beside the first shard, in the folder that was named, or above; the nearest first."""
+    """Lists of class names beside the first shard, in `data.root` itself, or in the folder above; the nearest first."""
     if first.remote is not None:
-        return fetched_class_files(first.remote, conf, CLASS_FILES)
+        return fetched_class_files(first.remote, conf)
     folder = os.path.dirname(first.path)
     places = [Path(place, file) for place in (folder, _parts(conf)[0], os.path.dirname(folder)) for file in CLASS_FILES]
     return [place for place in places if place.is_file()]
 
 
 def _classes(files: Sequence[Path], labels: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
-    """Names and int64 (n,) labels: by `classes.txt` where it is there and labels are numbers, else in natural order."""
+    """Class names and labels, int64 (n,).
+
+    If labels are numbers and there is a list of class names, they are line numbers of the list, from 0. Else the labels
+    themselves are the names, in natural order.
+    """
     if files and all(label.isdecimal() for label in labels):
         path = files[0]
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

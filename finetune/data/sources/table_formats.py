@@ -1,13 +1,9 @@
-"""The rows of a table in one of its formats: CSV, TSV, JSON lines or Parquet; block by block, column by column.
-
-Millions of rows are waited for at every start, and what is done to a block at once costs a fraction of row by row.
-"""
+"""Reads a table as blocks of rows: CSV and TSV, JSON lines, Parquet. Memory does not grow with the table."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,27 +14,26 @@ from finetune.config import nearest
 from finetune.system.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": "", ".pq": ""}
-ROWS = 16_384  # of a block
-CHARACTERS = 1 << 20  # of a block, in a text file that needs no reading row by row
+ROWS = 16_384  # in a block
 
 
-class Block(NamedTuple):
-    """Some rows, one after the other.
+class ColumnBlock(NamedTuple):
+    """Consecutive rows of a table, column by column.
 
     Attributes:
-        numbers: Of each row in the file, from 1; in a text file its (last) line.
-        columns: The cells of each wanted column, as many as rows.
+        numbers: The row's number in the file, from 1; in a text file the number of its last line.
+        columns: For each wanted column the cells, one a row.
     """
 
     numbers: Sequence[int]
     columns: Sequence[Sequence[Any]]
 
 
-def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[Block]:
-    """All rows of the table at `path`, the cells of the columns called `wanted`, in that order.
+def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
+    """All rows of the table at `path`, with the columns called `wanted` in that order.
 
     Raises:
-        ValueError: It is of no known format, cannot be read, lacks a column, or a row is malformed: that is named.
+        UserError: The format is unknown, the file cannot be read, or a column or a cell of a row is missing.
     """
     ending = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     if ending not in SEPARATORS:
@@ -48,77 +43,41 @@ def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[Block]:
     return _text_blocks(path, wanted, SEPARATORS[ending])
 
 
-def _text_blocks(path: str, wanted: Sequence[str], separator: str) -> Iterator[Block]:
+def _text_blocks(path: str, wanted: Sequence[str], separator: str) -> Iterator[ColumnBlock]:
     opener: Any = gzip.open if path.lower().endswith(".gz") else open
+    width = 1 + len(wanted)
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            if separator:
-                yield from _csv_blocks(path, file, wanted, separator)
-            else:
-                yield from _gathered(_json_rows(path, file, wanted), len(wanted))
+            rows = _csv_rows(path, file, wanted, separator) if separator else _json_rows(path, file, wanted)
+            # Flat lists of cells. A stored tuple a row would start the garbage collector again and again, which takes
+            # four times as long as reading.
+            while cells := list(chain.from_iterable(islice(rows, ROWS))):
+                numbers, *columns = (cells[place::width] for place in range(width))
+                yield ColumnBlock(numbers, columns)
     except (OSError, EOFError) as error:
         raise UserError(f"data.table={path}: cannot be read: {error}") from error
 
 
-def _gathered(rows: Iterator[Sequence[Any]], wanted: int) -> Iterator[Block]:
-    """Rows, each a number and as many cells as are wanted -> blocks."""
-    width = 1 + wanted
-    # Cells only are kept: a list or tuple a row would set off the search for garbage, four times the work of reading.
-    while some := list(chain.from_iterable(islice(rows, ROWS))):
-        numbers, *columns = (some[place::width] for place in range(width))
-        yield Block(numbers, columns)
-
-
-def _csv_blocks(path: str, file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Block]:
-    """Plain lines by cutting whole blocks; from the first block on that is not so plain, row by row."""
+def _csv_rows(path: str, file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Sequence[Any]]:
+    """(number, wanted cells...) of each row below the header."""
     reader = csv.reader(file, delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        places = [_place(path, name, header) for name in wanted]
+        for cells in reader:
+            if len(cells) == len(header):
+                yield (reader.line_num, *[cells[place] for place in places])
+            elif cells:  # an empty line has none
+                raise UserError(
+                    f"data.table={path}: row {reader.line_num} has {len(cells)} cells where the first line has"
+                    f" {len(header)} (a text with a comma needs quotes)"
+                )
     except csv.Error as error:
         raise UserError(f"data.table={path}: row {reader.line_num}: {error}") from error
-    places = [_place(path, name, header) for name in wanted]
-    lines = reader.line_num
-    while text := file.read(CHARACTERS) + file.readline():
-        cells = _plain_cells(text, separator, len(header))
-        if cells is None:
-            rest = csv.reader(chain(io.StringIO(text, newline=""), file), delimiter=separator, strict=True)
-            yield from _gathered(_csv_rows(path, rest, places, len(header), lines), len(places))
-            return
-        numbers = range(lines + 1, lines + 1 + len(cells) // len(header))
-        yield Block(numbers, [cells[place :: len(header)] for place in places])
-        lines += len(numbers)
-
-
-def _plain_cells(text: str, separator: str, width: int) -> list[str] | None:
-    """The cells of some whole lines, row after row; None where it takes the csv module to tell what they are."""
-    text = text.replace("\r\n", "\n")
-    if width < 2 or any(sign in text for sign in '"\r\0'):
-        return None
-    text = text.removesuffix("\n")
-    others = bytes(set(range(256)) - {ord(separator), ord("\n")})
-    between = text.encode("utf-8", "surrogateescape").translate(None, others)
-    of_a_line = separator.encode() * (width - 1)
-    if between != b"\n".join([of_a_line] * (between.count(b"\n") + 1)):
-        return None  # an empty line, or a row with more or fewer cells than the first
-    cells = text.replace("\n", separator).split(separator)
-    return cells if max(map(len, cells)) <= csv.field_size_limit() else None
-
-
-def _csv_rows(path: str, reader: Any, places: Sequence[int], width: int, lines: int) -> Iterator[Sequence[Any]]:
-    """Number and wanted cells of each row that `reader` gives; `lines` of the file came ahead of it."""
-    try:
-        for cells in reader:
-            if not cells:
-                continue  # an empty line
-            if len(cells) != width:
-                words = f"has {len(cells)} cells where the first line has {width} (a text with a comma needs quotes)"
-                raise UserError(f"data.table={path}: row {lines + reader.line_num} {words}")
-            yield (lines + reader.line_num, *[cells[place] for place in places])
-    except csv.Error as error:
-        raise UserError(f"data.table={path}: row {lines + reader.line_num}: {error}") from error
 
 
 def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
+    """(number, wanted cells...) of each line that is not empty."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -134,7 +93,7 @@ def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[Sequ
         yield (number, *[row[name] for name in wanted])
 
 
-def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[Block]:
+def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -149,13 +108,14 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[Block]:
             rows = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=list(dict.fromkeys(wanted))):
                 numbers = range(rows + 1, rows + 1 + batch.num_rows)
-                yield Block(numbers, [batch.column(name).to_pylist() for name in wanted])
+                yield ColumnBlock(numbers, [batch.column(name).to_pylist() for name in wanted])
                 rows += batch.num_rows
     except (ArrowException, OSError) as error:
         raise UserError(f"data.table={path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _place(path: str, name: str, header: Sequence[str]) -> int:
+    """The index of the column called `name`."""
     if header.count(name) == 1:
         return header.index(name)
     if name in header:

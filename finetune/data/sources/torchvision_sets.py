@@ -15,71 +15,60 @@ from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.data.images.decode import Header, ImageError, pixels_of
-from finetune.data.split import Found
+from finetune.data.sources.stores import PartsStore
+from finetune.data.split import SPLITS, FoundImages
 from finetune.system.errors import UserError
 
-# What `split=` is called for each of our splits, the first that a data set knows is taken.
+# Values of torchvision's `split=` for each split; the first that a data set accepts is used.
 _SPLIT_WORDS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
-# Where torchvision's data sets keep their labels: a list of them, or of (path, label).
+# Attributes in which torchvision's data sets store their labels: as a list of labels, or of (path, label).
 _LABEL_NAMES = ("targets", "labels", "_labels", "y", "_samples", "samples")
 
 
-class TorchvisionStore:
-    """The parts of a data set, one behind the other."""
+class TorchvisionStore(PartsStore):
+    """The splits of a data set. torchvision gives decoded images and no file names."""
 
     encoded = False
 
     def __init__(self, name: str, root: str, parts: Sequence[tuple[str, Any]]) -> None:
-        """Hold (split word, data set) pairs of the data set `name` in the folder `root`."""
+        """Take the data set `name` in the folder `root`, and pairs of split word and data set."""
+        super().__init__(name, parts)
         self._root = os.path.abspath(root)
-        self._name = name
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for _, part in parts])
-
-    def _find(self, row: int) -> tuple[str, Any, int]:
-        place = int(np.searchsorted(self._ends, row, side="right"))
-        word, part = self._parts[place]
-        return word, part, row - int(self._ends[place]) + len(part)
 
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        _, part, index = self._find(row)
+        _, part, index = self.find(row)
         try:
             image = part[index][0]
             if isinstance(image, Image.Image):
                 return pixels_of(image)
-        except Exception as error:  # a reader of torchvision's raises anything; it is passed on with the image's name
+        except Exception as error:  # torchvision's readers raise any error; the ImageError names the image
             raise ImageError(self.name_of(row), " ".join(str(error).split()) or type(error).__name__) from error
         raise ImageError(self.name_of(row), f"expected a picture, got {type(image).__name__}")
 
     def header(self, row: int) -> Header:
-        """Its size; torchvision shows nothing of its files, so it is decoded."""
+        """The size of the decoded image, since torchvision gives no file to read a header from."""
         _, height, width = self.load(row).shape
         return Header(height, width, "RGB")
 
     def read(self, row: int) -> bytes:
-        """Its pixels: torchvision shows nothing of its files."""
+        """Shape and pixels, since torchvision gives no file."""
         pixels = self.load(row)
         return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
 
     def stamp(self, row: int) -> str:
-        """Place and number: what is downloaded under a name never changes, and its check sums were compared."""
-        word, part, index = self._find(row)
+        """Folder, split and number: a downloaded data set does not change, and torchvision compares its checksums."""
+        word, part, index = self.find(row)
         return f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
 
-    def name_of(self, row: int) -> str:
-        """Data set, split and number."""
-        word, _, index = self._find(row)
-        return f"{self._name}/{word}[{index}]"
 
-
-def find_torchvision(conf: DataConf) -> Found:
+def find_torchvision(conf: DataConf) -> FoundImages:
     """The data set `data.name` under `data.root`, downloaded only with `data.download=true`.
 
-    Its own splits are kept; `val` or `test` that it lacks is cut from `train`. Its classes keep their own order.
+    The data set's own splits are used; `val` or `test` is cut from `train` if it is missing. Classes keep their order.
 
     Raises:
-        ValueError: No such data set, it is not there, or it is none of images with one label each.
+        UserError: There is no such data set, it is not on this machine, or it has no images with one label each.
     """
     name, root = conf.name or "", os.path.expanduser(conf.root or "")
     parts = _open_parts(_kind(name), name, root, download=conf.download)
@@ -87,11 +76,11 @@ def find_torchvision(conf: DataConf) -> Found:
     classes = _classes(parts["train"][1], labels)
     store = TorchvisionStore(name, root, list(parts.values()))
     sizes = [len(part) for part in labels]
-    given = np.repeat(np.array([("train", "val", "test").index(split) for split in parts], dtype=np.uint8), sizes)
-    return Found(
+    given = np.repeat(np.array([SPLITS.index(split) for split in parts], dtype=np.uint8), sizes)
+    return FoundImages(
         kind="torchvision",
         store=store,
-        names=[store.name_of(row) for row in range(sum(sizes))],
+        names=store.names(),
         classes=classes,
         labels=torch.from_numpy(np.concatenate(labels)),
         given=torch.from_numpy(given),
@@ -114,7 +103,7 @@ def _kind(name: str) -> Callable[..., Any]:
 
 
 def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: bool) -> dict[str, tuple[str, Any]]:
-    """Split -> (its word there, data set)."""
+    """Split -> (torchvision's word for it, data set)."""
     accepted = inspect.signature(kind).parameters
     required = [
         word
@@ -157,13 +146,13 @@ def _not_there(name: str, root: str, error: Exception, *, download: bool) -> str
 
 
 def _labels(name: str, part: Any) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """The label of every image, without decoding them where the data set keeps a list of them."""
+    """The label of every image, int64 (n,). Images are decoded only if the data set stores no list of labels."""
     for word in _LABEL_NAMES:
         values = vars(part).get(word)
         if values is None or len(values) != len(part):
             continue
         labels = _as_labels([value[1] if word.endswith("samples") else value for value in values])
-        # Trusted only where it says the same as the data set itself does.
+        # The list is used only if it agrees with the data set's own first and last label.
         if labels is not None and all(_as_labels([part[index][1]]) == labels[index] for index in (0, len(part) - 1)):
             return labels
     labels = _as_labels([part[index][1] for index in range(len(part))])
@@ -181,11 +170,11 @@ def _as_labels(values: Sequence[Any]) -> np.ndarray[tuple[int, ...], np.dtype[np
 
 
 def _classes(part: Any, labels: Sequence[Any]) -> tuple[str, ...]:
-    """Its own names, in its own order; numbers where it has none."""
+    """The data set's class names in its order; numbers if it has none."""
     count = max(int(array.max()) for array in labels) + 1
     for read in (attrgetter("classes"), attrgetter("categories")):
         try:
-            # ImageNet has tuples of synonyms.
+            # ImageNet's names are tuples of synonyms.
             words = tuple(str(word[0] if isinstance(word, (tuple, list)) else word) for word in read(part))
         except (AttributeError, TypeError):
             continue

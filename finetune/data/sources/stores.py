@@ -1,0 +1,70 @@
+"""Image stores that several sources share: files by path, and the parts of a library's data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.data.images.decode import MISSING, Header, ImageError, error_words, read_file, read_header
+from finetune.data.packed import PackedStrings
+from finetune.data.split import ImageStore
+
+
+class FileStore(ImageStore):
+    """Image files under one folder."""
+
+    def __init__(self, root: str, names: PackedStrings) -> None:
+        """Take paths relative to `root`, with `/` between folders. An absolute path stays as it is."""
+        self._root = root
+        self._names = names
+
+    def header(self, row: int) -> Header:
+        """Size and mode, from the first bytes of the file; raises ImageError."""
+        return read_header(self.name_of(row))
+
+    def read(self, row: int) -> bytes:
+        """The bytes of the file; raises ImageError."""
+        return read_file(self.name_of(row))
+
+    def stamp(self, row: int) -> str:
+        """Path, size and time of the last change; raises ImageError if there is no such file."""
+        path = self.name_of(row)
+        try:
+            status = os.stat(path)
+        except FileNotFoundError as error:
+            raise ImageError(path, MISSING) from error
+        except (OSError, ValueError) as error:
+            raise ImageError(path, error_words(error)) from error
+        return f"{status.st_size}:{status.st_mtime_ns}:{path}"
+
+    def name_of(self, row: int) -> str:
+        """The path of the file."""
+        return os.path.join(self._root, self._names[row])
+
+
+class PartsStore(ImageStore):
+    """The splits of a library's data set, numbered as one list."""
+
+    def __init__(self, name: str, parts: Sequence[tuple[str, Any]]) -> None:
+        """Take the data set's name and its splits: the library's word for each, and a sequence of images."""
+        self._name = name
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for _, part in parts])
+
+    def find(self, row: int) -> tuple[str, Any, int]:
+        """The library's word for the split, the split, and the index in it."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        word, part = self._parts[number]
+        return word, part, row - int(self._ends[number]) + len(part)
+
+    def name_of(self, row: int) -> str:
+        """`NAME/word[index]`."""
+        word, _, index = self.find(row)
+        return f"{self._name}/{word}[{index}]"
+
+    def names(self) -> list[str]:
+        """The name of every image."""
+        return [self.name_of(row) for row in range(int(self._ends[-1]))]
