@@ -24,7 +24,7 @@ from finetune.core.optim import build_optimizer
 from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, Source, open_source
 from finetune.data.images.mix import Mixer
-from finetune.data.images.recipes import OPERATIONS, Erasing, RandAugment, RandomCrop, RandomMirror, drawing_from
+from finetune.data.images.recipes import OPERATIONS, Erasing, RandAugment, RandomCrop, drawing_from
 from finetune.data.images.transforms import build_transform
 from finetune.data.loading.batches import BatchKey, BatchMaker
 from finetune.data.streams import augment_generator
@@ -188,7 +188,7 @@ def test_crops_and_mirrors_equal_torchvisions(
             expected, left = theirs(image.contiguous()), torch.rand(3)
         for laid in (image, image.contiguous(), image.transpose(1, 2).contiguous().transpose(1, 2)):
             with drawing_from(augment_generator(0, 0, number, 0)):
-                ours = RandomMirror(0.4)(RandomCrop(size, scale, ratio, interpolation)(laid))
+                ours = v2.RandomHorizontalFlip(0.4)(RandomCrop(size, scale, ratio, interpolation)(laid))
                 assert torch.equal(ours, expected), (height, width, size)
                 assert torch.equal(torch.rand(3), left)
 

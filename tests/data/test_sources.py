@@ -484,7 +484,6 @@ def test_resampled_epochs_draw_with_replacement(count: int, images: int) -> None
     if images > 1 and count > 1:
         other = epoch_order(labels, seed=2, epoch=3, balanced=False, images=images)
         assert not torch.equal(again.samples, other.samples)
-    assert most_showings(labels, balanced=False, repeats=1, images=images) is None
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from finetune.data.checks.examine import DataReport, find_duplicates
 from finetune.data.checks.known_images import HEADER, MODES, Records
 from finetune.data.split import SPLITS, Source, class_counts
+from finetune.system.tables import table
 from finetune.system.terminal import printable
 
 MAX_CLASSES = 40  # shown; of more, the largest and the smallest
@@ -59,9 +58,11 @@ def _classes(source: Source) -> list[str]:
         by_size = np.argsort(-counts[:, 0], kind="stable").tolist()
         shown = by_size[: MAX_CLASSES // 2] + by_size[-MAX_CLASSES // 2 :]
         note = [f"(the {MAX_CLASSES // 2} largest and smallest of {len(source.classes):,} classes)"]
-    rows = [[source.classes[label], *(f"{count:,}" for count in counts[label])] for label in shown]
-    totals = ["images", *(f"{len(source.splits[name]):,}" for name in SPLITS)]
-    return [*_aligned([["class", *SPLITS], *rows, totals]), *note]
+    rows = [
+        {"class": source.classes[label], **dict(zip(SPLITS, counts[label].tolist(), strict=True))} for label in shown
+    ]
+    rows.append({"class": "images", **{name: len(split) for name, split in source.splits.items()}})
+    return [table(rows, ("class", *SPLITS)), *note]
 
 
 def _sizes(report: DataReport) -> list[str]:
@@ -87,14 +88,3 @@ def _with_header(report: DataReport) -> Records:
     records: Records = np.concatenate(list(report.records.values()))
     chosen: Records = records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
     return chosen
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines: the first column aligned left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]

@@ -1,4 +1,4 @@
-"""From an image file, however odd, to uint8 RGB."""
+"""From an image file of any kind to uint8 RGB pixels, with one clear error for a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -23,24 +23,22 @@ from finetune.system.errors import UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision means to leave decoding to torchcodec one day: then Pillow does it all
+except ImportError:  # torchvision plans to leave decoding to torchcodec; then Pillow decodes everything
     decode_jpeg = None
 
-# In lower case; what Pillow reads without further libraries.
+# Lower-case endings of files that Pillow reads without further libraries.
 _WORDS = "avif bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
 EXTENSIONS = frozenset(f".{word}" for word in _WORDS.split())
 
-_ORIENTATION = 0x0112  # EXIF tag; its values are how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
+_ORIENTATION = 0x0112  # EXIF tag: how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
-_NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS: ImageCms has had a name for it since Pillow 10.3 only
+_NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS, which has a name in ImageCms since Pillow 10.3
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
 
-# Pillow's own limit. Its warning at half of that is left out: such images are read.
-MAX_PIXELS = 178_956_970
-# Of a file: more than the largest image takes with four channels of 16 bits.
-MAX_BYTES = 2**31
+MAX_PIXELS = 178_956_970  # Pillow's own limit; it warns at half of that, but such images are read
+MAX_BYTES = 2**31  # of a file: more than the largest image takes with four channels of 16 bits
 _AT_ONCE = os.O_NONBLOCK if os.name == "posix" else 0
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF and such, without a name
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged EXIF; they name no file
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
 
@@ -58,29 +56,29 @@ class ImageError(UserError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        """Name the file first: that is what its owner needs."""
+        """Take the file's path, or the name of an image that lies in no file of its own, and the reason."""
         super().__init__(path, reason)
         self.path = path
         self.reason = reason
 
     def __str__(self) -> str:
-        """One line that says what to do."""
+        """One line: the file, the reason, and how to mend it."""
         return f"{self.path}: cannot be read as an image ({self.reason}); repair or remove the file"
 
 
 def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
-    """Sorts as people count: `class 2` ahead of `class 10`, upper and lower case together."""
+    """A sort key that counts as people do: `class 2` before `class 10`, upper and lower case together."""
     parts = [part for part in re.split(r"(\d+)", text.casefold()) if part]
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], text
 
 
 class Header(NamedTuple):
-    """What the first bytes of an image file say.
+    """Size and mode of an image, which stand in the first bytes of its file.
 
     Attributes:
-        height: Pixels, as stored: ahead of a turn by the EXIF tag.
+        height: Pixels, as stored: before the EXIF tag turns the image.
         width: Pixels, as stored.
-        mode: In Pillow's words, such as `RGB`, `L`, `P`, `CMYK`, `I;16`.
+        mode: Pillow's name, such as `RGB`, `L`, `P`, `CMYK`, `I;16`.
     """
 
     height: int
@@ -89,7 +87,7 @@ class Header(NamedTuple):
 
 
 def read_image(path: str) -> Tensor:
-    """Decode a file: upright by its EXIF tag, transparency on white, 16 bits scaled to 8, the first of many frames.
+    """Decode a file: turned upright by its EXIF tag, transparency on white, 16 bits scaled to 8, the first frame.
 
     Returns:
         uint8 (3, height, width), RGB; not always contiguous.
@@ -101,36 +99,35 @@ def read_image(path: str) -> Tensor:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file; raises ImageError where there are none to read."""
+    """The bytes of a file; raises ImageError where it cannot be read."""
+    with _opened_file(path) as file:
+        return file.read()
+
+
+def read_header(path: str) -> Header:
+    """Size and mode of an image file, read from its first bytes only; raises ImageError."""
+    with _opened_file(path) as file, _opened(file, path) as image:
+        return Header(image.height, image.width, image.mode)
+
+
+@contextlib.contextmanager
+def _opened_file(path: str) -> Iterator[IO[bytes]]:
+    """Open a regular file of at most `MAX_BYTES`: a pipe or a device would be read for ever. Raises ImageError."""
     try:
-        with _opened_file(path) as file:
-            return file.read()
+        # Without waiting: a pipe opens only when another process writes into it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("a pipe or a device, no file")
+            if status.st_size > MAX_BYTES:
+                raise OSError("more than 2 GiB")
+            yield file
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(path, MISSING) from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise ImageError(path, error_words(error)) from error
-
-
-def read_header(path: str) -> Header:
-    """Size and mode, from the first bytes only; raises ImageError."""
-    try:
-        with _opened_file(path) as file, _opened(file, path) as image:
-            return Header(image.height, image.width, image.mode)
-    except FileNotFoundError as error:
-        raise ImageError(path, MISSING) from error
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, ImageError) else ImageError(path, error_words(error)) from error
-
-
-def _opened_file(path: str) -> IO[bytes]:
-    """A regular file of a sane size, for reading; raises OSError. A pipe or a device would be read for ever."""
-    # Without waiting: a pipe opens only when somebody writes into it.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE))  # noqa: SIM115 (for the caller)
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
-        return file
-    file.close()
-    raise OSError("a pipe or a device, no file" if not stat.S_ISREG(status.st_mode) else "more than 2 GiB")
 
 
 def header_of(data: bytes, name: str) -> Header:
@@ -140,10 +137,10 @@ def header_of(data: bytes, name: str) -> Header:
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """As `read_image`, from the bytes of a file called `name`.
+    """Decode the bytes of a file called `name`, as `read_image` does.
 
-    Plain JPEGs go through torchvision's reader: it is built on the same library as Pillow's and gives the same pixels
-    in two thirds of the time. What it refuses, Pillow has the last word on.
+    torchvision decodes plain JPEGs: with the same library as Pillow, to the same pixels, in two thirds of the time.
+    Pillow decodes everything else, also what torchvision refuses.
 
     Returns:
         uint8 (3, height, width), RGB; not always contiguous.
@@ -155,16 +152,15 @@ def decode(data: bytes, name: str) -> Tensor:
 
 
 def header_of_whole(data: bytes, name: str) -> Header:
-    """Size and mode of an image that `decode` can read to its end; raises ImageError where that does.
+    """Size and mode of an image, after decoding it; raises ImageError where `decode` does.
 
-    Of a plain JPEG grey alone is computed. All of its bits are read for that, too, and errors are met where bits are
-    read; colour is arithmetic on what was read, a fifth of the work.
+    A plain JPEG is decoded to grey, which reads the same bits and so meets the same errors in four fifths of the time.
     """
     return _decoded(data, name, grey=True)[0]
 
 
 def _decoded(data: bytes, name: str, *, grey: bool) -> tuple[Header, Tensor]:
-    """What the header says, and the pixels: (3, height, width), or perhaps (1, height, width) with `grey`."""
+    """Header and pixels: (3, height, width); with `grey` also (1, height, width), where that is faster."""
     with _opened(io.BytesIO(data), name) as image:
         header = Header(image.height, image.width, image.mode)
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
@@ -189,8 +185,8 @@ def _decode_jpeg(data: bytes, *, grey: bool) -> Tensor | None:
 
 @contextlib.contextmanager
 def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
-    """An image as Pillow sees it; whatever goes wrong, also later while it is decoded, is an ImageError."""
-    # Other libraries set this for the whole process, and half an image would be learned from as if it were whole.
+    """Open an image with Pillow. Every error, also of decoding inside the `with` block, becomes an ImageError."""
+    # Other libraries set this for the whole process; a model would then train on half an image.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(file, formats=_formats()) as image:
@@ -200,19 +196,19 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         raise ImageError(name, "the file is empty" if empty else "not an image, or of a kind unknown here") from error
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"more than {MAX_PIXELS:,} pixels: a decompression bomb?") from error
-    except Exception as error:  # decoders raise nearly anything on damaged bytes; it is passed on with the file's name
+    except Exception as error:  # decoders raise nearly any error on damaged bytes; it goes on with the file's name
         raise ImageError(name, error_words(error)) from error
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """What is tried on a file, whatever its name: never formats that Pillow hands to other programs (EPS)."""
+    """The formats that Pillow may try on a file: none that it hands to another program, as it does EPS."""
     Image.init()
     return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
 
 
 def error_words(error: Exception) -> str:
-    """What an exception says, in a line and without the path."""
+    """The message of an exception in one line, without the path."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__
 
@@ -220,14 +216,14 @@ def error_words(error: Exception) -> str:
 def pixels_of(image: Image.Image) -> Tensor:
     """An open Pillow image as uint8 (3, height, width), RGB, by the rules of `read_image`; not always contiguous."""
     _scale_clear_grey(image)
-    image.load()  # ahead of the EXIF tag: some formats turn the image, and drop the tag, while they decode
+    image.load()  # before the EXIF tag is read: some formats turn the image, and drop the tag, while they decode
     turn = _turn(image)
     pixels = torch.from_numpy(np.array(_to_rgb(image), dtype=np.uint8)).permute(2, 0, 1)
     return pixels if turn is None else _turned(pixels, turn)
 
 
 def _scale_clear_grey(image: Image.Image) -> None:
-    """Of a PNG of 2 or 4 bits, ahead of its pixels: Pillow makes 8 bits of these, but not of the grey that is clear."""
+    """Scale the transparent grey value of a 2- or 4-bit PNG to 8 bits: Pillow does so for the pixels alone."""
     clear = image.info.get("transparency")
     if isinstance(image, PngImageFile) and isinstance(clear, int):
         stored = {tile[3] for tile in image.tile}
@@ -235,13 +231,13 @@ def _scale_clear_grey(image: Image.Image) -> None:
 
 
 def _turn(image: Image.Image) -> int | None:
-    """The EXIF orientation, where the stored image is not upright."""
+    """The EXIF orientation, 2 to 8, of an image that is not stored upright; else None."""
     value = image.getexif().get(_ORIENTATION, 1)
     return value if value in range(2, 9) else None
 
 
 def _turned(pixels: Tensor, orientation: int) -> Tensor:
-    """Upright: the eight orientations are a transposition and two mirrors."""
+    """The image upright: each EXIF orientation is a transposition and two mirrors, or some of these."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     mirrored = [axis for axis, which in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in which]
@@ -261,16 +257,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    """CIE Lab to sRGB, each pixel computed: Pillow's own conversion reads a coarse table, up to 18 levels off."""
+    """CIE Lab to sRGB, computed for each pixel: Pillow's own conversion uses a coarse table, up to 18 levels off."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=_NO_TABLE)  # type: ignore[arg-type]
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # it is where nothing is converted in place
+    assert converted is not None  # Pillow returns None for a conversion in place only
     return converted
 
 
 def _scaled(image: Image.Image) -> Levels:
-    """One channel of more than 8 bits -> uint8 (height, width). Pillow's own conversion clips at 255 instead."""
+    """Scale one channel of more than 8 bits to uint8 (height, width). Pillow's own conversion clips at 255 instead."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -282,11 +278,11 @@ def _scaled(image: Image.Image) -> Levels:
         raise UserError(f"32-bit pixels from {low} to {high}, expected 0 to 65535")
     wide = values.astype(np.int64)
     clear = image.info.get("transparency")
-    if isinstance(clear, int):  # one grey value that stands for "nothing here"
+    if isinstance(clear, int):  # one grey value that means transparent
         wide[wide == clear] = 65535
     white, inverted = 65535, False
     if isinstance(image, TiffImageFile) and image.mode == "I;16":
-        # Pillow widens 12 bits without scaling them, and takes white for zero where the file says so of 8 bits only.
+        # Pillow does not scale 12 bits to 16, and inverts images whose zero is white only where they have 8 bits.
         white, inverted = 2 ** image.tag_v2[_BITS][0] - 1, image.tag_v2.get(_PHOTOMETRIC, 1) == 0
     levels = ((2 * 255 * wide + white) // (2 * white)).astype(np.uint8)  # 255 * value / white, rounded
     return 255 - levels if inverted else levels

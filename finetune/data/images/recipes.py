@@ -72,7 +72,7 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
     crop = RandomCrop(preprocess.size, augment.crop_scale, augment.crop_ratio, preprocess.interpolation)
     steps: list[ImageStep] = [crop]
     if augment.flip:
-        steps.append(RandomMirror(augment.flip))
+        steps.append(v2.RandomHorizontalFlip(augment.flip))
     if augment.policy == Policy.randaug:
         steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, fill))
     elif augment.policy == Policy.trivial:
@@ -140,17 +140,6 @@ class RandomCrop:
         tall = max(1, round(width / narrowest)) if width / height < narrowest else height
         wide = max(1, round(height * widest)) if width / height > widest else width
         return (height - tall) // 2, (width - wide) // 2, tall, wide
-
-
-@dataclass(frozen=True)
-class RandomMirror:
-    """Mirrors an image, left to right, with probability `prob`."""
-
-    prob: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 (3, height, width), the same shape back."""
-        return image.flip(-1) if torch.rand(1) < self.prob else image
 
 
 def three_augment(size: int) -> ImageStep:

@@ -139,9 +139,11 @@ class Loader:
         return order.repeated(self._repeats)
 
     def most_showings(self) -> Tensor | None:
-        """How often an epoch can show each image at most, int64 (n,); None: any number of times."""
+        """How often an epoch can show each image at most, int64 (n,); None, without limit, with `data.epoch_images`."""
+        if self._drawn:
+            return None
         balanced = self._augment is not None and self._conf.balance == Balance.sampling
-        return most_showings(self.split.labels, balanced=balanced, repeats=self._repeats, images=self._drawn)
+        return most_showings(self.split.labels, balanced=balanced, repeats=self._repeats)
 
     @property
     def will_fork(self) -> bool:
