@@ -11,13 +11,13 @@ import pytest
 
 PROGRAM = """
 import resource
-import torch
+import numpy as np
 from finetune.system.memory import hand_back_freed_memory, keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):  # as a step does: large, soon free, asked for again; and two at once
-        one, other = torch.ones(30_000_000), torch.ones(3_000_000)
+        one, other = np.ones(30_000_000, np.float32), np.ones(3_000_000, np.float32)
         del one, other
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
