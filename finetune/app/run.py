@@ -429,7 +429,7 @@ def _test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result,
             saver.wait()  # no process is forked while another thread holds who knows what
         feed.fill(0)
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
-            put_weights(saver.best_weights(), run.model, run.checkpoints / "best.safetensors")
+            put_weights(saver.best_weights(state.best_epoch), run.model, run.checkpoints / "best.safetensors")
         # The threshold that validation chose: one chosen on the test set would flatter it.
         meter = run.meter(scores.chosen_threshold(run.folder))
         test = _evaluate(run, feed, "test", stop, meter=meter, start=start)

@@ -1,44 +1,42 @@
-"""The batch of a step that was not finite, put into the run directory, so that what happened can be seen again.
+"""The batch of a step whose loss or gradient was not finite, stored in the run directory for `finetune replay`.
 
-`bad_batch/step_N.pt` holds the very tensors that the step saw, `step_N.json` says what they are. They are made anew:
-a batch depends on (seed, epoch, position) alone, so nothing has to be held back for the case that it goes wrong.
+`bad_batch/step_N.pt` holds the tensors that the step learned from, `step_N.json` names images, epoch and rates. The
+tensors are made again for this: a batch depends on (seed, epoch, position) alone, so no step keeps its batch.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.core.finite import StepRecord
 from finetune.core.loop import Batch
-from finetune.runs.weights import DamagedError, copied_to_host
+from finetune.runs.checkpoint import load_tensors
+from finetune.runs.weights import copied_to_host
 from finetune.system.files import write_atomic, write_json
 from finetune.system.terminal import printable
 
 FOLDER = "bad_batch"
-# Batches stored of one run: a run that goes wrong at every step must not fill the disk.
-MAX_STORED = 10
+MAX_STORED = 10  # so that a run whose every step fails does not fill the disk
 
 
 def store(
     run_dir: Path, record: StepRecord, window: Sequence[Batch], *, names: Sequence[str], rates: dict[str, float]
 ) -> Path | None:
-    """Write the micro-batches of a step; None where enough are stored already.
+    """Write the micro-batches of a step and return their file; None once MAX_STORED steps are stored.
 
     Args:
-        run_dir: The run's.
+        run_dir: The run directory.
         record: The step.
         window: Its micro-batches.
         names: Of its images, in order.
         rates: Each parameter group's learning rate.
 
     Raises:
-        OSError: It could not be written.
+        OSError: The files cannot be written.
     """
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
@@ -68,18 +66,15 @@ def load(path: Path) -> list[tuple[Tensor, Tensor]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        DamagedError: It cannot be read.
+        DamagedError: The file cannot be read.
     """
     if not path.exists():
         found = sorted(other.stem.partition("_")[2] for other in path.parent.glob("step_*.pt"))
         raise FileNotFoundError(f"{path} is not there; stored steps: {', '.join(found) or 'none'}")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = load_tensors(path)
     return list(zip(content["images"], content["targets"], strict=True))
 
 
 def shown_names(names: Sequence[str], most: int = 8) -> str:
-    """Names in one line, control characters escaped."""
+    """The first `most` names in one line, control characters escaped."""
     return ", ".join(map(printable, names[:most])) + (" ..." if len(names) > most else "")

@@ -69,28 +69,25 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
 
 def random_state() -> dict[str, Tensor]:
     """The states of torch's own generators, which dropout and drop path draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
-    return state
+    return {"cpu": torch.get_rng_state(), **{f"cuda:{i}": torch.cuda.get_rng_state(i) for i in _gpus()}}
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
     """Restore the generators' states from `random_state`; leaves out devices that this machine lacks."""
     torch.set_rng_state(state["cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in _gpus():
         if f"cuda:{index}" in state:
             torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
 
 
-def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
-    """Write a snapshot; atomic. torch adds a CRC-32 of every record, which `check_state` compares.
+def _gpus() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
-    Args:
-        path: The file to make or replace.
-        content: Of `snapshot`.
-        frozen: `checksum` of `frozen_weights`.
-        aside: Gets the file that was at `path`.
+
+def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
+    """Write a snapshot, with the `checksum` of `frozen_weights`; atomic. The older file at `path` moves to `aside`.
+
+    torch adds a CRC-32 of every record, which `check_state` compares.
 
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
@@ -120,6 +117,22 @@ def check_state(path: Path) -> None:
         raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
 
 
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU: plain types and tensors only, since other content could run code.
+
+    Raises:
+        DamagedError: The file cannot be read, or holds other content.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DamagedError(
+            f"{path} was refused: it holds more than numbers, texts and tensors, and loading such a file can run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def read_state(path: Path) -> Content:
     """The snapshot in a file, after a comparison of every byte with its checksum.
 
@@ -128,14 +141,7 @@ def read_state(path: Path) -> Content:
         UserError: It is no checkpoint of this version.
     """
     check_state(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DamagedError(
-            f"{path} was refused: it holds more than numbers, texts and tensors, and loading such a file can run code"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version of finetune (format {FORMAT})")
     return content
@@ -148,13 +154,8 @@ def restore_frozen(content: Content, model: LayeredModel, path: Path) -> None:
     position table for another image size, may have other last bits on another processor. Then the tensors come from
     the weights files beside the checkpoint.
 
-    Args:
-        content: Of `read_state`.
-        model: Built by the run's settings, and frozen.
-        path: The checkpoint's file.
-
     Raises:
-        UserError: No file beside the checkpoint holds them.
+        UserError: No file beside the checkpoint at `path` holds them.
     """
     own = frozen_weights(model)
     if checksum(own) == content["frozen"]:
@@ -172,12 +173,7 @@ def restore_frozen(content: Content, model: LayeredModel, path: Path) -> None:
 
 
 def restore(content: Content, state: TrainState, path: str) -> None:
-    """Continue from a snapshot, above frozen layers that `restore_frozen` has restored.
-
-    Args:
-        content: Of `read_state`.
-        state: Changed in place.
-        path: Names the snapshot in errors.
+    """Continue from a snapshot, above frozen layers that `restore_frozen` has restored; `path` names it in errors.
 
     Raises:
         UserError: The snapshot is of another model or optimizer.

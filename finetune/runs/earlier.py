@@ -130,19 +130,15 @@ def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: b
             f"{run_dir} holds a run of another configuration ({shown}); nothing was changed: choose another folder, or"
             f" start with the same settings to continue it (resume={run_dir} continues it with its own)"
         )
-    if not force:
-        _refuse_others(run_dir, [change for change in changes if not change.is_allowed])
-    return EarlierRun(_read_result(run_dir / "result.json"), changes)
-
-
-def _refuse_others(run_dir: Path, refused: list[Change]) -> None:
-    if refused:
+    refused = [change for change in changes if not change.is_allowed]
+    if refused and not force:
         shorter = any(change.key == "train.epochs" for change in refused)
         why = "fewer epochs than planned, and so another rate curve" if shorter else "that would be another run"
         raise RefusedError(
             f"resume={run_dir}: {'; '.join(map(str, refused))}: {why}. Nothing was changed: leave it out, start a new"
             " run, or add resume_force=true to go on all the same"
         )
+    return EarlierRun(_read_result(run_dir / "result.json"), changes)
 
 
 def differences(before: Settings, now: Settings) -> list[Change]:

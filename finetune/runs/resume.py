@@ -18,7 +18,6 @@ from finetune.runs.earlier import ROUNDING, Change, EarlierRun
 from finetune.runs.epoch_files import latest_state, settle
 from finetune.runs.history import History
 from finetune.system.errors import UserError
-from finetune.system.tables import table
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
@@ -57,13 +56,9 @@ class Promise:
 
 
 def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: bool, is_compiled: bool) -> Promise:
-    """The promise of a run on `device`, before its checkpoint is read.
+    """The promise of a run on `device`, from its settings (`deterministic`, `train.compile`) and its earlier sessions.
 
-    Args:
-        earlier: Its promise and its changed settings count.
-        device: Computes the run.
-        deterministic: The setting of that name.
-        is_compiled: Whether `train.compile` is on.
+    `find_state` may weaken it.
     """
     promise = Promise()
     if earlier.result is not None:
@@ -102,7 +97,7 @@ def find_state(
         checkpoints: The folder of the run's checkpoints.
         model: Built by the run's settings.
         notes: Machine, versions and training images of this start, compared with those of the checkpoint.
-        promise: Weakened where machine or versions differ.
+        promise: Weakened where they differ.
         force: Whether the training images may differ.
 
     Raises:
@@ -111,27 +106,21 @@ def find_state(
     found = latest_state(checkpoints)
     if found is None:
         return None
-    before: Mapping[str, str] = found[0]["notes"]
-    for name in before:
-        if before[name] == notes[name]:
+    for name, before in found[0]["notes"].items():
+        if before == notes[name]:
             continue
         if name == "images" and not force:
             raise UserError(
-                f"the training images are not those that the run began with ({before[name]} -> {notes[name]}: number,"
-                " names or labels differ); put them back, start a new run, or add resume_force=true"
+                f"the training images are not those that the run began with ({before} -> {notes[name]}: number, names"
+                " or labels differ); put them back, start a new run, or add resume_force=true"
             )
-        promise.weaken("none" if name == "images" else "close", f"{name}: {before[name]} -> {notes[name]}")
+        promise.weaken("none" if name == "images" else "close", f"{name}: {before} -> {notes[name]}")
     restore_frozen(found[0], model, found[1])
     return found
 
 
 def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
-    """Continue from the checkpoint `found`, and cut the history and the files beside it back to it.
-
-    Args:
-        run_dir: The run directory.
-        state: Before its first step; changed in place.
-        found: By `find_state`.
+    """Bring `state`, the history and the weights files back to the checkpoint that `find_state` found.
 
     Raises:
         UserError: The checkpoint is of another model.
@@ -146,7 +135,7 @@ def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
 def compare_curves(
     before: Sequence[float], now: Sequence[float], promise: Promise, *, position: int, units_per_epoch: int
 ) -> None:
-    """Log how another number of epochs changes the rate curve; the promise is gone if it differs so far.
+    """Log how another number of epochs changes the rate curve; the promise is `none` if it differs so far.
 
     Args:
         before: Factor of the rate in each unit of the scheduler, as the run was planned.
@@ -156,23 +145,16 @@ def compare_curves(
         units_per_epoch: Steps an epoch, or 1 where the scheduler counts epochs.
     """
     epochs = f"train.epochs {len(before) // units_per_epoch} -> {len(now) // units_per_epoch}"
-    so_far = min(position + 1, len(before), len(now))
-    if list(before[:so_far]) == list(now[:so_far]):
+    if all(old == new for old, new in zip(before[: position + 1], now, strict=False)):
         logger.info("%s: the rate curve up to here is the same", epochs)
         return
     promise.weaken("none", f"{epochs} draws another rate curve; the epochs so far had an earlier one")
-    shown = sorted({0, *range(position, len(now), max(1, (len(now) - position) // 6)), len(now) - 1})
-    rows: list[dict[str, object]] = [
-        {
-            "epoch": unit // units_per_epoch + 1,
-            "old factor": before[unit] if unit < len(before) else None,
-            "new factor": now[unit],
-            "": "<- now" if unit == position else "",
-        }
-        for unit in shown
+    factors = [
+        f"epoch {unit // units_per_epoch + 1}: {now[unit]:.3g}"
+        + (f" (was to be {before[unit]:.3g})" if unit < len(before) else "")
+        for unit in range(position, len(now), max(1, (len(now) - position) // 5))
     ]
-    logger.info("the rate's factor, as it was planned and as it is from here on (lr.png shows both):")
-    logger.info("%s", table(rows, columns=list(rows[0])))
+    logger.info("the rate's factor from here on, lr.png shows both curves: %s", ", ".join(factors))
 
 
 def earlier_curve(path: Path) -> dict[str, Any] | None:
@@ -181,5 +163,4 @@ def earlier_curve(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    curve = found.get("before") if isinstance(found, dict) else None
-    return curve if isinstance(curve, dict) else None
+    return found.get("before") if isinstance(found, dict) else None

@@ -5,7 +5,6 @@ At most one save is under way, so memory holds at most one copy. Saves reach the
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
@@ -34,12 +33,9 @@ from finetune.runs.epoch_files import (
 from finetune.runs.weights import Tensors, checksum, copied_weights, frozen_weights, read_weights, write_weights
 from finetune.system.files import link_or_copy
 
-# Stays free beside the bytes of a save: for logs, and for the files of other programs.
-SPARE_BYTES = 1 << 20
-# A save that takes less time than this is always made.
-CHEAP_S = 0.1
-# The assumed speed of the disk, until the first save has shown it.
-DISK_BYTES_PER_S = 300e6
+SPARE_BYTES = 1 << 20  # stay free beside a save: for logs, and for the files of other programs
+CHEAP_S = 0.1  # a save that takes less time than this is always made
+DISK_BYTES_PER_S = 300e6  # the assumed speed of the disk, until the first save has shown it
 
 
 class NoSpaceError(OSError):
@@ -57,27 +53,19 @@ class _Weights:
 
 @dataclass
 class _Save:
-    """One save: a state, and the weights files that come with it.
+    """One save: a state, and the weights files that come with it."""
 
-    Attributes:
-        content: The state.
-        frozen: The tensors of frozen layers.
-        epochs: For files of their own.
-        last: For `last.safetensors`; None in the middle of an epoch.
-        kept: The epochs whose files stay; None: no file is removed.
-    """
-
-    content: Content
+    content: Content  # the state
     frozen: Tensors
-    epochs: list[_Weights] = field(default_factory=list)
-    last: _Weights | None = None
-    kept: Sequence[int] | None = None
+    epochs: list[_Weights] = field(default_factory=list)  # get files of their own
+    last: _Weights | None = None  # for last.safetensors; None in the middle of an epoch
+    kept: Sequence[int] | None = None  # epochs whose files stay; None: no file is removed
 
     @property
     def num_bytes(self) -> int:
         """Disk space that the save takes; `last.safetensors` may be a link to an epoch's file."""
-        written = [*self.epochs, *([self.last] if self.last is not None and self.last not in self.epochs else [])]
-        return _size(self.content) + sum(_size(weights.tensors) for weights in written)
+        written = [weights.tensors for weights in {*self.epochs, self.last} if weights is not None]
+        return _size(self.content) + _size(written)
 
 
 class Saver:
@@ -112,14 +100,11 @@ class Saver:
         """
         self.folder = folder
         self.stalled_s = self.writing_s = 0.0
-        self._metadata = dict(metadata)
-        self._notes = dict(notes)
-        self._keep = keep
-        self._max_share = max_share
+        self._metadata, self._notes = dict(metadata), dict(notes)
+        self._keep, self._max_share = keep, max_share
         self._cost_s = 0.0  # how long the latest save took
         self._best: _Weights | None = None  # of the best epoch, until a save takes them
-        self._best_under_way: _Weights | None = None  # the same while a thread writes them
-        self._best_on_disk = best_epoch  # of the newest state on the disk
+        self._best_on_disk = best_epoch  # the epoch whose weights best.safetensors holds
         self._frozen: dict[str, Tensor] | None = None
         self._frozen_checksum = ""
         self._thread: threading.Thread | None = None
@@ -140,12 +125,10 @@ class Saver:
             OSError: An earlier save has failed.
             NotFiniteError: See `checkpoint.snapshot`.
         """
-        if self._position == (state.epoch, state.step):
-            return
-        began = time.perf_counter()
-        self.wait()  # before the copy: two copies at once take twice the memory
-        self._submit(_Save(snapshot(state, self._notes), self._frozen_of(state)), state)
-        self.stalled_s += time.perf_counter() - began
+        if self._position != (state.epoch, state.step):
+            began = time.perf_counter()
+            self._submit(state, _Save(self._snapshot(state), self._frozen_of(state)))
+            self.stalled_s += time.perf_counter() - began
 
     def save_epoch(
         self,
@@ -173,50 +156,37 @@ class Saver:
             OSError: An earlier save has failed.
         """
         began = time.perf_counter()
-        is_due = always or self._keep > 1 or self._is_affordable(state, left_s)
         is_best = state.best_epoch == state.epoch
+        is_due = always or self._keep > 1 or self._is_affordable(state, left_s)
         if not (is_due or is_best):
             return False
-        content: Content | None = None
-        if is_due:
-            self.wait()  # before the copy: two copies at once take twice the memory
-            content = snapshot(state, self._notes)
-        last, best = self._weights(state, content, rows[-1], monitor, thresholds)
+        content = self._snapshot(state) if is_due else None
+        score, is_ema = epoch_score(rows[-1], monitor)
+        about = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
+        last = best = self._weights(state, about, thresholds[0], content and content["model"])
+        if is_ema and state.ema is not None:
+            with state.ema.swapped_in():
+                best = self._weights(state, about, thresholds[1], content and content["ema"])
         if is_best:
             self._best = best
         if content is not None:
             kept = best_epochs(rows, monitor, self._keep) if self._keep > 1 else []
             epochs = [best] if state.epoch in kept and not is_best else []
-            self._submit(_Save(content, self._frozen_of(state), epochs, last, kept), state)
+            self._submit(state, _Save(content, self._frozen_of(state), epochs, last, kept))
         self.stalled_s += time.perf_counter() - began
         return is_due
 
+    def _snapshot(self, state: TrainState) -> Content:
+        self.wait()  # two copies at once would take twice the memory
+        return snapshot(state, self._notes)
+
     def _weights(
-        self,
-        state: TrainState,
-        content: Content | None,
-        row: Mapping[str, Any],
-        monitor: str,
-        thresholds: tuple[float | None, float | None],
-    ) -> tuple[_Weights, _Weights]:
-        """(the weights, those with the epoch's score): the same object unless the averages scored better.
-
-        They share the tensors of `content`; without it they are copied.
-        """
-        score, is_ema = epoch_score(row, monitor)
-        metadata = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
-
-        def weights(part: str, threshold: float | None) -> _Weights:
-            shared = {} if content is None else content[part]
-            tensors = copied_weights(state.model, {**self._frozen_of(state), **shared})
-            chosen = {} if threshold is None else {"threshold": json.dumps(threshold)}
-            return _Weights(state.epoch, tensors, {**metadata, **chosen})
-
-        last = weights("model", thresholds[0])
-        if not is_ema or state.ema is None:
-            return last, last
-        with state.ema.swapped_in():
-            return last, weights("ema", thresholds[1])
+        self, state: TrainState, about: Mapping[str, str], threshold: float | None, shared: Tensors | None
+    ) -> _Weights:
+        """The weights of the epoch just finished; those of `shared` are not copied again."""
+        tensors = copied_weights(state.model, {**self._frozen_of(state), **(shared or {})})
+        chosen = {} if threshold is None else {"threshold": json.dumps(threshold)}
+        return _Weights(state.epoch, tensors, {**about, **chosen})
 
     def _frozen_of(self, state: TrainState) -> dict[str, Tensor]:
         """The tensors of frozen layers. They never change, so they are copied once and shared by all saves."""
@@ -225,31 +195,30 @@ class Saver:
         return self._frozen
 
     def _is_affordable(self, state: TrainState, left_s: float) -> bool:
-        """Whether a save now keeps to `max_share`, if it takes as long as the latest one; False beside another save.
+        """Whether a save keeps to `max_share` if it takes as long as the latest one; False beside another save.
 
         The time since the latest save and the time until the last one both count.
         """
         if self._max_share >= 1:
             return True
         if self._thread is None:  # nothing was saved yet
-            weights, moments = state.model.net.state_dict(), state.optimizer.state_dict()["state"]
-            in_state = _size(weights) - _size(self._frozen_of(state)) + _size(moments)
-            self._cost_s = (_size(weights) + in_state) / DISK_BYTES_PER_S
+            weights, moments = _size(state.model.net.state_dict()), _size(state.optimizer.state_dict()["state"])
+            self._cost_s = (2 * weights - _size(self._frozen_of(state)) + moments) / DISK_BYTES_PER_S
         elif self._thread.is_alive():
             return False
         apart_s = min(time.monotonic() - self._saved_at, left_s)
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
-    def best_weights(self) -> Tensors:
-        """The tensors of the best epoch that was saved: from memory while they are being written, else from the file.
+    def best_weights(self, best_epoch: int) -> Tensors:
+        """The tensors of the best epoch, from its file; waits if a thread is still writing them.
 
         Raises:
             OSError: A save has failed.
             DamagedError: The file differs from what was written.
         """
-        self.check()
-        under_way = self._best_under_way
-        return read_weights(self.folder / BEST)[0] if under_way is None else under_way.tensors
+        if self._best_on_disk != best_epoch:
+            self.wait()
+        return read_weights(self.folder / BEST)[0]
 
     def save_weights(self, state: TrainState) -> None:
         """Write `last.safetensors`, and the best epoch's weights if they are only in memory, before returning.
@@ -262,7 +231,7 @@ class Saver:
         self.wait()
         if self._best is not None:
             self._write_epoch(self._best)
-            link_or_copy(epoch_path(self.folder, self._best.epoch), self.folder / BEST)
+            self._make_best(self._best.epoch)
             self._best = None
         write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
 
@@ -280,30 +249,22 @@ class Saver:
         remove_epochs(self.folder, but=best_epochs(rows, monitor, self._keep) if self._keep > 1 else [])
 
     def check(self) -> None:
-        """Raise the error of a save that has failed meanwhile; does not wait.
-
-        Raises:
-            OSError: A save has failed.
-        """
+        """Raise the error of a save that has failed meanwhile, an OSError; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until every save is on the disk.
-
-        Raises:
-            OSError: A save has failed.
-        """
+    def wait(self) -> None:
+        """Wait until every save is on the disk; then `check`."""
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._thread.join()
         self.check()
 
-    def _submit(self, save: _Save, state: TrainState) -> None:
-        """Let a thread write `save`, with the weights of the best epoch where the disk has none; none is under way."""
+    def _submit(self, state: TrainState, save: _Save) -> None:
+        """Let a thread write `save`, and the weights of the best epoch if the disk has none; no save is under way."""
         if self._best is not None:
             save.epochs.append(self._best)
-        self._best_under_way, self._best = self._best, None
+            self._best = None
         self._position = state.epoch, state.step
         self._saved_at = time.monotonic()
         # A daemon: after a second Ctrl-C nobody waits for it. Its unfinished file has a temporary name.
@@ -313,14 +274,18 @@ class Saver:
     def _work(self, save: _Save) -> None:
         began = time.monotonic()
         try:
-            free = shutil.disk_usage(self.folder).free
-            if free < save.num_bytes + SPARE_BYTES:
-                raise NoSpaceError(errno.ENOSPC, f"{_mb(save.num_bytes)} are needed and {_mb(free)} are free")
+            needed, free = save.num_bytes, shutil.disk_usage(self.folder).free
+            if free < needed + SPARE_BYTES:
+                raise OSError(errno.ENOSPC, f"{_mb(needed)} are needed and {_mb(free)} are free")
             self._write(save)
+        except OSError as error:
+            self._error = NoSpaceError(
+                f"cannot save a checkpoint in {self.folder}: {error.strerror or error}. The one before it is not lost:"
+                f" {self._safe}. Make room, then continue with resume={self.folder.parent}"
+            )
         except Exception as error:  # the training thread raises it after its step
-            self._error = self._explained(error)
+            self._error = error
         finally:
-            self._best_under_way = None
             self.writing_s += time.thread_time()
             self._cost_s = time.monotonic() - began
 
@@ -328,39 +293,30 @@ class Saver:
         """Write the files of a save, in an order that a kill may interrupt anywhere.
 
         The state comes after the weights that it names. Until it is written the state before it counts, whose weights
-        are still there. After it `settle` can make up for the rest.
+        are still there. What a kill leaves undone after it, `settle` does.
         """
         for weights in save.epochs:
             self._write_epoch(weights)
-        if save.last is not None and save.last in save.epochs:
+        if save.last in save.epochs:
             link_or_copy(epoch_path(self.folder, save.last.epoch), self.folder / LAST)
         elif save.last is not None:
             write_weights(self.folder / LAST, save.last.tensors, save.last.metadata)
         self._frozen_checksum = self._frozen_checksum or checksum(save.frozen)
-        state, counters = self.folder / STATE, save.content["counters"]
-        write_state(state, save.content, self._frozen_checksum, aside=self.folder / STATE_BEFORE)
-        self._safe = f"that of step {counters['step']} is whole"
-        before, self._best_on_disk = self._best_on_disk, counters["best_epoch"]
-        if self._best_on_disk != before:
-            link_or_copy(epoch_path(self.folder, self._best_on_disk), self.folder / BEST)
+        write_state(self.folder / STATE, save.content, self._frozen_checksum, aside=self.folder / STATE_BEFORE)
+        step, best_epoch = (save.content["counters"][name] for name in ("step", "best_epoch"))
+        self._safe = f"that of step {step} is whole"
+        before = self._best_on_disk
+        if best_epoch != before:
+            self._make_best(best_epoch)
         if save.kept is not None:
-            remove_epochs(self.folder, but={*save.kept, before, self._best_on_disk})
+            remove_epochs(self.folder, but={*save.kept, before, best_epoch})
 
     def _write_epoch(self, weights: _Weights) -> None:
         write_weights(epoch_path(self.folder, weights.epoch), weights.tensors, weights.metadata)
 
-    def _explained(self, error: Exception) -> Exception:
-        if not isinstance(error, OSError):
-            return error
-        reason = error.strerror or str(error)
-        room = ""
-        if not isinstance(error, NoSpaceError):
-            with contextlib.suppress(OSError):  # the folder itself may be gone
-                room = f" ({_mb(shutil.disk_usage(self.folder).free)} are free)"
-        return NoSpaceError(
-            f"cannot save a checkpoint in {self.folder}: {reason}{room}. The one before it is not lost: {self._safe}."
-            f" Make room, then continue with resume={self.folder.parent}"
-        )
+    def _make_best(self, epoch: int) -> None:
+        link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)
+        self._best_on_disk = epoch
 
 
 def _mb(num_bytes: int) -> str:

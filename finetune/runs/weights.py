@@ -27,13 +27,9 @@ class DamagedError(UserError):
 def weights_metadata(
     classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any], *, is_multilabel: bool
 ) -> dict[str, str]:
-    """The metadata of a weights file, each value JSON. A file of a multi-label model also gets `threshold`.
+    """The metadata of a weights file, each value JSON: class names in the order of the logits, the model's settings.
 
-    Args:
-        classes: Names, in the order of the logits.
-        preprocess: From an image to the network's input.
-        model: The model's settings.
-        is_multilabel: Whether an image may have several labels.
+    The saver adds `threshold` for a model whose images may have several labels.
     """
     return {
         "format": "pt",

@@ -1,8 +1,7 @@
 """Locks between processes, by `filelock`: one process a run directory, one writer a cache entry.
 
-The operating system holds each lock and frees it when its process dies, also by SIGKILL. Forked children, such as data
-workers, do not share a lock of their parent. A file system that knows no locks costs a warning: the work goes on
-without the lock.
+The operating system frees a lock when its process dies, also by SIGKILL. Forked children, such as data workers, do not
+share their parent's lock. On a file system without locks the work goes on without one, after a warning.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ from finetune.system.files import write_text
 logger = logging.getLogger("finetune")
 
 RUN_LOCK = ".lock"
-# Says which process holds the run lock. In a file of its own: Windows lets nobody read a file that is locked.
-RUN_LOCK_HOLDER = ".lock.json"
-# `holder` takes a run lock for an instant, to see whether it is free. A start waits this long, so that a report on
-# the folder in that instant does not refuse it.
+RUN_LOCK_HOLDER = ".lock.json"  # names the process; a file of its own, since Windows lets nobody read a locked file
+# `holder` takes a free lock for an instant. A start waits this long, so that this instant does not refuse it.
 PATIENCE_S = 0.5
 POLL_S = 0.1
-# Errors of file systems that have no locks (some network ones).
+# Errors of file systems without locks.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -61,7 +58,7 @@ def run_lock(run_dir: Path) -> Iterator[Holder | None]:
     """Hold the lock of a run directory; no other process works there meanwhile.
 
     Yields:
-        The process that held the lock before and died without giving it back; None where there is none.
+        The process that held the lock before and was killed; None where there is none.
 
     Raises:
         InUseError: Another process holds the lock.
@@ -72,24 +69,20 @@ def run_lock(run_dir: Path) -> Iterator[Holder | None]:
         try:
             stack.enter_context(file_lock(run_dir / RUN_LOCK, timeout_s=PATIENCE_S))
         except TimeoutError:
-            raise InUseError(_in_use(run_dir, _read(record))) from None
-        dead = _read(record)
+            found = _read(record)
+            stop = f", or stop it first (kill {found.pid})" if found and found.host == socket.gethostname() else ""
+            who = found or "another process"
+            raise InUseError(f"{run_dir} is being worked in by {who}; nothing was changed: wait for it{stop}") from None
+        killed = _read(record)
         own = Holder(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(timespec="seconds"))
         write_text(record, json.dumps(asdict(own)))
         try:
-            yield dead
+            yield killed
         finally:
             # Before the lock is given back: after it these may be another process's files.
             for path in (record, run_dir / RUN_LOCK):
                 with contextlib.suppress(OSError):
                     path.unlink()
-
-
-def _in_use(run_dir: Path, found: Holder | None) -> str:
-    if found is None:  # that process has taken the lock just now and not written its record yet
-        return f"{run_dir} is being worked in by another process; nothing was changed: wait for it"
-    stop = f"kill {found.pid}" if found.host == socket.gethostname() else f"kill {found.pid} on {found.host}"
-    return f"{run_dir} is being worked in by {found}; nothing was changed: wait for it, or stop it first ({stop})"
 
 
 def holder(run_dir: Path) -> Holder | None:
@@ -100,16 +93,16 @@ def holder(run_dir: Path) -> Holder | None:
     try:
         with _lock(run_dir / RUN_LOCK).acquire(timeout=0):
             return None
-    except (Timeout, PermissionError):  # a folder of another user's: its record is the best that there is
+    except (Timeout, PermissionError):  # another user's folder may not be locked: then its record has to do
         return found
     except OSError:
         return None
 
 
-def _read(path: Path) -> Holder | None:
-    """The record of a holder; None where there is none, or where it is damaged."""
+def _read(record: Path) -> Holder | None:
+    """The process that a record names; None where there is no record, or a damaged one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(record.read_text(encoding="utf-8"))
         return Holder(str(found["host"]), int(found["pid"]), str(found["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -119,10 +112,10 @@ def _read(path: Path) -> Holder | None:
 def file_lock(
     path: Path, *, timeout_s: float = math.inf, on_wait: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Hold the lock file `path`; only one process holds it at a time. The file is made and stays.
+    """Hold the lock file `path`, which is made and stays; only one process holds it at a time.
 
     Args:
-        path: The lock file; its folder exists.
+        path: The lock file.
         timeout_s: Wait this long for another process, in seconds.
         on_wait: Called between two tries, about ten times a second. An error that it raises ends the wait.
 
@@ -130,12 +123,11 @@ def file_lock(
         TimeoutError: Another process held the lock all the time.
         OSError: The file cannot be made.
     """
-    lock = _lock(path)
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(lock.acquire(timeout=0))
+                stack.enter_context(_lock(path).acquire(timeout=0))
                 break
             except Timeout:
                 if time.monotonic() >= deadline:
@@ -151,5 +143,5 @@ def file_lock(
 
 
 def _lock(path: Path) -> FileLock:
-    # `fallback_to_soft` would take the mere presence of the file for a lock: one that a killed process never frees.
+    # `fallback_to_soft` would take the presence of the file for a lock, which a killed process never frees.
     return FileLock(path, fallback_to_soft=False)

@@ -104,18 +104,18 @@ def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
     rows = [{"epoch": 1, "val/top1": 0.5}, {"epoch": 2, "val/top1": 0.9}]
     keeper.save_epoch(state, rows[:1], "val/top1")
     assert not (tmp_path / "best.safetensors").exists()
-    first = keeper.best_weights()
+    first = keeper.best_weights(state.best_epoch)
     first_gate.set()
     with torch.no_grad():
         state.model.net.head.weight.add_(1)
     state.epoch = state.best_epoch = 2
     keeper.save_epoch(state, rows, "val/top1")  # the first may be under way still
-    early = keeper.best_weights()
+    early = keeper.best_weights(state.best_epoch)
     assert torch.equal(early["head.weight"], state.model.net.head.weight)
     assert not torch.equal(early["head.weight"], first["head.weight"])
     second_gate.set()
     keeper.wait()
-    late = keeper.best_weights()
+    late = keeper.best_weights(state.best_epoch)
     assert early.keys() == late.keys() and all(torch.equal(early[name], late[name]) for name in early)
 
 

@@ -351,7 +351,10 @@ def test_more_epochs_go_on_at_the_new_curves_rate(stripes: Path, tmp_path: Path)
     plan = json.loads((tmp_path / "rates.json").read_text())
     assert plan["before"]["epochs"] == 2
     assert plan["before"]["layers"]["head"] == pytest.approx([1e-3, 0.5e-3])
-    assert "old factor" in (tmp_path / "run.log").read_text()
+    assert (
+        "factor from here on, lr.png shows both curves: epoch 3: 0.5, epoch 4: 0.25"
+        in (tmp_path / "run.log").read_text()
+    )
 
     # With a cycle of its own the curve does not change with the epochs, and nothing is lost.
     folders = tmp_path / "short", tmp_path / "long"
