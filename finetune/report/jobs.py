@@ -185,6 +185,7 @@ def read_jobs(sweep_dir: Path) -> list[JobResult]:
 def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
     """The folders of jobs that ran: numbered ones, 2 before 10, then those that `hydra.sweep.subdir` has named."""
     named = [sweep_dir / record.name for record in records if record.refused is None]
+    # With `hydra.sweep.subdir='${seed}/${optim.lr}'` a numbered folder may only hold the folders of jobs.
     above = {parent for record in records for parent in (sweep_dir / record.name).parents}
     numbered = [
         path

@@ -16,7 +16,7 @@ from finetune.system.files import write_atomic
 SIZE_INCHES = (12.0, 7.0)
 DPI = 100
 
-# Ink, and four colours that stay apart in every common kind of colour blindness (Okabe and Ito).
+# Colours of text and frames; then four that people with any common colour blindness can tell apart (Okabe and Ito).
 INK = "#222222"
 FAINT = "#8a8f98"
 GRID = "#e6e8ec"

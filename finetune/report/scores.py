@@ -12,7 +12,7 @@ from finetune.report import look
 from finetune.report.reading import read_json
 from finetune.system.files import write_json, write_text
 
-# More classes than this make a matrix of specks: the pairs that are most often confused are drawn instead.
+# With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
 MATRIX_CLASSES = 40
 PAIRS = 25
 
@@ -66,7 +66,7 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     """
     total = sum(map(sum, matrix))
     right = sum(row[label] for label, row in enumerate(matrix))
-    subtitle = f"{right:,} of {total:,} test images right; a row is a true class, a column what it was taken for"
+    subtitle = f"{right:,} of {total:,} test images right; rows are true classes, columns are predicted ones"
     if len(classes) <= MATRIX_CLASSES:
         figure = _draw_matrix(matrix, classes)
     else:
