@@ -13,8 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +35,7 @@ from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.memory import free_memory
-from finetune.system.processors import cores
+from finetune.system.processors import map_in_threads
 from finetune.system.signals import at_once
 
 logger = logging.getLogger("finetune")
@@ -156,16 +155,23 @@ def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
 
 
 def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, free: Callable[[], int | None]) -> Index:
-    """Decode every image into `file`, a chunk of images at a time; returns the index, see `PixelCache`.
+    """Decode every image into `file`, in threads (decoders release Python's lock); return the index of `PixelCache`.
 
     `free` says how many bytes may still be written; None: nobody knows.
     """
+
+    def decode(sample: int) -> Tensor | ImageError:
+        try:
+            return step(split.load(sample))
+        except ImageError as error:
+            return error
+
     index = np.zeros((len(split), 3), dtype=np.int64)
     offset = 0
     if step.square is not None:
         _check_room(len(split) * 3 * step.square.size**2, free(), conf)
     with at_once(), tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
-        for sample, made in _decoded(split, step):
+        for sample, made in enumerate(map_in_threads(decode, range(len(split)))):
             bar.update()
             if isinstance(made, ImageError):
                 if conf.on_error == OnError.stop:
@@ -181,23 +187,8 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
     return index
 
 
-def _decoded(split: Split, step: FirstStep) -> Iterator[tuple[int, Tensor | ImageError]]:
-    """Every image in turn, by as many threads as there are cores: decoders let go of Python's lock."""
-
-    def make(sample: int) -> Tensor | ImageError:
-        try:
-            return step(split.load(sample))
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(split), CHUNK):
-            samples = range(start, min(start + CHUNK, len(split)))
-            yield from zip(samples, pool.map(make, samples), strict=True)
-
-
 def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
-    """Refuse to write `needed` bytes where fewer are free."""
+    """Raise UserError where fewer than `needed` bytes are free; None: nobody knows how many are."""
     if free is None or needed <= free:
         return
     other = "data.cache=disk"

@@ -9,25 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.data.checks.known_images import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, KnownImages, Records
-from finetune.data.images.decode import Header, ImageError, header_of_whole
+from finetune.data.images.decode import Header, ImageError, decode, header_of
 from finetune.data.split import SPLITS, ImageStore, Source
 from finetune.data.streams import ranks, shuffled
-from finetune.system.processors import cores
+from finetune.system.processors import map_in_threads
 
 CHUNK = 4096  # files looked for between two looks at the clock
 PIECE = 8  # images handed to a thread at once: handing over a single one costs as much as reading its header
-MAX_THREADS = 16
 MAX_UNREADABLE = 100_000  # after so many the search ends: the folder is the wrong one
 DEPTH_WORDS = {
     DECODED: "decoded",
@@ -35,9 +30,6 @@ DEPTH_WORDS = {
     PRESENT: "only found to be there",
     UNSEEN: "not looked at",
 }
-
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ class _Examination:
             return [(position, self._looked(look, position)) for position in piece]
 
         with tqdm(total=len(order), desc=title, unit=" images", leave=False, disable=None, delay=1) as bar:
-            for piece in _in_threads(look_at, pieces()):
+            for piece in map_in_threads(look_at, pieces()):
                 for position, result in piece:
                     self._note(position, result)
                 bar.update(len(piece))
@@ -210,7 +202,8 @@ def _is_of_the_system(error: ImageError) -> bool:
 def _decode(store: ImageStore, row: int) -> Records:
     data = store.read(row)
     if store.encoded:
-        header = header_of_whole(data, store.name_of(row))
+        header = header_of(data, store.name_of(row))
+        decode(data, store.name_of(row))
     else:
         header = store.header(row)
         store.load(row)
@@ -231,45 +224,24 @@ def _record(depth: int, header: Header) -> Records:
     return record
 
 
-def _in_threads(work: Callable[[_Given], _Made], pieces: Iterator[_Given]) -> Iterator[_Made]:
-    """`map(work, pieces)` by a thread a core. Few pieces are asked for ahead, so that `pieces` can end early."""
-    threads = min(MAX_THREADS, cores())
-    if threads == 1:
-        yield from map(work, pieces)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(work, piece) for piece in islice(pieces, 2 * threads))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(pool.submit(work, piece) for piece in islice(pieces, 1))
-
-
 def find_duplicates(source: Source, report: DataReport) -> Iterator[list[tuple[str, int]]]:
     """Yield groups of images with equal bytes, as (split, index), that lie in several splits or under several labels.
 
     Such a group makes a test that was learned by heart, or one of its labels is wrong. Only images whose bytes were
     read can be compared.
     """
-    records = report.records
-    starts = np.cumsum([0, *(len(records[name]) for name in SPLITS)])
-    # Of millions of images few may have been read at a start, so only these are copied.
-    inside = {name: np.flatnonzero((part["first"] != 0) | (part["second"] != 0)) for name, part in records.items()}
-    read = np.concatenate([start + inside[name] for start, name in zip(starts[:-1], SPLITS, strict=True)])
-    first, second = (
-        np.concatenate([records[name][half][inside[name]] for name in SPLITS]) for half in ("first", "second")
-    )
-    order = np.lexsort((second, first))
-    read, first, second = read[order], first[order], second[order]
-    splits = np.searchsorted(starts, read, side="right") - 1
-    ends = np.flatnonzero((np.diff(first) != 0) | (np.diff(second) != 0)) + 1
-    sizes = np.diff(ends, prepend=0, append=len(read))
-    begins = np.concatenate([[0], ends])
-    for place in np.flatnonzero(sizes > 1).tolist():
-        group = slice(begins[place], begins[place] + sizes[place])
-        found = sorted(zip(read[group].tolist(), splits[group].tolist(), strict=True))
-        members = [(SPLITS[split], position - int(starts[split])) for position, split in found]
-        if len({split for split, _ in members}) > 1 or _labels_differ(source, members):
-            yield members
+    first, second = (np.concatenate([report.records[name][half] for name in SPLITS]) for half in ("first", "second"))
+    starts = np.cumsum([0, *(len(report.records[name]) for name in SPLITS)])
+    read = np.flatnonzero((first != 0) | (second != 0))
+    order = read[np.lexsort((second[read], first[read]))]  # equal hashes side by side
+    is_equal = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)  # to the next one
+    edges = np.flatnonzero(np.diff(is_equal, prepend=False, append=False))  # where a group begins, and its last image
+    for begin, last in edges.reshape(-1, 2).tolist():
+        positions = np.sort(order[begin : last + 1])
+        places = np.searchsorted(starts, positions, side="right") - 1
+        group = [(SPLITS[place], int(at - starts[place])) for place, at in zip(places, positions, strict=True)]
+        if len({split for split, _ in group}) > 1 or _labels_differ(source, group):
+            yield group
 
 
 def _labels_differ(source: Source, members: Sequence[tuple[str, int]]) -> bool:

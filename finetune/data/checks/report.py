@@ -7,10 +7,9 @@ from pathlib import Path
 
 from finetune.data.checks.examine import DataReport, examine
 from finetune.data.checks.known_images import KnownImages
-from finetune.data.checks.summary import duplicate_lines, summary
+from finetune.data.checks.summary import duplicate_lines, summary, unreadable_lines, write_lines
 from finetune.data.split import Source
 from finetune.system.files import write_text
-from finetune.system.terminal import printable
 
 MAX_DUPLICATES = 20  # groups in the text; all of them are in the file
 
@@ -24,7 +23,7 @@ def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[D
     text = summary(source, report)
     write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
     duplicates = duplicate_lines(source, report)
-    unreadable = [f"{image.name}\t{image.split}\t{image.reason}" for image in report.unreadable]
+    unreadable = unreadable_lines(report.unreadable)
     title = "images are the same to the last byte in several splits or classes"
     text += _write_list(folder / "duplicates.txt", title, duplicates, shown=MAX_DUPLICATES)
     text += _write_list(folder / "unreadable.txt", "images cannot be read", unreadable, shown=len(unreadable))
@@ -35,8 +34,7 @@ def _write_list(path: Path, title: str, lines: Sequence[str], *, shown: int) -> 
     """Write `lines` to `path`, if there are any; return their number and the first `shown` of them as text."""
     if not lines:
         return ""
-    safe = [printable(line, keep="\t") for line in lines]
-    write_text(path, "".join(f"{line}\n" for line in safe))
-    said = [f"\n\n{len(lines):,} {title} ({path}):", *(f"  {line}" for line in safe[:shown])]
+    write_lines(path, lines)
+    said = [f"\n\n{len(lines):,} {title} ({path}):", *(f"  {line}" for line in lines[:shown])]
     said += [f"  ... and {len(lines) - shown:,} more"] * (len(lines) > shown)
     return "\n".join(said)

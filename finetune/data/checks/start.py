@@ -13,7 +13,7 @@ from finetune.data.cache_dir import cache_folder
 from finetune.data.caches.entries import size_line
 from finetune.data.checks.examine import DataReport, UnreadableImage, examine
 from finetune.data.checks.known_images import KnownImages
-from finetune.data.checks.summary import duplicate_lines, imbalance
+from finetune.data.checks.summary import duplicate_lines, imbalance, unreadable_lines, write_lines
 from finetune.data.images.decode import ImageError
 from finetune.data.split import Source
 from finetune.system.errors import UserError
@@ -101,8 +101,7 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
 
 def _refusal(images: Sequence[UnreadableImage], run_dir: Path) -> str:
     path = run_dir / "unreadable.txt"
-    lines = ("\t".join(map(printable, (image.name, image.split, image.reason))) for image in images)
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_lines(path, unreadable_lines(images))
     return (
         f"{len(images):,} images cannot be read: {_first(images)}. All of them are in {path}. Repair or remove them,"
         " or train without them by data.on_error=skip"
@@ -140,7 +139,7 @@ def _warn_of_duplicates(source: Source, report: DataReport, run_dir: Path) -> No
     if not lines:
         return
     path = run_dir / "duplicates.txt"
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_lines(path, lines)
     more = f"; and {len(lines) - 3:,} more" if len(lines) > 3 else ""
     logger.warning(
         "%d images come more than once, to the last byte, in several splits or classes (all in %s): %s%s",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
-from finetune.data.checks.examine import DataReport, find_duplicates
+from finetune.data.checks.examine import DataReport, UnreadableImage, find_duplicates
 from finetune.data.checks.known_images import HEADER, MODES, Records
 from finetune.data.split import SPLITS, Source, class_counts
+from finetune.system.files import write_text
 from finetune.system.tables import table
 from finetune.system.terminal import printable
 
@@ -38,6 +42,16 @@ def duplicate_lines(source: Source, report: DataReport) -> list[str]:
         images = [f"{source.splits[name].name_of(i)} [{name}, {_label(source, name, i)}]" for name, i in group]
         lines.append(printable(" = ".join(images)))
     return lines
+
+
+def unreadable_lines(images: Sequence[UnreadableImage]) -> list[str]:
+    """A line for each image: name, split and reason with tabs between them."""
+    return ["\t".join(map(printable, (image.name, image.split, image.reason))) for image in images]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file of these lines."""
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _label(source: Source, split: str, index: int) -> str:

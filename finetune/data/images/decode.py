@@ -148,36 +148,21 @@ def decode(data: bytes, name: str) -> Tensor:
     Raises:
         ImageError: As `read_image`.
     """
-    return _decoded(data, name, grey=False)[1]
-
-
-def header_of_whole(data: bytes, name: str) -> Header:
-    """Size and mode of an image, after decoding it; raises ImageError where `decode` does.
-
-    A plain JPEG is decoded to grey, which reads the same bits and so meets the same errors in four fifths of the time.
-    """
-    return _decoded(data, name, grey=True)[0]
-
-
-def _decoded(data: bytes, name: str, *, grey: bool) -> tuple[Header, Tensor]:
-    """Header and pixels: (3, height, width); with `grey` also (1, height, width), where that is faster."""
     with _opened(io.BytesIO(data), name) as image:
-        header = Header(image.height, image.width, image.mode)
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             turn = _turn(image)
-            pixels = _decode_jpeg(data, grey=grey)
+            pixels = _decode_jpeg(data)
             if pixels is not None and pixels.shape[1:] == (image.height, image.width):
-                return header, pixels if turn is None else _turned(pixels, turn)
-        return header, pixels_of(image)
+                return pixels if turn is None else _turned(pixels, turn)
+        return pixels_of(image)
 
 
-def _decode_jpeg(data: bytes, *, grey: bool) -> Tensor | None:
+def _decode_jpeg(data: bytes) -> Tensor | None:
     if decode_jpeg is None:
         return None
-    mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
     try:
         # A bytearray because torch warns of memory that may not be written.
-        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError:
         return None
     return pixels
