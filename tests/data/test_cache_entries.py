@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from finetune.commands.cache import KINDS, main
-from finetune.config import AugmentConf, CacheKind, Conf, DataConf, Recipe, SourceKind, validate
+from finetune.config import AugmentConf, CacheKind, Conf, DataConf, Recipe, SourceKind, find_problems
 from finetune.core.preprocess import Preprocess
 from finetune.data import Source, open_source
 from finetune.data.caches.entries import (
@@ -198,4 +198,6 @@ def test_pixel_caches_stay_under_their_limit(tmp_path: Path) -> None:
 
 
 def test_a_limit_without_a_cache_is_an_error() -> None:
-    assert any("data.cache_gib=1.0 would be ignored" in line for line in validate(Conf(data=DataConf(cache_gib=1.0))))
+    assert any(
+        "data.cache_gib=1.0 would be ignored" in line for line in find_problems(Conf(data=DataConf(cache_gib=1.0)))
+    )
