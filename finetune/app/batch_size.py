@@ -1,4 +1,4 @@
-"""The memory of a GPU: the largest micro-batch that fits, and what to say where one did not."""
+"""The memory of a GPU: the largest micro-batch that fits, and what to change where a batch did not fit."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from finetune.system.errors import UserError
 
 logger = logging.getLogger("finetune")
 
-# Images an optimizer step where nothing else says it: the default of `data.batch_size`.
+# Images in an optimizer step where the recipe does not say: the default of `data.batch_size`.
 DEFAULT_BATCH = 64
-TRIAL_STEPS = 2  # the first makes the optimizer's moments, the second shows the peak
-# Share of the memory that training may reach beyond what the trial took: fragments, other image sizes, the loader.
+TRIAL_STEPS = 2  # the first step creates the optimizer's moments, so only the second one reaches the peak
+# Share of the memory left free in the trial, for fragmentation, larger images and the loader.
 SPARE = 0.08
-ON_DEVICE = (PrefixCache.auto, PrefixCache.device)
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of `sizes`, ascending, that fits, by halving; None where not even the first does.
+    """The largest size that fits, found by bisection; None if even the first does not.
 
     Args:
         sizes: Candidates, ascending.
-        fits: Whether a size does; where one does, every smaller one has to.
+        fits: Whether a size fits; if it does, so does every smaller one.
     """
     low, high = -1, len(sizes) - 1
     while low < high:
@@ -46,65 +45,66 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """All divisors, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def wanted_batch(conf: Conf) -> int:
-    """Images an optimizer step that `data.batch_size=auto` keeps: the recipe's, or the default times accumulation."""
+def images_per_step(conf: Conf) -> int:
+    """Images in an optimizer step with `data.batch_size=auto`: the recipe's, or the default times accumulation."""
     return conf.optim.recipe_batch or DEFAULT_BATCH * conf.train.accumulate
 
 
 def with_batch(conf: Conf, size: int) -> Conf:
-    """`conf` with micro-batches of `size`, and as many of them a step as keep the wanted batch."""
-    accumulate = wanted_batch(conf) // size
+    """`conf` with micro-batches of `size` images, accumulated to as many images a step as before."""
     data = dataclasses.replace(conf.data, batch_size=size)
-    return dataclasses.replace(conf, data=data, train=dataclasses.replace(conf.train, accumulate=accumulate))
+    train = dataclasses.replace(conf.train, accumulate=images_per_step(conf) // size)
+    return dataclasses.replace(conf, data=data, train=train)
 
 
 def choose_batch(run: Run, fits: Callable[[int], bool] | None = None) -> int:
-    """What `data.batch_size=auto` comes to: the largest divisor of the wanted batch that fits the GPU.
+    """The micro-batch of `data.batch_size=auto`: the largest divisor of the images in a step that fits the GPU.
 
-    Divisors, so that every step learns from exactly as many images as it would in one piece. Elsewhere than on CUDA
-    nothing can be measured, and the default is taken.
+    A divisor, so that each step learns from exactly the same images as with one large batch. On other devices than
+    CUDA memory cannot be measured, and the largest divisor up to the default is taken.
 
     Args:
-        run: Model and device.
-        fits: For tests; by default steps on made-up images are tried.
+        run: Everything that the run is built of.
+        fits: Whether a size fits; by default two steps on made-up images are tried.
 
     Raises:
-        ValueError: Not even one image fits.
+        UserError: Not even one image fits.
     """
-    wanted = wanted_batch(run.conf)
+    sizes = divisors(images_per_step(run.conf))
     if run.device.type != "cuda" and fits is None:
-        size = next(size for size in reversed(divisors(wanted)) if size <= DEFAULT_BATCH)
-        logger.warning("data.batch_size=auto: nothing to measure on %s, taking %d", run.device.type, size)
+        size = next(size for size in reversed(sizes) if size <= DEFAULT_BATCH)
+        logger.warning("data.batch_size=auto: memory cannot be measured on %s, taking %d", run.device.type, size)
         return size
-    size_or_none = largest_fitting(divisors(wanted), fits or (lambda size: _fits(run, size)))
-    if size_or_none is None:
+    found = largest_fitting(sizes, fits or (lambda size: _fits(run, size)))
+    if found is None:
         raise UserError(
             f"data.batch_size=auto: not even one image fits. {_advice(with_batch(run.conf, 1), is_auto=True)}"
         )
     logger.info(
         "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step",
-        size_or_none,
-        wanted // size_or_none,
-        wanted,
+        found,
+        sizes[-1] // found,
+        sizes[-1],
     )
-    return size_or_none
+    return found
 
 
 def _fits(run: Run, size: int) -> bool:
-    """Try steps of `size` made-up images on the model itself, at rate 0; leaves weights and statistics as they were."""
+    """Try two steps of `size` images on the run's model at rate 0; weights and statistics stay as they were."""
     buffers = {name: buffer.detach().clone() for name, buffer in run.model.net.named_buffers()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(run.device)
     try:
-        _trial(run, size)
+        _try_steps(run, size)
         total = torch.cuda.get_device_properties(run.device).total_memory
-        # What the frozen layers give may be kept there, too, out of what is free once this is settled.
-        kept = SHARE[PrefixCache.device] if run.model.num_frozen and run.conf.prefix.cache in ON_DEVICE else 0.0
-        return torch.cuda.max_memory_reserved(run.device) <= (1 - SPARE) * (1 - kept) * total
+        # Activations may later be cached on the GPU, too, in a share of the memory that is free then.
+        is_cached = run.model.num_frozen and run.conf.prefix.cache in (PrefixCache.auto, PrefixCache.device)
+        cached = SHARE[PrefixCache.device] if is_cached else 0.0
+        return torch.cuda.max_memory_reserved(run.device) <= (1 - SPARE) * (1 - cached) * total
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -114,32 +114,33 @@ def _fits(run: Run, size: int) -> bool:
         torch.cuda.empty_cache()
 
 
-def _trial(run: Run, size: int) -> None:
-    conf, pixels = run.conf, run.built.preprocess.size
+def _try_steps(run: Run, size: int) -> None:
+    conf, pixels, device = run.conf, run.built.preprocess.size, run.device
     set_up_layers(run.model, conf.optim, train=conf.train)
     optimizer = build_optimizer(run.model, recipe.scaled_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     state = TrainState(run.model, optimizer, scheduler, scaler, criterion=run.criterion(), autocast=run.autocast())
     if conf.train.ema:
         state.ema = Ema(run.model, conf.train.ema, warmup=conf.train.ema_warmup)
     run.model.train()
-    classes = len(run.source.classes)
-    shape = (size, classes) if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix else (size,)
-    targets = torch.zeros(shape, dtype=torch.float32 if len(shape) == 2 else torch.int64, device=run.device)
-    batch = (torch.zeros(size, 3, pixels, pixels, device=run.device), targets, torch.arange(size))
+    if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix:
+        targets = torch.zeros(size, len(run.source.classes), device=device)
+    else:
+        targets = torch.zeros(size, dtype=torch.int64, device=device)
+    batch = (torch.zeros(size, 3, pixels, pixels, device=device), targets, torch.arange(size))
     for _ in range(TRIAL_STEPS):
         train_step(state, [batch], conf.train)
 
 
 def out_of_memory(run: Run, *, step: int | None = None) -> str:
-    """What to say where something did not fit: the measured peak, and what to change.
+    """The message of a run that ran out of memory: the measured peak, and what to change.
 
     Args:
-        run: The run's.
-        step: Optimizer steps so far; None outside training.
+        run: Everything that the run is built of.
+        step: Optimizer steps so far; None outside of training.
     """
     where = f"out of memory on {run.device}" + ("" if step is None else f" in step {step + 1}")
     if run.device.type == "cuda":
@@ -151,21 +152,19 @@ def out_of_memory(run: Run, *, step: int | None = None) -> str:
 
 def _advice(conf: Conf, *, is_auto: bool) -> str:
     size, accumulate = conf.data.batch_size, conf.train.accumulate
-    tries = []
-    if size > 1:
-        half = size // 2
-        tries.append(
-            f"data.batch_size={half} train.accumulate={-(-size * accumulate // half)} learns from as many images a step"
-        )
-    if not conf.train.recompute:
-        tries.append("train.recompute=true computes activations twice instead of keeping them")
-    if conf.precision == "fp32":
-        tries.append("precision=bf16 halves the activations")
-    if conf.optim.fix_layer < 0:
-        tries.append("optim.fix_layer=N keeps no activations of the layers that it freezes")
-    if conf.prefix.cache in (PrefixCache.ram, PrefixCache.device):
-        tries.append("prefix.cache=disk or none keeps what the frozen layers give elsewhere, or not")
-    if not is_auto:
-        tries.append("data.batch_size=auto finds what fits")
-    tries.append("or take a smaller model or model.image_size")
-    return "Try: " + "; ".join(tries)
+    half = max(1, size // 2)
+    # Each possible change, and whether it would help this run.
+    changes = {
+        f"data.batch_size={half} train.accumulate={-(-size * accumulate // half)} learns from as many images a step": (
+            size > 1
+        ),
+        "train.recompute=true computes activations twice instead of storing them": not conf.train.recompute,
+        "precision=bf16 halves the activations": conf.precision == "fp32",
+        "optim.fix_layer=N stores no activations of the layers that it freezes": conf.optim.fix_layer < 0,
+        "prefix.cache=disk or none takes the frozen layers' activations out of memory": (
+            conf.prefix.cache in (PrefixCache.ram, PrefixCache.device)
+        ),
+        "data.batch_size=auto finds what fits": not is_auto,
+        "or take a smaller model or model.image_size": True,
+    }
+    return "Try: " + "; ".join(text for text, helps in changes.items() if helps)

@@ -1,4 +1,4 @@
-"""What a run is made of, once built: source, model, device, and what is made from them on demand."""
+"""Everything that a run is built of: source, model and device, and the loaders and meters that are made from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
+from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import Batch
 from finetune.core.losses import Criterion, build_criterion
@@ -25,10 +26,25 @@ from finetune.models.patches import patches_as_products, products_dominate
 from finetune.runs.weights import weights_metadata
 from finetune.system.memory import keep_freed_memory
 
+# A fingerprint hashes at most this many names of a split: of two million, every second one. A million take a second.
+MOST_NAMES = 1_000_000
+
 
 @dataclass
 class Run:
-    """What a run is made of, once built."""
+    """Everything that a run is built of. Only this room takes it; other rooms take what they need of it.
+
+    Attributes:
+        conf: The settings.
+        folder: The run directory.
+        source: Images and labels.
+        built: The model, its preprocessing and its description.
+        device: Where the model computes.
+        dtype: What forward passes compute in.
+        metrics: Names of the metrics that are measured.
+        monitor: The metric that picks the best epoch with `train.monitor=auto`.
+        is_auto_batch: Whether `data.batch_size=auto` was asked for, whatever number `conf` has by now.
+    """
 
     conf: Conf
     folder: Path
@@ -38,7 +54,7 @@ class Run:
     dtype: torch.dtype
     metrics: tuple[str, ...]
     monitor: str
-    is_auto_batch: bool = False  # `data.batch_size=auto` was asked for, whatever `conf` now has in its place
+    is_auto_batch: bool = False
 
     @property
     def model(self) -> LayeredModel:
@@ -47,17 +63,17 @@ class Run:
 
     @property
     def model_conf(self) -> ModelConf:
-        """What the model is built by: `conf.model`, as the labels of the source need it."""
+        """The settings that the model was built with: `conf.model`, with what the labels of the source need."""
         return model_settings(self.conf.model, is_multilabel=self.source.is_multilabel)
 
     @property
     def headlines(self) -> list[str]:
-        """The metrics that a zero-shot model is judged by: top1 and what picks the best epoch."""
+        """The metrics in which a zero-shot model is reported: top1, and the one that picks the best epoch."""
         return list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
 
     @property
     def checkpoints(self) -> Path:
-        """Where weights and states go."""
+        """The folder of weights and states."""
         return self.folder / "checkpoints"
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -65,7 +81,7 @@ class Run:
         return autocast(self.dtype, self.device)
 
     def meter(self, threshold: float | None = None) -> Meter:
-        """A fresh meter; its loss is that of training without smoothing and class weights."""
+        """A fresh meter; its loss is the training loss without label smoothing and class weights."""
         is_multilabel = self.source.is_multilabel
         losses = build_criterion(self.conf.train, is_multilabel=is_multilabel)
         return build_meter(
@@ -84,8 +100,14 @@ class Run:
             class_weights=None if weights is None else weights.to(self.device),
         )
 
+    def built_again(self, device: str) -> LayeredModel:
+        """The model as it was before training, with the same layers frozen; on the device `meta` it takes no memory."""
+        model = build_model(self.model_conf, self.source.classes, device=device).model
+        set_up_layers(model, self.conf.optim, train=self.conf.train)
+        return model
+
     def loader(self, split: str, *, train: bool) -> Loader:
-        """Batches of a split: shuffled and augmented, or in order and plain."""
+        """Batches of a split: shuffled and augmented for training, else in order and plain."""
         return Loader(
             self.source.splits[split],
             self.built.preprocess,
@@ -97,22 +119,26 @@ class Run:
         )
 
     def mixer(self) -> Mixer:
-        """What mixes training batches, where the augmentation asks for it."""
+        """MixUp and CutMix of training batches, as far as the augmentation asks for them."""
         return Mixer(self.conf.augment, num_classes=len(self.source.classes), seed=self.conf.seed)
 
     def window(self, epoch: int, batch: int) -> list[Batch]:
-        """The micro-batches of the step that begins at micro-batch `batch` of an epoch from 0: the same as before."""
+        """The micro-batches of one step, made again with the same bits.
+
+        Args:
+            epoch: From 0.
+            batch: The step's first micro-batch, counted in the epoch from 0.
+        """
         data = dataclasses.replace(self.conf.data, workers="0")
         loader = dataclasses.replace(self, conf=dataclasses.replace(self.conf, data=data)).loader("train", train=True)
         batches = self.mixer().wrap(loader.epoch(epoch, batch), epoch, batch)
         return list(islice(batches, self.conf.train.accumulate))
 
     def fingerprint(self, name: str = "train") -> str:
-        """A split's images by number, names and labels: those of training must be the same for a run to go on."""
+        """Number and digest of a split's images, by names and labels. A run only continues on the same images."""
         split = self.source.splits[name]
         digest = hashlib.sha256(split.labels.cpu().contiguous().numpy().tobytes())
-        # Names of a million images take a second; beyond it every second, third... tells as much.
-        for index in range(0, len(split), max(1, len(split) // 1_000_000)):
+        for index in range(0, len(split), max(1, len(split) // MOST_NAMES)):
             digest.update(split.name_of(index).encode("utf-8", "surrogateescape"))
         return f"{len(split)} images {digest.hexdigest()[:16]}"
 
@@ -121,7 +147,7 @@ class Run:
         return {**environment(self.device), "images": self.fingerprint()}
 
     def metadata(self) -> dict[str, str]:
-        """What travels with the weights."""
+        """Classes, preprocessing and model settings, as they are stored beside the weights."""
         return weights_metadata(
             self.source.classes,
             self.built.preprocess,
@@ -131,27 +157,26 @@ class Run:
 
 
 def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:
-    """The model on its device, computing as suits `dtype` there."""
+    """Move the model to its device, with the kernels that suit `dtype` there."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         patches_as_products(model.net)
     return model.to(device)
 
 
 def build_run(conf: Conf, run_dir: Path) -> Run:
-    """Open the images, and build the model on its device; draws from torch's generator, seeded.
+    """Open the images, and build the model on its device; its random numbers come from torch's generator, seeded here.
 
     Raises:
-        ValueError: A user's mistake that only model, data or machine could show.
+        UserError: A mistake that only the model, the data or the machine could show.
     """
     device = pick_device(conf.device)
     source = check_at_start(open_source(conf.data), conf.data, run_dir)
     if device.type == "cpu":
-        keep_freed_memory()  # what the check's threads freed has gone back before
+        keep_freed_memory()  # only now, so that the memory of the check's threads went back to the system
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(model_settings(conf.model, is_multilabel=source.is_multilabel), source.classes)
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)
-    is_auto_batch = conf.data.batch_size == 0
-    return Run(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch)
+    return Run(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch=conf.data.batch_size == 0)

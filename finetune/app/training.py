@@ -1,17 +1,17 @@
-"""The training of a run: `fit` with what happens after a step and after an epoch, and every way out of it."""
+"""The training of a run: `fit` with what happens after each step and each epoch, and every way in which it can end."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from finetune.app import utilisation
 from finetune.app.batch_size import out_of_memory
 from finetune.app.build import Run
-from finetune.config import TrainConf
+from finetune.app.scoring import scored, write_scores
+from finetune.app.utilisation import Utilisation, measure
 from finetune.core.device import is_out_of_memory
 from finetune.core.finite import NotFiniteError, StepRecord
 from finetune.core.fit import Row, Validation, fit
@@ -19,7 +19,6 @@ from finetune.core.loop import Batch, TrainState
 from finetune.core.metrics import Meter
 from finetune.data import ImageError
 from finetune.prefix import Feed
-from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
 from finetune.runs.earlier import Result
@@ -33,156 +32,190 @@ logger = logging.getLogger("finetune")
 
 
 def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals) -> Saver:
-    """Run `fit` with this application's two seams: what happens after a step, and after an epoch.
+    """Train until the last epoch, and return the saver; its last save may still be under way.
 
-    Returns:
-        Who saves; the last save may still be under way.
+    Args:
+        run: Everything that the run is built of.
+        state: Before the first step, or restored from a checkpoint; changed in place.
+        train: Training batches.
+        val: Validation batches.
+        result: Gets the best epoch's scores, however training ends.
+        stop: Signals that ask for a stop.
+
+    Raises:
+        Interrupted: A signal asked for a stop; the state is saved.
+        NotFiniteError: Training diverged; the weights from before the step are saved.
     """
-    conf, history = run.conf, History(run.folder / "history.jsonl")
-    bar = Bar("", total=0, images=0)
-    fed: dict[str, float] = {}
-    gpu = utilisation.measure(run) if run.device.type == "cuda" else None
-    saver, is_saved = _saver(run, state.best_epoch), True
-
-    def train_batches(epoch: int, skip: int) -> Iterator[Batch]:
-        nonlocal bar
-        if train.will_fork(epoch):
-            saver.wait()  # no process is forked while another thread holds who knows what
-        train.fill(epoch)
-        bar = Bar(f"train {epoch + 1}/{conf.train.epochs}", total=len(train), images=train.num_images, start=skip)
-        return _noted(bar.wrap(train.epoch(epoch, skip)), train, fed)
-
-    def val_batches(meter: Meter) -> Iterator[Batch]:
-        if val.will_fork(0):
-            saver.wait()
-        return scored(val, "validate", stop, meter)
-
-    validation = Validation(val_batches, run.meter(), run.meter(), ranked_by(run))
-
-    def on_step_end(state: TrainState) -> bool:
-        if bar.due():
-            bar.show(bar_texts(_shown(state, bar, train, gpu)), dropped_first=DROPPED_FIRST)
-        _tell_skipped(run, state)
-        saver.check()
-        if _is_save_due(conf.train, state, saver):
-            saver.save(state)
-        return stop.is_set
-
-    def on_epoch_end(state: TrainState, row: Row) -> None:
-        nonlocal is_saved
-        _tell_skipped(run, state)  # what the last look of the epoch has found
-        row |= {**fed, **_mfu(row, fed, gpu)}
-        history.append(row)
-        _tell(run, state, validation, row)
-        # Where a stop was asked for as an epoch, too: there may be no other one to write these weights.
-        stopping = stop.is_set
-        is_saved = _save_epoch(run, state, saver, validation, history.rows(), always=stopping)
-        if stopping:
-            stop.check()
-
-    with _way_out(run, state, saver, result):
+    training = _Training(run, state, train, val, stop)
+    with training.ending(result):
         finished = fit(
             state,
-            conf.train,
-            train_batches=train_batches,
-            validation=validation,
-            on_step_end=on_step_end,
-            on_epoch_end=on_epoch_end,
+            run.conf.train,
+            train_batches=training.train_batches,
+            validation=training.validation,
+            on_step_end=training.on_step_end,
+            on_epoch_end=training.on_epoch_end,
         )
         if not finished:
             stop.check()
-        if not is_saved:
-            _save_epoch(run, state, saver, validation, history.rows(), always=True)
-    return saver
+        if not training.is_saved:
+            training.save_epoch(always=True)
+    return training.saver
 
 
-def _saver(run: Run, best_epoch: int) -> Saver:
-    keep, share = run.conf.train.keep, run.conf.train.max_save_share
-    metadata, notes = run.metadata(), run.notes()
-    return Saver(run.checkpoints, metadata, notes, keep=keep, max_share=share, best_epoch=best_epoch)
+class _Training:
+    """The two seams of `fit`, and what they share: the saver, the history and the progress bar."""
+
+    def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed, stop: StopSignals) -> None:
+        self.run, self.state, self.train, self.val, self.stop = run, state, train, val, stop
+        conf = run.conf.train
+        self.saver = Saver(
+            run.checkpoints,
+            run.metadata(),
+            run.notes(),
+            keep=conf.keep,
+            max_share=conf.max_save_share,
+            best_epoch=state.best_epoch,
+        )
+        self.validation = Validation(self.val_batches, run.meter(), run.meter(), ranked_by(run))
+        self.history = History(run.folder / "history.jsonl")
+        self.is_saved = True  # whether the latest epoch is
+        self.bar = Bar("", total=0, images=0)
+        self.speed: dict[str, float] = {}  # from `Feed.stats`, of the latest training epoch
+        self.gpu: Utilisation | None = None
+        if run.device.type == "cuda":
+            size = run.built.preprocess.size
+            self.gpu = measure(run.built_again("meta"), size, device=run.device, dtype=run.dtype)
+
+    def train_batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """The batches of a training epoch without the first `skip`, under a progress bar."""
+        if self.train.will_fork(epoch):
+            self.saver.wait()  # a process forked while the saving thread holds a lock would wait for it forever
+        self.train.fill(epoch)
+        title = f"train {epoch + 1}/{self.run.conf.train.epochs}"
+        self.bar = Bar(title, total=len(self.train), images=self.train.num_images, start=skip)
+        return self._with_speed(self.bar.wrap(self.train.epoch(epoch, skip)))
+
+    def _with_speed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        yield from batches
+        self.speed = self.train.stats()
+
+    def val_batches(self, meter: Meter) -> Iterator[Batch]:
+        """The validation batches, under a progress bar that shows `meter`."""
+        if self.val.will_fork(0):
+            self.saver.wait()
+        return scored(self.val, "validate", self.stop, meter)
+
+    def on_step_end(self, state: TrainState) -> bool:
+        """Update the bar and save where a save is due; True where a signal asked for a stop."""
+        if self.bar.due():
+            numbers = bar_numbers(state, self.bar, self.train, self.gpu)
+            self.bar.show(bar_texts(numbers), dropped_first=DROPPED_FIRST)
+        self.log_skipped_steps()
+        self.saver.check()
+        conf = self.run.conf.train
+        by_steps = conf.save_every_steps > 0 and state.step % conf.save_every_steps == 0
+        if by_steps or 0 < conf.save_every_minutes <= self.saver.minutes_since:
+            self.saver.save(state)
+        return self.stop.is_set
+
+    def on_epoch_end(self, state: TrainState, row: Row) -> None:
+        """Write the epoch into the history and the log, and save it where a save is due."""
+        self.log_skipped_steps()  # the guard has looked at the epoch's last steps only now
+        row |= self.speed
+        if self.gpu is not None:
+            row["mfu"] = self.gpu.share(float(str(row["images_per_s"])), self.speed.get("prefix_hits", 0.0))
+        self.history.append(row)
+        best = None if math.isnan(state.best_score) else state.best_score
+        epochs, monitor = self.run.conf.train.epochs, self.run.monitor
+        logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=monitor))
+        if state.best_epoch == state.epoch:
+            write_scores(self.run, "val", self.validation.ema_meter if state.best_is_ema else self.validation.meter)
+        stopping = self.stop.is_set
+        self.save_epoch(always=stopping)  # before a stop always: no later save will hold this epoch's weights
+        if stopping:
+            self.stop.check()
+
+    def save_epoch(self, *, always: bool) -> None:
+        """Save the epoch just finished, unless it is too soon for a save, or too near the end of the run."""
+        state, rows = self.state, self.history.rows()
+        left_s = (self.run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
+        meters = self.validation.meter, self.validation.ema_meter
+        thresholds = meters[0].threshold(), None if state.ema is None else meters[1].threshold()
+        self.is_saved = self.saver.save_epoch(
+            state, rows, self.validation.monitor, thresholds=thresholds, left_s=left_s, always=always
+        )
+
+    @contextmanager
+    def ending(self, result: Result) -> Iterator[None]:
+        """However training ends: save what can be saved, and put the best epoch's scores into `result`."""
+        run, state, saver = self.run, self.state, self.saver
+        try:
+            yield
+        except Interrupted:
+            saver.save(state)
+            self.log_skipped_steps()
+            saver.wait()
+            logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, run.folder)
+            raise
+        except ImageError as error:  # a file that was good when the run began
+            saver.save(state)
+            saver.wait()
+            again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
+            raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
+        except NotFiniteError as error:
+            saver.save_weights(state)
+            error.args = (self._diverged(error),)
+            raise
+        except Exception as error:
+            try:
+                saver.wait()  # for a save that is under way
+            except OSError as failed:
+                logger.error("%s", failed)  # and the first error is raised
+            if is_out_of_memory(error):
+                raise UserError(out_of_memory(run, step=state.step)) from error
+            raise
+        finally:
+            result |= _best_scores(state, self.history.rows())
+            result["seconds_saving"] = round(saver.stalled_s, 3)
+
+    def log_skipped_steps(self) -> None:
+        """Store and log each step that was skipped because it was not finite."""
+        for record in self.state.guard.take():
+            logger.warning("%s. The step is skipped", self._store_bad_batch(record))
+
+    def _store_bad_batch(self, record: StepRecord) -> str:
+        """Store the batch of a step that was not finite; returns epoch, step, rates and images in words."""
+        run = self.run
+        names = [run.source.splits["train"].name_of(int(index)) for index in record.ids]
+        rates = {group["name"]: group["lr"] for group in self.state.optimizer.param_groups}
+        path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
+        logger.debug("images of step %d: %s", record.step, bad_batch.shown_names(names, len(names)))
+        stored = f"stored in {path}" if path else f"not stored, since {bad_batch.MAX_STORED} batches are already"
+        return (
+            f"the loss or the gradient norm was not finite in epoch {record.epoch + 1}, step {record.step}, rates"
+            f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)};"
+            f" {stored}"
+        )
+
+    def _diverged(self, error: NotFiniteError) -> str:
+        """The message of a run that diverged, after all bad batches that are not stored yet are stored."""
+        texts = [self._store_bad_batch(record) for record in self.state.guard.take()]
+        limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
+        return (
+            f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
+            f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
+            f" {self.run.folder}"
+        )
 
 
-def _save_epoch(
-    run: Run, state: TrainState, saver: Saver, validation: Validation, rows: list[dict[str, Any]], *, always: bool
-) -> bool:
-    """Save the epoch just finished, the last of `rows`; False where it is too soon for that, or too near the end."""
-    left_s = (run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
-    # Validation has just chosen the thresholds of the weights and of their averages.
-    thresholds = validation.meter.threshold(), None if state.ema is None else validation.ema_meter.threshold()
-    return saver.save_epoch(state, rows, validation.monitor, thresholds=thresholds, left_s=left_s, always=always)
-
-
-def _tell(run: Run, state: TrainState, validation: Validation, row: Row) -> None:
-    """The epoch in a line, and where it is the best one its scores class by class."""
-    best = None if math.isnan(state.best_score) else state.best_score
-    epochs = run.conf.train.epochs
-    logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=run.monitor))
-    if state.best_epoch == state.epoch:
-        write_scores(run, "val", validation.ema_meter if state.best_is_ema else validation.meter)
-
-
-def _noted(batches: Iterator[Batch], feed: Feed, into: dict[str, float]) -> Iterator[Batch]:
-    """The same batches; how they were come by is noted at their end."""
-    yield from batches
-    into |= feed.stats()
-
-
-def _mfu(row: Row, fed: Mapping[str, float], gpu: utilisation.Utilisation | None) -> Row:
-    """How much of a GPU the epoch used."""
-    return {} if gpu is None else {"mfu": gpu.share(float(str(row["images_per_s"])), fed.get("prefix_hits", 0.0))}
-
-
-def _shown(state: TrainState, bar: Bar, feed: Feed, gpu: utilisation.Utilisation | None) -> dict[str, float]:
-    """The numbers for the progress bar, by their keys in `history.jsonl`; the means first: they wait for the device."""
+def bar_numbers(state: TrainState, bar: Bar, feed: Feed, gpu: Utilisation | None) -> dict[str, float]:
+    """The numbers for the progress bar, by their keys in `history.jsonl`. Reading the means waits for the device."""
     shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"], **feed.stats()}
     speed = bar.images_per_s
     if gpu is not None and speed:
-        shown["mfu"] = gpu.share(speed, float(feed.is_cached))  # the bar begins behind what was computed for it
+        shown["mfu"] = gpu.share(speed, float(feed.is_cached))  # the bar's time does not hold the filling of the cache
     return shown
-
-
-@contextmanager
-def _way_out(run: Run, state: TrainState, saver: Saver, result: Result) -> Iterator[None]:
-    """However training ends: what can be saved is saved, and the result says how far it came."""
-    try:
-        yield
-    except Interrupted:
-        saver.save(state)
-        _tell_skipped(run, state)  # what the last looks have found
-        saver.wait()
-        logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, run.folder)
-        raise
-    except ImageError as error:  # a file that went bad since the check
-        saver.save(state)
-        saver.wait()
-        again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
-        raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
-    except NotFiniteError as error:
-        saver.save_weights(state)
-        error.args = (_not_finite(error, run, state),)
-        raise
-    except Exception as error:
-        try:
-            saver.wait()  # for a save that is under way
-        except OSError as failed:
-            logger.error("%s", failed)  # beside what is told anyway
-        if is_out_of_memory(error):
-            raise UserError(out_of_memory(run, step=state.step)) from error
-        raise
-    finally:
-        result |= _best_scores(state, History(run.folder / "history.jsonl").rows())
-        result["seconds_saving"] = round(saver.stalled_s, 3)
-
-
-def _tell_skipped(run: Run, state: TrainState) -> None:
-    for record in state.guard.take():
-        logger.warning("%s. The step is skipped", _store_bad_batch(run, state, record))
-
-
-def _is_save_due(train: TrainConf, state: TrainState, saver: Saver) -> bool:
-    """Whether to save in the middle of an epoch."""
-    by_steps = train.save_every_steps > 0 and state.step % train.save_every_steps == 0
-    return by_steps or 0 < train.save_every_minutes <= saver.minutes_since
 
 
 def ranked_by(run: Run) -> str:
@@ -192,7 +225,7 @@ def ranked_by(run: Run) -> str:
 
 
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
-    """How far training came, and what validation gave for the best epoch: `val/...` of whichever weights were kept."""
+    """The number of epochs, and the scores of the best epoch as `val/...`, be they of its weights or their averages."""
     found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
     row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
     prefix = "val_ema/" if state.best_is_ema else "val/"
@@ -200,48 +233,3 @@ def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
     if state.ema is not None:
         found["best_weights"] = "ema" if state.best_is_ema else "raw"
     return found
-
-
-def _store_bad_batch(run: Run, state: TrainState, record: StepRecord) -> str:
-    """Put the batch of a step that was not finite into the run directory; what a person needs to find the cause."""
-    names = [run.source.splits["train"].name_of(int(index)) for index in record.ids]
-    rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-    path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
-    logger.debug("images of step %d: %s", record.step, bad_batch.shown_names(names, len(names)))
-    where = f"; stored in {path}" if path else f"; {bad_batch.MAX_STORED} batches are stored already, this one is not"
-    return (
-        f"the loss or the gradient norm was not finite in epoch {record.epoch + 1}, step {record.step}, rates"
-        f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)}{where}"
-    )
-
-
-def _not_finite(error: NotFiniteError, run: Run, state: TrainState) -> str:
-    """The last line of a run that diverged; every bad batch that the host has just learned of is stored."""
-    texts = [_store_bad_batch(run, state, record) for record in state.guard.take()]
-    limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
-    return (
-        f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
-        f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
-        f" {run.folder}"
-    )
-
-
-def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
-    """The same batches, until a signal asks for a stop."""
-    for batch in batches:
-        stop.check()
-        yield batch
-
-
-def scored(loader: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
-    """A split's batches in order, under a bar that shows how `meter` finds them, until a signal asks for a stop."""
-    bar = Bar(title, total=len(loader), images=loader.num_images)
-    for batch in stoppable(bar.wrap(loader.epoch(0)), stop):
-        yield batch
-        if bar.due():
-            bar.show(bar_texts(meter.running()), dropped_first=DROPPED_FIRST)
-
-
-def write_scores(run: Run, split: str, meter: Meter) -> None:
-    """What `meter` has measured on a split, class by class, to the run directory."""
-    scores.write_scores(run.folder, split, meter.results(), details=meter.details(), classes=run.source.classes)

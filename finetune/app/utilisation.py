@@ -1,7 +1,7 @@
-"""How much of a GPU training uses: the work that its images need, over the work that the GPU can do.
+"""How much of a GPU training uses: the work that its images need, divided by the work that the GPU can do.
 
-Model FLOP utilisation as PaLM defines it (Chowdhery et al., arXiv:2204.02311, appendix B), over a peak measured here
-and not the one of a data sheet.
+Model FLOP utilisation (MFU) as PaLM defines it (Chowdhery et al., arXiv:2204.02311, appendix B), except that the peak
+is measured here instead of taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.app.build import Run
 from finetune.core.cost import count_flops
-from finetune.core.freezing import set_up_layers
-from finetune.models import build_model
+from finetune.core.layers import LayeredModel
 
-SIDE = 4096  # of the matrices whose product is the peak
+SIDE = 4096  # of the square matrices whose product is timed
 REPEATS = 10
 
 
 @dataclass(frozen=True)
 class Utilisation:
-    """What an image needs, and what the device can do.
+    """The work of one image, and the speed of the device.
 
     Attributes:
-        training: FLOP of one training image, all layers run.
-        frozen: Of these, what kept activations save.
-        peak: FLOP/s.
+        training: FLOP of one training image, if all layers run.
+        frozen: The part of them in the frozen layers, which cached activations save.
+        peak: FLOP/s of the device.
     """
 
     training: float
@@ -35,25 +33,29 @@ class Utilisation:
     peak: float
 
     def share(self, images_per_s: float, hits: float) -> float:
-        """Of the peak, at this speed, where `hits` is the share of images whose frozen layers did not run."""
+        """The share of the peak in use; `hits` is the share of images whose activations were cached."""
         return (self.training - hits * self.frozen) * images_per_s / self.peak
 
 
-def measure(run: Run) -> Utilisation:
-    """Count the work on a model of the run's kind without memory, and time a product on its device.
+def measure(model: LayeredModel, image_size: int, *, device: torch.device, dtype: torch.dtype) -> Utilisation:
+    """Count the work of one image, and time a matrix product on `device`.
 
-    What `train.recompute` computes twice counts once: it is no work that an image needs.
+    Layers that `train.recompute` runs twice count once, since images do not need the second time.
+
+    Args:
+        model: On the meta device, frozen as it trains; changed to not recompute.
+        image_size: Pixels a side.
+        device: Trains the model.
+        dtype: What the forward pass computes in.
     """
-    meta = build_model(run.model_conf, run.source.classes, device="meta").model
-    set_up_layers(meta, run.conf.optim, train=run.conf.train)
-    meta.recompute = False
-    flops = count_flops(meta, run.built.preprocess.size)
-    return Utilisation(flops.training, flops.frozen, peak(run.device, run.dtype))
+    model.recompute = False
+    flops = count_flops(model, image_size)
+    return Utilisation(flops.training, flops.frozen, peak(device, dtype))
 
 
 def peak(device: torch.device, dtype: torch.dtype, *, side: int = SIDE) -> float:
-    """FLOP/s of a product of two square matrices, the best of some."""
-    own = torch.Generator().manual_seed(0)  # the run's own draws go on as if nothing had been measured
+    """FLOP/s of the product of two square matrices, the fastest of `REPEATS`."""
+    own = torch.Generator().manual_seed(0)  # the random numbers of the run stay as they would be without this
     left, right = (torch.randn(side, side, generator=own).to(device, dtype) for _ in range(2))
     best = float("inf")
     for _ in range(REPEATS):

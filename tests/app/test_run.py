@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_runs import ROOT, assert_same_run, finetune, go, history, small
 
-from finetune.app.run import _log_close
+from finetune.app.session import log_summary
 from finetune.config import (
     AugmentConf,
     Family,
@@ -224,7 +224,7 @@ def test_a_sweep_with_folders_of_its_own_names(stripes: Path, tmp_path: Path) ->
 
 def test_the_last_lines_where_no_epoch_had_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "finetune")
-    _log_close(tmp_path, {"overrides": [], "test/top1": 0.5, "epochs": 3, "best_epoch": 0, "seconds": 1.0})
+    log_summary(tmp_path, {"overrides": [], "test/top1": 0.5, "epochs": 3, "best_epoch": 0, "seconds": 1.0})
     assert "val/top1 nan   test/top1 0.5000" in caplog.text
 
 

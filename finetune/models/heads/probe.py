@@ -5,6 +5,8 @@ Kumar et al., arXiv:2202.10054: a random head's first gradients distort good fea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -122,3 +124,16 @@ def set_head(model: LayeredModel, probe: Probe) -> None:
         ValueError: The head has no bias or other shapes: it was not built with model.head=linear_probe or random.
     """
     find_head(model.net).set(probe.weight, probe.bias)
+
+
+def features_of_split(
+    model: LayeredModel, batches: Iterable[tuple[Tensor, Tensor, Tensor]], autocast: AbstractContextManager[object]
+) -> tuple[Tensor, Tensor]:
+    """(images, features) and (images,) labels of all `batches`, on the CPU; leaves the model in eval mode."""
+    model.eval()
+    features, labels = [], []
+    for images, targets, _ in batches:
+        with autocast, torch.no_grad():
+            features.append(features_of(model, images).cpu())
+        labels.append(targets.cpu())
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,160 @@
+"""One start of a run: what the user asked for, what the folder held before, and the record that the start leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.app.build import Run
+from finetune.config import Conf, as_dict
+from finetune.core.finite import NotFiniteError
+from finetune.runs.earlier import EarlierRun, Result
+from finetune.runs.resume import say_changes
+from finetune.system.files import write_json, write_text
+from finetune.system.locks import Holder
+from finetune.system.signals import Interrupted
+from finetune.system.terminal import command
+
+logger = logging.getLogger("finetune")
+
+
+@dataclass
+class Session:
+    """One start of a run. A start that is refused before `accept` leaves the files of an earlier start as they were.
+
+    Attributes:
+        conf: The settings that the user asked for.
+        run_dir: The run directory.
+        overrides: The words of the command line.
+        earlier: What the folder held before.
+        result: The content of `result.json`, filled step by step.
+        is_accepted: Whether `accept` was called.
+    """
+
+    conf: Conf
+    run_dir: Path
+    overrides: list[str]
+    earlier: EarlierRun
+    result: Result = field(default_factory=dict)
+    is_accepted: bool = False
+
+    def __post_init__(self) -> None:
+        """Begin the result."""
+        self.result |= {
+            "status": "running",
+            "error": None,
+            "overrides": self._all_overrides(),
+            "seed": self.conf.seed,
+            "resumed_at": self.earlier.resumed_at,
+        }
+
+    def _all_overrides(self) -> list[str]:
+        """The words of the first start, where they are not replaced by the words beside `resume=`."""
+        if self.conf.resume is None or self.earlier.result is None:
+            return self.overrides
+        replaced = {word.partition("=")[0] for word in self.overrides}
+        first = [word for word in self.earlier.result["overrides"] if word.partition("=")[0] not in replaced]
+        return first + self.overrides
+
+    def announce(self, dead: Holder | None) -> None:
+        """Log what the folder holds of an earlier start; `dead` is a killed process that still had its lock."""
+        if dead is not None:
+            logger.warning("took over from %s, which is dead", dead)
+        if self.earlier.result is None:
+            return
+        logger.info("continuing the run in %s, so far %s", self.run_dir, self.earlier.result["status"])
+        if self.earlier.changes:
+            logger.info("changed beside resume=%s:", self.run_dir)
+            say_changes(self.earlier.changes)
+
+    def accept(self, carried_over: Result | None = None, plan: dict[str, Any] | None = None) -> None:
+        """Write this start into the folder: from here on nothing can refuse it.
+
+        Args:
+            carried_over: From the earlier start's result, see `carried_over`.
+            plan: New content of `rates.json`, for a run that is continued.
+        """
+        self.is_accepted = True
+        own = dataclasses.replace(self.conf, resume=None, resume_force=False)
+        config = yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True)
+        if self.earlier.result is None:
+            write_text(self.run_dir / "config.yaml", config)  # first, since a folder without it is no run
+            self.write_result()
+            return
+        # In this order: a kill in between may lose a promise, but leaves none that the new settings break.
+        self.result |= {**(carried_over or {}), **self.result}
+        self.write_result()
+        write_json(self.run_dir / "rates.json", plan)
+        if self.earlier.changes:
+            write_text(self.run_dir / "config.yaml", config)
+
+    def write_result(self) -> None:
+        """Write `result.json`."""
+        write_json(self.run_dir / "result.json", self.result)
+
+    def write_end(self) -> None:
+        """Write the last `result.json`; an earlier run that could not be continued gets the new status and error only.
+
+        Raises:
+            OSError: The disk is full and the run has finished. After another error it is logged: it must not hide that.
+        """
+        if not self.is_accepted:
+            if self.earlier.changes:
+                return
+            ended = {name: self.result[name] for name in ("status", "error")}
+            self.result = {**(self.earlier.result or {}), **ended}
+        try:
+            self.write_result()
+        except OSError as error:
+            if self.result["status"] == "finished":
+                raise
+            logger.error("result.json could not be written: %s", error)
+
+
+def carried_over(run: Run, earlier: EarlierRun, *, is_found: bool) -> Result:
+    """The entries of the earlier start's result that stay true for this one.
+
+    Test scores are not among them, since they are of other weights.
+
+    Args:
+        run: Everything that the run is built of.
+        earlier: What the folder held before.
+        is_found: Whether there is a checkpoint; without one, training begins anew and the scores go too.
+    """
+    names = ("promise", *(["auto_"] if run.is_auto_batch else []))
+    if is_found:
+        names += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if run.built.has_zeroshot else []))
+    return {name: value for name, value in (earlier.result or {}).items() if name.startswith(names)}
+
+
+def outcome(error: BaseException) -> tuple[str, str]:
+    """(status, error) for `result.json` of a run that ended early."""
+    if isinstance(error, NotFiniteError):
+        return "diverged", str(error)
+    if isinstance(error, Interrupted):
+        return "interrupted", f"stopped by {error.signal_name}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "stopped by Ctrl-C"
+    return "failed", f"{error}" or type(error).__name__
+
+
+def log_summary(run_dir: Path, result: Result) -> None:
+    """Log the last lines of a run: its scores, its files, and a command to try next."""
+    if "zeroshot/top1" in result:
+        test = result.get("test/zeroshot/top1", math.nan)
+        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], test)
+    scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
+    names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
+    logger.info(scores, *(result.get(name, math.nan) for name in names))  # no val/top1 if the monitor was always NaN
+    logger.info("run directory: %s", run_dir)
+    logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
+    logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")
+    logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
+    words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
+    logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)
