@@ -14,4 +14,6 @@ COMMANDS: dict[str, str] = {
     "cache": "list what runs have stored to save time (decoded images, activations, fetched shards), or clear it",
     "report": "draw the pictures of a run, or the summary of a sweep, again",
     "replay": "compute a step that was not finite again: which layer, which image",
+    "schema": "print the settings as a JSON schema, with which editors complete and check yaml files",
+    "help": "print this page, or every setting with --help-all",
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.config import Conf, OnError
 from finetune.config.words import parse_command_line
+from finetune.runs.find import find_run
 from finetune.runs.folders import run_folder
 from finetune.system.log import say
 
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if line.multirun:
         line.problems.append("--multirun: one set of data at a time")
-    from finetune.config.words.composition import read_settings
+    from finetune.config.words.configuration import read_settings
 
-    prepared = read_settings(line)
+    prepared = read_settings(line, find_run)
     with run_folder(prepared.run_dir, multirun=False) as folder:
         return check(prepared.conf, folder)
 

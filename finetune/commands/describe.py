@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from finetune.config import Conf, nearest
 from finetune.config.words import ConfigError, parse_command_line
+from finetune.runs.find import find_run
 from finetune.system.log import say
 from finetune.system.tables import table
 
@@ -107,9 +108,9 @@ def _conf(words: Sequence[str]) -> Conf:
     if foreign:
         known = f"finetune describe has the flags {', '.join(FLAGS)}{nearest(foreign[0], FLAGS)}"
         raise ConfigError([f"{foreign[0]}: {known}"], code=2)
-    from finetune.config.words.composition import read_settings
+    from finetune.config.words.configuration import read_settings
 
-    return read_settings(line).conf
+    return read_settings(line, find_run).conf
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import finetune
+from finetune.commands.help import main as help_command
 from finetune.config.words import CommandLine, parse_command_line
+from finetune.config.words.choices import folders
 from finetune.config.words.commandline import hydra_flags, quote
-from finetune.config.words.help import help_page
-from finetune.config.words.yamlfiles import folders
 from finetune.runs.earlier import RefusedError
+from finetune.runs.find import find_run
 from finetune.runs.folders import record_failure, record_job, record_refusal, record_start, run_folder
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from finetune.config import Conf
-    from finetune.config.words.composition import Prepared
+    from finetune.config.words.configuration import Prepared
 
 # Flags that Hydra answers by itself; nothing is run.
 HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
@@ -40,16 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in line.flags:
         print(f"finetune {finetune.__version__}")
         return 0
-    if "--help" in line.flags:
-        print(help_page(folders(line.config_dir)))
-        return 0
-    from finetune.config.words.composition import config_as_yaml, launch, read_settings
+    if line.flags.keys() & {"--help", "--help-all"}:
+        return help_command(argv)
+    from finetune.config.words.composition import config_as_yaml, launch
+    from finetune.config.words.configuration import read_settings
 
     asked = [name for name in HYDRA_COMMANDS if name in line.flags]
     if asked and not line.problems:
         launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
         return 0
-    prepared = read_settings(line)
+    prepared = read_settings(line, find_run)
     if line.flags.get("--cfg") == "job":
         package, resolve = line.flags.get("--package", ""), "--resolve" in line.flags
         print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 
 from finetune.__main__ import main
+from finetune.commands import COMMANDS
+from finetune.commands.help import EXAMPLES, HIGHLIGHTS, help_page
 from finetune.config import Conf
+from finetune.config.words.choices import builtin_folder, folders
 from finetune.config.words.commandline import FLAGS
-from finetune.config.words.help import SHOWN, help_page
 from finetune.config.words.settings import SETTINGS
-from finetune.config.words.yamlfiles import builtin_folder, folders
 from finetune.runs.folders import claim_folder, new_folder
 from finetune.system.errors import UserError
 from finetune.system.signals import Interrupted
@@ -127,11 +129,51 @@ def test_help_is_for_a_person(folder: Path) -> None:
     page = help_page(folders())
     for words in ("Usage:", "model=", " clip, ", "sched.mode=linear", "Examples:", "-m", "--cfg", "install=bash"):
         assert words in page
-    assert len(SHOWN) == 10 and all(name in SETTINGS for name in SHOWN)
-    assert all(f"{name}=" in page for name in SHOWN)
+    assert len(HIGHLIGHTS) == 10 and all(name in SETTINGS for name in HIGHLIGHTS)
+    assert all(f"{name}=" in page for name in HIGHLIGHTS)
     assert all(flag.names[0] in page for flag in FLAGS if flag.help)
     assert max(map(len, page.splitlines())) <= 120
     assert len(page.splitlines()) <= 70
+
+
+def test_help_lists_the_commands_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = help_page(folders())
+    assert re.findall(r"^  (\w+) {2,}", page.partition("Groups")[0], re.MULTILINE) == list(COMMANDS)
+    assert main(["help"]) == 0
+    assert capsys.readouterr().out == page + "\n"
+
+
+def test_help_all_shows_every_setting(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help-all"]) == 0
+    page = capsys.readouterr().out
+    assert re.findall(r"^  ([\w.]+)=", page, re.MULTILINE) == list(SETTINGS)
+    assert max(map(len, page.splitlines())) <= 100
+    for words in (
+        "optim.layer_decay=0.75",
+        "[greater than 0 and at most 1]",
+        "[linear, cosine, cosine_pi]",
+        "\nsched\n",
+    ):
+        assert words in page
+
+
+def test_a_mistyped_command_is_refused_with_the_nearest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["descirbe", "model=vit"]) == 2
+    shown = capsys.readouterr().err
+    assert "did you mean 'describe'?" in shown and shown.count("\n") == 1
+
+
+def test_a_fault_outside_a_run_names_its_place_and_how_to_see_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.commands.help.help_page", {}.__getitem__)
+    assert main(["--help"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: finetune is at fault: ") and "(finetune/commands/help.py, line " in shown
+    assert "FINETUNE_TRACEBACK=1" in shown and shown.count("\n") == 1
+    monkeypatch.setenv("FINETUNE_TRACEBACK", "1")
+    assert main(["--help"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_help_shows_files_of_ones_own(folder: Path) -> None:
@@ -144,10 +186,9 @@ def test_help_shows_files_of_ones_own(folder: Path) -> None:
 
 def test_the_examples_of_the_help_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from finetune.config.words import parse_command_line
-    from finetune.config.words.composition import read_settings
-    from finetune.config.words.help import EXAMPLES
+    from finetune.config.words.configuration import read_settings
 
-    jobs = [read_settings(parse_command_line(re.split(r" (?!photos)", words))).jobs for _, words in EXAMPLES]
+    jobs = [read_settings(parse_command_line(shlex.split(words))).jobs for _, words in EXAMPLES]
     assert jobs == [1, 1, 9]
 
 

@@ -12,19 +12,18 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from finetune.__main__ import main
 from finetune.config import Conf, Mode, SourceKind, as_dict, find_problems
 from finetune.config.words import ConfigError, compose, parse_command_line
-from finetune.config.words.check import Reader
+from finetune.config.words.choices import builtin_folder, default_choices, options
 from finetune.config.words.commandline import quote, quote_override
-from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, SETTINGS, build, convert, describe_kind, show
-from finetune.config.words.yamlfiles import builtin_folder, folders, options, read_yaml
+from finetune.config.words.composition import file_problem
+from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, SETTINGS, describe_kind, show
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent.parent / "golden" / "cli_keys.txt"
-GROUPS = Reader([builtin_folder()]).groups
+GROUPS = list(default_choices([builtin_folder()]))
 CHOICES = [(group, name) for group in GROUPS for name in options([builtin_folder()], group)]
 # What a choice needs beside itself.
 NEEDS = {
@@ -76,13 +75,8 @@ def test_defaults_are_those_of_the_schema(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
-def test_every_choice_composes_and_our_pass_reads_what_hydra_composes(group: str, name: str, folder: Path) -> None:
-    needs = NEEDS.get((group, name), [])
-    conf = compose([f"{group}={name}", *needs])
-    tree = Reader(folders()).tree({group: [name]})
-    assert not tree.problems
-    extra = {word.split("=")[0]: word.split("=")[1] for word in needs}
-    assert as_dict(build({**tree.values, **extra})) == as_dict(conf)
+def test_every_choice_composes(group: str, name: str, folder: Path) -> None:
+    assert compose([f"{group}={name}", *NEEDS.get((group, name), [])])
 
 
 def test_every_yaml_starts_with_a_line_for_a_person() -> None:
@@ -121,32 +115,6 @@ def test_types_come_out_as_the_schema_says(folder: Path) -> None:
     assert conf.data.source is SourceKind.digits
     assert conf.deterministic is True
     assert isinstance(conf.optim.lr, float)
-
-
-# --- our conversions agree with OmegaConf -----------------------------------------------------------------------------
-
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(10**12), 10**12),
-    st.floats(allow_nan=False),
-    st.sampled_from(["", "1", "1.5", "1e3", "yes", "off", "linear", "cosine_pi", "abc", "~/x", "Mode.linear", "0x10"]),
-)
-
-
-@given(st.sampled_from(sorted(SETTINGS)), st.one_of(SCALARS, st.lists(SCALARS, max_size=3)))
-@settings(max_examples=300, deadline=None)
-def test_what_we_accept_omegaconf_accepts_with_the_same_result(name: str, value: object) -> None:
-    try:
-        ours = convert(SETTINGS[name], value)
-    except ValueError as error:
-        assert str(error).startswith(f"{name}=") and "\n" not in str(error)
-        return
-    tree = OmegaConf.structured(Conf)
-    OmegaConf.update(tree, name, value)
-    theirs = OmegaConf.select(tree, name)
-    plain = OmegaConf.to_container(theirs) if OmegaConf.is_config(theirs) else theirs
-    assert (list(ours) if isinstance(ours, tuple) else ours) == plain
 
 
 # --- paths as people type them ----------------------------------------------------------------------------------------
@@ -358,7 +326,7 @@ def test_one_mistake_does_not_bring_another(folder: Path) -> None:
 
 
 def test_good_sweeps_are_counted(folder: Path) -> None:
-    from finetune.config.words.composition import read_settings
+    from finetune.config.words.configuration import read_settings
 
     line = parse_command_line(
         ["-m", "model=glob([clip,vit])", "optim.lr=1e-3,1e-4", "seed=range(0,3)", "experiment=digits_probe"]
@@ -390,9 +358,6 @@ def test_own_file_may_build_on_ours(folder: Path) -> None:
     conf = compose(["model=big"])
     assert (conf.model.family.value, conf.model.name) == ("vit", "vit_base_patch16_224")
     assert compose(["model=big_first"]).model.name == "glyph_vit"
-    for name in ("big", "big_first"):
-        tree = Reader(folders()).tree({"model": [name]})
-        assert as_dict(build(tree.values)) == as_dict(compose([f"model={name}"]))
 
 
 def test_a_foreign_conf_folder_does_no_harm(folder: Path) -> None:
@@ -416,16 +381,15 @@ BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "at least 0"]),
     ("data/mine.yaml", "a: b: c\n", ["mine.yaml, line 1", "cannot be read"]),
     ("data/mine.yaml", "source: [digits\n", ["mine.yaml, line 2", "cannot be read"]),
-    ("data/mine.yaml", "workers: 1\nworkers: 2\n", ["mine.yaml, line 2", "twice", "line 1"]),
+    ("data/mine.yaml", "workers: 1\nworkers: 2\n", ["mine.yaml, line 2", "duplicate key workers"]),
     ("data/mine.yaml", "- a\n", ["mine.yaml, line 1", "key: value"]),
     ("data/mine.yaml", "data.workers: 1\n", ["mine.yaml, line 1", "dots"]),
     ("data/mine.yaml", "batch_size: {a: 1}\n", ["mine.yaml, line 1", "data.batch_size", "whole number"]),
-    ("data/mine.yaml", "batch_size: !!python/object:os.system 1\n", ["mine.yaml, line 1", "nothing that a setting"]),
-    ("data/mine.yaml", "batch_size: auto\n", ["mine.yaml, line 1", "data.batch_size=auto", "write 0"]),
+    ("data/mine.yaml", "batch_size: !!python/object:os.system 1\n", ["mine.yaml, line 1", "python/object"]),
     ("data/mine.yaml", "source: no\n", ["data.source=false", "digits, folder"]),
     ("data/mine.yaml", "defaults:\n  - foldr\n", ["mine.yaml, line 2", "data=foldr", "'folder'"]),
     ("data/mine.yaml", "defaults:\n  - mine\n", ["brings in itself"]),
-    ("data/mine.yaml", "defaults: 3\n", ["mine.yaml, line 1", "expected a list"]),
+    ("data/mine.yaml", "defaults: 3\n", ["data/mine", "must be a list"]),
     ("data/mine.yml", "source: digits\n", ["data=mine", "has to end in .yaml"]),
     ("experiment/mine.yaml", "# @package _global_\nsede: 3\n", ["mine.yaml, line 2", "sede", "'seed'"]),
     ("experiment/mine.yaml", "# @package _global_\nsched: cosine\n", ["mine.yaml, line 2", "indented below"]),
@@ -474,6 +438,11 @@ def test_own_group_with_a_plus(folder: Path) -> None:
     assert "no such choice" in problems("+cluster=small")[0]
 
 
+def test_a_word_for_a_number_works_in_a_file_too(folder: Path) -> None:
+    write("conf/data/mine.yaml", "batch_size: auto\n")
+    assert compose(["data=mine"]).data.batch_size == compose(["data.batch_size=auto"]).data.batch_size == 0
+
+
 def test_merge_keys_and_anchors(folder: Path) -> None:
     write("conf/optim/mine.yaml", "lr: &rate 0.5\neps: *rate\n")
     assert (compose(["optim=mine"]).optim.lr, compose(["optim=mine"]).optim.eps) == (0.5, 0.5)
@@ -500,8 +469,7 @@ def test_references_in_a_yaml(folder: Path) -> None:
 def test_any_text_in_a_yaml_is_answered(tmp_path: Path, text: str) -> None:
     path = tmp_path / "any.yaml"
     path.write_text(text, encoding="utf-8")
-    file = read_yaml(path, "data")
-    assert all("\n" not in problem for problem in file.problems)
+    assert "\n" not in (file_problem(path) or "")
 
 
 # --- any command line -------------------------------------------------------------------------------------------------
@@ -534,9 +502,9 @@ WORDS = st.one_of(
 @example(["model={a:1}"])
 @example(["data={root:[1]}"])
 @example(["optim.lr=[1,2]"])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_command_line_ends_in_a_stack_trace(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    from finetune.config.words.composition import read_settings
+    from finetune.config.words.configuration import read_settings
 
     monkeypatch.setattr(sys, "argv", ["finetune"])
     line = parse_command_line([word for word in words if "\x00" not in word])

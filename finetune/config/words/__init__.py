@@ -31,7 +31,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
     Raises:
         ConfigError: With every problem that can be found.
     """
-    from finetune.config.words.composition import read_settings
+    from finetune.config.words.configuration import read_settings
 
     flags = {} if config_dir is None else {"--config-dir": config_dir}
     return read_settings(CommandLine(flags, list(overrides))).conf

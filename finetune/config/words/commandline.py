@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune.config import nearest
-from finetune.config.words.settings import NUMBER_WORDS, PATH_SETTINGS, SETTINGS, nearest_setting, path_as_typed
+from finetune.config.fields import nearest
+from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, nearest_setting, path_as_typed
 from finetune.system.errors import UserError
 
 
@@ -50,6 +50,7 @@ class Flag:
 
 FLAGS = (
     Flag(("--help", "-h"), "this page"),
+    Flag(("--help-all",), "every setting with its default, meaning and range"),
     Flag(("--multirun", "-m"), "run every combination of the comma-separated values, then compare them"),
     Flag(("--cfg", "-c"), "print the configuration and stop: job, hydra or all", "WHAT", ("job", "hydra", "all")),
     Flag(("--resolve",), "with --cfg: fill in the ${...} references"),
@@ -222,9 +223,6 @@ def quote_override(text: str, *, multirun: bool) -> str:
     key, equals, value = text.partition("=")
     name = key.lstrip("+")
     path = name in PATH_SETTINGS
-    if name in NUMBER_WORDS:
-        words = NUMBER_WORDS[name]
-        return f"{key}={','.join(str(words.get(part, part)) for part in value.split(','))}"
     if not equals or not (path or (name in SETTINGS and SETTINGS[name].kind is str)) or _SWEEP.fullmatch(value):
         return text
     values = _split_values(value) if multirun or not path else [value]

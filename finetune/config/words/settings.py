@@ -1,7 +1,6 @@
-"""Every key that a command line or a yaml may set: its type, how a value is read, and the nearest valid name.
+"""Every setting by its dotted key: its type, the conversion of a typed value, and the nearest valid key.
 
-Derived from the schema in `config.py`; standard library only. The conversions agree with OmegaConf's (a test holds
-that), but their messages say what was expected, and they can go on after the first mistake.
+Derived from the dataclasses in `finetune/config`; standard library only.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from finetune.config import Conf, nearest
+from finetune.config.conf import Conf, leaves
+from finetune.config.fields import nearest, show
 from finetune.system.errors import UserError
 
 TRUE_WORDS = ("true", "yes", "on", "y", "1")
@@ -32,7 +32,7 @@ class Setting:
         kind: Its type without the `| None`: int, float, bool, str, an Enum class, `list[str]` or a tuple of floats.
         optional: Whether `null` is a value.
         field: The dataclass field, whose metadata holds meaning and range.
-        default: What it is where nothing sets it.
+        default: The value where nothing sets it.
     """
 
     name: str
@@ -46,54 +46,40 @@ class Setting:
         """One line for a person, from the schema."""
         return str(self.field.metadata["help"])
 
-
-def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """`X | None` as (X, True), any other type as (itself, False)."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        assert len(kinds) == 1, f"the schema has no union types but `X | None`: {hint}"
-        return kinds[0], True
-    return hint, False
+    @property
+    def words(self) -> list[str]:
+        """The valid words of a setting that takes one out of a list; empty for any other."""
+        is_enum = isinstance(self.kind, type) and issubclass(self.kind, Enum)
+        return [str(member.value) for member in self.kind] if is_enum else []
 
 
-def _walk(conf: object, prefix: str = "") -> Iterator[Setting]:
-    hints = typing.get_type_hints(type(conf))
-    for item in dataclasses.fields(conf):  # type: ignore[arg-type]
-        value = getattr(conf, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{item.name}.")
-        else:
-            kind, optional = _unwrap(hints[item.name])
-            yield Setting(f"{prefix}{item.name}", kind, optional, item, value)
+def _setting(name: str, section: object, item: dataclasses.Field[Any]) -> Setting:
+    kind, optional = typing.get_type_hints(type(section))[item.name], False
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # the schema has no unions but `X | None`
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+        optional = True
+    return Setting(name, kind, optional, item, getattr(section, item.name))
 
 
-SETTINGS: dict[str, Setting] = {key.name: key for key in _walk(Conf())}
-SECTIONS: frozenset[str] = frozenset(name.rpartition(".")[0] for name in SETTINGS if "." in name)
+SETTINGS: dict[str, Setting] = {name: _setting(name, section, item) for name, section, item in leaves(Conf())}
+SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name.partition(".")[0] for name in SETTINGS if "." in name))
 
-# Values that are paths as people type them. They are never read as a number, a list or a sweep (but see the comma).
+# Settings that are paths. What a person types there is never read as a number, a list or a sweep (but see the comma).
 PATH_SETTINGS = (
-    "data.root",
-    "data.table",
-    "data.cache_dir",
-    "resume",
-    "model.pretrained",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "hydra.sweep.subdir",
+    *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained"),
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
-
-
 # Words that stand for a number.
 NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
 
 
 def describe_kind(setting: Setting) -> str:
-    """What may stand behind the `=`, in words."""
+    """The values that may stand behind the `=`, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if setting.kind in names:
         words = names[setting.kind]
-    elif isinstance(setting.kind, type) and issubclass(setting.kind, Enum):
-        words = "one of " + ", ".join(str(member.value) for member in setting.kind)
+    elif setting.words:
+        words = "one of " + ", ".join(setting.words)
     elif typing.get_origin(setting.kind) is tuple:
         shown = ",".join(f"{part:g}" for part in setting.default)
         words = f"a list of {len(typing.get_args(setting.kind))} numbers, such as [{shown}]"
@@ -102,31 +88,20 @@ def describe_kind(setting: Setting) -> str:
     return f"{words} or null" if setting.optional else words
 
 
-def show(value: Any) -> str:
-    """A value as one would type it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(f"'{part}'" if isinstance(part, str) else show(part) for part in value) + "]"
-    return str(value)
-
-
 def is_interpolation(value: Any) -> bool:
-    """Whether OmegaConf fills this in later (`${...}`), so that nothing can be said about it yet."""
-    return isinstance(value, str) and "${" in value
+    """Whether OmegaConf fills this in later (`${...}`, also inside a list), so that it cannot be checked yet."""
+    return "${" in value if isinstance(value, str) else isinstance(value, list) and any(map(is_interpolation, value))
 
 
 def convert(setting: Setting, value: Any) -> Any:
-    """What the run will see for `value`, as a yaml or the command line gave it.
+    """The value that a run gets for `value`, as a yaml file or the command line gave it.
 
     Raises:
-        ValueError: It is not of the key's type; one line that says what was expected.
+        UserError: It is not of the setting's type; one line that says what was expected.
     """
     if value is None and setting.optional:
         return None
-    if setting.name in NUMBER_WORDS and isinstance(value, str) and value in NUMBER_WORDS[setting.name]:
+    if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
         return NUMBER_WORDS[setting.name][value]
     if value == "???":
         raise UserError(f"{setting.name}=???: a value has to be given ({setting.meaning})")
@@ -134,13 +109,10 @@ def convert(setting: Setting, value: Any) -> Any:
         return _read(setting.kind, value)
     except (ValueError, TypeError, OverflowError):
         pass  # answered below, with what was expected
-    close = ""
-    if isinstance(setting.kind, type) and issubclass(setting.kind, Enum):
-        words = [str(member.value) for member in setting.kind]
-        close = nearest(str(value), words)
-        if value is False and "off" in words:
-            close = " (yaml reads a bare off as false: write 'off')"
-    meaning = "" if close else f" ({setting.meaning})"
+    close = nearest(str(value), setting.words)
+    if value is False and "off" in setting.words:
+        close = " (yaml reads a bare off as false: write 'off')"
+    meaning = "" if close or setting.words else f" ({setting.meaning})"
     raise UserError(f"{setting.name}={show(value)}: expected {describe_kind(setting)}{close}{meaning}")
 
 
@@ -181,15 +153,66 @@ def _read_bool(value: Any) -> bool:
     raise TypeError
 
 
+@dataclass
+class Reading:
+    """The settings in a tree of values, read as far as possible.
+
+    Attributes:
+        values: Dotted key to converted value.
+        problems: Dotted key to what is wrong there, in one line.
+        references: Keys whose value is a `${...}` that is not filled in yet.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    references: set[str] = field(default_factory=set)
+
+    @property
+    def unread(self) -> set[str]:
+        """Sections of which some value is not known."""
+        return {name.partition(".")[0] for name in (*self.problems, *self.references)}
+
+
+def read_tree(tree: Any, name: str = "") -> Reading:
+    """Convert every setting in nested dictionaries, as a yaml file or `optim={lr: 1e-3}` gives them.
+
+    Args:
+        tree: The dictionaries, or a single value.
+        name: Dotted key of `tree`; empty for a whole configuration.
+    """
+    reading = Reading()
+    if name in SETTINGS:
+        try:
+            if is_interpolation(tree):
+                reading.references.add(name)
+            else:
+                reading.values[name] = convert(SETTINGS[name], tree)
+        except UserError as error:
+            reading.problems[name] = str(error)
+    elif isinstance(tree, dict) and (not name or name in SECTIONS):
+        for word, value in tree.items():
+            inner = read_tree(value, f"{name}.{word}" if name else str(word))
+            if "." in str(word):
+                nested = f"write `{str(word).partition('.')[0]}:` and the rest indented below it"
+                inner = Reading(problems={f"{name}.{word}": f"{word}: dots work on the command line only; {nested}"})
+            reading.values |= inner.values
+            reading.problems |= inner.problems
+            reading.references |= inner.references
+    elif name in SECTIONS:
+        example = next(setting for setting in SETTINGS.values() if setting.name.startswith(f"{name}."))
+        shown = f"such as {example.name}={show(example.default)}"
+        reading.problems[name] = f"{name} holds settings of its own, {shown}; in a file they stand indented below it"
+    else:
+        reading.problems[name] = f"no such setting {name}{nearest_setting(name)}"
+    return reading
+
+
 def build(values: dict[str, Any]) -> Conf:
     """The defaults with `values` (dotted key to converted value) in their places."""
     conf = Conf()
     for name, value in values.items():
-        *sections, last = name.split(".")
-        owner: Any = conf
-        for section in sections:
-            owner = getattr(owner, section)
-        setattr(owner, last, value)
+        section, _, last = name.rpartition(".")
+        setattr(getattr(conf, section) if section else conf, last, value)
     return conf
 
 

@@ -1,0 +1,127 @@
+"""The folders of yaml files and the choices in them: `model=clip` stands for the file `model/clip.yaml`.
+
+PyYAML only, so that `--help` does not pay for Hydra.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from finetune.config.fields import nearest
+from finetune.config.words.commandline import ConfigError
+
+SCHEMA_NAME = "finetune_schema"  # first in the defaults list of conf/config.yaml, and so the mark of a file of ours
+PRIMARY = "config.yaml"
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be: from the current folder where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def builtin_folder() -> Path:
+    """The configuration of the package itself: `<repository>/conf` in a source tree, `<package>/conf` installed."""
+    package = Path(__file__).resolve().parent.parent.parent
+    source = package.parent / "conf"
+    # A neighbour of site-packages/finetune that happens to be called conf is not ours: look for the mark.
+    return source if _is_ours(source / PRIMARY) else package / "conf"
+
+
+def folders(config_dir: str | None = None) -> list[Path]:
+    """The folders that are searched, the first match wins: `--config-dir`, `./conf`, the built-in one.
+
+    Raises:
+        ConfigError: `config_dir` is no folder.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError([f"--config-dir {config_dir}: no such folder"])
+    given = [] if config_dir is None else [Path(config_dir).resolve()]
+    local = [Path("conf").resolve()] if Path("conf").is_dir() else []
+    return list(dict.fromkeys([*given, *local, builtin_folder()]))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the defaults list of this `config.yaml` names our schema.
+
+    A `./conf/config.yaml` of some other project in the current folder must not replace ours.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return re.search(rf"^\s*-\s*{SCHEMA_NAME}\b", text, re.MULTILINE) is not None
+
+
+def primary_file(searched: Sequence[Path]) -> Path:
+    """The `config.yaml` that names the groups and the default choices.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for folder in searched:
+        if _is_ours(folder / PRIMARY):
+            return folder / PRIMARY
+    raise ConfigError([f"{searched[-1] / PRIMARY} is missing or not ours: install finetune again"])
+
+
+def default_choices(searched: Sequence[Path]) -> dict[str, str | None]:
+    """Every group of the primary file with its default choice; None where there is none.
+
+    Raises:
+        ConfigError: The file is missing or damaged.
+    """
+    path = primary_file(searched)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([unreadable(path, error)]) from None
+    entries = [entry for entry in tree["defaults"] if isinstance(entry, dict)]
+    pairs = [pair for entry in entries for pair in entry.items()]
+    return {group: choice for group, choice in pairs if not group.startswith("override ")}
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a yaml file cannot be read, in one line, with the line of the file where yaml tells it."""
+    where, reason = shown(path), str(error)
+    if isinstance(error, yaml.MarkedYAMLError):
+        reason = error.problem or error.context or "not yaml"
+        if error.problem_mark is not None:
+            where += f", line {error.problem_mark.line + 1}"
+    elif isinstance(error, UnicodeDecodeError):
+        reason = "not saved as UTF-8 text"
+    elif isinstance(error, RecursionError):
+        reason = "an alias (`*name`) contains itself"
+    return f"{where}: cannot be read: {' '.join(reason.split())}"
+
+
+def find_option(searched: Sequence[Path], group: str, option: str) -> Path | None:
+    """The file that `group=option` stands for, or None."""
+    name = option.removesuffix(".yaml")
+    if not name or ".." in Path(name).parts or Path(name).is_absolute():
+        return None
+    paths = (folder / group / f"{name}.yaml" for folder in searched)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def options(searched: Sequence[Path], group: str) -> dict[str, Path]:
+    """Every choice of a group with the file that wins."""
+    found: dict[str, Path] = {}
+    for folder in searched:
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def missing_option(searched: Sequence[Path], group: str, option: str) -> str:
+    """Why `group=option` is no choice: the list, the nearest, and how to add one."""
+    for folder in searched:
+        if (folder / group / f"{option}.yml").is_file():
+            return f"{group}={option}: {shown(folder / group / option)}.yml has to end in .yaml"
+    found = list(options(searched, group))
+    words = f"expected one of {', '.join(found)}" if found else "there are none yet"
+    own = f"your own goes into ./conf/{group}/{option}.yaml"
+    return f"{group}={option}: no such choice, {words}{nearest(option, found)}; {own}"

@@ -1,0 +1,144 @@
+"""From a command line to a configuration that is known to be good, or to every reason why it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.config.conf import Conf
+from finetune.config.words.choices import find_option, folders
+from finetune.config.words.commandline import CommandLine, ConfigError, quote
+from finetune.config.words.composition import Composition, file_problem, register, to_conf
+from finetune.config.words.overrides import Override, parse_overrides
+from finetune.config.words.problems import Request, check_cells, sort_overrides
+from finetune.config.words.saved import base_of
+from finetune.config.words.settings import path_as_typed
+
+
+@dataclass
+class Prepared:
+    """A command line that is known to be good.
+
+    Attributes:
+        conf: The configuration; of the first job where it is a sweep.
+        cfg: The same as Hydra composed it, with Hydra's own settings.
+        overrides: As Hydra's grammar wants them.
+        first: Those of the first job, without sweeps.
+        jobs: The number of runs.
+        run_dir: `hydra.run.dir` or, for a sweep, `hydra.sweep.dir`, where the person gave one.
+    """
+
+    conf: Conf
+    cfg: DictConfig
+    overrides: list[str]
+    first: list[str]
+    jobs: int
+    run_dir: Path | None
+
+
+def read_settings(line: CommandLine, find_run: Callable[[str], Path] = Path) -> Prepared:
+    """Check a command line from end to end; writes nothing.
+
+    The choices are looked up first, then Hydra composes them, then one pass over the composed tree and the overrides
+    finds every other mistake.
+
+    Args:
+        line: The command line.
+        find_run: Gives the run directory that `resume=WORD` names.
+
+    Raises:
+        ConfigError: With every problem that can be found.
+    """
+    overrides, unreadable = parse_overrides(line.overrides, multirun=line.multirun)
+    searched = folders(line.config_dir)
+    asked = next((o.values[0] for o in overrides if o.key == "resume" and o.values and o.values[0] is not None), None)
+    run_dir: Path | None = None
+    if asked is not None and not line.problems and not unreadable:
+        overrides = _beside_resume(str(asked), overrides, multirun=line.multirun)
+        run_dir = find_run(path_as_typed(str(asked)))
+    register(searched, None if run_dir is None else base_of(run_dir))
+    request = sort_overrides(overrides, searched, multirun=line.multirun)
+    _check_files(request, searched)
+    own = _good_hydra(request, searched)
+    first = check_cells(request, lambda chosen: Composition(searched, [*_words(request, chosen), *own]))
+    problems = [*line.problems, *unreadable, *request.problems]
+    if problems or first is None:
+        raise ConfigError(problems, code=2 if line.problems or unreadable else 1)
+    assert isinstance(first, Composition)
+    conf = to_conf(first.cfg)
+    if run_dir is not None:
+        texts = [override.text for override in overrides if override.key != "resume_force"]
+        return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
+    if any(o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir") for o in overrides):
+        run_dir = _given_folder(first.cfg, multirun=line.multirun)
+    if request.jobs > 1:
+        _refuse_one_folder(first.cfg)
+    return Prepared(conf, first.cfg, [o.safe for o in overrides], first.overrides, request.jobs, run_dir)
+
+
+def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) -> list[Override]:
+    """The overrides beside `resume=word`; they are laid over the configuration of that run.
+
+    Raises:
+        ConfigError: Some have no place there.
+    """
+    beside = [override for override in overrides if override.key != "resume"]
+    problems = [f"{o.text}: has no place beside resume={word}, which says the folder" for o in beside if o.is_hydra]
+    if multirun:
+        problems.append(f"resume={word} continues one run: leave -m out")
+    if problems:
+        raise ConfigError(problems)
+    return beside
+
+
+def _check_files(request: Request, searched: Sequence[Path]) -> None:
+    """Take the choices out of `request` whose files cannot be read, so that Hydra can compose the others."""
+    for group, alternatives in list(request.choices.items()):
+        paths = [find_option(searched, group.lstrip("+"), option) for chosen in alternatives for option in chosen]
+        broken = [problem for path in paths if path is not None and (problem := file_problem(path))]
+        if broken:
+            request.add(*broken)
+            request.unread.add(group)
+            del request.choices[group]
+
+
+def _words(request: Request, chosen: dict[str, list[str]]) -> list[str]:
+    """The overrides of one combination of choices, with the first value of every setting."""
+    values = {group: ",".join(map(quote, options)) for group, options in chosen.items()}
+    choices = [f"{group}={text if len(chosen[group]) == 1 else f'[{text}]'}" for group, text in values.items()]
+    return choices + [override.first for override in request.settings]
+
+
+def _good_hydra(request: Request, searched: Sequence[Path]) -> list[str]:
+    """The overrides of Hydra's own settings, or none where Hydra refuses them, which becomes a problem."""
+    own = [override.safe for override in request.hydra]
+    try:
+        if own:
+            Composition(searched, own)
+    except ConfigError as error:
+        request.add(*error.problems)
+        return []
+    return own
+
+
+def _given_folder(cfg: DictConfig, *, multirun: bool) -> Path:
+    key, typed = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if multirun else ("hydra.run.dir", cfg.hydra.run.dir)
+    if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
+        raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
+    return Path(str(typed))
+
+
+def _refuse_one_folder(cfg: DictConfig) -> None:
+    """Refuse a `hydra.sweep.subdir` that is the same for every job: it would put them all into one folder."""
+    subdir = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    if "${" not in str(subdir):
+        shown = "" if subdir is None else subdir
+        raise ConfigError(
+            [
+                f"hydra.sweep.subdir={shown}: every job of a sweep needs a folder of its own; write"
+                " hydra.sweep.subdir='${hydra.job.num}', the default, or something else of the job's"
+            ]
+        )

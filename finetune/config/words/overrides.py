@@ -1,0 +1,118 @@
+"""The words `KEY=VALUE` of a command line, read by Hydra's own grammar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, OverrideType, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
+from finetune.config.fields import show
+from finetune.config.words.commandline import quote, quote_override
+from finetune.config.words.settings import SETTINGS, describe_kind
+
+MAX_JOBS = 10_000  # of one sweep
+_SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
+_SWEEPS = {ChoiceSweep: "choice", RangeSweep: "range", IntervalSweep: "interval", Glob: "glob"}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One setting or choice from the command line.
+
+    Attributes:
+        text: As typed.
+        safe: As Hydra's grammar wants it: paths in quotes.
+        key: Dotted key or group.
+        sign: Empty, `+`, `++` or `~`.
+        values: The value; several for a sweep; the ends of an interval; none for a glob, or a range that does not end.
+        sweep: Empty, or the kind of sweep: choice, range, interval or glob.
+        glob: Picks the options of a group that match, for `GROUP=glob(...)`.
+    """
+
+    text: str
+    safe: str
+    key: str
+    sign: str = ""
+    values: tuple[Any, ...] = ()
+    sweep: str = ""
+    glob: Glob | None = None
+
+    @property
+    def is_hydra(self) -> bool:
+        """Whether it is one of Hydra's own settings or groups."""
+        return self.key.partition(".")[0].partition("/")[0] == "hydra"
+
+    @property
+    def first(self) -> str:
+        """The override with the first value of its sweep; empty for a glob, whose values depend on the files."""
+        if not self.sweep or not self.values:
+            return "" if self.sweep else self.safe
+        value = quote(self.values[0]) if isinstance(self.values[0], str) else show(self.values[0])
+        return f"{self.safe.partition('=')[0]}={value}"
+
+
+def parse_overrides(typed: Sequence[str], *, multirun: bool) -> tuple[list[Override], list[str]]:
+    """Every override that Hydra's grammar can read, and one line for every other."""
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in typed:
+        try:
+            parsed.append(_parse(parser, text, quote_override(text, multirun=multirun)))
+        except (HydraException, ValueError, ArithmeticError) as error:
+            problems.append(_unparsable(text, error))
+    return parsed, problems
+
+
+def _parse(parser: OverridesParser, text: str, safe: str) -> Override:
+    """One override; HydraException, ValueError or ArithmeticError where it cannot be read."""
+    parsed = parser.parse_override(safe)
+    if not parsed.key_or_group:
+        raise ValueError
+    assert parsed.type is not None
+    key = parsed.key_or_group if parsed.package is None else f"{parsed.key_or_group}@{parsed.package}"
+    value: Any = parsed.value()
+    sweep = _SWEEPS.get(type(value), "")
+    if isinstance(value, ChoiceSweep):
+        values = tuple(_unquoted(item) for item in value.list)
+    elif isinstance(value, RangeSweep):
+        values = tuple(parsed.sweep_iterator()) if _ends(value) else ()
+    elif isinstance(value, IntervalSweep):
+        values = (value.start, value.end)
+    else:
+        values = () if sweep else (_unquoted(value),)
+    return Override(text, safe, key, _SIGNS[parsed.type], values, sweep, value if sweep == "glob" else None)
+
+
+def _ends(sweep: RangeSweep) -> bool:
+    """Whether a range has at most MAX_JOBS values."""
+    assert sweep.start is not None and sweep.stop is not None
+    start, stop, step = float(sweep.start), float(sweep.stop), float(sweep.step)
+    return all(map(math.isfinite, (start, stop, step))) and step != 0 and (stop - start) / step <= MAX_JOBS
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
+    if isinstance(value, dict):
+        return {_unquoted(key): _unquoted(item) for key, item in value.items()}
+    return value
+
+
+def _unparsable(text: str, error: Exception) -> str:
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        reason = "nothing in front of the =" if equals else "cannot be read"
+        return f"'{text}': {reason}; write KEY=VALUE without spaces around the =, such as optim.lr=1e-3"
+    if key not in SETTINGS:
+        hint = f"text with special characters goes in two pairs of quotes: '{key}=\"{text.partition('=')[2]}\"'"
+    elif isinstance(SETTINGS[key].default, list):
+        hint = f"each text of a list goes in quotes of its own: \"{key}=['one','two']\""
+    else:
+        hint = f"expected {describe_kind(SETTINGS[key])}, such as {key}={show(SETTINGS[key].default)}"
+    return f"{text}: cannot be read ({str(error).partition(' expecting ')[0].splitlines()[0]}); {hint}"

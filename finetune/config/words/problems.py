@@ -1,0 +1,237 @@
+"""One look at all that a person chose, before any work: every problem, in one line each, in every cell of a sweep.
+
+`sort_overrides` looks at the command line before Hydra composes the yaml files; `check_cells` looks at the composed
+settings. A value that cannot be read does not hide the other problems.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune.config.conf import find_problems
+from finetune.config.words.choices import default_choices, find_option, missing_option, options
+from finetune.config.words.commandline import ConfigError
+from finetune.config.words.overrides import MAX_JOBS, Override
+from finetune.config.words.settings import (
+    SECTIONS,
+    SETTINGS,
+    Reading,
+    build,
+    is_interpolation,
+    nearest_setting,
+    read_tree,
+)  # fmt: skip
+
+MAX_CELLS = 2_000  # up to which every combination of values is checked; beyond it, every value alone
+MAX_COMPOSED = 50  # up to which every combination of choices is composed, at a quarter of a second each
+
+
+@dataclass
+class Request:
+    """The overrides of a command line, sorted.
+
+    Attributes:
+        choices: Group, with the sign as typed, to every alternative: a list of options, for `experiment=[a,b]` two.
+        values: Dotted key to every value.
+        settings: The overrides of settings that hold no mistake.
+        hydra: The overrides of Hydra's own settings that hold no mistake.
+        problems: One line each, without repetition.
+        unread: Sections of which a choice or value could not be read.
+    """
+
+    choices: dict[str, list[list[str]]] = field(default_factory=dict)
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    settings: list[Override] = field(default_factory=list)
+    hydra: list[Override] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+
+    @property
+    def jobs(self) -> int:
+        """The number of runs."""
+        return math.prod(len(axis) for axis in (*self.choices.values(), *self.values.values()))
+
+    def add(self, *problems: str) -> None:
+        """Add those problems that are not there yet."""
+        self.problems += [line for line in dict.fromkeys(problems) if line not in self.problems]
+
+
+class Composed(Protocol):
+    """The yaml files of one combination of choices, composed."""
+
+    reading: Reading
+
+    def place(self, name: str) -> str:
+        """The file and line that set the setting `name`, as a prefix for a message; empty where no file does."""
+
+
+def sort_overrides(overrides: Sequence[Override], searched: Sequence[Path], *, multirun: bool) -> Request:
+    """Look up the choices and read the values of a command line.
+
+    Args:
+        overrides: The command line.
+        searched: The folders of yaml files.
+        multirun: Whether several values are allowed.
+    """
+    request, groups = Request(), list(default_choices(searched))
+    free_sweeper = any(override.key == "hydra/sweeper" for override in overrides)
+    for override in overrides:
+        name = override.key
+        is_own = override.sign == "+" and "." not in name and name not in groups and bool(options(searched, name))
+        is_choice = (name in groups or is_own) and not any(isinstance(value, dict) for value in override.values)
+        if override.sweep and not multirun:
+            found = [_needs_multirun(override)]
+        elif override.is_hydra:
+            found = _hydra_problems(override, multirun=multirun)
+        elif misplaced := _misplaced(override, groups, is_own=is_own, free_sweeper=free_sweeper):
+            found = [misplaced]
+        elif is_choice:
+            found = _take_choice(request, override, searched)
+        else:
+            found = _take_values(request, override)
+        request.add(*found)
+        if found:
+            request.unread.add(name.partition(".")[0])
+        elif not is_choice:
+            (request.hydra if override.is_hydra else request.settings).append(override)
+    if request.jobs > MAX_JOBS:
+        request.add(f"this sweep has {request.jobs:,} jobs; at most {MAX_JOBS:,} are run at once")
+    return request
+
+
+def _needs_multirun(override: Override) -> str:
+    several = f"{override.text}: this gives several values; add -m to run each of them"
+    setting, value = SETTINGS.get(override.key), override.text.partition("=")[2]
+    if setting is not None and isinstance(setting.default, (list, tuple)):
+        return f"{several}, or write one list: {override.key}=[{value}]"
+    if setting is not None and setting.kind is str:
+        return f"{several}, or put the value in quotes: '{override.key}=\"{value}\"'"
+    return several
+
+
+def _hydra_problems(override: Override, *, multirun: bool) -> list[str]:
+    """Those of Hydra's own settings that Hydra would accept and then ignore; Hydra checks the others."""
+    ignored = {
+        "hydra.run.dir": "would be ignored, a sweep goes to hydra.sweep.dir=PATH" if multirun else "",
+        "hydra.sweep.dir": "" if multirun else "would be ignored, a single run goes to hydra.run.dir=PATH",
+        "hydra.searchpath": "use --config-dir DIR",
+    }
+    found = ignored.get(override.key) or ("a sweep cannot vary Hydra's own settings" if override.sweep else "")
+    return [f"{override.text}: {found}"] if found else []
+
+
+def _misplaced(override: Override, groups: Sequence[str], *, is_own: bool, free_sweeper: bool) -> str:
+    """Why this override cannot stand on a command line, whatever its value; empty where it can."""
+    name, text, sign = override.key, override.text, override.sign
+    is_group = name in groups or is_own
+    if not (is_group or name in SETTINGS or name in SECTIONS):
+        close = nearest_setting(name, groups)
+        closed = f"; {sign} adds nothing: the settings are a closed list" if sign else ""
+        lists = "" if close else "; finetune --help and finetune --help-all list them"
+        return f"{text}: no such setting or group{close}{closed}{lists}"
+    if sign == "~":
+        return f"{text}: nothing can be removed with ~; leave {name} out for its default"
+    if (sign == "+" and not is_own) or (sign == "++" and is_group):
+        return f"{text}: {name} is there already; write it without the {sign}: {text.lstrip('+')}"
+    if override.sweep == "interval" and not free_sweeper:
+        listed = f"{name}=A,B,C or {name}=range(A,B,STEP)"
+        drawn = "interval(...) is for sweepers that draw values (hydra/sweeper=...)"
+        return f"{text}: {drawn}; the basic one needs them listed, {listed}"
+    if override.sweep == "range" and not override.values:
+        return f"{text}: range(START,STOP,STEP) has to end, after 1 to {MAX_JOBS:,} values"
+    if override.sweep == "glob" and not is_group:
+        return f"{text}: glob(...) picks files of a group; {name} is a setting"
+    return ""
+
+
+def _take_choice(request: Request, override: Override, searched: Sequence[Path]) -> list[str]:
+    """Look up `model=clip`, `model=clip,vit`, `model=glob(*)` or `experiment=[a,b]`; the problems."""
+    group, names, good, problems = override.key, list(options(searched, override.key)), [], []
+    values = override.values if override.glob is None else override.glob.filter(names)
+    if not values:
+        problems.append(f"{override.text}: matches none of {', '.join(names)}")
+    for value in values:
+        chosen = [str(option) for option in value] if isinstance(value, list) else [str(value)]
+        lost = [option for option in chosen if find_option(searched, group, option) is None]
+        if is_interpolation(value):
+            continue
+        if value is None:
+            problems.append(f"{group}=null: a group is chosen or left out; one of {', '.join(names)}")
+        elif isinstance(value, list) and group != "experiment":
+            problems.append(f"{override.text}: takes one choice; to run each, add -m and write {group}=A,B")
+        elif lost:
+            problems += [missing_option(searched, group, option) for option in lost]
+        else:
+            good.append(chosen)
+    if good:
+        request.choices[override.sign + group] = good
+    return problems
+
+
+def _take_values(request: Request, override: Override) -> list[str]:
+    """Read `optim.lr=1e-3`, `optim.lr=1e-3,1e-4` or `optim={lr: 1e-3}`; the problems."""
+    found: dict[str, list[Any]] = {}
+    problems: list[str] = []
+    for value in override.values:
+        reading = read_tree(value, override.key)
+        for name, good in reading.values.items():
+            found.setdefault(name, []).append(good)
+        for name, problem in reading.problems.items():
+            problems.append(problem if problem.startswith(f"{name}=") else f"{override.text}: {problem}")
+        request.unread |= {name.partition(".")[0] for name in reading.references}
+    if override.sweep != "interval":
+        request.values |= found
+    return problems
+
+
+def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Composed]) -> Composed | None:
+    """Check the settings of every combination of choices and values; adds what is wrong to `request.problems`.
+
+    Beyond MAX_COMPOSED combinations of choices, or MAX_CELLS in all, every choice or value is checked alone, beside the
+    first of the others.
+
+    Args:
+        request: The command line.
+        compose: Composes one combination of choices (group to options) with the good overrides; may raise ConfigError.
+
+    Returns:
+        The first job's composition; None where it failed.
+    """
+    found: list[Composed | None] = []
+    combinations = list(_combinations(request.choices, MAX_COMPOSED))
+    for chosen in combinations:
+        try:
+            composed = compose(chosen)
+        except ConfigError as error:
+            request.add(*error.problems)
+            reading, unread, place = Reading(), set(SECTIONS), _nowhere
+            found.append(None)
+        else:
+            reading, unread, place = composed.reading, request.unread | composed.reading.unread, composed.place
+            found.append(composed)
+        request.add(*(f"{place(name)}{problem}" for name, problem in reading.problems.items()))
+        for cell in _combinations(request.values, MAX_CELLS // len(combinations)):
+            for line in find_problems(build({**reading.values, **cell}), unread):
+                name = line.partition("=")[0]
+                request.add(line if name in cell or name not in SETTINGS else f"{place(name)}{line}")
+    return found[0]
+
+
+def _nowhere(name: str) -> str:
+    """Of a composition that failed no file is known."""
+    return ""
+
+
+def _combinations(axes: dict[str, list[Any]], most: int) -> Iterator[dict[str, Any]]:
+    """One value for every name, in every combination; beyond `most` of them, every value beside the others' first."""
+    names = list(axes)
+    if math.prod(len(axis) for axis in axes.values()) <= most:
+        yield from (dict(zip(names, cell, strict=True)) for cell in itertools.product(*axes.values()))
+        return
+    first = {name: axis[0] for name, axis in axes.items()}
+    yield from ({**first, name: value} for name, axis in axes.items() for value in axis)
