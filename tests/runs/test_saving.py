@@ -88,35 +88,32 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "last.pt")
 
 
-def test_best_weights_are_at_hand_while_they_are_written_and_afterwards(
+def test_best_weights_are_waited_for_only_where_a_thread_is_writing_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper, state, gates = saver(tmp_path), at_step(1), [threading.Event(), threading.Event()]
-    first_gate, second_gate = gates
-    state.epoch = state.best_epoch = 1
+    keeper, state, gate = saver(tmp_path), at_step(1), threading.Event()
+    rows = [{"epoch": 1, "val/top1": 0.9}, {"epoch": 2, "val/top1": 0.5}, {"epoch": 3, "val/top1": 0.95}]
+    best = {}
     write = saving.write_weights
 
     def slow(*args: object) -> None:
-        gates.pop(0).wait(60)
+        gate.wait(60)
         write(*args)  # type: ignore[arg-type]
 
+    gate.set()
     monkeypatch.setattr(saving, "write_weights", slow)
-    rows = [{"epoch": 1, "val/top1": 0.5}, {"epoch": 2, "val/top1": 0.9}]
-    keeper.save_epoch(state, rows[:1], "val/top1")
-    assert not (tmp_path / "best.safetensors").exists()
-    first = keeper.best_weights(state.best_epoch)
-    first_gate.set()
-    with torch.no_grad():
-        state.model.net.head.weight.add_(1)
-    state.epoch = state.best_epoch = 2
-    keeper.save_epoch(state, rows, "val/top1")  # the first may be under way still
-    early = keeper.best_weights(state.best_epoch)
-    assert torch.equal(early["head.weight"], state.model.net.head.weight)
-    assert not torch.equal(early["head.weight"], first["head.weight"])
-    second_gate.set()
-    keeper.wait()
-    late = keeper.best_weights(state.best_epoch)
-    assert early.keys() == late.keys() and all(torch.equal(early[name], late[name]) for name in early)
+    for epoch, best_epoch in ((1, 1), (2, 1), (3, 3)):
+        with torch.no_grad():
+            best[epoch] = state.model.net.head.weight.add_(1).clone()
+        state.epoch, state.best_epoch = epoch, best_epoch
+        if epoch == 2:
+            keeper.wait()
+            gate.clear()
+        keeper.save_epoch(state, rows[:epoch], "val/top1")
+        if epoch == 2:
+            assert torch.equal(keeper.best_weights(1)["head.weight"], best[1])  # while epoch 2 waits at the gate
+            gate.set()
+    assert torch.equal(keeper.best_weights(3)["head.weight"], best[3])
 
 
 def test_frozen_tensors_of_another_processor_are_taken_from_the_weights_beside(tmp_path: Path) -> None:
