@@ -16,7 +16,7 @@ from finetune.config.words.choices import folders
 from finetune.config.words.commandline import hydra_flags, quote
 from finetune.runs.earlier import RefusedError
 from finetune.runs.find import find_run
-from finetune.runs.folders import record_failure, record_job, record_refusal, record_start, run_folder
+from finetune.runs.folders import SweepRecord, record_failure, run_folder
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
 from finetune.system.terminal import complain
@@ -86,7 +86,7 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
-        record_start(folder)
+        SweepRecord(folder).start()
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:
             launch(lambda cfg: _job(cfg, codes), arguments, folders(line.config_dir))
@@ -117,11 +117,11 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.sweep is not None:
-            ident = record_job(job.sweep, job.folder)
+            ident = SweepRecord(job.sweep).begin_job(job.folder)
         code, score = _finish(to_conf(cfg), job.folder, job.overrides)
     except RefusedError as error:
         if job.sweep is not None:
-            record_refusal(job.sweep, ident, str(error))
+            SweepRecord(job.sweep).refuse_job(ident, str(error))
         complain(str(error))
     except EXPECTED_ERRORS as error:
         record_failure(job.folder, job.overrides, error)

@@ -1,4 +1,4 @@
-"""A new folder for every run and every sweep: never two in one, also when they start in the same instant."""
+"""The folders of runs and sweeps: a new one for each, also for those that start in the same instant."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ OUTPUTS = Path("outputs")
 def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
     """Make `outputs/<date>/<time>/` (a sweep: `outputs/sweeps/<date>/<time>/`), time with microseconds.
 
-    Made exclusively: where it is there already, the next microsecond is taken. A folder named by the second was shared
-    by all the runs that a script started at once, and the last one's files won.
+    If the folder exists it takes the next microsecond, so that runs which a script starts at once do not share one.
 
     Raises:
-        OSError: It cannot be made; says why in one line.
+        OSError: The folder cannot be made; says why in one line.
     """
     when = datetime.now() if now is None else now
     base = OUTPUTS / "sweeps" if multirun else OUTPUTS
@@ -40,11 +39,11 @@ def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
             raise _unusable(folder, error.strerror or type(error).__name__) from None
 
 
-def claim_folder(folder: Path) -> Path:
-    """Make the folder that a person named, or see that it can be written.
+def usable_folder(folder: Path) -> Path:
+    """Make the folder that a person named, or check that files can be written there; the folder.
 
     Raises:
-        OSError: It cannot; says why in one line.
+        OSError: They cannot; says why in one line.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +63,13 @@ def _unusable(folder: Path, reason: str) -> OSError:
 
 @contextmanager
 def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
-    """The folder of a run or sweep: the one that a person named, or a new one, taken away again if it stays empty.
+    """The folder of a run or sweep: the one that a person named, or a new one, which is removed if it stays empty.
 
     Raises:
-        OSError: It cannot be written; says why in one line.
+        OSError: The folder cannot be written; says why in one line.
     """
     if given is not None:
-        yield claim_folder(given)
+        yield usable_folder(given)
         return
     folder = new_folder(multirun=multirun)
     try:
@@ -81,46 +80,44 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
                 empty.rmdir()
 
 
-JOBS = "jobs.jsonl"  # in a sweep's folder: every job that was begun, where, and whether it was refused its folder
+JOBS = "jobs.jsonl"
 
 
-def record_start(sweep: Path) -> None:
-    """Note that a sweep begins: what was refused before may be run now, or is not asked for any more."""
-    _append(sweep / JOBS, {"start": datetime.now().isoformat(timespec="seconds")})
+class SweepRecord:
+    """`jobs.jsonl` in a sweep's folder: the jobs that began, and those that were refused their folder.
 
-
-def record_job(sweep: Path, folder: Path) -> str:
-    """Note beside a sweep's jobs that one of them begins; by lines, since several processes may write at once.
-
-    Args:
-        sweep: Its folder.
-        folder: The job's.
-
-    Returns:
-        What `record_refusal` knows the job by.
+    Several processes may write to it at once, a line each. A line that cannot be written does not end a job: without
+    it only the sweep's summary knows less.
     """
-    ident = f"{os.getpid()}-{time.time_ns()}"
-    name = os.path.relpath(os.path.abspath(folder), sweep)
-    _append(sweep / JOBS, {"id": ident, "job": name})
-    return ident
 
+    def __init__(self, sweep: Path) -> None:
+        """Name the sweep's folder; nothing is written yet."""
+        self.sweep = sweep
 
-def record_refusal(sweep: Path, ident: str, reason: str) -> None:
-    """Note that a job was not run, since the run in its folder is another one's."""
-    _append(sweep / JOBS, {"id": ident, "refused": reason})
+    def start(self) -> None:
+        """Note that a sweep begins; jobs that an earlier sweep in the folder was refused no longer count."""
+        self._append({"start": datetime.now().isoformat(timespec="seconds")})
 
+    def begin_job(self, folder: Path) -> str:
+        """Note that a job begins in `folder`; the job's id, for `refuse_job`."""
+        ident = f"{os.getpid()}-{time.time_ns()}"
+        self._append({"id": ident, "job": os.path.relpath(os.path.abspath(folder), self.sweep)})
+        return ident
 
-def _append(path: Path, entry: dict[str, object]) -> None:
-    """A line more; without it the summary knows less, which is no reason to end a job."""
-    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(entry) + "\n")  # whatever a killed process has left of its own line
+    def refuse_job(self, ident: str, reason: str) -> None:
+        """Note that a job did not run, since its folder holds another run."""
+        self._append({"id": ident, "refused": reason})
+
+    def _append(self, entry: dict[str, object]) -> None:
+        with contextlib.suppress(OSError), open(self.sweep / JOBS, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends the torn line of a killed process
 
 
 def record_failure(folder: Path, overrides: list[str], error: Exception) -> None:
-    """Leave `result.json` and `run.log` of a job that failed before it could write its own; never over others."""
+    """Write `result.json` and `run.log` for a run that failed before it wrote its own; replaces no file."""
     result = {"status": "failed", "error": str(error) or type(error).__name__, "overrides": overrides}
     trace = "".join(traceback.format_exception(error))
     for name, text in (("result.json", json.dumps(result, indent=1, ensure_ascii=False)), ("run.log", trace)):
-        # The folder itself may be what failed: a file in its place, a full disk.
+        # The disk may be full, or the folder may be missing.
         with contextlib.suppress(OSError), open(folder / name, "x", encoding="utf-8") as file:
             file.write(text + "\n")

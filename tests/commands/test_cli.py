@@ -24,7 +24,7 @@ from finetune.config import Conf
 from finetune.config.words.choices import builtin_folder, folders
 from finetune.config.words.commandline import FLAGS
 from finetune.config.words.settings import SETTINGS
-from finetune.runs.folders import claim_folder, new_folder
+from finetune.runs.folders import new_folder, usable_folder
 from finetune.system.errors import UserError
 from finetune.system.signals import Interrupted
 
@@ -273,12 +273,12 @@ def test_a_named_folder_that_cannot_be_written(folder: Path) -> None:
     Path("file").write_text("")
     for name in ("file", "file/below"):
         with pytest.raises(OSError, match="cannot write to"):
-            claim_folder(Path(name))
+            usable_folder(Path(name))
     closed = Path("closed")
     closed.mkdir(mode=0o500)
     if not os.access(closed, os.W_OK):  # root may write anywhere
         with pytest.raises(OSError, match="may not be written"):
-            claim_folder(closed)
+            usable_folder(closed)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_command_before_any_work(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from finetune.report.jobs import JobResult, Sweep, group_jobs, read_jobs, varied_keys
 from finetune.report.sweep import summarize
 from finetune.report.sweep_figure import levels, positions, sweep_figure
-from finetune.runs.folders import JOBS, record_job, record_refusal, record_start
+from finetune.runs.folders import JOBS, SweepRecord
 from finetune.system.locks import run_lock
 
 FINISHED = {
@@ -224,18 +224,18 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
     (tmp_path / "notes").mkdir()
     reason = "it holds a run of another configuration"
     for name, why in (("0", None), ("1", reason), ("named", None), ("0", "it is of job 0")):
-        ident = record_job(tmp_path, tmp_path / name)
+        ident = SweepRecord(tmp_path).begin_job(tmp_path / name)
         if why is not None:
-            record_refusal(tmp_path, ident, why)
+            SweepRecord(tmp_path).refuse_job(ident, why)
     with open(tmp_path / JOBS, "a") as file:
         file.write('null\n{"id": 3}\n{"job": "na')  # damage, and a kill
     assert summarize(tmp_path) == 2
     out = capsys.readouterr().out
     assert "2 of 4 jobs finished" in out and f"job 1: refused: {reason}" in out and "best: optim.lr=3" in out
     assert [row["status"] for row in table_of(tmp_path)] == ["finished", "finished", "refused", "refused"]
-    record_start(tmp_path)
+    SweepRecord(tmp_path).start()
     for name in ("1", "3"):  # somebody made room, and they were run
-        record_job(tmp_path, tmp_path / name)
+        SweepRecord(tmp_path).begin_job(tmp_path / name)
     add_job(tmp_path / "3", "optim.lr=4", val=0.1)
     assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 4
 
@@ -243,7 +243,7 @@ def test_what_another_run_has_left_does_not_count(tmp_path: Path, capsys: pytest
 def test_folders_that_begin_with_a_number_are_no_jobs(tmp_path: Path) -> None:
     """As `hydra.sweep.subdir='${seed}/${optim.lr}'` makes them; and runs that nobody put on record are not asked."""
     for number, name in enumerate(("0/a", "0/b", "1/a")):
-        record_job(tmp_path, add_job(tmp_path / name, f"optim.lr={number}", val=0.5))
+        SweepRecord(tmp_path).begin_job(add_job(tmp_path / name, f"optim.lr={number}", val=0.5))
     add_job(tmp_path / "0/a/backup", "optim.lr=9", val=0.9)
     add_job(tmp_path / "other", "optim.lr=9", val=0.9)
     assert summarize(tmp_path) == 0 and len(table_of(tmp_path)) == 3
