@@ -230,7 +230,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.labels = split.labels.tolist()
         self.split, self.seed, self.same_pixels, self.preprocess = split, task.seed, same_pixels, preprocess
         augment = task.augmentation() if train else None
-        self.shower = build_transform(preprocess, augment)
+        self.transform = build_transform(preprocess, augment)
         self.is_plain = augment is None or augment.recipe == Recipe.none
         size = math.floor(preprocess.size / preprocess.crop_fraction)
         mode = transforms.InterpolationMode(preprocess.interpolation)
@@ -266,7 +266,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
             return v2.pil_to_tensor(self.crop(image.convert("RGB")))
 
     def _shown(self, pixels: Tensor, index: int, view: int) -> Tensor:
-        return self.shower([pixels], [augment_generator(self.seed, view, index, 0)])[0]
+        return self.transform([(pixels, functools.partial(augment_generator, self.seed, view, index, 0))], 1)[0]
 
 
 def decoders_apart(task: Task, images: int = 32) -> dict[str, float]:

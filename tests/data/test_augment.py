@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,8 @@ def photo() -> Tensor:
 
 
 def shown(augment: AugmentConf, images: list[Tensor], *, seed: int = 0, first: int = 0) -> Tensor:
-    generators = [augment_generator(seed, 0, first + i, 0) for i in range(len(images))]
-    return build_transform(SQUARE, augment)(images, generators)
+    pairs = [(image, partial(augment_generator, seed, 0, first + i, 0)) for i, image in enumerate(images)]
+    return build_transform(SQUARE, augment)(pairs, len(images))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_a_view_depends_on_its_key_alone(name: str, photo: Tensor) -> None:
     for i, image in enumerate(images):
         assert torch.equal(shown(recipe(name), [image], first=i)[0], together[i])
     sent = pickle.loads(pickle.dumps(build_transform(SQUARE, recipe(name))))
-    assert torch.equal(sent([photo], [augment_generator(0, 0, 0, 0)])[0], together[0])
+    assert torch.equal(sent([(photo, partial(augment_generator, 0, 0, 0, 0))], 1)[0], together[0])
     if name != "none":
         many = shown(recipe(name), [photo[:, :, :60]] * 20)
         assert len({view.numpy().tobytes() for view in many}) >= 15

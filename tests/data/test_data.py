@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from finetune.config import AugmentConf, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, natural_key, open_source, read_image
 from finetune.data.images.transforms import Light, View, build_transform, fit_square, warp
-from finetune.data.loading.batches import BatchKey, BatchMaker, ImageReader, normalise
+from finetune.data.loading.batches import BatchKey, BatchMaker, PixelBatch, normalise
 from finetune.data.streams import augment_generator, mix, shuffled, view_of
 
 CPU = torch.device("cpu")
@@ -203,10 +204,10 @@ def test_decoded_images_are_held_one_at_a_time(augment: AugmentConf | None) -> N
         alive.append(weakref.ref(image))
         return image
 
-    reading = ImageReader(load, BatchKey(list(range(9)), [0] * 9, 0), skip=False)
-    generators = (augment_generator(0, 0, *showing) for showing in reading.shown)
-    batch = build_transform(SQUARE, augment)(reading, generators)
-    assert batch[:, 0, 5, 5].tolist() == list(range(9)) and len(alive) == 9
+    split = Mock(load=load, labels=torch.arange(9))
+    batch = BatchMaker(split, build_transform(SQUARE, augment), 0)[BatchKey(list(range(9)), [0] * 9, 0)]
+    assert isinstance(batch, PixelBatch)
+    assert batch.images[:, 0, 5, 5].tolist() == list(range(9)) and len(alive) == 9
 
 
 def test_repeated_images_get_views_of_their_own(digits: Source) -> None:

@@ -19,8 +19,10 @@ from torchvision.transforms.v2 import functional as F
 
 from finetune.config import AugmentConf, Policy
 from finetune.core.preprocess import Preprocess
-from finetune.data.images.resize import Images, batch_images, resize
+from finetune.data.images.resize import batch_images, resize
 
+# An image, uint8 (3, height, width), and a function that makes its generator: without augmentation none is made.
+ImageToShow = tuple[Tensor, Callable[[], torch.Generator]]
 ImageStep = Callable[[Tensor], Tensor]
 Fill = list[int]
 
@@ -51,10 +53,9 @@ class CropRecipe:
 
     steps: tuple[ImageStep, ...]
 
-    def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
-        """Transform each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
-        pairs = zip(images, generators, strict=True)
-        return batch_images((self._one(image, generator) for image, generator in pairs), len(images))
+    def __call__(self, images: Iterable[ImageToShow], most: int) -> Tensor:
+        """Transform at most `most` images, each by its own generator -> uint8 (batch, 3, size, size)."""
+        return batch_images((self._one(image, generator()) for image, generator in images), most)
 
     def _one(self, image: Tensor, generator: torch.Generator) -> Tensor:
         with drawing_from(generator):

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
-
-
-class Images(Protocol):
-    """Images that are read while they are iterated over: uint8 (3, height, width) each."""
-
-    def __len__(self) -> int:
-        """The most images that there can be; fewer come where some cannot be read."""
-        ...
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield each image."""
-        ...
 
 
 def resize(image: Tensor, shape: list[int], interpolation: str) -> Tensor:

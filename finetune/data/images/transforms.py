@@ -6,7 +6,7 @@ Images are normalised after they went to the device: uint8 is a fourth of the by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as v2
 
 from finetune.config import AugmentConf, Recipe
 from finetune.core.preprocess import Preprocess
-from finetune.data.images.recipes import build_crop_recipe
-from finetune.data.images.resize import Images, batch_images, resize
+from finetune.data.images.recipes import ImageToShow, build_crop_recipe
+from finetune.data.images.resize import batch_images, resize
 
 # Longest side over shortest, above which an image is cut to its middle before a `crop` resize. Else a 20 x 20,000 image
 # would grow to gigabytes, of which the centre crop shows a thousandth. The crop's pixels stay the same.
@@ -141,12 +141,17 @@ class Transform:
     preprocess: Preprocess
     light: Light | None
 
-    def __call__(self, images: Images, generators: Iterable[torch.Generator]) -> Tensor:
-        """Transform each image by its own generator. uint8 (3, height, width) each -> uint8 (batch, 3, size, size)."""
-        batch = batch_images((fit_square(image, self.preprocess) for image in images), len(images))
-        if self.light is None:
-            return batch
-        views = [self.light.draw(generator) for generator in generators]
+    def __call__(self, images: Iterable[ImageToShow], most: int) -> Tensor:
+        """Transform at most `most` images, each by its own generator -> uint8 (batch, 3, size, size)."""
+        views: list[View] = []
+
+        def resized() -> Iterator[Tensor]:
+            for image, generator in images:
+                if self.light is not None:
+                    views.append(self.light.draw(generator()))
+                yield fit_square(image, self.preprocess)
+
+        batch = batch_images(resized(), most)
         at_once = max(1, WARP_PIXELS // self.preprocess.size**2)
         for start in range(0, len(views), at_once):
             part = slice(start, start + at_once)
@@ -154,14 +159,14 @@ class Transform:
         return batch
 
 
-BatchTransform = Callable[[Images, Iterable[torch.Generator]], Tensor]
+BatchTransform = Callable[[Iterable[ImageToShow], int], Tensor]
 
 
 def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> BatchTransform:
     """Build the transform of training (`augment`) or of evaluation (None, or the recipe `none`).
 
     Returns:
-        A function of images, uint8 (3, height, width) each, and of a generator for each, which gives uint8
+        A function of images with their generators, and of the largest number of them, that returns uint8
         (batch, 3, size, size). A `Transform` starts with `fit_square`; a `CropRecipe` starts from the whole image.
     """
     if augment is None or augment.recipe == Recipe.none:

@@ -6,7 +6,8 @@ which of them makes which batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from finetune.data.caches.pixel_cache import FirstStep, PixelCache
 from finetune.data.images.decode import ImageError
+from finetune.data.images.recipes import ImageToShow
 from finetune.data.images.transforms import BatchTransform
 from finetune.data.loading.order import Showings
 from finetune.data.split import Split
@@ -54,40 +56,6 @@ class PixelBatch(NamedTuple):
     left_out: list[ImageError]
 
 
-class ImageReader:
-    """Reads the images of a key one at a time, so that a batch of large images takes the memory of one.
-
-    Attributes:
-        shown: (sample, occurrence) of each image that was read so far; the last is the one that was yielded last.
-        left_out: One error for each image that could not be read so far.
-    """
-
-    def __init__(self, load: Callable[[int], Tensor], key: BatchKey, *, skip: bool) -> None:
-        """Read the images of `key` by `load`. `skip`: leave out images that cannot be read."""
-        self.shown: list[tuple[int, int]] = []
-        self.left_out: list[ImageError] = []
-        self._load, self._key, self._skip = load, key, skip
-
-    def __len__(self) -> int:
-        """The number of images in the key; fewer are yielded where some cannot be read."""
-        return len(self._key.samples)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield each image. Raises ImageError at an unreadable one without `skip`, and at the end if none was read."""
-        for showing in zip(self._key.samples, self._key.occurrences, strict=True):
-            try:
-                image = self._load(showing[0])
-            except ImageError as error:
-                if not self._skip:
-                    raise
-                self.left_out.append(error)
-                continue
-            self.shown.append(showing)
-            yield image
-        if not self.shown:
-            raise self.left_out[0]
-
-
 class BatchMaker(Dataset["PixelBatch | ImageError"]):
     """A map from keys to micro-batches, as a DataLoader wants it; small to pickle."""
 
@@ -107,15 +75,32 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         image stays in its batch and in its view, for any number of workers and whenever the file became unreadable. A
         batch without any readable image is an error also with `skip`.
         """
-        reader = ImageReader(self._load, key, skip=self._skip)
-        # `shown` grows while the transform reads: it takes an image first, then that image's generator.
-        generators = (augment_generator(self._seed, key.view, *showing) for showing in reader.shown)
+        ids: list[int] = []
+        left_out: list[ImageError] = []
         try:
-            images = self._transform(reader, generators)
+            images = self._transform(self._read(key, ids, left_out), len(key.samples))
         except ImageError as error:
             return error
-        ids = torch.tensor([sample for sample, _ in reader.shown], dtype=torch.int64)
-        return PixelBatch(images, self._split.labels[ids], ids, reader.left_out)
+        samples = torch.tensor(ids, dtype=torch.int64)
+        return PixelBatch(images, self._split.labels[samples], samples, left_out)
+
+    def _read(self, key: BatchKey, ids: list[int], left_out: list[ImageError]) -> Iterator[ImageToShow]:
+        """Yield the images one at a time, so that a batch of large images takes the memory of one; note them in `ids`.
+
+        Raises ImageError at an unreadable image without `skip`, and at the end where no image could be read.
+        """
+        for sample, occurrence in zip(key.samples, key.occurrences, strict=True):
+            try:
+                image = self._load(sample)
+            except ImageError as error:
+                if not self._skip:
+                    raise
+                left_out.append(error)
+                continue
+            ids.append(sample)
+            yield image, functools.partial(augment_generator, self._seed, key.view, sample, occurrence)
+        if not ids:
+            raise left_out[0]
 
     def use_cache(self, cache: PixelCache, step: FirstStep) -> None:
         """Read images from `cache`, which stores them as they are after `step`."""
