@@ -1,4 +1,4 @@
-"""Long lists of texts in flat memory."""
+"""A list of millions of strings in two flat arrays."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _CHUNK = 4096
 
 
 class PackedStrings(Sequence[str]):
-    """An immutable list of file names in two arrays.
+    """An immutable list of strings, such as file names, stored as one byte array and one array of ends.
 
-    A Python list of millions of strings is copied page by page into every forked worker, because reading an object
-    writes its reference count (pytorch#13246); these two arrays stay shared, and take a third of the memory.
+    Forked worker processes share the two arrays. They would copy a Python list page by page, since reading an object
+    writes its reference count (pytorch#13246). The arrays also take a third of the list's memory.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        """Copy `strings`, some thousands at a time."""
+        """Copy `strings`."""
         data = bytearray()
         sizes = array("i")
         rest = iter(strings)
         while chunk := list(islice(rest, _CHUNK)):
             text = "".join(chunk)
-            # In ASCII, as nearly all names are, a letter is a byte: one conversion for all of them.
+            # Nearly all names are ASCII, where a letter is a byte. Then one conversion serves the whole chunk.
             encoded = [text.encode()] if text.isascii() else [name.encode("utf-8", "surrogateescape") for name in chunk]
             sizes.extend(map(len, chunk if text.isascii() else encoded))
             data += b"".join(encoded)
@@ -33,10 +33,10 @@ class PackedStrings(Sequence[str]):
         self._ends = np.cumsum(sizes, dtype=np.int64)
 
     def __len__(self) -> int:
-        """How many."""
+        """The number of strings."""
         return len(self._ends)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overload for slices is refused below
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # takes no slices, unlike Sequence
         """The string at `index`, from 0."""
         if not 0 <= index < len(self):
             raise IndexError(f"{index}: expected 0 to {len(self) - 1}")
@@ -44,11 +44,11 @@ class PackedStrings(Sequence[str]):
         return self._bytes[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        """Each in turn, several times faster than by index."""
+        """The strings in order, several times faster than by index."""
         return (data.decode("utf-8", "surrogateescape") for data in self.encoded())
 
     def encoded(self) -> Iterator[bytearray]:
-        """Each in turn as it is stored: UTF-8, with `surrogateescape`."""
+        """The strings in order, as UTF-8 with `surrogateescape`."""
         start = 0
         for first in range(0, len(self), _CHUNK):
             for end in self._ends[first : first + _CHUNK].tolist():

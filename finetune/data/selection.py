@@ -1,7 +1,7 @@
-"""Which images take part, and in which split: classes, splits, folds, shots, weights.
+"""Selects images and divides them into train, val and test: classes, splits, folds, shots, class weights.
 
-Pure functions of names and seeds. Every choice ranks images by a hash of their names: nothing moves when other images
-come or go, one shot is among the two shots of the same seed, and the order of the files plays no part.
+All functions are pure. Every choice ranks the images by a hash of seed and image name, so the order of the files does
+not matter, an added image moves few others, and `data.shots=1` selects one of the images of `data.shots=2`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 def split_up(found: FoundImages, conf: DataConf) -> Source:
-    """Choose classes, cut the splits that the data does not come with, then draw from `train`.
+    """Select classes, cut the splits that the data lacks, then draw `data.shots` or `data.fraction` of `train`.
 
     Raises:
-        ValueError: A class that does not exist, too few images, or a setting that does not fit several labels an image.
+        UserError: An unknown class, too few images, or a setting that does not fit several labels an image.
     """
-    found, rows = _choose_classes(found, conf.classes)
+    found, rows = _select_classes(found, conf.classes)
     several = found.labels.ndim == 2
     if several and conf.balance != Balance.none:
         raise UserError(f"data.balance={conf.balance} works with one label an image; {found.place} has several")
@@ -55,10 +55,10 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     )
 
 
-def _choose_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImages, Rows]:
-    """The classes that `data.classes` names, in the data's own order, and the rows that have one of them.
+def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImages, Rows]:
+    """`found` with the classes `names` only, in the data's order, and the rows of their images.
 
-    Labels of the rows that fall out keep no meaning.
+    The labels of all other rows mean nothing any more.
     """
     if not names:
         return found, np.arange(len(found.labels))
@@ -68,31 +68,31 @@ def _choose_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImag
             raise UserError(
                 f"data.classes: there is no class {name!r}{nearest(name, found.classes)}; {found.place} has {known}"
             )
-    kept = [label for label, name in enumerate(found.classes) if name in names]
-    classes = tuple(found.classes[label] for label in kept)
+    selected = [label for label, name in enumerate(found.classes) if name in names]
+    classes = tuple(found.classes[label] for label in selected)
     if found.labels.ndim == 2:
-        labels = found.labels[:, kept]
+        labels = found.labels[:, selected]
         rows = torch.nonzero(labels.any(1)).flatten()
     else:
-        place = torch.full((len(found.classes),), -1, dtype=torch.int64)
-        place[kept] = torch.arange(len(kept))
-        labels = place[found.labels]
+        new_label = torch.full((len(found.classes),), -1, dtype=torch.int64)
+        new_label[selected] = torch.arange(len(selected))
+        labels = new_label[found.labels]
         rows = torch.nonzero(labels >= 0).flatten()
     return replace(found, classes=classes, labels=labels), rows.numpy()
 
 
 def _strata(labels: Tensor) -> Rows:
-    """What a split keeps the proportions of: the class, or of several labels the rarest. int64 (n,)."""
+    """The stratum of each image, int64 (n,): its class, or the rarest of its labels. Splits preserve their shares."""
     if labels.ndim == 1:
         return labels.numpy()
     rarity = 1 / labels.sum(0).clamp(min=1)
     score, rarest = (labels * rarity).max(dim=1)
-    rarest[score == 0] = labels.shape[1]  # images without a label are a stratum of their own
+    rarest[score == 0] = labels.shape[1]  # images without a label form one more stratum
     return rarest.numpy()
 
 
 def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tuple[dict[str, Rows], str]:
-    """The rows of each split, and how they came about as ` (val cut by ...)`."""
+    """The rows of each split, and text for the description, such as ` (val cut by ...)`."""
     given = found.given.numpy()[rows]
     parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
     shares = {"val": conf.val_fraction, "test": conf.test_fraction}
@@ -105,7 +105,7 @@ def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tu
     if missing:
         order = _ranked(found.names, train, "split", conf.split_seed)
         parts |= {name: train[part] for name, part in cut(order, strata[train], shares=missing).items()}
-    if conf.folds:  # after the test images are out, so that these are the same with folds and without
+    if conf.folds:  # after the test images were cut, so that they are the same with folds and without
         both = np.sort(np.concatenate([parts["train"], parts["val"]]))
         _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"])
         order = _ranked(found.names, both, "fold", conf.split_seed)
@@ -118,7 +118,7 @@ def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tu
 
 
 def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> None:
-    """Each class needs an image for each split that is cut; with several labels an image nothing can be promised."""
+    """Raises UserError if a class has fewer images than there are splits to cut. Not for several labels an image."""
     if found.labels.ndim == 2 or len(needed) == 1:
         return
     pairs = zip(found.classes, counts.tolist(), strict=True)
@@ -141,23 +141,23 @@ def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks
 
 
 def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str, Rows]:
-    """Split stratum by stratum: every split of `shares` gets its share, at least one image, and `train` the rest.
+    """Cut each stratum: every split of `shares` gets its share, but at least one image, and `train` gets the rest.
 
-    A stratum that cannot give one image to each goes to `train` as a whole.
+    A stratum with too few images to give one to each split goes to `train` as a whole.
 
     Args:
         order: The images' ranks (n,).
         strata: int64 (n,).
-        shares: Of each stratum, for the splits that are cut off, such as `{"val": 0.1, "test": 0.3}`.
+        shares: The share of each split besides `train`, such as `{"val": 0.1, "test": 0.3}`.
 
     Returns:
-        For `train` and each name in `shares` the ascending positions, int64.
+        Split name -> ascending indices into `order`, int64.
     """
     taken: dict[str, list[Rows]] = {split: [] for split in ("train", *shares)}
     for rows in _groups(order, strata):
         start = 0
         for place, (split, share) in enumerate(shares.items()):
-            others = len(shares) - place  # the splits still to come, train among them, need an image each
+            others = len(shares) - place  # each of the splits still to come, train among them, needs an image
             count = max(0, min(max(1, int(len(rows) * share + 0.5)), len(rows) - start - others))
             if len(rows) > len(shares):
                 taken[split].append(rows[start : start + count])
@@ -169,18 +169,18 @@ def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str,
 
 
 def in_fold(order: Ranks, strata: Rows, *, folds: int, fold: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Whether each image belongs to fold number `fold`: every stratum is dealt out like cards, by rank."""
+    """Whether each image belongs to fold number `fold`, bool (n,). The images of a stratum go to the folds in turn."""
     inside = np.zeros(len(order), dtype=bool)
     dealt = 0
     for rows in _groups(order, strata):
         inside[rows[(fold - dealt) % folds :: folds]] = True
-        dealt += len(rows)  # the next stratum goes on where this one ended, or the first folds would be the largest
+        dealt += len(rows)  # the next stratum begins at the next fold, or the first folds would become the largest
     return inside
 
 
 def _groups(order: Ranks, strata: Rows) -> Iterable[Rows]:
-    """The positions of each stratum, by rank."""
-    # Numbers of 16 bits are sorted in linear time, so all of them by rank and stratum would take four times as long.
+    """The indices of the images of each stratum, ordered by rank."""
+    # numpy sorts numbers of 16 bits in linear time. One sort by (stratum, rank) would take four times as long.
     narrow = strata.astype(np.min_scalar_type(strata.max(initial=0)))
     by_stratum = np.argsort(narrow, kind="stable")
     ends = np.flatnonzero(np.diff(strata[by_stratum])) + 1
@@ -188,7 +188,7 @@ def _groups(order: Ranks, strata: Rows) -> Iterable[Rows]:
 
 
 def _draw(found: FoundImages, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows, str]:
-    """What `data.shots` or `data.fraction` leaves of the training rows, and words for it."""
+    """The training rows that `data.shots` or `data.fraction` draws, and text for the description."""
     if not conf.shots and conf.fraction == 1:
         return train, ""
     order = _ranked(found.names, train, "shots", conf.shots_seed)
@@ -196,24 +196,24 @@ def _draw(found: FoundImages, train: Rows, strata: Rows, conf: DataConf) -> tupl
         by_rank = np.argsort(order, kind="stable")
         columns = found.labels[train].numpy()[by_rank] > 0
         firsts = [by_rank[np.flatnonzero(column)[: conf.shots]] for column in columns.T]
-        kept = np.unique(np.concatenate(firsts))
+        drawn = np.unique(np.concatenate(firsts))
     elif conf.shots:
-        kept = np.concatenate([rows[: conf.shots] for rows in _groups(order, strata[train])])
+        drawn = np.concatenate([rows[: conf.shots] for rows in _groups(order, strata[train])])
     else:
         groups = _groups(order, strata[train])
-        kept = np.concatenate([rows[: max(1, int(len(rows) * conf.fraction + 0.5))] for rows in groups])
-    what = f"data.shots={conf.shots}" if conf.shots else f"data.fraction={conf.fraction:g}"
-    return train[kept], f" (train drawn by {what}, data.shots_seed={conf.shots_seed})"
+        drawn = np.concatenate([rows[: max(1, int(len(rows) * conf.fraction + 0.5))] for rows in groups])
+    setting = f"data.shots={conf.shots}" if conf.shots else f"data.fraction={conf.fraction:g}"
+    return train[drawn], f" (train drawn by {setting}, data.shots_seed={conf.shots_seed})"
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """N / (classes * images of the class): rare classes weigh more, mean 1 over the images. float32 (num_classes,)."""
+    """Loss weights n / (num_classes * images of the class), mean 1 over the n images. float32 (num_classes,)."""
     counts = class_counts(labels, num_classes).to(torch.float64)
     return (len(labels) / (num_classes * counts)).to(torch.float32)
 
 
 def _check_train(found: FoundImages, splits: Mapping[str, Split]) -> None:
-    """A class that is tested but never learned is a mistake of the data."""
+    """Raises UserError if a split is empty, or if a class has no training image."""
     if len(found.classes) < 2:
         only = ", ".join(found.classes)
         raise UserError(f"{found.place}: only one class, {only}, so there is nothing to tell apart")
@@ -232,6 +232,7 @@ def _check_train(found: FoundImages, splits: Mapping[str, Split]) -> None:
 
 
 def _empty_classes(classes: Sequence[str], splits: Mapping[str, Split]) -> tuple[str, ...]:
+    """A warning for each split that lacks classes."""
     lines = []
     for name, split in splits.items():
         empty = torch.nonzero(class_counts(split.labels, len(classes)) == 0).flatten().tolist()

@@ -150,7 +150,8 @@ class FoundImages:
     Attributes:
         kind: The value of `data.source`.
         store: The images.
-        names: A name for each image, which the split depends on. It is the same wherever the data lies.
+        names: A name for each image, by which it is split. Builders leave the folder of the data out of it, so that
+            splits do not depend on it. Absolute paths in a table and a local path in `data.name` (hf) stay in it.
         classes: Class names in their order.
         labels: int64 (n,), or float32 (n, classes) if an image may have several labels.
         given: Index into SPLITS of each image, uint8 (n,), as the data gives it; 0 if the data gives no splits.

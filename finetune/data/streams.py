@@ -1,7 +1,7 @@
-"""Where chance comes from: pure functions of (seed, epoch, sample ...), never a generator that somebody else shares.
+"""Random numbers of the data: each is a pure function of a seed and of counters such as epoch and sample.
 
-Nothing here reads or changes torch's, numpy's or Python's global generators, and nothing depends on who asks in which
-order. So the number of workers, a resumed run and a cache change no image.
+Nothing here reads or changes the global generators of torch, numpy or Python, and no result depends on the order of
+the calls. So the number of workers, a cache or a resumed run changes no image.
 
     split         blake2b("split", split_seed, name): images are ranked by the hash of their name
     data order    PCG64 seeded by blake2b("order", seed, epoch)
@@ -26,10 +26,10 @@ Ranks = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 
 def mix(stream: str, *parts: int | str) -> int:
-    """A 64-bit number that depends on every part: BLAKE2b (RFC 7693) of `stream:part:part...`, little-endian.
+    """A 64-bit hash of all parts: BLAKE2b (RFC 7693) of `stream:part:part...`, little-endian.
 
-    The same on every machine and in every version, unlike Python's `hash`. At most one part may be free text, the last
-    one, so that no two lists of parts give the same bytes.
+    The same parts give the same number on every machine, unlike Python's `hash`. Only the last part may be free text,
+    so that no two lists of parts give the same bytes.
     """
     text = ":".join([stream, *map(str, parts)])
     data = text.encode("utf-8", "surrogateescape")  # file names that are not valid UTF-8 count too
@@ -37,9 +37,10 @@ def mix(stream: str, *parts: int | str) -> int:
 
 
 def ranks(stream: str, seed: int, names: Iterable[str]) -> Ranks:
-    """`mix(stream, seed, name)` of every name, as NFC has it: file systems differ in how they write an umlaut. uint64.
+    """`mix(stream, seed, name)` of every name, uint64 (n,). Names are hashed in the Unicode form NFC.
 
-    Written out because a split of millions of images waits for it.
+    File systems write an umlaut in different forms; in NFC the splits do not depend on that. The loop repeats `mix`
+    line by line, since a split hashes millions of names.
     """
     begin = hashlib.blake2b(f"{stream}:{seed}:".encode(), digest_size=8, usedforsecurity=False).copy
     digests = bytearray()
@@ -59,36 +60,35 @@ def _normal(data: bytes | bytearray) -> bytes:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: a permutation of 0 to count - 1 by (seed, epoch). int64 (count,).
+    """The order of an epoch: a permutation of 0 to count - 1 by (seed, epoch), int64 (count,).
 
-    Sorts raw PCG64 output, the stream that numpy promises never to change; `Generator.permutation` carries no such
-    promise.
+    It sorts raw PCG64 output, which numpy promises never to change. `Generator.permutation` has no such promise.
     """
     raw = np.random.PCG64(mix("order", seed, epoch)).random_raw(count)
     return torch.from_numpy(np.argsort(raw, kind="stable").astype(np.int64))
 
 
 def num_views(augment: AugmentConf | None) -> int:
-    """How many views of an image are shown in turn; 0: a fresh one every epoch. Without augmentation there is one."""
+    """How many views of an image the epochs show in turn; 0: a new view every epoch; 1 without augmentation."""
     return 1 if augment is None or augment.recipe == Recipe.none else augment.views
 
 
 def view_of(epoch: int, augment: AugmentConf | None) -> int:
-    """Which view of its images an epoch shows: the epoch, or the epoch mod `augment.views` where that is above 0.
+    """The view that an epoch shows of its images: the epoch, or the epoch mod `augment.views` if that is above 0.
 
-    Without augmentation every epoch shows view 0.
+    Without augmentation it is always 0.
     """
     views = num_views(augment)
     return epoch % views if views else epoch
 
 
 def augment_generator(seed: int, view: int, sample: int, occurrence: int) -> torch.Generator:
-    """A fresh CPU generator for one showing of one image.
+    """A new CPU generator that draws the augmentation of one image once.
 
     Args:
-        seed: The run's.
+        seed: The run's `seed`.
         view: From `view_of`.
-        sample: Index into the split.
-        occurrence: How often the image was shown before within the epoch, 0 for the first time.
+        sample: The image's index in its split.
+        occurrence: How often the epoch has shown the image before.
     """
     return torch.Generator().manual_seed(mix("augment", seed, view, sample, occurrence))

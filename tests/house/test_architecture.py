@@ -24,6 +24,16 @@ LEVELS = {
     "commands": 6,
     "__main__": 7, "__init__": 7,
 }  # fmt: skip
+# Inside `data/` a part imports only from parts on a lower floor, or from itself.
+FLOORS = {
+    "packed": 0, "cache_dir": 0, "streams": 1,
+    "images": 2,
+    "split": 3,
+    "selection": 4, "caches": 4,
+    "sources": 5, "loading": 5,
+    "checks": 6,
+    "__init__": 7,
+}  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "numpy")
 # Rooms and modules that answer without torch: a typing mistake, `--help`, a report of a finished run.
@@ -98,6 +108,16 @@ def test_imports_point_down(path: Path) -> None:
     for other in modules_imported(path):
         if room(other) != room(path) and other != Path("__init__.py"):
             assert LEVELS[room(other)] < LEVELS[room(path)], f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room(path) == "data"], ids=str)
+def test_the_floors_of_data(path: Path) -> None:
+    def floor(module: Path) -> int:
+        return FLOORS[module.parts[1].removesuffix(".py")]
+
+    for other in modules_imported(path):
+        if room(other) == "data" and other.parts[1] != path.parts[1] and other != Path("data/__init__.py"):
+            assert floor(other) < floor(path), f"{path} imports {other}"
 
 
 def test_no_circle_inside_a_room() -> None:

@@ -1,6 +1,7 @@
 """Where images and labels come from: one builder for each word of `data.source`.
 
-A builder reads its section of the settings and returns `FoundImages`; `selection.split_up` makes three splits of them.
+A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up` makes three splits. Splits depend only
+on image names and `data.split_seed`. The order of the images follows the sorted names.
 Read `open_source` below, then `folders.py`, the plainest builder. A new source is one file here and one line of
 `_BUILDERS`, beside its word in `config/data.py`.
 """
