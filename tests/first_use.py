@@ -25,8 +25,6 @@ SIDE = {
     "LevitDistilled": r"head_dist\.",
     "RepVit": r"head\.head_dist\.",
     "IFormer": r"head\.head_dist\.",
-    "GoogLeNet": r"aux",
-    "Inception3": r"AuxLogits",
 }
 
 

@@ -12,12 +12,11 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from torch import nn
-from torchvision.models import convnext, mobilenetv3, resnet, swin_transformer, vision_transformer
+from torchvision.models import convnext, efficientnet, resnet, swin_transformer, vision_transformer
 
 from finetune.core.layers import LayeredModel
-from finetune.models.heads.head import Head
-from finetune.models.layering.clip import ClipClassifier, classifier_layers
-from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
+from finetune.models.heads.head import Head, TowerWithHead
+from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers, tower_with_head_layers
 
 CLASSES = 5
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": CLASSES}
@@ -37,8 +36,8 @@ def _torchvision(net: nn.Module) -> LayeredModel:
 
 
 def _tower(visual: nn.Module, features: int) -> LayeredModel:
-    net = ClipClassifier(visual, Head(features, CLASSES))
-    return LayeredModel(net, classifier_layers(open_clip_layers(visual)))
+    net = TowerWithHead(visual, Head(features, CLASSES))
+    return LayeredModel(net, tower_with_head_layers(open_clip_layers(visual)))
 
 
 def _clip(**vision: Any) -> LayeredModel:
@@ -73,8 +72,10 @@ def _tv_vit(**args: Any) -> nn.Module:
     return vision_transformer.VisionTransformer(32, 8, 3, 2, 32, 64, dropout=0.1, num_classes=CLASSES, **args)
 
 
-def _tv_mobilenet() -> nn.Module:
-    return mobilenetv3.mobilenet_v3_small(width_mult=0.25, num_classes=CLASSES)
+def _tv_efficientnet() -> nn.Module:
+    setting = functools.partial(efficientnet.MBConvConfig, width_mult=0.25, depth_mult=1.0)
+    settings = [setting(1, 3, 1, 32, 32, 1), setting(4, 3, 2, 32, 64, 2)]
+    return efficientnet.EfficientNet(settings, dropout=0.1, stochastic_depth_prob=0.3, num_classes=CLASSES)
 
 
 _eva = functools.partial(_timm, **VIT, **VIT_NOISE)
@@ -117,7 +118,7 @@ WHOLE: dict[str, tuple[Build, int]] = {
     "nfnet": (functools.partial(_timm, "test_nfnet", **NOISE), 64),
     "maxvit": (functools.partial(_timm, "test_maxvit", **NOISE), 160),
     "relpos": (functools.partial(_timm, "test_vit_relpos", **NOISE), 160),
-    "tv-mobilenet": (lambda: _torchvision(_tv_mobilenet()), 64),
+    "tv-efficientnet": (lambda: _torchvision(_tv_efficientnet()), 64),
 }
 ALL = {**CHAINS, **WHOLE}
 

@@ -21,7 +21,7 @@ from finetune.core.metrics import Meter, build_meter
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
-from finetune.models.heads.offsets import model_settings
+from finetune.models.heads.offsets import with_head_bias
 from finetune.models.patches import patches_as_products, products_dominate
 from finetune.runs.weights import weights_metadata
 from finetune.system.memory import keep_freed_memory
@@ -64,7 +64,7 @@ class Run:
     @property
     def model_conf(self) -> ModelConf:
         """The settings that the model was built with: `conf.model`, with what the labels of the source need."""
-        return model_settings(self.conf.model, is_multilabel=self.source.is_multilabel)
+        return with_head_bias(self.conf.model, is_multilabel=self.source.is_multilabel)
 
     @property
     def headlines(self) -> list[str]:
@@ -175,7 +175,7 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
         keep_freed_memory()  # only now, so that the memory of the check's threads went back to the system
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
-    built = build_model(model_settings(conf.model, is_multilabel=source.is_multilabel), source.classes)
+    built = build_model(with_head_bias(conf.model, is_multilabel=source.is_multilabel), source.classes)
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)

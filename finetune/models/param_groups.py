@@ -18,8 +18,8 @@ from torch import nn
 from finetune.core.layers import Layer, LayeredModel
 from finetune.core.optim import Group, is_decayed, layer_scale
 from finetune.core.ownership import assign_layers
+from finetune.models.layering.model import spared_names
 from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
-from finetune.models.upstream.built import spared_names
 from finetune.system.errors import UserError
 
 # What DDP and torch.compile put ahead of every name.

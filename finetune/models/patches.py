@@ -1,7 +1,8 @@
-"""Patch embeddings as matrix products: the same sums as the convolution, many times faster in bfloat16 on a CPU.
+"""Patch embeddings as matrix products: in bfloat16 on a CPU much faster than the convolution, with the same result.
 
-A convolution whose kernel is as wide as its stride cuts an image into patches and multiplies each by one matrix. CPU
-kernels for its gradient in bfloat16 take 5 to 18 times as long as the product (patches of 16 and 32 pixels, 2 cores).
+A convolution whose kernel is as wide as its stride cuts an image into patches and multiplies each patch by one matrix.
+On a CPU its gradient in bfloat16 takes 5 to 18 times as long as that of the product (patches of 16 and 32 pixels, 2
+cores).
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from torch import Tensor, nn
 
 
 class PatchProduct(nn.Conv2d):
-    """A convolution without overlap, computed as a matrix product; parameters, names and meaning are Conv2d's."""
+    """A convolution without overlap, computed as a matrix product; parameters and their names are those of Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, features, height / kernel, width / kernel)."""
         high, wide = self.kernel_size
         batch, channels, height, width = input.shape
         rows, columns = height // high, width // wide
-        cut = input[:, :, : rows * high, : columns * wide]  # what is left of a patch at the edges is not seen
+        cut = input[:, :, : rows * high, : columns * wide]  # like a convolution, ignore incomplete patches
         patches = cut.reshape(batch, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def patches_as_products(net: nn.Module) -> None:
-    """Let every convolution of `net` without overlap, padding and groups compute as a `PatchProduct`, in place."""
+    """Turn every convolution of `net` without overlap, padding and groups into a `PatchProduct`, in place."""
     for module in net.modules():
         if type(module) is nn.Conv2d and _cuts_patches(module):
             module.__class__ = PatchProduct
@@ -42,7 +43,10 @@ def _cuts_patches(conv: nn.Conv2d) -> bool:
 
 
 def products_dominate(net: nn.Module, width: int) -> bool:
-    """Whether most parameters stand in matrices (not kernels) of which the typical one is at least `width` wide."""
+    """Whether matrices, not kernels, hold most parameters, and the median matrix is at least `width` wide.
+
+    Tables of embeddings do not count. bfloat16 pays on a CPU for such networks only.
+    """
     matrices = [
         p for name, p in net.named_parameters() if p.ndim == 2 and not name.endswith(("_embed", "_embedding", "_table"))
     ]

@@ -33,7 +33,7 @@ from finetune.core.losses import asymmetric_loss, binary_cross_entropy, build_cr
 from finetune.core.metrics import LabelMeter, MultilabelMeter, average_precision, build_meter, top1, top5
 from finetune.core.metrics import classes as classes_module
 from finetune.models import build_model
-from finetune.models.heads.offsets import model_settings, offsets
+from finetune.models.heads.offsets import offsets, with_head_bias
 from finetune.report.scores import chosen_threshold, draw_confusion, write_scores
 from finetune.runs.weights import put_weights, read_weights
 
@@ -390,7 +390,7 @@ def test_a_run_with_several_labels_an_image(tagged: Path, tmp_path: Path, change
     assert json.loads(about["is_multilabel"]) is True
     assert json.loads(about["threshold"]) == known["val"]["threshold"] > 0
     assert 0 < json.loads(read_weights(tmp_path / "checkpoints" / "last.safetensors")[1]["threshold"]) < 1
-    model = build_model(model_settings(conf.model, is_multilabel=True), ["any", "left", "top"], load=False).model
+    model = build_model(with_head_bias(conf.model, is_multilabel=True), ["any", "left", "top"], load=False).model
     best = tmp_path / "checkpoints" / "best.safetensors"
     put_weights(read_weights(best)[0], model, best)
 

@@ -25,9 +25,8 @@ from finetune.core.cost import count_flops, estimate_memory
 from finetune.core.freezing import freeze, set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.models import build_model
-from finetune.models.heads.head import Head
-from finetune.models.layering.clip import ClipClassifier, classifier_layers
-from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
+from finetune.models.heads.head import Head, TowerWithHead
+from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers, tower_with_head_layers
 from finetune.runs.earlier import ROUNDING, Change
 
 warnings.filterwarnings("ignore")
@@ -50,7 +49,7 @@ def _clip(**vision: object) -> LayeredModel:
     cfg = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32, **vision}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     visual = open_clip.CLIP(16, cfg, text).visual
-    return LayeredModel(ClipClassifier(visual, Head(16, CLASSES)), classifier_layers(open_clip_layers(visual)))
+    return LayeredModel(TowerWithHead(visual, Head(16, CLASSES)), tower_with_head_layers(open_clip_layers(visual)))
 
 
 def _torchvision(**args: object) -> LayeredModel:
@@ -141,7 +140,7 @@ CANNOT: dict[str, Build] = {
     "open_clip-attention-pool": functools.partial(_clip, attentional_pool=True, attn_pooler_heads=2),
     "open_clip-tokens": functools.partial(_clip, output_tokens=True),
     "open_clip-own-attention": functools.partial(_clip, qk_norm=True),
-    **{name: functools.partial(small_model, name) for name in ("vit-reg-avg", "resnet", "tv-swin", "tv-mobilenet")},
+    **{name: functools.partial(small_model, name) for name in ("vit-reg-avg", "resnet", "tv-swin", "tv-efficientnet")},
     **{name: functools.partial(small_model, name) for name in ("beit-own-tables", "perception-encoder", "dinov3")},
 }
 
@@ -157,7 +156,7 @@ def made(build: Build, dtype: torch.dtype = torch.float64) -> LayeredModel:
 
 
 def images_of(name: str, dtype: torch.dtype = torch.float64, batch: int = 4) -> Tensor:
-    side = {"wrapped": 160, "vit-reg-avg": 160, "resnet": 64, "tv-swin": 64, "tv-mobilenet": 64}.get(name, 32)
+    side = {"wrapped": 160, "vit-reg-avg": 160, "resnet": 64, "tv-swin": 64, "tv-efficientnet": 64}.get(name, 32)
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from finetune.config import Conf, Family, HeadKind, ModelConf, find_problems
 from finetune.models import build_model
-from finetune.models.heads.head import (
-    Head,
+from finetune.models.heads.head import Head, TowerWithHead
+from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe, set_head
+from finetune.models.heads.zeroshot import (
     class_prompts,
     expand_templates,
     read_class_names,
     zeroshot_head,
     zeroshot_weight,
 )
-from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe, set_head
-from finetune.models.layering.clip import ClipClassifier
 
 TEMPLATES = ["{}", "a photo of a {}.", "the {}"]
 CLASSES = ["a_cat", "dog", "7"]
@@ -47,11 +46,11 @@ def tokenizer(texts: list[str]) -> Tensor:
 
 def test_logits_equal_clips_own_for_one_template(clip: nn.Module) -> None:
     images = torch.randn(5, 3, 16, 16)
-    head = zeroshot_head(clip, tokenizer, CLASSES, ["a photo of a {}."])
+    head = zeroshot_head(zeroshot_weight(clip, tokenizer, CLASSES, ["a photo of a {}."]))
     prompts = [f"a photo of a {name}." for name in ("a cat", "dog", "7")]
     with torch.no_grad():
         expected, _ = clip.get_logits(images, tokenizer(prompts))
-        got = ClipClassifier(clip.visual, head)(images)
+        got = TowerWithHead(clip.visual, head)(images)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(got.argsort(dim=1), expected.argsort(dim=1))
 
@@ -68,12 +67,12 @@ def test_templates_are_averaged_as_openai_and_open_clip_do(clip: nn.Module) -> N
 
 def test_many_prompts_are_read_in_parts(clip: nn.Module, monkeypatch) -> None:
     whole = zeroshot_weight(clip, tokenizer, CLASSES, TEMPLATES)
-    monkeypatch.setattr("finetune.models.heads.head.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("finetune.models.heads.zeroshot.PROMPTS_AT_ONCE", 2)
     torch.testing.assert_close(zeroshot_weight(clip, tokenizer, CLASSES, TEMPLATES), whole)
 
 
 def test_a_zeroshot_head_learns_and_has_no_bias(clip: nn.Module) -> None:
-    head = zeroshot_head(clip, tokenizer, CLASSES, TEMPLATES, dropout=0.1)
+    head = zeroshot_head(zeroshot_weight(clip, tokenizer, CLASSES, TEMPLATES), dropout=0.1)
     assert set(dict(head.named_parameters())) == {"weight"}
     assert head.weight.requires_grad and head.normalize and head.dropout == 0.1
 

@@ -20,8 +20,10 @@ from finetune.config import LayerRule, OptimConf
 from finetune.core.layers import Layer, LayeredModel
 from finetune.core.optim import param_groups
 from finetune.core.ownership import assign_layers
-from finetune.models.layering.placing import Rule, ordered_layers
-from finetune.models.layering.towers import MATCHERS, open_clip_layers, timm_layers, torchvision_layers
+from finetune.models.layering.rules import Rule, ordered_layers
+from finetune.models.layering.timm_networks import MATCHERS
+from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
+from finetune.models.upstream import from_torchvision
 
 warnings.filterwarnings("ignore")
 
@@ -39,9 +41,7 @@ OPEN_CLIP = [
     "vit_medium_patch16_gap_256",
 ]  # fmt: skip
 TORCHVISION = [
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t",
-    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5",
-    "squeezenet1_1", "swin_t", "vgg11_bn", "vit_b_16",
+    "convnext_tiny", "efficientnet_b0", "maxvit_t", "regnet_y_400mf", "resnet18", "swin_t", "vit_b_16",
 ]  # fmt: skip
 
 
@@ -56,10 +56,8 @@ def visual_on_meta(name: str) -> Any:
 
 
 def tv_on_meta(name: str) -> Any:
-    # These two fill their weights through scipy unless told not to.
-    args = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torchvision_on_meta():
-        return torchvision.models.get_model(name, weights=None, **args)
+        return torchvision.models.get_model(name, weights=None)
 
 
 def images_for(*size: int) -> torch.Tensor:
@@ -100,8 +98,7 @@ def check_tower(name: str) -> None:
 def check_torchvision(name: str) -> None:
     net = tv_on_meta(name)
     ids = check_layers(net, torchvision_layers(net))
-    side = 299 if name == "inception_v3" else 224
-    assert not out_of_order(net, ids, images_for(3, side, side)), name
+    assert not out_of_order(net, ids, images_for(3, 224, 224)), name
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -151,7 +148,7 @@ def test_all_of_open_clip(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_all_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
-    names, start = torchvision.models.list_models(module=torchvision.models), time.monotonic()
+    names, start = from_torchvision.names(), time.monotonic()
     for name in names:
         check_torchvision(name)
     report(capsys, f"torchvision: {len(names)} of {len(names)} covered", start)

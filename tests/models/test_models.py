@@ -14,10 +14,9 @@ from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.models import build_model
-from finetune.models.heads.head import Head
-from finetune.models.layering.clip import ClipClassifier, classifier_layers
-from finetune.models.layering.towers import open_clip_layers, timm_layers
-from finetune.models.upstream.built import layered
+from finetune.models.heads.head import Head, TowerWithHead
+from finetune.models.layering.model import layered
+from finetune.models.layering.towers import open_clip_layers, timm_layers, tower_with_head_layers
 
 CLASSES = [str(digit) for digit in range(10)]
 
@@ -105,8 +104,8 @@ def vit_tower(**changes: object) -> nn.Module:
 def clip_model(**changes: object) -> tuple[LayeredModel, nn.Module]:
     tower = clip_tower(**dict(changes))
     head = Head(tower.output_dim if tower.proj is not None else 32, 7)
-    net = ClipClassifier(tower, head)
-    return layered(net, classifier_layers(open_clip_layers(tower))), tower
+    net = TowerWithHead(tower, head)
+    return layered(net, tower_with_head_layers(open_clip_layers(tower))), tower
 
 
 def vit_model(**changes: object) -> LayeredModel:
@@ -235,7 +234,7 @@ def test_keys_are_upstreams_own() -> None:
 
     cfg = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 16}
     clip = open_clip.CLIP(24, cfg, {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1})
-    model = layered(ClipClassifier(clip.visual, Head(24, 3)), classifier_layers(open_clip_layers(clip.visual)))
+    model = layered(TowerWithHead(clip.visual, Head(24, 3)), tower_with_head_layers(open_clip_layers(clip.visual)))
     upstream = {name for name in clip.state_dict() if name.startswith("visual.")}
     assert set(model.net.state_dict()) == upstream | {"head.weight", "head.bias"}
     assert set(vit_model().net.state_dict()) == set(vit_tower().state_dict())
@@ -287,7 +286,7 @@ def test_the_same_seed_gives_the_same_random_head(family: Family) -> None:
 
 @pytest.mark.parametrize("family", list(Family)[:2])
 def test_without_weights_the_same_shapes_and_no_file(family: Family, monkeypatch) -> None:
-    from finetune.models.upstream import weights
+    from finetune.models.upstream import weight_files
 
     conf = ModelConf(family=family, name=f"glyph_{family}")
     shapes = {name: tensor.shape for name, tensor in build_model(conf, CLASSES).model.state_dict().items()}
@@ -295,7 +294,7 @@ def test_without_weights_the_same_shapes_and_no_file(family: Family, monkeypatch
     def no_reading(path):
         raise AssertionError(path)
 
-    monkeypatch.setattr(weights, "read_state_dict", no_reading)
+    monkeypatch.setattr(weight_files, "read_state_dict", no_reading)
     for device in ("cpu", "meta"):
         built = build_model(conf, CLASSES, load=False, device=device)
         assert {name: tensor.shape for name, tensor in built.model.state_dict().items()} == shapes
@@ -345,9 +344,9 @@ ERRORS = [
 
 @pytest.mark.parametrize(("settings", "words"), ERRORS)
 def test_a_wrong_setting_ends_in_one_line_that_says_what_to_do(settings, words, monkeypatch) -> None:
-    from finetune.models.upstream import from_open_clip
+    from finetune.models.upstream import clip_source
 
-    monkeypatch.setattr(from_open_clip, "_read_hub_config", lambda repository: {"model_cfg": {}, "preprocess_cfg": {}})
+    monkeypatch.setattr(clip_source, "_read_hub_config", lambda repository: {"model_cfg": {}, "preprocess_cfg": {}})
     with pytest.raises(ValueError) as caught:
         build_model(ModelConf(**settings), CLASSES)
     assert words in str(caught.value)
@@ -364,9 +363,8 @@ def test_a_wrong_setting_ends_in_one_line_that_says_what_to_do(settings, words, 
         ("timm", "resnet10t"),
         ("timm", "deit_tiny_distilled_patch16_224"),
         ("timm", "tf_efficientnet_lite0"),
-        ("torchvision", "squeezenet1_1"),
-        ("torchvision", "shufflenet_v2_x0_5"),
-        ("torchvision", "googlenet"),
+        ("torchvision", "resnet18"),
+        ("torchvision", "efficientnet_b0"),
     ],
 )
 def test_other_families_classify_train_and_freeze(library: str, name: str) -> None:
@@ -444,7 +442,9 @@ LIBRARIES = [
         {"name": "resnet18", "library": Library.timm, "pretrained": "none", "head": HeadKind.keep},
         "no classifier to keep",
     ),
-    ({"name": "squeezenet1_0", "pretrained": "none", "head_dropout": 0.1}, "is a Conv2d"),
+    ({"name": "squeezenet1_0", "pretrained": "none"}, "older model of torchvision; use one of timm's with model.libr"),
+    ({"name": "mobilenet_v3_small", "library": Library.torchvision}, "did you mean 'mobilenetv3_small_100'"),
+    ({"name": "densenet121", "library": Library.torchvision}, "did you mean 'densenet121'"),
 ]
 
 

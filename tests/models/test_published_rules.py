@@ -20,10 +20,9 @@ from finetune.config import LayerRule, OptimConf
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import param_groups
-from finetune.models.heads.head import Head
-from finetune.models.layering.clip import ClipClassifier, classifier_layers
-from finetune.models.layering.towers import open_clip_layers, timm_layers
-from finetune.models.upstream.built import spared_names
+from finetune.models.heads.head import Head, TowerWithHead
+from finetune.models.layering.model import spared_names
+from finetune.models.layering.towers import open_clip_layers, timm_layers, tower_with_head_layers
 
 warnings.filterwarnings("ignore")
 
@@ -65,8 +64,8 @@ def on_meta(name: str) -> tuple[LayeredModel, str]:
     with torch.device("meta"):
         if name.startswith("ViT-"):
             clip: Any = open_clip.create_model(name, device="meta")
-            net: Any = ClipClassifier(clip.visual, Head(clip.visual.output_dim, 10))
-            layers, prefix = classifier_layers(open_clip_layers(clip.visual)), "visual."
+            net: Any = TowerWithHead(clip.visual, Head(clip.visual.output_dim, 10))
+            layers, prefix = tower_with_head_layers(open_clip_layers(clip.visual)), "visual."
         else:
             shared = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False} if name.startswith("beit") else {}
             net = timm.create_model(name, num_classes=10, **shared)

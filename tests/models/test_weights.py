@@ -15,8 +15,8 @@ from torch import nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
-from finetune.models.upstream import weights
-from finetune.models.upstream.weights import downloads, load_strictly, read_state_dict
+from finetune.models.upstream.downloads import _reachable, downloads
+from finetune.models.upstream.weight_files import load_strictly, read_state_dict
 
 CLASSES = ["a", "b", "c"]
 STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3), "conv.bias": torch.ones(2), "steps": torch.tensor(3)}
@@ -220,9 +220,9 @@ def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
 def test_torch_hub_announces_no_download_that_cannot_happen(
     tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setattr("finetune.models.upstream.downloads._reachable", lambda url: False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    conf = ModelConf(family=Family.vit, name="squeezenet1_0", library=Library.torchvision, pretrained="DEFAULT")
+    conf = ModelConf(family=Family.vit, name="convnext_tiny", library=Library.torchvision, pretrained="DEFAULT")
     with pytest.raises(FileNotFoundError, match=r"download\.pytorch\.org cannot be reached"):
         build_model(conf, CLASSES)
     assert capsys.readouterr() == ("", "")
@@ -402,7 +402,7 @@ def hub(monkeypatch, tmp_path: Path) -> Path:
         (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
         return folder / "snapshots" / ("0" * 40)
 
-    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setattr("finetune.models.upstream.downloads._reachable", lambda url: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     torch.manual_seed(0)
     folder = repository("somebody/clip")
@@ -524,7 +524,7 @@ def offline(monkeypatch, tmp_path: Path) -> None:
     """No network, whatever this machine has, and an empty cache."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setattr("finetune.models.upstream.downloads._reachable", lambda url: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -551,8 +551,8 @@ def test_without_a_network_one_line_says_what_where_and_three_ways(settings: dic
 def test_the_probe_finds_an_unreachable_hub_by_itself(monkeypatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert not weights._reachable("https://nowhere.invalid")
-    assert not weights._reachable("http://127.0.0.1:9")
+    assert not _reachable("https://nowhere.invalid")
+    assert not _reachable("http://127.0.0.1:9")
 
 
 def test_downloads_leave_settings_and_loggers_as_they_were(monkeypatch) -> None:
@@ -561,7 +561,7 @@ def test_downloads_leave_settings_and_loggers_as_they_were(monkeypatch) -> None:
 
     from huggingface_hub import constants
 
-    monkeypatch.setattr(weights, "_reachable", lambda url: False)
+    monkeypatch.setattr("finetune.models.upstream.downloads._reachable", lambda url: False)
     before = (
         constants.HF_HUB_OFFLINE,
         socket.getdefaulttimeout(),

@@ -1,9 +1,10 @@
-"""Several labels an image: where each class's yes-or-no question starts.
+"""The first bias of a classifier that gives several labels an image.
 
-A zero-shot head gives scale times cosine, for CLIP 15 to 30 whatever the image: the sigmoid of that is 1 everywhere,
-and binary cross entropy would tear at every weight to bring it down. So the head gets an offset for each class, under
-which the model begins by answering yes as often as the training labels do. Ranking images by one class, and so average
-precision, is untouched by it.
+With several labels, each class is a yes-or-no question and its logit goes through a sigmoid. A zero-shot head gives
+logits of 15 to 30 for every image, so every sigmoid is 1, and the first gradients of binary cross entropy would spoil
+the whole network only to lower the logits. A bias for each class prevents that: the mean sigmoid of a class starts at
+the share of training images that have its label. The bias does not change the order of images within a class, and so
+leaves average precision as it is.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from finetune.config import Family, HeadKind, ModelConf
 from finetune.core.layers import LayeredModel
 from finetune.models.heads.head import Head
 
-# Images that the offsets are fitted on; how many labels there are is counted over all.
+# How many images the bias is fitted on. The shares of labels are counted over all training images.
 IMAGES = 2048
 
 
-def model_settings(conf: ModelConf, *, is_multilabel: bool) -> ModelConf:
-    """The settings to build the model with: several labels an image need a head with offsets."""
+def with_head_bias(conf: ModelConf, *, is_multilabel: bool) -> ModelConf:
+    """The same settings, with a bias in a zero-shot head where images have several labels."""
     may_read_names = conf.family == Family.clip and conf.head in (HeadKind.auto, HeadKind.zeroshot)
     return replace(conf, head_bias=True) if is_multilabel and may_read_names else conf
 
@@ -37,36 +38,36 @@ def set_offsets(
     autocast: AbstractContextManager[object],
     start: int = 0,
 ) -> None:
-    """Set the bias of the head so that the mean sigmoid of each class is its share of the training labels.
+    """Set the head's bias so that each class's mean sigmoid equals its share of the training labels.
 
-    Nothing happens to a model without a head of ours, or one without a bias.
+    Does nothing where the model has no `Head` with a bias, or two.
 
     Args:
-        model: Changed in place; left in training mode.
-        batches: Training images; the first `IMAGES` of them are looked at.
+        model: Changed in place; in training mode afterwards.
+        batches: Training batches, of which the inputs are read: at least `IMAGES` images, or all.
         labels: All training labels, (n, classes), 0 or 1.
         autocast: Context of the forward pass.
-        start: Id of the first layer to run; the batches hold what those below give.
+        start: Id of the first layer to run: `batches` hold the activations of the layers below it.
     """
     heads = [module for module in model.net.modules() if isinstance(module, Head) and module.bias is not None]
     if len(heads) != 1:
         return
     model.eval()
-    seen: list[Tensor] = []
+    found: list[Tensor] = []
     for inputs, _, _ in batches:
         with autocast:
             logits = model(inputs, start=start)
-        seen.append(logits.double().cpu())
-        if sum(map(len, seen)) >= IMAGES:
+        found.append(logits.double().cpu())
+        if sum(map(len, found)) >= IMAGES:
             break
     model.train()
-    heads[0].bias.add_(offsets(torch.cat(seen), labels).to(heads[0].bias))
+    heads[0].bias.add_(offsets(torch.cat(found), labels).to(heads[0].bias))
 
 
 def offsets(logits: Tensor, labels: Tensor) -> Tensor:
-    """What to add to each class's scores for their mean sigmoid to be the class's share. float64 (classes,).
+    """The number to add to each class's logits so that their mean sigmoid is the class's share. float64 (classes,).
 
-    The share is (images with the label + 1) / (images + 2), so that no class begins at never or always.
+    The share is (images with the label + 1) / (images + 2), so it is never 0 or 1.
 
     Args:
         logits: float64 (n, classes).
@@ -74,7 +75,8 @@ def offsets(logits: Tensor, labels: Tensor) -> Tensor:
     """
     wanted = (labels.double().sum(dim=0) + 1) / (len(labels) + 2)
     low, high = -logits.amax(dim=0) - 50, -logits.amin(dim=0) + 50
-    for _ in range(60):  # the mean sigmoid rises with the offset: halve the interval
+    # The mean sigmoid rises with the offset, so bisection finds it.
+    for _ in range(60):
         middle = (low + high) / 2
         is_low = torch.sigmoid(logits + middle).mean(dim=0) < wanted
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)

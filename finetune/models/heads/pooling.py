@@ -1,8 +1,8 @@
-"""`model.pool=mean`: the mean of all patch tokens under a new norm, in the place of the pooling of the weights.
+"""`model.pool=mean`: replace the pooling of the weights by the mean of all patch tokens and a new norm.
 
-As MAE and BEiT fine-tune (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, appendix A.1), and as FT-CLIP
-(arXiv:2212.06138) fine-tunes CLIP, whose `ln_post` and `proj` are thrown away. The class token still attends and is
-attended to; it is only not read.
+MAE and BEiT fine-tune so (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, appendix A.1), and FT-CLIP
+(arXiv:2212.06138) fine-tunes CLIP so, without CLIP's `ln_post` and `proj`. The class token still takes part in
+attention; only the readout ignores it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from torch import nn
 
 from finetune.system.errors import UserError
 
-# timm's classes that pool tokens by `global_pool` and have both `norm` (ahead of the pool) and `fc_norm` (behind it).
+# The classes of timm that pool tokens as `global_pool` says, with `norm` ahead of the pool and `fc_norm` behind it.
 TIMM_KINDS = ("VisionTransformer", "Eva", "Beit")
 
 
 def mean_pool_open_clip(visual: nn.Module, name: str) -> int:
-    """Let an image tower of open_clip pool by the mean, by upstream's own switches; the length of its features.
+    """Make an image tower of open_clip pool by the mean; return the length of its features.
 
-    The new norm keeps the name `ln_post`; `proj` is gone.
+    The new norm is called `ln_post` like the old one; `proj` is removed.
+
+    Args:
+        visual: The image tower, changed in place.
+        name: The model's name, for the error.
 
     Raises:
-        ValueError: A tower that is no plain VisionTransformer.
+        UserError: The tower is not a plain VisionTransformer.
     """
     tower: Any = visual
     if type(visual).__name__ != "VisionTransformer" or tower.attn_pool is not None:
@@ -39,10 +43,16 @@ def mean_pool_open_clip(visual: nn.Module, name: str) -> int:
 
 
 def mean_pool_timm(net: nn.Module, name: str) -> None:
-    """Let a timm network pool by the mean: as if built with `global_pool='avg'`, with a new `fc_norm` and no `norm`.
+    """Make a timm network pool by the mean: a new `fc_norm` behind the pool, no `norm` ahead of it.
+
+    That is the network that timm builds with `global_pool='avg'`.
+
+    Args:
+        net: The network, changed in place.
+        name: The model's name, for the error.
 
     Raises:
-        ValueError: A network that does not pool tokens this way.
+        UserError: The network does not pool tokens.
     """
     tower: Any = net
     if type(net).__name__ not in TIMM_KINDS or "attn_pool" in dict(net.named_children()):

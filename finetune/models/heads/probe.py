@@ -1,6 +1,7 @@
-"""A linear probe: the regularised logistic regression on frozen features that a fine-tuning can start from (LP-FT).
+"""A linear probe: a regularised logistic regression on frozen features. Fine-tuning can start from it (LP-FT).
 
-Kumar et al., arXiv:2202.10054: a random head's first gradients distort good features; a fitted head's do not.
+Kumar et al., arXiv:2202.10054: the first gradients of a random head distort good features; those of a fitted head do
+not.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.core.layers import LayeredModel
-from finetune.models.heads.head import find_head
+from finetune.models.heads.head import find_head, mean_over_positions
 from finetune.system.errors import UserError
 
-# Strengths of the penalty that are tried, strongest first: each fit starts where the one before ended.
+# The strengths of the penalty, strongest first: each fit starts from the result of the one before, which saves steps.
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -7, -1))
 ITERATIONS = 200
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted classifier over features as the model gives them.
+    """A fitted linear classifier; it takes features as the model gives them, not standardised.
 
     Attributes:
         weight: (classes, features).
         bias: (classes,).
-        strength: The penalty on squared weights that did best on validation; of features scaled to unit deviation.
-        val_top1: Share of validation images that it classifies rightly.
+        strength: The penalty on squared weights with the best validation accuracy.
+        val_top1: Share of validation images that the classifier labels correctly.
     """
 
     weight: Tensor
@@ -40,20 +41,21 @@ class Probe:
 
 
 def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, num_classes: int) -> Probe:
-    """Multinomial logistic regression with a squared penalty, by L-BFGS, its strength picked on validation.
+    """Multinomial logistic regression with a squared penalty, fitted by L-BFGS.
 
-    Minimises mean cross-entropy + strength / 2 * |W|^2 over features standardised by the training set; the bias is
-    free. Of equal accuracies the lower validation loss wins. The result works on features as they are.
+    Minimises mean cross-entropy + strength / 2 * |W|^2 over features standardised by the training set, for each
+    strength in `STRENGTHS`; the bias has no penalty. Returns the fit with the best validation accuracy, and of equal
+    accuracies the one with the lowest validation loss.
 
     Args:
-        features: Of the training images, (n, features).
+        features: Features of the training images, (n, features).
         labels: (n,), int64.
-        val_features: Of the validation images, (m, features).
+        val_features: Features of the validation images, (m, features).
         val_labels: (m,), int64.
         num_classes: Number of logits.
 
     Raises:
-        ValueError: No features, or values that are not finite.
+        UserError: There are no features, or some are not finite.
     """
     if not len(features) or not len(val_features):
         raise UserError(
@@ -78,7 +80,7 @@ def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_lab
 
 
 def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """One regression, started from `weight` and `bias`."""
+    """One regression, started from `weight` and `bias`; returns the fitted two."""
     weight, bias = (tensor.clone().requires_grad_(True) for tensor in (weight, bias))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
@@ -97,32 +99,26 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
 
 @torch.no_grad()
 def features_of(model: LayeredModel, images: Tensor) -> Tensor:
-    """What reaches the classifier. (batch, 3, height, width) -> (batch, features), float32.
+    """The features that the classifier multiplies with its weights. (batch, 3, height, width) -> (batch, n), float32.
 
-    Works on every architecture with one linear classifier, plain chain or not. Put the model in eval mode first.
+    Works on every architecture with one linear classifier. Put the model in eval mode first.
 
     Raises:
-        ValueError: The model has no linear classifier, or two.
+        UserError: The model has no linear classifier, or two.
     """
     head = find_head(model.net)
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
         model(images)
     finally:
         handle.remove()
-    features = seen[0].float()
-    features = features.mean(dim=(2, 3)) if features.ndim == 4 else features
-    features = features.mean(dim=1) if features.ndim == 3 else features
+    features = mean_over_positions(inputs[0].float())
     return F.normalize(features, dim=-1) if head.normalize else features
 
 
 def set_head(model: LayeredModel, probe: Probe) -> None:
-    """Let the model classify as the probe does.
-
-    Raises:
-        ValueError: The head has no bias or other shapes: it was not built with model.head=linear_probe or random.
-    """
+    """Copy the probe's weight and bias into the model's head, which must have a bias and the same shapes."""
     find_head(model.net).set(probe.weight, probe.bias)
 
 

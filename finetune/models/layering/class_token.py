@@ -1,14 +1,27 @@
-"""The last block for the tokens that are read out, where those are class tokens: `train.class_token_only`.
+"""A shorter last block for networks that classify the class token alone: `train.class_token_only`.
 
-Of the last block a classifier reads the class token. Keys and values of all tokens go into that one, so they are
-computed; queries, the projection of attention, the second norm and the MLP of the patch tokens go nowhere, so they are
-not. Of a patch token's work (12 times its width squared: 3 for query, key and value, 1 for the projection, 8 for the
-MLP) 2 are left. Logits and gradients are the same but for rounding.
+In a ViT that is read out at its class token, nothing reads the other tokens behind the last block. So the last block
+need not compute them. With `x` all tokens (n of them, the class token first), a block computes
 
-The ordinary run is taken, bit for bit, wherever dropout is at work in that block, because it would draw other random
-numbers (drop path draws one a sample, so it may be at work), and wherever the block is no longer of the class that it
-was built as (a wrapper that must see its forward call has taken its place). A network gets no such run where patch
-tokens are read, or where a part of block or readout is of a class not known here to treat each token by itself.
+    y = x + attention(norm1(x)),    out = y + mlp(norm2(y)),
+
+and in attention the first output is `softmax(q[0] @ k.T) @ v`: it depends on the query of the class token and on the
+keys and values of all tokens. Norms, projection, MLP and residual sums treat each token by itself. The shorter run
+therefore computes keys and values for all n tokens, and everything else for the class token only. A whole block costs
+12 width^2 multiplications a token (3 for query, key and value, 1 for the projection, 8 for the MLP); the shorter run
+costs 2 width^2 for each token but the first.
+
+Logits and gradients are those of the whole block in exact arithmetic. In floating point they differ by rounding: matrix
+products of other shapes add the same numbers in another order.
+
+Two cases run the whole block instead, bit for bit:
+
+* Dropout is active in the block. It draws a number for every token, so the shorter run would use other random numbers.
+  Drop path draws one number for each image, so it may be active.
+* The block has another class than when the model was built: a wrapper (sharding) must see its forward call.
+
+A network has no shorter run at all where the readout reads patch tokens, or where a part of the last block or of the
+readout has a class that is not listed here as treating each token by itself.
 """
 
 from __future__ import annotations
@@ -23,13 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.core.layers import Layer
-from finetune.models.layering.timm_chains import rotary
+from finetune.models.layering.running import Run
+from finetune.models.layering.timm_networks import rotary
 
-Run = Callable[[Any, Tensor], Tensor]
-# (network, its last block, all tokens) -> the tokens that are read.
+# (network, its last block, all tokens) -> the tokens that the readout reads.
 RunBlock = Callable[[Any, Any, Tensor], Tensor]
 
-# Classes that treat each token by itself: what they give for one does not depend on the others.
+# Classes that treat each token by itself: the output at one token does not depend on the other tokens.
 TOKENWISE = {
     *(f"torch.nn.modules.activation.{name}" for name in ("GELU", "ReLU", "SiLU", "Sigmoid", "Tanh")),
     *(f"torch.nn.modules.linear.{name}" for name in ("Identity", "Linear", "NonDynamicallyQuantizableLinear")),
@@ -45,35 +58,34 @@ TOKENWISE = {
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 TIMM_ATTENTION = "timm.layers.attention.Attention"
 EVA_ATTENTION = ("timm.models.eva.EvaAttention", "timm.layers.attention.AttentionRope")
-# Parts of timm's attentions that `_timm_attention` knows what to do with: a version with others is unknown.
+# The parts of timm's attention modules that `_timm_attention` computes. An attention with another part is unknown.
 ATTENTION_PARTS = {
     *("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"),
     *("attn_drop", "norm", "gate", "proj", "proj_drop"),
 }
 
 
-def with_class_token_run(net: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+def with_class_token_run(
+    net: nn.Module, layers: Sequence[Layer], build: Callable[[Any, Any], RunBlock | None]
+) -> list[Layer]:
     """The same layers, the last block with its `run_class_token` where this network can have one.
 
     Args:
         net: A network of timm, open_clip (the image tower) or torchvision.
-        layers: Its layers, their `owns` and `run` as seen from `net`.
+        layers: Its layers, with the functions that run them.
+        build: `build(net, block)` gives the shorter run of the last block, or None: one of the functions below.
     """
-    build = BUILDERS.get(_class_name(net))
-    last = max((index for index, layer in enumerate(layers) if layer.name.startswith("block.")), default=0)
+    last = [layer.name for layer in layers].index("readout") - 1
     whole = layers[last].run
-    if build is None or whole is None:
-        return list(layers)
+    assert whole is not None
+    if last == 1:
+        return list(layers)  # the only block: its layer names the list of blocks, not the block in it
     (path,) = layers[last].owns
-    block = net.get_submodule(path)
-    few = build(net, block)
+    few = build(net, net.get_submodule(path))
     if few is None:
         return list(layers)
-    run = partial(_run_last_block, path=path, kind=type(block), whole=whole, few=few)
-    return [
-        dataclasses.replace(layer, run_class_token=run) if index == last else layer
-        for index, layer in enumerate(layers)
-    ]
+    run = partial(_run_last_block, path=path, kind=type(net.get_submodule(path)), whole=whole, few=few)
+    return [*layers[:last], dataclasses.replace(layers[last], run_class_token=run), *layers[last + 1 :]]
 
 
 def _run_last_block(net: Any, h: Tensor, *, path: str, kind: type[nn.Module], whole: Run, few: RunBlock) -> Tensor:
@@ -84,7 +96,7 @@ def _run_last_block(net: Any, h: Tensor, *, path: str, kind: type[nn.Module], wh
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module draws random numbers for every token now."""
+    """Whether a module draws a random number for every token, in its present mode."""
     if isinstance(module, nn.Dropout):
         return module.training and module.p > 0
     return isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0
@@ -95,7 +107,15 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str], readout: Sequence[nn.Module]) -> bool:
-    """Whether all parts of block and readout are of classes known here; a subclass may do something else."""
+    """Whether all parts of block and readout are of listed classes; a subclass is not, since it may do something else.
+
+    Args:
+        block: The last block.
+        kind: The class that the block must have.
+        attention: The block's attention, which mixes tokens.
+        kinds: The classes that the attention may have.
+        readout: The modules between the block and the classifier.
+    """
     others = {*block.modules()} - {block, attention}
     others |= {module for part in readout for module in part.modules()}
     return (
@@ -108,14 +128,16 @@ def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str],
 # timm
 
 
-def _timm_vit(net: Any, block: Any) -> RunBlock | None:
+def timm_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+    """The shorter run for ViT, where it reads the class token."""
     if net.global_pool != "token" or net.attn_pool is not None:
         return None
     return _timm_block_run(net, block, tokens=1)
 
 
-def _timm_distilled(net: Any, block: Any) -> RunBlock | None:
-    return _timm_block_run(net, block, tokens=2)  # the class token and the one behind it, each with its classifier
+def timm_distilled(net: Any, block: Any) -> RunBlock | None:
+    """The shorter run for a distilled ViT: it reads the class token and, behind it, the distillation token."""
+    return _timm_block_run(net, block, tokens=2)
 
 
 def _timm_block_run(net: Any, block: Any, tokens: int) -> RunBlock | None:
@@ -132,13 +154,15 @@ def _run_timm_block(net: Any, block: Any, h: Tensor, *, tokens: int) -> Tensor:
     return out
 
 
-def _timm_eva(net: Any, block: Any) -> RunBlock | None:
+def timm_eva(net: Any, block: Any) -> RunBlock | None:
+    """The shorter run for EVA and EVA-02, where they read the class token."""
     if net.global_pool != "token" or net.attn_pool is not None:
         return None
     kind, readout = "timm.models.eva.EvaBlock", (net.norm, net.fc_norm)
     if not _is_known(block, kind, block.attn, EVA_ATTENTION, readout) or not _has_known_parts(block.attn):
         return None
-    return _run_eva_block if block.attn.num_prefix_tokens >= 1 else None  # else positions rotate the class token too
+    # Without prefix tokens the rotary embedding would rotate the class token's query too.
+    return _run_eva_block if block.attn.num_prefix_tokens >= 1 else None
 
 
 def _run_eva_block(net: Any, block: Any, h: Tensor) -> Tensor:
@@ -155,12 +179,12 @@ def _has_known_parts(attention: nn.Module) -> bool:
 
 
 def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = None) -> Tensor:
-    """What `Attention`, `EvaAttention` and `AttentionRope` of timm do, with the first tokens' queries only.
+    """The output of timm's `Attention`, `EvaAttention` and `AttentionRope` at the first tokens only.
 
     Args:
-        attn: The module, dropout not at work.
-        h: All tokens behind the first norm (batch, length, width).
-        tokens: How many of them ask, from the first on; positions rotate none of these.
+        attn: The module; its dropout must not be active.
+        h: All tokens behind the first norm, (batch, length, width).
+        tokens: How many outputs to compute. These tokens must be prefix tokens, which `rope` does not rotate.
         rope: Rotary embedding of the patch tokens.
 
     Returns:
@@ -177,7 +201,7 @@ def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = Non
         k = _rotated(attn, k, rope).type_as(v)
         q = q.type_as(v)
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # keys and values that several heads share
+    if groups > 1:  # several heads share a key and a value
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if attn.fused_attn:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -190,14 +214,14 @@ def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = Non
 
 
 def _project(attn: Any, h: Tensor, few: Tensor, width: int) -> Iterator[Tensor]:
-    """Queries of `few`, keys and values of all tokens, heads side by side: (batch, tokens, heads * head width) each."""
+    """Queries of `few`, then keys and values of `h`, each (batch, tokens, heads * head width)."""
     if attn.qkv is None:
         yield from (attn.q_proj(few), attn.k_proj(h), attn.v_proj(h))
         return
     bias = attn.qkv.bias
     if "q_bias" in dict(attn.named_parameters(recurse=False)):
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    # One split, and not two slices: its gradient is one concatenation, not a sum of two matrices padded with zeros.
+    # `split`, because its gradient is one concatenation. Two slices would add two matrices padded with zeros.
     for_q, for_kv = attn.qkv.weight.split([width, 2 * width])
     bias_q, bias_kv = (None, None) if bias is None else bias.split([width, 2 * width])
     yield F.linear(few, for_q, bias_q)
@@ -211,10 +235,11 @@ def _rotated(attn: Any, k: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([k[:, :, :first], apply_rot_embed_cat(k[:, :, first:], rope, half=attn.rotate_half)], dim=2)
 
 
-# open_clip and torchvision: torch's own attention takes other queries than keys as it is.
+# open_clip and torchvision use torch's own attention, which accepts fewer queries than keys.
 
 
-def _open_clip_vit(net: Any, block: Any) -> RunBlock | None:
+def open_clip_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+    """The shorter run for open_clip's own ViT, where it reads the class token."""
     if net.pool_type != "tok" or net.attn_pool is not None or net.output_tokens:
         return None
     kind = "open_clip.transformer.ResidualAttentionBlock"
@@ -229,7 +254,8 @@ def _run_open_clip_block(net: Any, block: Any, h: Tensor) -> Tensor:
     return out
 
 
-def _torchvision_vit(net: Any, block: Any) -> RunBlock | None:
+def torchvision_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+    """The shorter run for torchvision's ViT."""
     kind = "torchvision.models.vision_transformer.EncoderBlock"
     known = _is_known(block, kind, block.self_attention, (MULTIHEAD,), (net.encoder.ln,))
     return _run_torchvision_block if known else None
@@ -240,12 +266,3 @@ def _run_torchvision_block(net: Any, block: Any, h: Tensor) -> Tensor:
     x = block.dropout(block.self_attention(y[:, :1], y, y, need_weights=False)[0]) + h[:, :1]
     out: Tensor = x + block.mlp(block.ln_2(x))
     return out
-
-
-BUILDERS: dict[str, Callable[[Any, Any], RunBlock | None]] = {
-    "timm.models.vision_transformer.VisionTransformer": _timm_vit,
-    "timm.models.deit.VisionTransformerDistilled": _timm_distilled,
-    "timm.models.eva.Eva": _timm_eva,
-    "open_clip.transformer.VisionTransformer": _open_clip_vit,
-    "torchvision.models.vision_transformer.VisionTransformer": _torchvision_vit,
-}

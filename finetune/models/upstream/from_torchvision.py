@@ -1,11 +1,13 @@
-"""torchvision's classification models, with their weights or a file's, and our classifier in the place of theirs."""
+"""torchvision's classification models: load their weights or a file's.
+
+torchvision has ten older families of convolutional networks too, from AlexNet to MobileNetV3. Those are left to timm.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +15,55 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from finetune.config import HeadKind, ModelConf
+from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
-from finetune.models.layering.torchvision_chains import RULES
-from finetune.models.layering.towers import torchvision_layers
-from finetune.models.upstream import weights
-from finetune.models.upstream.built import (
-    BuiltModel,
-    check_patches,
-    head_kind,
-    keep_head,
-    layered,
-    path_of,
-    put_head,
-    read_saved,
-    unknown_tag,
-)
-from finetune.models.upstream.undrawn import Undrawn
+from finetune.models.layering.torchvision_networks import RULES
+from finetune.models.upstream import weight_files
+from finetune.models.upstream.downloads import downloads
+from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, unknown_tag
+from finetune.models.upstream.skip_init import SkipInit
 from finetune.system.errors import UserError
 
-# Classifiers half-way up, which help training from scratch and turn the output into a tuple.
-AUXILIARY = ("aux1", "aux2", "AuxLogits")
+# The modules of torchvision.models whose networks have a rule in `RULES`.
+MODULES = ("convnext", "efficientnet", "maxvit", "regnet", "resnet", "swin_transformer", "vision_transformer")
 # MaxViT's last stage has 1/32 of the resolution, cut into windows of 7 x 7.
 MAXVIT_GRID = 32 * 7
 
 
 def names() -> list[str]:
-    """All of torchvision's classification models."""
+    """The names of torchvision's classification models that finetune builds."""
     from torchvision import models
 
-    found: list[str] = models.list_models(module=models)
-    return found
+    homes = {name: models.get_model_builder(name).__module__ for name in models.list_models(module=models)}
+    return [name for name, home in homes.items() if home.rpartition(".")[2] in MODULES]
 
 
-def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.device) -> BuiltModel:
-    """A torchvision model with a classifier of ours.
-
-    Args:
-        conf: Which model, weights and head.
-        classes: Class names in the order of the labels.
-        load: Whether to read the weights; else they, and the head, stay random.
-        device: Where the model ends up; `meta` gives shapes only.
+def check_name(name: str) -> None:
+    """Check that a name is not one of the models that are left to timm.
 
     Raises:
-        ValueError: A setting that does not fit this model, or weights that do not.
-        FileNotFoundError: Weights that are nowhere to be found.
+        UserError: It is; the error names timm's nearest model.
+    """
+    import timm
+    from torchvision import models
+
+    if name in models.list_models(module=models) and name not in names():
+        raise UserError(
+            f"model.name={name}: finetune has no layers for this older model of torchvision; use one of timm's with"
+            f" model.library=timm{nearest(name, timm.list_models())}"
+        )
+
+
+def read(conf: ModelConf, *, load: bool) -> Upstream:
+    """A torchvision model with its own classifier.
+
+    Args:
+        conf: The model's settings.
+        load: Whether to read the weights; else they are random.
+
+    Raises:
+        UserError: A setting that does not fit this model, or weights that do not.
+        FileNotFoundError: Weights that are not found.
     """
     from torchvision.models import get_model_weights
 
@@ -65,35 +71,27 @@ def build(conf: ModelConf, classes: Sequence[str], *, load: bool, device: torch.
         raise UserError(
             f"model.drop_path={conf.drop_path} would be ignored: torchvision's {conf.name} sets its own; use timm's"
         )
-    kind = head_kind(conf, has_text=False)
     options = get_model_weights(conf.name)
     tags = [*(member.name for member in options), "DEFAULT"]
     path = None
     if conf.pretrained not in (*tags, "none"):
-        if not weights.is_path(conf.pretrained):
+        if not weight_files.is_path(conf.pretrained):
             raise UserError(unknown_tag(conf, conf.pretrained, tags))
-        path = path_of(conf.pretrained) if load else None
+        path = weight_files.path_of(conf.pretrained) if load else None
     chosen = options[conf.pretrained] if conf.pretrained in tags else None
-    with torch.device("meta" if device.type == "meta" else "cpu"), _RealNumbers():
+    with _NumbersOnCpu():
         net = _construct(conf, chosen, path, load=load)
-        name = _classifier_name(net)
-        saved = read_saved(path)
-        if kind == HeadKind.keep and load:
-            known = saved.classes if chosen is None else None  # torchvision's are ImageNet's in words, not folder names
-            keep_head(net, name, classes, dropout=conf.head_dropout, known=known)
-        else:
-            put_head(net, name, len(classes), dropout=conf.head_dropout)
-    _drop_auxiliary(net)
-    model = layered(net, torchvision_layers(net)).to(device)
+    saved = weight_files.read_metadata(path)
     preprocess = saved.preprocess or _preprocess(chosen or options["DEFAULT"])
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)
     label = path or (chosen.name if chosen else "random")
-    text = f"{conf.name}: a model of torchvision, weights {label}, images of {preprocess.size} pixels a side"
-    return BuiltModel(model.train(), preprocess, text, has_zeroshot=False)
+    text = describe(conf.name, "a model of torchvision", label, preprocess)
+    # torchvision's own weights know ImageNet's classes in words, which are no names of folders.
+    return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], saved.classes)
 
 
-class _RealNumbers(TorchFunctionMode):
-    """Tensors made of known numbers are real on the meta device too: RegNet computes its widths with them."""
+class _NumbersOnCpu(TorchFunctionMode):
+    """While active, `torch.arange` and `torch.tensor` work on the meta device too: RegNet reads widths from them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -103,79 +101,58 @@ class _RealNumbers(TorchFunctionMode):
 
 
 def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> nn.Module:
-    """The network with its weights and its own classifier."""
+    """The network with its weights and its own classifier.
+
+    Args:
+        conf: The model's settings.
+        chosen: torchvision's description of its own weights; None for a file's or random ones.
+        path: The file of the weights, or None.
+        load: Whether to read the weights.
+    """
     from torchvision.models import MaxVit, VisionTransformer, get_model
     from torchvision.models.vision_transformer import interpolate_embeddings
 
-    state = weights.read_state_dict(path) if load and path is not None else None
+    state = weight_files.read_state_dict(path) if load and path is not None else None
     if load and chosen is not None:
-        with weights.downloads(f"weights {chosen.name} of {conf.name}", url=chosen.url):
+        with downloads(f"weights {chosen.name} of {conf.name}", url=chosen.url):
             state = dict(chosen.get_state_dict(progress=True, check_hash=True))
     args: dict[str, Any] = {}
-    if conf.name in ("inception_v3", "googlenet"):
-        args["init_weights"] = False  # seconds of work, all of it overwritten or, without weights, torch's own will do
-    if conf.name in ("inception_v3", "googlenet") and chosen is not None:
-        args["transform_input"] = True  # their weights were trained on another normalisation
-    with torch.device("meta"), _RealNumbers():
-        probe = get_model(conf.name, **args)
-    if state is None:
-        num_classes = None
-    else:
-        weight = state.get(f"{_classifier_name(probe)}.weight")
-        num_classes = None if weight is None else len(weight)
-    if isinstance(probe, VisionTransformer):
-        size = conf.image_size or (chosen.meta["min_size"][0] if chosen else probe.image_size)
-        check_patches(size, probe.patch_size)
+    with torch.device("meta"), _NumbersOnCpu():
+        empty = get_model(conf.name)  # costs no memory; shows patch size and classifier
+    weight = None if state is None else state.get(f"{_classifier_name(empty)}.weight")
+    if isinstance(empty, VisionTransformer):
+        size = conf.image_size or (chosen.meta["min_size"][0] if chosen else empty.image_size)
+        check_patches(size, empty.patch_size)
         args["image_size"] = size
-        # A file of another model has no such table, or a flat one: the strict load below says so, with the names.
+        # A file of another model has no such table, or a flat one: the strict load below reports it with the names.
         if state is not None and state.get("encoder.pos_embedding", torch.empty(0)).ndim == 3:
-            state = dict(interpolate_embeddings(size, probe.patch_size, state))
-    if isinstance(probe, MaxVit) and conf.image_size:
+            state = dict(interpolate_embeddings(size, empty.patch_size, state))
+    if isinstance(empty, MaxVit) and conf.image_size:
         if conf.image_size % MAXVIT_GRID:
             raise UserError(f"model.image_size={conf.image_size}: {conf.name} takes multiples of {MAXVIT_GRID} pixels")
         args["input_size"] = (conf.image_size, conf.image_size)
-    args |= {"num_classes": num_classes} if num_classes else {}
-    # Where the file has a classifier of its own, it replaces every value.
-    with Undrawn() if num_classes else contextlib.nullcontext():
+    if weight is not None:
+        args["num_classes"] = len(weight)
+    # Weights with a classifier replace every value of the network.
+    with contextlib.nullcontext() if weight is None else SkipInit():
         net: nn.Module = get_model(conf.name, **args)
     if state is not None:
-        head = _classifier_name(net) + "."
-        weights.load_strictly(
-            net, state, source=str(path or chosen.name), optional=(head,) if num_classes is None else ()
-        )
+        optional = (f"{_classifier_name(net)}.",) if weight is None else ()
+        weight_files.load_strictly(net, state, source=str(path or chosen.name), optional=optional)
     return net
 
 
 def _classifier_name(net: nn.Module) -> str:
-    """The layer that gives the logits."""
-    rule = RULES[type(net).__name__]
-    modules: dict[str, nn.Module] = dict(net.named_modules())
-    (name,) = (
-        name
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and re.fullmatch(rule.head, name)
-    )
-    return name
-
-
-def _drop_auxiliary(net: nn.Module) -> None:
-    """GoogLeNet and Inception: with one output, in training too."""
-    if type(net).__name__ in ("GoogLeNet", "Inception3"):
-        for name in AUXILIARY:
-            if name in dict(net.named_children()):
-                setattr(net, name, None)
-        net.aux_logits = False  # type: ignore[assignment]
+    """The name of the linear layer that gives the logits."""
+    head = RULES[type(net).__name__].head
+    linear: list[str] = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found: list[str] = [name for name in linear if re.fullmatch(head, name)]
+    assert len(found) == 1, found
+    return found[0]
 
 
 def _preprocess(chosen: Any) -> Preprocess:
     transform = chosen.transforms()
     crop, resize = transform.crop_size[0], transform.resize_size[0]
-    interpolation = transform.interpolation.value
-    return Preprocess(
-        crop,
-        tuple(transform.mean),
-        tuple(transform.std),
-        interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
-        "crop",
-        crop / resize,
-    )
+    interpolation = interpolation_of(transform.interpolation.value)
+    return Preprocess(crop, tuple(transform.mean), tuple(transform.std), interpolation, "crop", crop / resize)

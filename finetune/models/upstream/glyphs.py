@@ -7,30 +7,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.models.heads.head import Tokenizer
+from finetune.config import ModelConf
+from finetune.models.heads.zeroshot import Tokenizer
+from finetune.models.upstream.weight_files import is_path, path_of
+from finetune.system.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "bundled"
 CLIP = "glyph_clip"
 VIT = "glyph_vit"
-DESCRIPTIONS = {
-    CLIP: "glyph_clip: a small CLIP pretrained on rendered glyphs, bundled for offline use;"
-    " real ones: model.name=ViT-B-16 model.pretrained=openai",
-    VIT: "glyph_vit: a small ViT pretrained on rendered glyphs, bundled for offline use;"
-    " real ones: model.name=vit_base_patch16_224 model.pretrained=augreg_in21k",
+# The library of each bundled model, and an example of a real model of that library.
+LIBRARIES = {
+    CLIP: ("an open_clip", "model.name=ViT-B-16 model.pretrained=openai"),
+    VIT: ("a timm", "model.name=vit_base_patch16_224 model.pretrained=augreg_in21k"),
 }
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundled model: what to build, and where its weights are.
+    """A bundled model.
 
     Attributes:
-        config: What stands in the json file beside the weights.
-        weights: Half-precision tensors by upstream's names.
+        name: `glyph_clip` or `glyph_vit`.
+        config: The content of the model's json file: arguments of the network, preprocessing, class names.
+        weights: The file of the weights: half-precision tensors under upstream's names.
     """
 
+    name: str
     config: dict[str, Any]
     weights: Path
+
+    @property
+    def description(self) -> str:
+        """The line about the model with which a run starts."""
+        kind = "CLIP" if self.name == CLIP else "ViT"
+        return (
+            f"{self.name}: a small {kind} pretrained on rendered glyphs, bundled for offline use;"
+            f" real ones: {LIBRARIES[self.name][1]}"
+        )
+
+    def weights_for(self, conf: ModelConf, *, load: bool) -> Path | None:
+        """The file that `model.pretrained` names; None for random weights or, unless `load`, for a person's file.
+
+        Raises:
+            UserError: A tag; the bundled model has no other weights.
+            FileNotFoundError: No such file.
+        """
+        if conf.pretrained in ("bundled", "none"):
+            return self.weights if conf.pretrained == "bundled" else None
+        if not is_path(conf.pretrained):
+            library, example = LIBRARIES[self.name]
+            raise UserError(
+                f"model.pretrained={conf.pretrained}: {self.name} has the weights bundled, none (random), or a file's;"
+                f" for {library} model say its name too, such as {example}"
+            )
+        return path_of(conf.pretrained) if load else None
 
 
 def read_bundle(name: str) -> Bundle:
@@ -44,11 +74,11 @@ def read_bundle(name: str) -> Bundle:
         raise FileNotFoundError(
             f"{path} is missing: this installation lacks its bundled weights; install finetune again"
         )
-    return Bundle(json.loads(path.read_text(encoding="utf-8")), FOLDER / f"{name}.safetensors")
+    return Bundle(name, json.loads(path.read_text(encoding="utf-8")), FOLDER / f"{name}.safetensors")
 
 
 def clip_tokenizer(context_length: int) -> Tokenizer:
-    """open_clip's own tokenizer over the bundled CLIP's small vocabulary; gives (texts, context_length) int64."""
+    """open_clip's tokenizer with the bundled CLIP's small vocabulary: texts -> int64 (texts, context_length)."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer: Tokenizer = SimpleTokenizer(bpe_path=str(FOLDER / "glyph_bpe.txt.gz"), context_length=context_length)

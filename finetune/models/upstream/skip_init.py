@@ -1,6 +1,6 @@
-"""Networks whose weights a file brings are built without drawing random ones first, which takes a second for a ViT-B.
+"""Build networks without drawing random weights, where a file replaces all of them: that saves a second for a ViT-B.
 
-And what remains random, a new classifier, no longer depends on how many numbers were drawn before it.
+It also keeps the random values of a new classifier independent of how many weights the network has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# What initialisers draw with, and what they make of that: a truncated normal takes four passes over its numbers.
+# The functions with which initialisers draw, and those that they apply to the drawn numbers. A truncated normal makes
+# four passes over its numbers.
 DRAWING = (
     *(Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_),
     *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_),
@@ -20,18 +21,18 @@ DRAWING = (
 SHAPING = (Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_)
 
 
-class Undrawn(TorchFunctionMode):
-    """Within it parameters are filled with NaN where an initialiser would draw: what no file replaces, shows."""
+class SkipInit(TorchFunctionMode):
+    """While active, initialisers fill parameters with NaN and draw nothing. A NaN shows that no file set a value."""
 
     def __init__(self) -> None:
-        """Nothing is filled yet."""
+        """Start without filled parameters."""
         super().__init__()
         self._filled: dict[int, nn.Parameter] = {}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer one of torch's functions."""
+        """Intercept one call of a torch function."""
         named = kwargs or {}
         if func in DRAWING:
             tensor = args[0] if args else named["tensor"]
@@ -46,11 +47,11 @@ class Undrawn(TorchFunctionMode):
 
 
 def built_from_weights(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` gives, which makes a network and reads its weights; no random values are drawn for these.
+    """The network that `build` makes and loads with weights, without drawing random values first.
 
-    Where the weights leave something at random, it is built once more, as ever.
+    If the weights leave a parameter without a value, `build` runs a second time, with random values.
     """
-    with Undrawn():
+    with SkipInit():
         net = build()
-    left = any(bool(tensor.isnan().any()) for tensor in [*net.parameters(), *net.buffers()])
-    return build() if left else net
+    is_complete = not any(bool(tensor.isnan().any()) for tensor in [*net.parameters(), *net.buffers()])
+    return net if is_complete else build()

@@ -1,8 +1,9 @@
-"""The ordered layers of any image network: which parameter belongs to the stem, to which block, to readout or head.
+"""Sort the names of a network's parameters and modules into layers: stem, blocks, readout, head.
 
-timm's networks publish a `group_matcher`: expressions that sort parameter names into groups from the input up. It is
-taken where it is right and corrected where it is not (`layering.py`); torchvision and open_clip publish none, so theirs
-stand in their own modules. The rules are strict: a parameter that none of them names is an error, never a default.
+timm's networks publish a `group_matcher`: expressions that sort parameter names into groups, from the input to the
+output. `timm_networks.py` uses it and corrects it where it does not follow the forward pass. torchvision and open_clip
+publish nothing like it, so their rules stand in `torchvision_networks.py` and `open_clip_networks.py`. A parameter that
+no expression names is an error; there is no default layer.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ from torch import nn
 from finetune.core.layers import Layer
 from finetune.system.errors import UserError
 
-# What timm calls a matcher: the expressions of each group in order, or a function that gives a name's group. A group is
-# one expression, or several with a suffix of their own; the numbers that an expression captures sort within the group.
+# A matcher in timm's format: the expressions of each group in order, or a function from a name to its group's key. A
+# group is one expression, or several, each with a suffix. The numbers that an expression captures, and then the suffix,
+# sort the names within a group.
 Spec = str | Sequence[tuple[str, tuple[int, ...] | None]] | None
 Matcher = Mapping[str, Spec] | Callable[[str], Any]
-Key = tuple[float, ...]
+GroupKey = tuple[float, ...]
 
-# timm's suffix for what runs behind a group's last member and shares its layer.
+# timm's suffix for a module that runs behind the last member of a group and belongs to the same layer as that member.
 WITH_PREVIOUS = 99999
 NOTHING = r"(?!)"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which names belong where; expressions are matched from the start of a name, the first that matches decides.
+    """Regular expressions that sort names into layers.
+
+    An expression must match from the start of a name. `head` is tried first, then `stem`, `readout` and `matcher`.
 
     Attributes:
+        matcher: The stem (the first group) and the blocks, in timm's format.
         head: The classifier.
-        readout: What lies between the last block and the classifier: final norm, pooling, projections.
-        stem: What the matcher would place elsewhere or nowhere: tokens, position tables shared by all blocks.
-        matcher: The stem (its first group) and the blocks.
-        below: Parameters of the readout that timm's rule counts with the last block, one step below the classifier.
+        readout: The parts between the last block and the classifier: final norm, pooling, projections.
+        stem: Parts of the stem that the matcher puts elsewhere or leaves out.
+        below: Parameters of the readout that timm trains at the last block's rate.
     """
 
     matcher: Matcher
@@ -49,15 +53,15 @@ class Rule:
     below: str = NOTHING
 
 
-STEM: Key = (-math.inf,)
-READOUT: Key = (math.inf, 0)
-HEAD: Key = (math.inf, 1)
+STEM: GroupKey = (-math.inf,)
+READOUT: GroupKey = (math.inf, 0)
+HEAD: GroupKey = (math.inf, 1)
 
 
-def group_key(name: str, matcher: Matcher) -> Key | None:
-    """Where a timm matcher puts a name: group, numbers captured, suffix; None where it names it nowhere.
+def group_key(name: str, matcher: Matcher) -> GroupKey | None:
+    """The sort key that a timm matcher gives a name: group, captured numbers, suffix. None where no group matches.
 
-    The format is that of timm's `group_matcher` (timm.models.group_parameters).
+    Source: `group_parameters` in timm.models.
     """
     if not isinstance(matcher, Mapping):
         found = matcher(name)
@@ -72,8 +76,8 @@ def group_key(name: str, matcher: Matcher) -> Key | None:
     return None
 
 
-def place(name: str, rule: Rule) -> Key | None:
-    """The key of one name under a rule, in the order of the forward pass; None where no expression matches."""
+def layer_key(name: str, rule: Rule) -> GroupKey | None:
+    """The key that sorts a name into its layer, in the order of the forward pass; None where no expression matches."""
     for expression, key in ((rule.head, HEAD), (rule.stem, STEM), (rule.readout, READOUT)):
         if re.match(expression, name):
             return key
@@ -82,16 +86,16 @@ def place(name: str, rule: Rule) -> Key | None:
         return None
     if len(found) == 1 and found[0] == 0:
         return STEM
-    # `norm` with the suffix of the last block and no number of its own: it follows all blocks. timm trains it at the
-    # last block's rate; here the readout holds it, with BEiT, MAE and DINO.
+    # A key of a group and this suffix, without a block's number, is the final norm. timm trains it at the last block's
+    # rate; here it belongs to the readout, as in BEiT, MAE and DINO.
     return READOUT if len(found) == 2 and found[-1] == WITH_PREVIOUS else found
 
 
 def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
-    """Stem, blocks, readout and, where the network has a classifier, head. Runs are None: see the chains.
+    """Stem, blocks, readout and, where the network has a classifier, head, without the functions that run them.
 
     Raises:
-        ValueError: A parameter or buffer that the rule does not place.
+        UserError: The rule matches no layer to a parameter or buffer.
     """
     keys = _keys(net, rule)
     tensors = {name for name, _ in named_tensors(net)}
@@ -102,14 +106,14 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
         if key in (STEM, READOUT, HEAD):
             ids[name] = {STEM: 0, READOUT: top, HEAD: top + 1}[key]
         else:
-            # An activation with an index of its own (VGG's) has no parameters, so no layer: it joins the one below it.
+            # An activation with an index of its own has no parameters, so no layer: it joins the layer below.
             ids[name] = blocks.get(key) or max((number for other, number in blocks.items() if other <= key), default=0)
     names = ["stem", *(f"block.{number}" for number in range(1, top)), "readout", "head"]
     if not any(key == HEAD for name, key in keys.items() if name in tensors):
-        # A bare tower: an Identity in the classifier's place is the end of the readout.
+        # A bare tower has an Identity in the place of its classifier: that belongs to the readout.
         names.pop()
         ids = {name: min(number, top) for name, number in ids.items()}
-    owned = covering(net, ids)
+    owned = covering(ids)
     layers = [Layer(name, tuple(owned.get(number, ())), None) for number, name in enumerate(names)]
     lower = {name: 1 for name, _ in net.named_parameters() if ids[name] == top and re.match(rule.below, name)}
     layers[top] = dataclasses.replace(layers[top], timm_steps=lower)
@@ -117,15 +121,15 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
 
 
 def named_tensors(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters, then buffers, each once."""
+    """Parameters, then buffers; a tensor with two names comes once."""
     yield from net.named_parameters()
     yield from net.named_buffers()
 
 
-def _keys(net: nn.Module, rule: Rule) -> dict[str, Key]:
-    """The key of every tensor, and of every leaf module without one, in order of registration."""
+def _keys(net: nn.Module, rule: Rule) -> dict[str, GroupKey]:
+    """The key of every tensor and of every leaf module without tensors, in order of registration."""
     tensors = {name for name, _ in named_tensors(net)}
-    keys: dict[str, Key] = {}
+    keys: dict[str, GroupKey] = {}
     unplaced: list[str] = []
     previous = STEM
     for path, module in net.named_modules():
@@ -133,38 +137,40 @@ def _keys(net: nn.Module, rule: Rule) -> dict[str, Key]:
         own += [name for name, _ in module.named_buffers(path, recurse=False)]
         for name in own:
             if name not in tensors:
-                continue  # tied to a tensor that stands under an earlier name
-            key = place(name, rule)
+                continue  # the same tensor already has an earlier name
+            key = layer_key(name, rule)
             if key is None:
                 unplaced.append(name)
             else:
                 previous = keys[name] = key
         if not own and path and not any(True for _ in module.children()):
-            # Activation, dropout, pooling: nothing to train. One that no expression names follows its predecessor.
-            key = place(path, rule)
+            # An activation, dropout or pooling has nothing to train. If no expression names it, it belongs to the layer
+            # of the module registered before it.
+            key = layer_key(path, rule)
             previous = keys[path] = previous if key is None else key
     if unplaced:
         more = f" and {len(unplaced) - 1} more" if len(unplaced) > 1 else ""
         raise UserError(
             f"{type(net).__name__}: no rule says which layer '{unplaced[0]}'{more} belongs to, so neither freezing nor"
-            " layer decay would be right; its rule in finetune/models/ needs a line"
+            " layer decay would be right; its rule in finetune/models/layering/ needs a line"
         )
     return keys
 
 
-def block_numbers(keys: Iterator[Key]) -> dict[Key, int]:
-    """Number the keys of blocks 1 to L; a key with timm's suffix `WITH_PREVIOUS` shares the one before it."""
-    numbers: dict[Key, int] = {}
+def block_numbers(keys: Iterator[GroupKey]) -> dict[GroupKey, int]:
+    """Number the keys of blocks 1 to L; a key with the suffix `WITH_PREVIOUS` gets the number before it."""
+    numbers: dict[GroupKey, int] = {}
     for key in sorted({key for key in keys if key not in (STEM, READOUT, HEAD)}):
         last = max(numbers.values(), default=0)
         numbers[key] = max(last, 1) if key[-1] == WITH_PREVIOUS else last + 1
     return numbers
 
 
-def covering(net: nn.Module, ids: Mapping[str, int]) -> dict[int, list[str]]:
-    """The fewest names that cover each layer: a module wholly inside one layer stands for everything in it.
+def covering(ids: Mapping[str, int]) -> dict[int, list[str]]:
+    """The fewest names that cover each layer: the name of a module stands for everything in it.
 
-    So a module that asks its own `training` flag (attention with dropout inside) follows its layer into eval mode.
+    Naming whole modules matters for those that read their own `training` flag, such as attention with dropout inside:
+    when a layer is frozen, the modules that it names go into eval mode.
     """
     inside: dict[str, set[int]] = {}
     for name, number in ids.items():

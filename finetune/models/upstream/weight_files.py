@@ -1,44 +1,40 @@
-"""Weights from where people keep them: files of every kind, read without running code; hubs, with or without a network.
+"""Read files of weights: every common format, and none of them by running code.
 
-A pickle can run any program, so `.pt`, `.pth` and `.bin` files are read with `weights_only=True`, and a file that needs
-more is refused.
+A pickle can run any program. Files that end with `.pt`, `.pth` and `.bin` are therefore read with `weights_only=True`,
+and a file that needs more than that is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
 import pickle
 import re
-import socket
 import struct
-import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
+from finetune.core.preprocess import Preprocess
 from finetune.system.errors import UserError
 
 StateDict = dict[str, Tensor]
 
-# Where training programs put the weights among other things, best first: an average of the weights over training
-# (EMA) is what timm loads too.
+# The keys under which training programs store the weights, best first. timm, too, prefers the average of the weights
+# over training (EMA).
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "teacher")
-# Prefixes that wrappers (DDP, torch.compile) and Lightning leave on names.
+# Prefixes that wrappers (DDP, torch.compile) and Lightning add to names.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-# Numbers that OpenAI's archives hold beside the weights.
+# Numbers that OpenAI's archives store beside the weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-# Long enough for a slow link, short enough that a machine without a network answers at once.
-CONNECT_TIMEOUT_S = 3.0
-# What torch's reader raises on bytes that are not what they seem.
+# The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (
     RuntimeError,
     OSError,
@@ -50,18 +46,19 @@ UNREADABLE = (
     AssertionError,
     struct.error,
 )
-# How many names an error lists of each kind.
+# An error lists at most this many names of each kind.
 NAMES_SHOWN = 5
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """The tensors of a weights file by name, whatever wrapped them: `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript.
+    """The tensors of a weights file by name: `.safetensors`, `.pt`, `.pth`, `.bin` or TorchScript.
 
-    Half-precision tensors come back as float32.
+    Finds the weights inside a training program's checkpoint and removes the prefixes of wrappers. Half-precision
+    tensors become float32.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is damaged, holds no weights, or is a pickle that wants to run code.
+        UserError: The file is damaged, holds no weights, or is a pickle that would run code.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -77,7 +74,7 @@ def read_state_dict(path: Path) -> StateDict:
         raise UserError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
     if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80\x02")):
         raise UserError(f"{path} was written by torch.save, whatever its name says: rename it to end with .pt")
-    # Its first eight bytes are the length of a JSON header, which follows.
+    # A safetensors file starts with eight bytes, the length of its JSON header, and then that header.
     if path.suffix != ".safetensors" and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         raise UserError(f"{path} is a safetensors file, whatever its name says: rename it to end with .safetensors")
     if path.suffix == ".safetensors":
@@ -100,7 +97,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI published CLIP."""
+    """Whether a file is a TorchScript archive, the format in which OpenAI published CLIP."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -108,11 +105,11 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _read_torchscript(path: Path) -> Mapping[str, Any]:
-    """OpenAI published CLIP as TorchScript archives; their code is never called, only their tensors are taken."""
+    """The tensors of a TorchScript archive; the code in it is never called."""
     try:
         load: Any = torch.jit.load
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, but the archives are out there
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, but OpenAI's archives remain
             tensors = load(str(path), map_location="cpu").state_dict()
     except RuntimeError as error:
         raise UserError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
@@ -139,22 +136,22 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
 
 
 def _harmless() -> list[Any]:
-    """What training programs save beside the weights, and what runs nothing: a command line, NumPy numbers."""
+    """Classes that training programs save beside the weights and that run no code: a command line, NumPy numbers."""
     import numpy as np
 
-    make_scalar = np.float64(0).__reduce__()[0]  # a function whose home moved in NumPy 2
+    make_scalar = np.float64(0).__reduce__()[0]  # NumPy 2 moved this function to another module
     homes = [(make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "b1")]
     return [argparse.Namespace, np.dtype, *kinds, *homes]
 
 
 def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
-    """Unwrap what training programs put around the weights, and drop the prefixes of wrappers."""
+    """The weights inside a file's content, without the prefixes of wrappers, in single precision."""
     for key in NESTED:
         inner = content.get(key)
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
             return _clean(inner, path)
-    # Resizing of position embeddings, ahead, needs single precision on a CPU.
+    # Position embeddings are resized later, which a CPU can do in single precision only.
     tensors = {
         name: value.float() if value.is_floating_point() else value
         for name, value in content.items()
@@ -174,10 +171,10 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
 
 
 def check_npz(path: Path) -> None:
-    """Refuse a `.npz` file that NumPy cannot open; pickled arrays in it are never read.
+    """Check that NumPy can open a `.npz` file, without reading pickled arrays.
 
     Raises:
-        ValueError: It is damaged, or no archive of arrays.
+        UserError: The file is damaged, or not an archive of arrays.
     """
     import numpy as np
 
@@ -191,16 +188,16 @@ def check_npz(path: Path) -> None:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()) -> None:
-    """Copy `state` into `model`; every name and shape must match, but for names under `optional`.
+    """Copy the tensors in `state` into `model`, whose names and shapes must be the same.
 
     Args:
-        model: Takes the tensors.
+        model: Changed in place.
         state: Tensors by name.
-        source: What to call the weights in an error: a path, a tag.
-        optional: Prefixes of names that may be missing or left over: the classifier's.
+        source: The path or tag of the weights, for the error.
+        optional: Prefixes of names (the classifier's) that may be missing, left over or of another shape.
 
     Raises:
-        ValueError: Names that are missing, left over, or of another shape; lists them.
+        UserError: Names that are missing, left over, or of another shape; the error lists them.
     """
     mine = model.state_dict()
     free = tuple(optional)
@@ -231,7 +228,7 @@ def _shown(names: list[str]) -> str:
 
 
 def misfit_of(error: BaseException) -> str:
-    """What torch's `load_state_dict` lists over hundreds of lines, in one: how many names of each kind."""
+    """The error of torch's `load_state_dict` in one line: the names that are missing, unexpected or misshapen."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     shapes = [line.rstrip(".") for line in lines if line.startswith("size mismatch for ")]
     found = []
@@ -249,88 +246,49 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@contextmanager
-def quiet_upstream() -> Iterator[None]:
-    """Hold back upstream's chatter on the root logger, whose first use would also install a handler there."""
-    root, handler, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
-    root.addHandler(handler)
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        root.removeHandler(handler)
-
-
-@contextmanager
-def downloads(what: str, *, url: str | None = None) -> Iterator[None]:
-    """Around anything that may fetch files: without a network only the caches are asked, and a failure is explained.
-
-    Hub clients retry for a minute before they look into their own cache; one quick attempt to reach the hub decides
-    whether that is worth it.
-
-    Args:
-        what: What is being looked for, for the error: `weights 'openai' of ViT-B-16`.
-        url: Where torch hub would fetch the file; None for the Hugging Face hub.
-
-    Raises:
-        FileNotFoundError: It is neither in the cache nor to be fetched.
-    """
-    from huggingface_hub import constants
-
-    before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    offline = before and url is None
-    host = url or constants.ENDPOINT
-    reachable = not offline and _reachable(host)
-    if url is not None and not reachable and not _in_torch_hub(url):
-        # torch hub would announce a download that cannot happen.
-        raise FileNotFoundError(_not_found(what, OSError(), host=host, reachable=False, offline=False))
-    constants.HF_HUB_OFFLINE = before if url is not None else not reachable
-    socket.setdefaulttimeout(10 * CONNECT_TIMEOUT_S)  # plain URLs (torch hub, timm) have no timeout of their own
-    try:
-        with quiet_upstream():
-            yield
-    # Hub and URL errors are OSErrors.
-    except OSError as error:
-        raise FileNotFoundError(_not_found(what, error, host=host, reachable=reachable, offline=offline)) from error
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        socket.setdefaulttimeout(timeout)
-
-
-def _reachable(url: str) -> bool:
-    """Whether a connection to the hub, or to the proxy in front of it, can be made."""
-    target = urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy)
-    port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        socket.create_connection((target.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _in_torch_hub(url: str) -> bool:
-    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).is_file()
-
-
-def _not_found(what: str, error: OSError, *, host: str, reachable: bool, offline: bool) -> str:
-    from huggingface_hub import constants
-
-    if reachable:
-        why = f"the download failed ({_first_line(error)})"
-    else:
-        why = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(host).hostname} cannot be reached from here"
-    return (
-        f"{what}: not in the cache, and {why}. Looked in {constants.HF_HUB_CACHE} (HF_HOME) and {torch.hub.get_dir()}"
-        " (TORCH_HOME). Three ways: run once where there is a network; copy that cache folder from such a machine"
-        " and set HF_HOME to it; or give a file, model.pretrained=PATH"
-    )
-
-
 def is_path(text: str) -> bool:
-    """Whether `model.pretrained` reads as a file rather than a tag."""
+    """Whether the text of `model.pretrained` is the path of a file, and not a tag."""
     suffixes = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".tar", ".ckpt")
     return os.sep in text or text.startswith("~") or text.endswith(suffixes) or Path(text).is_file()
+
+
+def path_of(text: str) -> Path:
+    """The file that `model.pretrained` names.
+
+    Raises:
+        FileNotFoundError: No such file.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"model.pretrained={text}: no such file")
+    return path
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The metadata in a weights file that finetune wrote; empty for other files.
+
+    Attributes:
+        preprocess: How the model expects its images.
+        classes: Class names in the order of the logits.
+    """
+
+    preprocess: Preprocess | None = None
+    classes: list[str] | None = None
+
+
+def read_metadata(path: Path | None) -> SavedWeights:
+    """The metadata of a weights file; empty for None and for files that another program wrote."""
+    if path is None or path.suffix != ".safetensors":
+        return SavedWeights()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {
+            key: json.loads(value) for key, value in (file.metadata() or {}).items() if key in ("preprocess", "classes")
+        }
+    preprocess = None
+    if "preprocess" in metadata:
+        values = metadata["preprocess"]
+        preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    return SavedWeights(preprocess, metadata.get("classes"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
-from finetune.models.upstream.undrawn import Undrawn, built_from_weights
+from finetune.models.upstream.skip_init import SkipInit, built_from_weights
 
 VIT = "vit_tiny_patch16_224"
 
@@ -21,7 +21,7 @@ VIT = "vit_tiny_patch16_224"
 def test_no_parameter_of_a_network_is_drawn(name: str) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    with Undrawn():
+    with SkipInit():
         net = timm.create_model(name, num_classes=3)
     assert torch.equal(torch.get_rng_state(), before)
     random = [p for p in net.parameters() if p.isnan().any()]
@@ -30,7 +30,7 @@ def test_no_parameter_of_a_network_is_drawn(name: str) -> None:
 
 
 def test_outside_everything_is_as_ever() -> None:
-    with Undrawn():
+    with SkipInit():
         nn.Linear(3, 3)
     torch.manual_seed(0)
     one = nn.Linear(3, 3).weight
@@ -39,7 +39,7 @@ def test_outside_everything_is_as_ever() -> None:
 
 
 def test_what_was_set_after_it_was_drawn_can_be_changed() -> None:
-    with Undrawn():
+    with SkipInit():
         weight = nn.Linear(3, 3).weight
         with torch.no_grad():
             weight.fill_(1.0).mul_(0.5)

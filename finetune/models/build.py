@@ -1,0 +1,190 @@
+"""Build the model of a run: find its library, read its weights, put a classifier on it, cut it into layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Family, HeadKind, Library, ModelConf, Pool
+from finetune.core.layers import LayeredModel
+from finetune.core.preprocess import Preprocess
+from finetune.models.heads.head import Head, TowerWithHead, head_kind, keep_head, put_head, scale_head
+from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
+from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
+from finetune.models.layering.model import layered
+from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers, tower_with_head_layers
+from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
+from finetune.models.upstream.network import FOLDER, HUB, Upstream
+from finetune.system.errors import UserError
+
+LIBRARIES = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}
+READERS = {Library.timm: from_timm.read, Library.torchvision: from_torchvision.read}
+LAYERS = {
+    Library.open_clip: open_clip_layers,
+    Library.timm: timm_layers,
+    Library.torchvision: torchvision_layers,
+}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to fine-tune.
+
+    Attributes:
+        model: In training mode, nothing frozen.
+        preprocess: How its weights expect their images.
+        description: The line about the model with which a run starts.
+        has_zeroshot: Whether the head was made from class names, and so classifies before any training.
+    """
+
+    model: LayeredModel
+    preprocess: Preprocess
+    description: str
+    has_zeroshot: bool
+
+
+def build_model(
+    conf: ModelConf, classes: Sequence[str], *, load: bool = True, device: torch.device | str = "cpu"
+) -> BuiltModel:
+    """The model of a run, in training mode, with a classifier for `classes`.
+
+    Random values, the head's above all, come from torch's global generator: seed it first. A head of `linear_probe`
+    starts at random too; fit it with `finetune.models.heads.probe`.
+
+    Args:
+        conf: The model's settings.
+        classes: Class names in the order of the labels.
+        load: False leaves weights and head random and reads no file: for a checkpoint that is loaded later.
+        device: The model's device; `meta` builds without memory or weights, for looking at a model.
+
+    Raises:
+        UserError: A name, tag or setting that does not exist or does not fit; weights of another model.
+        FileNotFoundError: A file that does not exist or cannot be downloaded.
+    """
+    target = torch.device(device)
+    library = library_of(conf)
+    if library == Library.torchvision and conf.pool != Pool.auto:
+        raise UserError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
+    kind = head_kind(conf, has_text=library == Library.open_clip)
+    load = load and target.type != "meta"
+    has_zeroshot = kind == HeadKind.zeroshot and load
+    net: nn.Module
+    with torch.device("meta" if target.type == "meta" else "cpu"):
+        if has_zeroshot:
+            upstream, net = _zeroshot_clip(conf, classes, target)
+        elif library == Library.open_clip:
+            upstream, net = _plain_clip(conf, len(classes), normalize=kind == HeadKind.zeroshot, load=load)
+        else:
+            upstream = READERS[library](conf, load=load)
+            net = _with_classifier(upstream, conf, classes, keep=kind == HeadKind.keep and load)
+    find = LAYERS[library]
+    layers = tower_with_head_layers(find(net.visual)) if isinstance(net, TowerWithHead) else find(net)
+    model = layered(net, layers).to(target)
+    if conf.head_scale != 1:
+        scale_head(model, conf.head_scale)
+    return BuiltModel(model.train(), upstream.preprocess, upstream.description, has_zeroshot)
+
+
+def library_of(conf: ModelConf) -> Library:
+    """The library whose model `conf.name` is.
+
+    Raises:
+        UserError: Two libraries know the name and `model.library` is `auto`; or `model.library` contradicts the name
+            or the family; or the name is one of torchvision's older models, which finetune does not build.
+    """
+    library, family = Library(conf.library), Family(conf.family)
+    fits = LIBRARIES[family]
+    if library not in (Library.auto, *fits):
+        raise UserError(
+            f"model.library={library} does not go with model={family}: expected {' or '.join(fits)},"
+            f" or model={'clip' if library == Library.open_clip else 'vit'}"
+        )
+    if family == Family.clip or conf.name == glyphs.VIT or conf.name.startswith((*HUB, FOLDER)):
+        return fits[0]
+    import timm
+
+    known = [Library.timm] if timm.is_model(conf.name.partition(".")[0]) else []
+    known += [Library.torchvision] if conf.name in from_torchvision.names() else []
+    if library == Library.torchvision or not known:
+        from_torchvision.check_name(conf.name)
+    if library == Library.auto:
+        if len(known) == 2:
+            raise UserError(
+                f"model.name={conf.name} is known to timm and to torchvision: say model.library=timm or torchvision"
+            )
+        return known[0] if known else Library.timm  # whose error lists the nearest names
+    if known and library not in known:
+        raise UserError(
+            f"model.name={conf.name}: {library} knows no such model, {known[0]} does: leave model.library out"
+        )
+    return library
+
+
+def _zeroshot_clip(conf: ModelConf, classes: Sequence[str], device: torch.device) -> tuple[Upstream, TowerWithHead]:
+    """The image tower of a CLIP under a head that its text tower makes; the text tower itself is dropped."""
+    source = clip_source.locate(conf, load=True)
+    names = read_class_names(Path(conf.class_names).expanduser() if conf.class_names else None, classes)
+    tokenizer = source.tokenizer()  # ahead of the weights, which take long: its package may be missing
+    upstream = from_open_clip.read(conf, source, load=True, with_text=True)
+    weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates)
+    head = zeroshot_head(weight, dropout=conf.head_dropout, bias=conf.head_bias)
+    return upstream, TowerWithHead(upstream.net.get_submodule("visual"), head)
+
+
+def _plain_clip(conf: ModelConf, num_classes: int, *, normalize: bool, load: bool) -> tuple[Upstream, TowerWithHead]:
+    """The image tower of a CLIP under a random head; `normalize` gives it the form of a zero-shot head."""
+    source = clip_source.locate(conf, load=load)
+    upstream = from_open_clip.read(conf, source, load=load, with_text=False)
+    visual = upstream.net.get_submodule("visual")
+    width = source.model_cfg["embed_dim"]
+    if conf.pool == Pool.mean:
+        width = mean_pool_open_clip(visual, conf.name)
+    bias = conf.head_bias or not normalize
+    head = Head(width, num_classes, bias=bias, normalize=normalize, dropout=conf.head_dropout)
+    return upstream, TowerWithHead(visual, head)
+
+
+def _with_classifier(upstream: Upstream, conf: ModelConf, classes: Sequence[str], *, keep: bool) -> nn.Module:
+    """A network of timm or torchvision with our classifier in the place of its own, or with its own as a `Head`."""
+    net = upstream.net
+    if conf.pool == Pool.mean:
+        mean_pool_timm(net, conf.name)
+    if keep:
+        names = upstream.classifiers(net)
+        if len(names) != 1:
+            raise UserError(
+                f"model.head=keep: {conf.name} has {len(names)} classifiers, not one; use model.head=random"
+            )
+        keep_head(net, names[0], classes, dropout=conf.head_dropout, known=upstream.classes)
+        return net
+    if isinstance(net, Resettable):
+        # timm's own change of the number of classes knows every place that depends on it; the modules are ours.
+        net.reset_classifier(len(classes))
+    elif not upstream.classifiers(net):
+        # An encoder of a language model: the head classifies the mean of the encoder's output.
+        return TowerWithHead(net, Head(_width(upstream), len(classes), dropout=conf.head_dropout))
+    for name in upstream.classifiers(net):
+        put_head(net, name, len(classes), dropout=conf.head_dropout)
+    return net
+
+
+@runtime_checkable
+class Resettable(Protocol):
+    """A timm network whose number of classes can be changed."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by one for `num_classes` classes."""
+
+
+@torch.no_grad()
+def _width(encoder: Upstream) -> int:
+    """The length of an encoder's features, found by a forward pass; `num_features` is not always right."""
+    size = encoder.preprocess.size
+    out: Tensor = copy.deepcopy(encoder.net).to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    return out.shape[1] if out.ndim == 4 else out.shape[-1]

@@ -1,0 +1,129 @@
+"""A head made from class names by the text tower of a CLIP."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune.config import TemplateSet, nearest
+from finetune.models.heads.head import Head
+from finetune.system.errors import UserError
+
+# The prompts of `model.templates=[default]`.
+DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")
+# How many prompts the text tower reads at once. Bounds the memory; the features do not depend on it.
+PROMPTS_AT_ONCE = 256
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+def expand_templates(templates: Sequence[str]) -> list[str]:
+    """The prompts, each name of a set replaced by the prompts of that set; no prompt twice.
+
+    `imagenet` are the 80 prompts that OpenAI published with CLIP, `simple` the 7 of them that do almost as well.
+    """
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    sets: dict[str, Sequence[str]] = {
+        TemplateSet.default: DEFAULT_TEMPLATES,
+        TemplateSet.simple: [fill("{}") for fill in SIMPLE_IMAGENET_TEMPLATES],
+        TemplateSet.imagenet: [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES],
+    }
+    return list(dict.fromkeys(prompt for template in templates for prompt in sets.get(template, [template])))
+
+
+def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
+    """The names that prompts use for the classes: the data's own names, or those in a file.
+
+    Args:
+        path: A text file, UTF-8, or None. Each line holds either a name, in the order of the classes, or
+            `CLASS<tab>NAME`, in any order; a class without such a line keeps its own name.
+        classes: The data's own names in the order of the labels.
+
+    Raises:
+        FileNotFoundError: No such file.
+        UserError: Another number of names than classes, or a class that the data lacks.
+    """
+    if path is None:
+        return list(classes)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.class_names={path}: no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if lines and all("\t" in line for line in lines):
+        named = dict(line.split("\t", 1) for line in lines)
+        unknown = [name for name in named if name not in classes]
+        if unknown:
+            raise UserError(
+                f"model.class_names={path} names {unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
+            )
+        return [named.get(name, name) for name in classes]
+    if len(lines) != len(classes):
+        raise UserError(
+            f"model.class_names={path} holds {len(lines)} names and the data has {len(classes)} classes:"
+            " give one name a line in class order, or CLASS<tab>NAME for some"
+        )
+    return lines
+
+
+def class_prompts(classes: Sequence[str]) -> list[str]:
+    """Class names as a sentence holds them: underscores of folder names become spaces.
+
+    Raises:
+        UserError: Two names become the same, or one is empty; a text tower cannot tell such classes apart.
+    """
+    names = [" ".join(name.replace("_", " ").split()) for name in classes]
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UserError(f"class names must differ for a zero-shot head; used twice: {', '.join(map(repr, repeated))}")
+    if "" in names:
+        raise UserError(f"class {names.index('')} has an empty name, which a zero-shot head cannot read")
+    return names
+
+
+@torch.no_grad()
+def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Classifier weights from CLIP's text tower. -> (classes, embedding), float32.
+
+    For each class: the mean over templates of normalised text features, normalised again, times the logit scale
+    (Radford et al., arXiv:2103.00020, section 3.1.4). Without the scale the logits of a normalised image would be
+    about 100 times too small to train.
+
+    Args:
+        clip: A whole open_clip model, with `encode_text` and `logit_scale`.
+        tokenizer: The tokenizer of that model.
+        classes: Class names in the order of the labels.
+        templates: Prompts, each with `{}` in the place of the class name, or names of sets of prompts.
+
+    Raises:
+        UserError: Class names that a text tower cannot tell apart.
+    """
+    templates = expand_templates(templates)
+    prompts = [template.replace("{}", name) for name in class_prompts(classes) for template in templates]
+    device = next(clip.parameters()).device
+    clip.eval()
+    features = [
+        clip.encode_text(tokenizer(prompts[i : i + PROMPTS_AT_ONCE]).to(device), normalize=True)  # type: ignore[operator]
+        for i in range(0, len(prompts), PROMPTS_AT_ONCE)
+    ]
+    means = torch.cat(features).float().reshape(len(classes), len(templates), -1).mean(dim=1)
+    scale = clip.logit_scale.float().exp()  # type: ignore[operator]
+    weight: Tensor = F.normalize(means, dim=-1) * scale
+    return weight.cpu()
+
+
+def zeroshot_head(weight: Tensor, *, dropout: float = 0.0, bias: bool = False) -> Head:
+    """A head that scores images as CLIP does and can be trained on: it normalises features first.
+
+    Args:
+        weight: From `zeroshot_weight`, (classes, embedding).
+        dropout: Probability of dropping a feature while training.
+        bias: Whether each class has a bias that learns, 0 at first.
+    """
+    head = Head(weight.shape[1], weight.shape[0], bias=bias, normalize=True, dropout=dropout)
+    head.set(weight, torch.zeros(len(weight)) if bias else None)
+    return head
