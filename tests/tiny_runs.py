@@ -15,7 +15,7 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.runs.checkpoint import read_state, restore, restore_frozen, snapshot, write_state
-from finetune.runs.weights import checksum, frozen_weights
+from finetune.runs.weights import checksum, copied_weights, frozen_weights, write_weights
 
 SIZES = [8, 8, 8, 3]  # images of the micro-batches of an epoch
 
@@ -57,6 +57,10 @@ def tiny_fit(
         on_step_end=lambda state: state.step == stop_at,
         on_epoch_end=lambda state, row: rows.append(row) if rows is not None else None,
     )
+
+
+def save_weights(path: Path, model: LayeredModel, metadata: dict[str, str]) -> None:
+    write_weights(path, copied_weights(model, {}), metadata)
 
 
 def save_state(path: Path, state: TrainState) -> None:

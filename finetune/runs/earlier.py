@@ -24,8 +24,7 @@ OWN_FILES = (
     *("skipped.txt", "bad_batch"),
 )
 
-# Say how a run is continued; they are no settings of the run itself.
-NOT_OF_THE_RUN = ("resume", "resume_force")
+NOT_OF_THE_RUN = ("resume", "resume_force")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share"),
@@ -38,8 +37,8 @@ FREE = (
 # May change: the same arithmetic by other kernels, so the weights differ by rounding.
 ROUNDING = ("device", "deterministic", "train.class_token_only", "train.compile")
 
-Result = dict[str, Any]  # the content of `result.json`
-Settings = Mapping[str, Any]  # by dotted key
+Result = dict[str, Any]  # as in `result.json`
+Settings = Mapping[str, Any]  # by dotted key, see `flat`
 
 
 class RefusedError(UserError):
@@ -68,15 +67,10 @@ class Change:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What a folder holds of a run.
+    """What a folder holds of a run, and how this start differs from it."""
 
-    Attributes:
-        result: Its `result.json`; None in a fresh folder.
-        changes: The settings that differ, all of them allowed or forced.
-    """
-
-    result: Result | None = None
-    changes: list[Change] = field(default_factory=list)
+    result: Result | None = None  # the content of its result.json; None in a fresh folder
+    changes: list[Change] = field(default_factory=list)  # all of them allowed or forced
 
     @property
     def epochs_before(self) -> int | None:
@@ -101,13 +95,13 @@ class EarlierRun:
 
 
 def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: bool) -> EarlierRun:
-    """Look at `run_dir` before anything is written there.
+    """What `run_dir` holds of a run, before anything is written there.
 
     Args:
         run_dir: Exists.
-        settings: Of this start, see `flat`.
+        settings: Of this start.
         is_resume: Whether `resume=` names the folder; then settings may change.
-        force: `resume_force`.
+        force: Whether any setting may change (`resume_force`).
 
     Raises:
         RefusedError: The folder holds another run, files that a run would overwrite, or a damaged run.
@@ -116,10 +110,8 @@ def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: b
     found = [name for name in OWN_FILES if (run_dir / name).exists()]
     if not config_path.exists():
         if found:
-            raise RefusedError(
-                f"{run_dir} has {', '.join(found)} but no config.yaml, so it is no run of finetune: choose another"
-                " folder"
-            )
+            without = f"{run_dir} has {', '.join(found)} but no config.yaml"
+            raise RefusedError(f"{without}, so it is no run of finetune: choose another folder")
         if is_resume:
             raise RefusedError(f"resume={run_dir}: nothing is there to continue: leave resume out to start a run")
         return EarlierRun()

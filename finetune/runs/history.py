@@ -28,15 +28,11 @@ class History:
     """The file `history.jsonl`: one JSON object a line, one line an epoch, on the disk before training goes on."""
 
     def __init__(self, path: Path) -> None:
-        """Name the file; it need not exist yet."""
+        """The file at `path`, which need not exist yet."""
         self.path = path
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Add one row and flush it to the disk; NaN and infinities become null. Removes a line that a crash left torn.
-
-        Raises:
-            OSError: It could not be written.
-        """
+        """Add one row and flush it to the disk, NaN and infinities as null. Removes a line that a crash left torn."""
         line = (json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
         if not self.path.exists():
             write_text(self.path, "")  # so that the new name in the folder is on disk too
@@ -52,7 +48,7 @@ class History:
         """All rows. Leaves out a torn last line; a missing file has no rows.
 
         Raises:
-            ValueError: A line before the last is no JSON object: somebody edited the file.
+            UserError: A line before the last is no JSON object: somebody edited the file.
         """
         if not self.path.exists():
             return []
@@ -62,21 +58,13 @@ class History:
                 continue
             row = _parse(line)
             if row is None:
-                where = f"{printable(str(self.path))}, line {number}"
-                found = printable(line[:60])
-                raise UserError(
-                    f"{where}: expected one JSON object, found {found!r}; delete the line or restore the file"
-                )
+                found = f"{printable(str(self.path))}, line {number}: expected one JSON object, found"
+                raise UserError(f"{found} {printable(line[:60])!r}; delete the line or restore the file")
             rows.append(row)
         return rows
 
     def cut(self, num_epochs: int) -> None:
-        """Keep the first `num_epochs` rows: a resumed run adds the rows of the later epochs again.
-
-        Raises:
-            ValueError: See `rows`.
-            OSError: It could not be written; the file is as before.
-        """
+        """Keep the first `num_epochs` rows, atomically: a resumed run adds the rows of the later epochs again."""
         if self.path.exists():
             kept = self.rows()[:num_epochs]
             write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

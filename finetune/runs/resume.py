@@ -34,15 +34,10 @@ PROMISES = {
 
 @dataclasses.dataclass
 class Promise:
-    """How equal a run that is stopped and continued is to one that was never stopped.
+    """How equal a run that is stopped and continued is to one that was never stopped."""
 
-    Attributes:
-        kind: A key of PROMISES.
-        reasons: Why it is not bitwise.
-    """
-
-    kind: str = "bitwise"
-    reasons: list[str] = dataclasses.field(default_factory=list)
+    kind: str = "bitwise"  # a key of PROMISES
+    reasons: list[str] = dataclasses.field(default_factory=list)  # why it is not bitwise
 
     def weaken(self, kind: str, reason: str) -> None:
         """Promise `kind` at most, and note why, once."""

@@ -69,12 +69,7 @@ class _Save:
 
 
 class Saver:
-    """The checkpoints of one run.
-
-    Attributes:
-        stalled_s: How long training has waited for copies and for an earlier save, in seconds.
-        writing_s: Processor time of the writing threads, in seconds.
-    """
+    """The checkpoints of one run."""
 
     def __init__(
         self,
@@ -93,13 +88,13 @@ class Saver:
             metadata: Goes into every weights file.
             notes: Goes into every state.
             keep: Number of best epochs whose weights files stay. Above 1 every epoch is saved.
-            max_share: Share of the run's time that saves at the ends of epochs may take, in (0, 1]. An epoch that ends
-                too soon after a save is not saved; if it is the best so far, its weights stay in memory until the next
-                save. 1.0: every epoch is saved.
+            max_share: Share of the time that saves at the ends of epochs may take, in (0, 1]. An epoch that ends too
+                soon after a save is not saved; the best epoch's weights then stay in memory until the next save.
             best_epoch: That of the state which the run continues from.
         """
         self.folder = folder
-        self.stalled_s = self.writing_s = 0.0
+        self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
+        self.writing_s = 0.0  # processor time of the writing threads
         self._metadata, self._notes = dict(metadata), dict(notes)
         self._keep, self._max_share = keep, max_share
         self._cost_s = 0.0  # how long the latest save took

@@ -68,11 +68,6 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
     return {name: known[name] if name in known else copied_to_host(tensor) for name, tensor in tensors}
 
 
-def save_weights(path: Path, model: LayeredModel, metadata: Mapping[str, str]) -> None:
-    """Write the network's tensors as they are now; see `write_weights`."""
-    write_weights(path, copied_weights(model, {}), metadata)
-
-
 def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write tensors under upstream's own names, metadata, and a checksum of the tensors; atomic.
 
@@ -83,13 +78,13 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
     from safetensors.torch import save_file
 
     whole = {**metadata, "sha256": checksum(tensors)}
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            # `save_file` writes from where the tensors lie; `save` would copy them twice.
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=whole)
+            save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
         except SafetensorError as error:
             raise write_error(error, path) from error
         temporary.chmod(mode)  # `save_file` lets nobody but the owner read

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
-from tiny_runs import load_state, save_state, tiny_fit, tiny_state
+from tiny_runs import load_state, save_state, save_weights, tiny_fit, tiny_state
 
 from finetune.config import TrainConf
 from finetune.core.loop import TrainState
@@ -24,7 +24,7 @@ from finetune.runs import saver as saving
 from finetune.runs.checkpoint import read_state, snapshot
 from finetune.runs.epoch_files import best_epochs, latest_state, settle
 from finetune.runs.saver import NoSpaceError, Saver
-from finetune.runs.weights import DamagedError, put_weights, read_weights, save_weights
+from finetune.runs.weights import DamagedError, put_weights, read_weights
 
 
 def saver(folder: Path, **kwargs: int) -> Saver:
