@@ -10,14 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _rate(value: float) -> str:
-    return f"{value:.1e}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}"
-
-
 def metric_text(value: float | None) -> str:
     """Three decimals, or two digits where three decimals would show only zeros; `nan` for None, as NaN is stored."""
     if value is None:
@@ -42,10 +34,10 @@ class Column:
 
 # Key in `history.jsonl` -> how it is shown. All other keys are metrics, under their own names.
 COLUMNS = {
-    "lr": Column("lr", "", _rate),
-    "data_wait": Column("wait", "waiting for data", _share),
-    "prefix_hits": Column("cached", "from cached activations", _share),
-    "mfu": Column("mfu", "MFU", _share),
+    "lr": Column("lr", "", "{:.1e}".format),
+    "data_wait": Column("wait", "waiting for data", "{:.0%}".format),
+    "prefix_hits": Column("cached", "from cached activations", "{:.0%}".format),
+    "mfu": Column("mfu", "MFU", "{:.0%}".format),
 }
 # Names that the bar goes without on a narrow terminal, the least important first.
 DROPPED_FIRST = ("lr", "top1", "cached", "wait")
@@ -85,7 +77,7 @@ def epoch_line(
     head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
     of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema
     metrics = dict.fromkeys(["train/loss", "val/top1", monitor, *([of_average] if of_average in row else [])])
-    parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {_rate(head_rate)}"]
+    parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {COLUMNS['lr'].text(head_rate)}"]
     for name in metrics:
         note = f" (best {metric_text(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {metric_text(row[name])}{note}")

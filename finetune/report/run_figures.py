@@ -18,6 +18,9 @@ from finetune.report.rates_figure import rates_figure
 from finetune.report.reading import number, read_json
 from finetune.runs.history import History
 
+Series = tuple[str, Sequence[float], str]  # name, a value for each epoch, colour
+Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
+
 
 def plot_rates(run_dir: Path) -> None:
     """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch).
@@ -68,20 +71,8 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
     return figure
 
 
-def _draw_series(
-    axes: Any,
-    epochs: Sequence[float],
-    shown: Sequence[tuple[str, Sequence[float], str]],
-    extra: dict[str, tuple[float, str]],
-) -> None:
-    """Draw lines with points, and write their names at their right ends instead of in a legend.
-
-    Args:
-        axes: The panel.
-        epochs: The x of each value.
-        shown: (name, values, colour) of each line.
-        extra: Further names at the right edge, with their (value, colour).
-    """
+def _draw_series(axes: Any, epochs: Sequence[float], shown: Sequence[Series], extra: Labels) -> None:
+    """Draw lines with points, and write their names and those of `extra` at the right edge instead of in a legend."""
     labels = {}
     for name, values, colour in shown:
         if not any(math.isfinite(value) for value in values):
@@ -103,13 +94,11 @@ def _draw_series(
         axes.text(1.02, height, text, transform=axes.transAxes, color=colour, fontsize=11, va="center")
 
 
-def _reference_scores(
-    axes: Any, epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]
-) -> dict[str, tuple[float, str]]:
-    """Draw zero-shot as a dashed line, the best epoch as a ring, test as a diamond; returns name to (value, colour)."""
+def _reference_scores(axes: Any, epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> Labels:
+    """Draw zero-shot as a dashed line, the best epoch as a ring, test as a diamond; returns their labels."""
     from matplotlib.patheffects import withStroke
 
-    extra = {}
+    extra: Labels = {}
     zeroshot, test = number(result.get("zeroshot/top1")), number(result.get("test/top1"))
     if math.isfinite(zeroshot):
         axes.axhline(zeroshot, color=look.PURPLE, linewidth=1.8, linestyle=(0, (5, 3)), zorder=2)
@@ -150,16 +139,13 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
 
 def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:
     """The run's scores in one line; for a run that did not finish, why and after how many epochs it ended."""
-    parts = []
     status = result.get("status")
-    if status in ("failed", "diverged", "interrupted"):
-        parts.append(f"{status} after {len(epochs)} epochs")
+    parts = [f"{status} after {len(epochs)} epochs"] if status in ("failed", "diverged", "interrupted") else []
     best = best_epoch(epochs, scores, result)
-    for name, value in (
-        ("zero-shot", number(result.get("zeroshot/top1"))),
-        ("best validation", scores[best] if best is not None else math.nan),
-        ("test", number(result.get("test/top1"))),
-    ):
-        if math.isfinite(value):
-            parts.append(f"{name} {value:.3f}")
+    values = {
+        "zero-shot": number(result.get("zeroshot/top1")),
+        "best validation": math.nan if best is None else scores[best],
+        "test": number(result.get("test/top1")),
+    }
+    parts += [f"{name} {value:.3f}" for name, value in values.items() if math.isfinite(value)]
     return "   ".join(parts) or "nothing measured yet"
