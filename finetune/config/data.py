@@ -54,7 +54,8 @@ class DataConf:
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
     )
     root: str | None = setting(
-        None, "folder of the images (folder), of the data set (torchvision), of tar shards (also URLs such as s3://..., pipe:COMMAND)"
+        None,
+        "folder of images (folder), of the data set (torchvision), of tar shards (also https://, s3://, pipe:COMMAND)",
     )
     table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image")
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
