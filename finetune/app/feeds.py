@@ -106,9 +106,8 @@ class Feeds:
         measured = memory.measured[name]
         prefix.stored_as = measured.dtype
         folder = cache_folder(conf.data.cache_dir) / "activations"
-        self._planner = CachePlanner(
-            conf.prefix, measured, layers=layers, memory=memory, device=run.device, folder=folder
-        )
+        layers += f"-{str(measured.dtype).removeprefix('torch.')}"  # the precision changes the numbers, too
+        self._planner = CachePlanner(conf.prefix, measured, layers, memory, run.device, folder)
         return measured
 
     def _plan_train(self, loader: Loader) -> Planned:

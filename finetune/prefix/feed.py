@@ -18,7 +18,7 @@ from finetune.data.images.mix import Mixer
 from finetune.data.loading.order import Showings
 from finetune.prefix.cache import ActivationCache
 from finetune.prefix.frozen import FrozenPrefix
-from finetune.prefix.store import ActivationBlock, Builder
+from finetune.prefix.store import ActivationBlock, BlockBuilder
 from finetune.system.progress import Bar
 
 logger = logging.getLogger("finetune")
@@ -171,29 +171,27 @@ class Feed:
         counts = [int(part.sum()) for part in torch.split(present, size)] if len(slots) else []
         is_at_hand = cache.kind != PrefixCache.disk and block.values.device.type == self._device.type
         read = self._indexed if is_at_hand else self._prefetched
-        batches = zip(read(block, slots[present], counts), torch.split(samples[present], counts), strict=True)
+        batches = zip(
+            read(block.values, block.rows_of(slots[present]), counts),
+            torch.split(samples[present], counts),
+            strict=True,
+        )
         for number, (values, ids) in enumerate(batches):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
             yield self._prefix.restore(values), sent(split.labels[ids], self._device), ids
 
-    def _indexed(self, block: ActivationBlock, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
-        """The activations of each batch, from a block in the memory of the device that computes.
+    def _indexed(self, values: Tensor, rows: Tensor, counts: list[int]) -> Iterator[Tensor]:
+        """The `rows` (n,) of `values`, in batches of `counts` images, where both lie on the device that computes."""
+        for part in torch.split(sent(rows, self._device), counts):
+            yield values[part]
 
-        Args:
-            block: The activations of a view.
-            slots: Slots that the epoch shows, int64 (n,).
-            counts: Images in each batch.
-        """
-        for part in torch.split(sent(slots, self._device), counts):
-            yield block.values[part]
-
-    def _prefetched(self, block: ActivationBlock, slots: Tensor, counts: list[int]) -> Iterator[Tensor]:
+    def _prefetched(self, values: Tensor, rows: Tensor, counts: list[int]) -> Iterator[Tensor]:
         """The same from another memory or the disk: a thread reads `PREFETCH` batches ahead of the loop."""
         with ThreadPoolExecutor(1) as pool:
             waiting: list[Future[Tensor]] = []
-            for part in torch.split(slots, counts):
-                waiting.append(pool.submit(_read, block.values, part, pin=self._device.type == "cuda"))
+            for part in torch.split(rows, counts):
+                waiting.append(pool.submit(_read, values, part, pin=self._device.type == "cuda"))
                 if len(waiting) > PREFETCH:
                     yield self._arrived(waiting.pop(0))
             for future in waiting:
@@ -213,7 +211,7 @@ class Feed:
         for sample in sorted(set(samples.tolist())):
             self._loader.leave_out(sample, "could not be read when the frozen layers ran on it")
 
-    def _compute(self, builder: Builder, view: int) -> None:
+    def _compute(self, builder: BlockBuilder, view: int) -> None:
         """Run the frozen layers on every image of a view, as often as an epoch can show it."""
         assert self._prefix is not None
         samples = self._slot_samples()
@@ -235,6 +233,6 @@ class Feed:
             self._loader.close()
 
 
-def _read(values: Tensor, slots: Tensor, *, pin: bool) -> Tensor:
-    batch = values[slots]
+def _read(values: Tensor, rows: Tensor, *, pin: bool) -> Tensor:
+    batch = values[rows]
     return batch.pin_memory() if pin else batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,37 +45,30 @@ def is_read_once(kind: PrefixCache, passes: float) -> bool:
     return kind == PrefixCache.auto and passes <= 1 and not is_shared()
 
 
+@dataclass
 class CachePlanner:
-    """Picks the caches of a run's splits. Each split gets what room the splits before it have left."""
+    """Picks the caches of a run's splits. Each split gets the room that the splits before it have left.
 
-    def __init__(
-        self,
-        conf: PrefixConf,
-        measured: Measured,
-        *,
-        layers: str,
-        memory: SweepMemory,
-        device: torch.device,
-        folder: Path,
-    ) -> None:
-        """Plan for one run.
+    Attributes:
+        conf: The place that the user asked for, and the limit of the disk.
+        measured: Cost of the frozen layers.
+        layers: Name of the frozen layers' activations, see `prefix_digest`.
+        memory: Blocks of earlier jobs of a sweep; those of other layers are dropped from the device.
+        device: Where training runs.
+        folder: Cached activations on disk.
+    """
 
-        Args:
-            conf: The place that the user asked for, and the limit of the disk.
-            measured: Cost of the frozen layers.
-            layers: From `prefix_digest`.
-            memory: Blocks of earlier jobs of a sweep; those of other layers are dropped from the device.
-            device: Where training runs.
-            folder: Cached activations on disk.
-        """
-        self._conf = conf
-        self._measured = measured
-        self._layers = f"{layers}-{str(measured.dtype).removeprefix('torch.')}"
-        self._memory = memory
-        self._device = device
-        self._folder = folder
-        self._planned: list[tuple[ActivationCache, int]] = []  # caches of the splits so far, and their views
-        memory.drop_other_layers(self._layers)
+    conf: PrefixConf
+    measured: Measured
+    layers: str
+    memory: SweepMemory
+    device: torch.device
+    folder: Path
+    _planned: list[tuple[ActivationCache, int]] = field(default_factory=list)  # caches so far, and their views
+
+    def __post_init__(self) -> None:
+        """Make room on the device."""
+        self.memory.drop_other_layers(self.layers)
 
     def plan(self, split: str, digest: str, *, slots: int, views: int) -> tuple[ActivationCache | None, str]:
         """The cache of a split, or None where its activations are computed in every epoch; and the reason in words.
@@ -88,23 +82,23 @@ class CachePlanner:
         Raises:
             UserError: The place that the user asked for is too small.
         """
-        name = f"{self._layers}-{digest}"
-        is_required = self._conf.cache != PrefixCache.auto and split != "test"
+        name = f"{self.layers}-{digest}"
+        is_required = self.conf.cache != PrefixCache.auto and split != "test"
         host = torch.device("cpu")
         caches: dict[PrefixCache, ActivationCache] = {
             PrefixCache.device: MemoryCache(
-                PrefixCache.device, name, slots, is_required, memory=self._memory, device=self._device
+                PrefixCache.device, name, slots, is_required, memory=self.memory, device=self.device
             ),
-            PrefixCache.ram: MemoryCache(PrefixCache.ram, name, slots, is_required, memory=self._memory, device=host),
-            PrefixCache.disk: DiskCache(PrefixCache.disk, name, slots, is_required, folder=self._folder),
+            PrefixCache.ram: MemoryCache(PrefixCache.ram, name, slots, is_required, memory=self.memory, device=host),
+            PrefixCache.disk: DiskCache(PrefixCache.disk, name, slots, is_required, folder=self.folder),
         }
         own_names = {name, *(cache.name for cache, _ in self._planned)}
         need = self._need(split, views, caches, own_names)
-        kind, why = choose_place(self._conf, self._measured, need, self._device, self._folder)
+        kind, why = choose_place(self.conf, self.measured, need, self.device, self.folder)
         if kind == PrefixCache.none:
             return None, why
-        if kind in IN_MEMORY and not fits_beside_others(kind, self._measured, need, self._device):
-            self._memory.drop_all_but(own_names)
+        if kind in IN_MEMORY and not fits_beside_others(kind, self.measured, need, self.device):
+            self.memory.drop_all_but(own_names)
         self._planned.append((caches[kind], views))
         return caches[kind], why
 
@@ -116,5 +110,5 @@ class CachePlanner:
             planned = [(cache, views), *((other, count) for other, count in self._planned if other.kind == kind)]
             total[kind] = sum(each.slots * count for each, count in planned)
             missing[kind] = sum(each.slots for each, count in planned for view in range(count) if not each.has(view))
-        spare = {kind: self._memory.num_bytes(kind, without=own_names) for kind in IN_MEMORY}
+        spare = {kind: self.memory.num_bytes(kind, without=own_names) for kind in IN_MEMORY}
         return RoomNeeded(split, views, missing, total, spare)

@@ -14,18 +14,11 @@ from finetune.prefix.store import ActivationBlock
 
 
 class BlockKey(NamedTuple):
-    """Names an activation block in memory.
+    """Names an activation block in memory."""
 
-    Attributes:
-        kind: ram or device.
-        device: Where its values lie.
-        name: Name of the split's `ActivationCache`.
-        view: Number of the view.
-    """
-
-    kind: PrefixCache
+    kind: PrefixCache  # ram or device
     device: torch.device
-    name: str
+    name: str  # of the split's `ActivationCache`
     view: int
 
 

@@ -54,7 +54,7 @@ from finetune.prefix import feed as feed_module
 from finetune.prefix.choice import RoomNeeded, choose_place
 from finetune.prefix.measuring import Measured, measure
 from finetune.prefix.planning import is_read_once
-from finetune.prefix.store import Builder, build_in_memory, open_on_disk
+from finetune.prefix.store import BlockBuilder, build_in_memory, open_on_disk
 from finetune.prefix.sweep_memory import shared_between_runs
 from finetune.runs.history import timeless
 
@@ -202,10 +202,10 @@ def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_slots_of_nothing_take_their_place(tmp_path: Path, on_disk: bool) -> None:
-    """At the beginning, before anybody knows how large activations are, in between and at the end."""
+def test_unreadable_images_have_a_slot_and_no_row(tmp_path: Path, on_disk: bool) -> None:
+    """Also at the beginning, before the size of an image's activations is known, and at the end."""
 
-    def fill(builder: Builder) -> None:
+    def fill(builder: BlockBuilder) -> None:
         nobody = torch.zeros(2, dtype=torch.bool)
         for values in (None, torch.ones(2, 3), None, None, torch.full((1, 3), 2.0), None):
             present = nobody if values is None else torch.tensor([True, len(values) == 2])
@@ -213,7 +213,8 @@ def test_slots_of_nothing_take_their_place(tmp_path: Path, on_disk: bool) -> Non
 
     block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
     assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
-    assert block.values[block.present].tolist() == [[1] * 3, [1] * 3, [2] * 3] and block.values.shape == (12, 3)
+    assert block.values.tolist() == [[1] * 3, [1] * 3, [2] * 3]
+    assert block.rows_of(torch.tensor([8, 2, 3])).tolist() == [2, 0, 1]
     with pytest.raises(ValueError, match="not one image"):
         build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
 
@@ -229,9 +230,8 @@ def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.Mon
     monkeypatch.setattr(feed_module, "_read", noted)
     loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
     feed = Feed(loader, title="train", device=CPU, prefix=Mock(), cache=Mock(kind=PrefixCache.disk))
-    block = store.ActivationBlock(torch.arange(12.0)[:, None], torch.ones(12, dtype=torch.bool), torch.float32)
     slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    for number, values in enumerate(feed._prefetched(block, slots, [2] * 6)):
+    for number, values in enumerate(feed._prefetched(torch.arange(12.0)[:, None], slots, [2] * 6)):
         assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
         deadline = time.monotonic() + 10
         while len(asked) < min(6, number + 1 + feed_module.PREFETCH) and time.monotonic() < deadline:
@@ -240,7 +240,7 @@ def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.Mon
 
 
 def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    def fill(builder: Builder) -> None:
+    def fill(builder: BlockBuilder) -> None:
         builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
 
     block = open_on_disk(tmp_path / "b", 4, fill)[0]
@@ -259,14 +259,14 @@ def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
 ) -> None:
     """As a quota does, of which nobody can ask how much is left."""
 
-    def full(self: store.FileBuilder, values: torch.Tensor, first: int) -> None:
-        with store._told_of(self._folder):
+    def full(self: store.FileBuilder, values: torch.Tensor) -> None:
+        with store._write_errors(self._folder):
             raise OSError(28, "No space left on device")
 
     conf = with_cache(settings(pictures), kind)
     conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
     monkeypatch.setattr(choice, "free_memory", lambda: 0)
-    monkeypatch.setattr(store.FileBuilder, "_take", full)
+    monkeypatch.setattr(store.FileBuilder, "_append", full)
     if kind == "disk":
         with pytest.raises(OSError, match=r"prefix\.cache=disk: cannot write to .*activations: No space left"):
             came_out(conf, tmp_path / "run")
@@ -600,7 +600,7 @@ def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monke
         open_on_disk(place, 4, _slow_fill)
 
 
-def _slow_fill(builder: Builder) -> None:
+def _slow_fill(builder: BlockBuilder) -> None:
     for value in range(4):
         builder.put(torch.full((1, 3), float(value)), torch.tensor([True]), torch.float32)
         time.sleep(0.2)
