@@ -29,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="clear: remove the entries; data.cache_dir: the folder of runs with that setting",
     )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, help="only entries of this kind")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", default=0.0, help="only what no run used since")
-    flags = parser.parse_args(arguments)
+    parser.add_argument(
+        "--older-than", type=float, metavar="DAYS", default=0.0, help="only entries that no run used for so long"
+    )
+    flags = parser.parse_intermixed_args(arguments)
     cache_dir, is_clear = None, False
     for word in flags.words:
         if word == "clear":

@@ -83,7 +83,7 @@ def test_clear_removes_what_was_asked_for(tmp_path: Path, capsys: pytest.Capture
     assert "0 entries" in capsys.readouterr().out and all(path.exists() for path in paths)
     assert main([*words, "--older-than", "20"]) == 0
     assert [path.exists() for path in paths] == [True, True, False]
-    assert main([*words, "--kind", "activations"]) == 0
+    assert main(["clear", "--kind", "activations", *words[1:]]) == 0
     assert [path.exists() for path in paths] == [False, True, False]
     assert main(words) == 0
     assert size_of(tmp_path) == 0 and not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -112,12 +112,13 @@ def test_what_is_being_made_stays_and_what_a_killed_run_left_goes(tmp_path: Path
     (_, entry, _) = fill(tmp_path)
     half = entry.with_name(f"{'4' * 32}.77.tmp")
     write(half / "pixels.u8")
+    part = write(tmp_path / "shards" / f"{'5' * 16}-b.tar.part")
     with file_lock(lock_of(entry)), file_lock(lock_of(entry.with_name("4" * 32))):
         assert not remove_entry(find_entries(tmp_path)[1])
         assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0
         assert entry.exists() and half.exists()
     assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0
-    assert all_files(tmp_path / "pixels") == set()
+    assert all_files(tmp_path / "pixels") == set() and not part.exists()
 
 
 def _make(place: Path, seed: int, results: object) -> None:

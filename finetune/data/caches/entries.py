@@ -156,17 +156,18 @@ def remove_entry(entry: CacheEntry) -> bool:
 
 
 def remove_abandoned(cache: Path, kind: str) -> None:
-    """Remove half-made folders that killed processes left; those whose lock is held are still being made."""
-    for left in (cache / kind).glob("*.tmp"):
-        entry = left.with_name(left.name.partition(".")[0])
-        if re.fullmatch(NAMES[kind], entry.name) and kind in FILES:
-            with contextlib.suppress(OSError), file_lock(lock_of(entry), timeout_s=0):
-                _remove_leftovers(entry)
-                lock_of(entry).unlink()
+    """Remove half-made entries that killed processes left; those whose lock is held are still being made."""
+    for left in (cache / kind).glob("*"):
+        name = re.sub(r"\.\d+\.tmp$|\.part$", "", left.name)
+        if name != left.name and re.fullmatch(NAMES[kind], name):
+            with contextlib.suppress(OSError), file_lock(lock_of(left.with_name(name)), timeout_s=0):
+                _remove_leftovers(left.with_name(name))
+                lock_of(left.with_name(name)).unlink()
 
 
 def _remove_leftovers(entry: Path) -> None:
     """Remove what killed processes left of `entry`; only for the process that holds its lock."""
+    entry.with_name(f"{entry.name}.part").unlink(missing_ok=True)  # of a shard
     for left in entry.parent.glob(f"{entry.name}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
