@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from first_use import check_layers
 from small import ALL, CHAINS, CLASSES, WHOLE, small_images, small_model
 from torch import Tensor
 
 import finetune.core.recompute
 from finetune.config import OptimConf
+from finetune.config.words import compose
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
+from finetune.models import build_model
+from finetune.models.layering.towers import CHAINS as REGISTRY
+from finetune.models.layering.towers import class_name
 
 warnings.filterwarnings("ignore")
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent.parent / "conf" / "model").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +166,16 @@ def test_one_step_moves_what_is_above_fix_layer_and_nothing_else(name: str) -> N
 
 def test_the_families_are_enough() -> None:
     assert len(FAMILIES) >= 10 and set(FAMILIES) <= set(ALL)
+
+
+def test_every_family_of_the_registry_has_a_small_network_here() -> None:
+    """The tests above then hold for a new family too: add a small network of it to `CHAINS` in tests/small.py."""
+    tested = {class_name(module) for name in CHAINS for module in small_model(name).net.modules()}
+    assert not REGISTRY.keys() - tested
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_and_is_cut_into_layers(preset: str) -> None:
+    built = build_model(compose([f"model={preset}"]).model, ["a", "b"], device="meta")
+    check_layers(built.model.net, list(built.model.layers))
+    assert built.model.is_chain

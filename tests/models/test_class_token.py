@@ -349,7 +349,9 @@ def test_the_setting_may_change_on_resume_and_a_bare_off_in_yaml_is_explained() 
         convert(SETTINGS["train.class_token_only"], False)
 
 
-@pytest.mark.parametrize("name", ["norms-everywhere", "rotary-mixed", "open_clip", "torchvision"])
+@pytest.mark.parametrize(
+    "name", ["rotary-mixed", "open_clip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "torchvision"))]
+)
 def test_it_compiles_into_one_graph(name: str) -> None:
     _, model = twins(made(CAN[name], torch.float32).eval())
     images = images_of(name, torch.float32)

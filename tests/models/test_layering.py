@@ -27,14 +27,12 @@ from finetune.models.upstream import from_torchvision
 
 warnings.filterwarnings("ignore")
 
+# One network of each kind of rule; the slow tests below take every name of the three libraries.
 TIMM = [
-    "test_vit", "vit_base_patch16_clip_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224",
-    "vit_srelpos_small_patch16_224", "deit_tiny_distilled_patch16_224", "beit_base_patch16_224",
-    "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224",
-    "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18", "efficientnet_b0", "mobilenetv3_small_050",
-    "regnety_002", "cait_xxs24_224", "coat_lite_tiny", "poolformer_s12", "pit_ti_distilled_224", "levit_128s",
-    "efficientvim_m1", "vgg11_bn", "selecsls42", "csatv2", "densenet121", "samvit_base_patch16", "hgnetv2_b0",
-    "fastvit_t8", "naflexvit_base_patch16_gap", "iformer_t",
+    "vit_base_patch16_clip_224", "vit_srelpos_small_patch16_224", "deit_tiny_distilled_patch16_224",
+    "beit_base_patch16_224", "vit_small_patch16_rope_mixed_224", "swin_tiny_patch4_window7_224", "convnext_atto",
+    "resnet18", "efficientnet_b0", "cait_xxs24_224", "poolformer_s12", "pit_ti_distilled_224", "efficientvim_m1",
+    "vgg11_bn", "selecsls42", "csatv2", "densenet121", "naflexvit_base_patch16_gap",
 ]  # fmt: skip
 OPEN_CLIP = [
     "ViT-B-16", "RN50", "coca_ViT-B-32", "EVA02-B-16", "ViT-B-16-SigLIP", "convnext_base",

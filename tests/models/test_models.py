@@ -391,7 +391,14 @@ def test_other_towers_of_open_clip_build_without_their_text_tower(name: str) -> 
     assert built.model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "mobilenetv5_300m_enc", "deepseek_vit_412m_enc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_vit_88m_enc",
+        pytest.param("mobilenetv5_300m_enc", marks=pytest.mark.slow),
+        pytest.param("deepseek_vit_412m_enc", marks=pytest.mark.slow),
+    ],
+)
 def test_encoders_without_a_classifier_get_one(name: str) -> None:
     conf = ModelConf(family=Family.vit, name=name, pretrained="none", head=HeadKind.random)
     built = build_model(conf, CLASSES, device="meta")
