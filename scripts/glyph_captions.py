@@ -1,4 +1,4 @@
-"""What the bundled CLIP reads in pretraining: names, templates, made-up prompts, and the byte pairs they are cut to."""
+"""The texts for pretraining the bundled CLIP: captions, random prompts, and the merges of its tokenizer."""
 
 import gzip
 import itertools
@@ -57,7 +57,7 @@ DIGIT_TEMPLATES = (
     "an image of the digit {}.",
     "a scan of the handwritten number {}.",
 )
-# Never trained on, for `--evaluate` only.
+# Templates for `--evaluate`; training does not use them.
 UNSEEN_TEMPLATES = (
     "a {} on a postcard.",
     "a tattoo of a {}.",
@@ -65,7 +65,7 @@ UNSEEN_TEMPLATES = (
     "someone wrote {} here",
     "class {}",
 )
-# A few everyday words, so that other people's class names fall into pieces larger than letters.
+# Everyday words, from which the merges are learned too. Class names then become a few tokens, not one for each letter.
 WORDS = """
 the of and to in is you that it he was for on are as with his they at be this have from or one had by word but not
 what all were we when your can said there use an each which she do how their if will up other about out many then them
@@ -79,7 +79,7 @@ plane bicycle man woman child face food fruit shirt shoe bag coat dress street r
 plant leaf ten eleven twelve hundred thousand million zero three four five six seven eight nine
 """
 
-# Words that may stand around a name without changing what is meant.
+# Words that may stand around a name without changing its meaning.
 FILLERS = sorted(
     set(WORDS.split())
     - {*NUMBER_WORDS, "ten", "eleven", "twelve", "hundred", "thousand", "million"}
@@ -88,7 +88,7 @@ FILLERS = sorted(
 
 
 def names_of(character: str) -> tuple[str, ...]:
-    """What a caption calls the character. The tokenizer makes all letters small, so words tell the case."""
+    """The names of a character in captions. The tokenizer makes all letters small, so the names state the case."""
     if character.isdigit():
         return (character, NUMBER_WORDS[int(character)])
     capital, small = ("capital", "uppercase", "upper case"), ("small", "lowercase", "lower case")
@@ -97,7 +97,7 @@ def names_of(character: str) -> tuple[str, ...]:
 
 
 def captions() -> list[list[str]]:
-    """The captions of each of CHARACTERS."""
+    """For each of CHARACTERS its captions: every template with every name."""
     result = []
     for character in CHARACTERS:
         templates = ANY_TEMPLATES + (DIGIT_TEMPLATES if character.isdigit() else ())
@@ -106,9 +106,9 @@ def captions() -> list[list[str]]:
 
 
 def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
-    """Byte pair merges, most frequent pair first (Sennrich et al., arXiv:1508.07909); ties in alphabetical order.
+    """Byte pair merges, the most frequent pair first (Sennrich et al., arXiv:1508.07909), ties in alphabetical order.
 
-    Words are cut as open_clip's tokenizer does for letters; digits stay single tokens there and need no merge.
+    Texts are split into words as open_clip's tokenizer splits letters. Digits stay single tokens and need no merge.
     """
     encoder = bytes_to_unicode()
     counts: Counter[tuple[str, ...]] = Counter()
@@ -131,7 +131,7 @@ def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The word with every occurrence of the pair joined, from the left."""
+    """The word with each occurrence of the pair joined into one symbol, from left to right."""
     merged: list[str] = []
     for symbol in word:
         if merged and (merged[-1], symbol) == pair:
@@ -142,15 +142,15 @@ def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_merges(path: Path) -> None:
-    """The gzip file that `SimpleTokenizer(bpe_path=...)` reads: a header line, then one merge a line, no empty last."""
-    # Captions outnumber the words by far; each word list entry counts as much as a dozen captions.
+    """Write the gzip file for `SimpleTokenizer(bpe_path=...)`: a header, then one merge a line, no last newline."""
+    # There are many more captions than words, so each word counts twelve times.
     merges = learn_merges([text for texts in captions() for text in texts] + WORDS.split() * 12, NUM_MERGES)
     lines = "\n".join(["#version: glyph captions", *(" ".join(pair) for pair in merges)])
     path.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def random_prompt(name: str, tokenizer: SimpleTokenizer, rng: random.Random) -> str:
-    """The name among up to seven words, common ones and made-up ones, that say nothing about it."""
+    """The name between up to seven random words, common or made up, that say nothing about the character."""
 
     def word() -> str:
         if rng.random() < 0.7:
@@ -160,5 +160,5 @@ def random_prompt(name: str, tokenizer: SimpleTokenizer, rng: random.Random) -> 
     before, after = [word() for _ in range(rng.randint(0, 4))], [word() for _ in range(rng.choice((0, 0, 0, 1, 2, 3)))]
     quoted = f'"{name}"' if rng.random() < 0.1 else name
     prompt = " ".join([*before, quoted, *after]) + rng.choice(("", "", ".", "!", " ."))
-    # What is too long would be cut, perhaps before the name.
+    # The tokenizer would cut a longer prompt, perhaps ahead of the name.
     return prompt if len(tokenizer.encode(prompt)) <= CONTEXT_LENGTH - 2 else name

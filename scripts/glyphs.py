@@ -1,7 +1,7 @@
-"""Pictures of characters for pretraining: fonts and drawn strokes, warped as handwriting is.
+"""Images of characters for pretraining: glyphs of fonts and drawn strokes, distorted to look like handwriting.
 
-A `Bank` holds every glyph once, upright and clean; `GlyphSampler` draws batches from it and varies them with a few
-batched tensor operations. Nothing here reads a data set of handwriting.
+A `Bank` holds each glyph once, upright and clean. `GlyphSampler` draws batches from the bank and distorts them with a
+few batched tensor operations. No data set of handwriting is read.
 """
 
 import math
@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-GLYPH_SIZE = 56  # side of a stored glyph; the ink fills a box of INK_SIZE in its middle
-INK_SIZE = 40
-IMAGE_SIZE = 32  # side of a training image
+GLYPH_SIZE = 56  # pixels a side of a stored glyph
+INK_SIZE = 40  # pixels of the longer side of its ink, which is centred
+IMAGE_SIZE = 32  # pixels a side of a training image
 
-# Fonts that put other symbols at the codes of letters and digits, and fonts without outlines of their own.
+# Beginnings of the file names of fonts that have symbols in the place of letters, or no outlines of their own.
 NOT_LATIN = ("cmsy", "cmex", "STIXSiz", "STIXNonUni", "D050000L", "StandardSymbols", "DejaVuSansDis", "DejaVuSerifDis")
 
-# How a hand writes the digits, several ways each: strokes ("/" lifts the pen) through points "x,y" in hundredths of a
-# box, y downwards. A point given twice is a corner; between the others runs a smooth curve.
+# Several ways to write each digit by hand. A way is a list of strokes, with "/" between them. A stroke is a smooth
+# curve through points "x,y" in hundredths of a box, y downwards; a point given twice is a corner.
 STROKES = {
     "0": (
         "50,0 18,20 10,55 30,95 60,97 88,60 80,20 50,0",
@@ -87,10 +87,10 @@ class Bank:
     """Clean glyphs, one row each.
 
     Attributes:
-        images: White ink on black. uint8 (count, GLYPH_SIZE, GLYPH_SIZE)
-        labels: Index into CHARACTERS. (count,)
-        weights: How often a row is drawn, relative to the other rows of its character. (count,)
-        sources: Names of the fonts used and the number of glyphs from each.
+        images: White ink on black, uint8 (count, GLYPH_SIZE, GLYPH_SIZE).
+        labels: Indices into CHARACTERS, (count,).
+        weights: How often a row is drawn, relative to the other rows of its character, (count,).
+        sources: Number of glyphs by the file name of their font.
     """
 
     images: Tensor
@@ -100,13 +100,13 @@ class Bank:
 
 
 def find_fonts(folders: list[Path]) -> list[Path]:
-    """Outline fonts below `folders`, without those in NOT_LATIN, in a stable order."""
+    """The files of outline fonts below `folders`, sorted, without those in NOT_LATIN."""
     found = {path for folder in folders for suffix in ("ttf", "otf", "ttc") for path in folder.rglob(f"*.{suffix}")}
     return sorted(path for path in found if not path.name.startswith(NOT_LATIN))
 
 
 def fit_ink(picture: Image.Image) -> np.ndarray | None:
-    """Crop to the ink and scale it into the middle box; None where there is no ink. -> uint8 (GLYPH_SIZE,) * 2."""
+    """Crop to the ink, scale and centre it. -> uint8 (GLYPH_SIZE, GLYPH_SIZE); None for ink below 16 pixels."""
     box = picture.getbbox()
     if box is None or max(box[2] - box[0], box[3] - box[1]) < 16:
         return None
@@ -120,7 +120,7 @@ def fit_ink(picture: Image.Image) -> np.ndarray | None:
 
 
 def render_font(path: Path) -> dict[str, np.ndarray]:
-    """Glyphs of one font by character; what it lacks, leaves empty or draws as its box for missing ones is skipped."""
+    """The glyphs of one font by character, without those that the font lacks or draws as its box for missing glyphs."""
     with TTFont(path, fontNumber=0, lazy=True) as face:
         mapped = {chr(code) for code in face.getBestCmap() or {}}
     font = ImageFont.truetype(str(path), 96)
@@ -131,7 +131,7 @@ def render_font(path: Path) -> dict[str, np.ndarray]:
         seen.add(missing.tobytes())
     for character in CHARACTERS:
         glyph = fit_ink(draw_text(font, character)) if character in mapped else None
-        # A second character with the very same picture (small capitals, a box) would only teach a wrong name.
+        # A glyph with the same pixels as an earlier one (small capitals, a box) would teach a wrong label.
         if glyph is not None and glyph.tobytes() not in seen:
             seen.add(glyph.tobytes())
             glyphs[character] = glyph
@@ -139,14 +139,14 @@ def render_font(path: Path) -> dict[str, np.ndarray]:
 
 
 def draw_text(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
-    """White text on a black canvas wide enough for any swash."""
+    """White text on a black canvas with room around the text for long strokes."""
     canvas = Image.new("L", (320, 320))
     ImageDraw.Draw(canvas).text((110, 80), text, fill=255, font=font)
     return canvas
 
 
 def smooth_curve(points: np.ndarray, steps: int = 12) -> np.ndarray:
-    """Catmull-Rom spline through the points; a point given twice stays a corner. (n, 2) -> ((n - 1) * steps + 1, 2).
+    """Catmull-Rom spline through the points, with a corner at a repeated point. (n, 2) -> ((n - 1) * steps + 1, 2).
 
     Source: Catmull and Rom, "A class of local interpolating splines", 1974; the uniform form with tension 1/2.
     """
@@ -160,7 +160,7 @@ def smooth_curve(points: np.ndarray, steps: int = 12) -> np.ndarray:
 
 
 def draw_strokes(strokes: str, rng: np.random.Generator) -> np.ndarray | None:
-    """One digit as a hand might draw it: every point jittered, some slant, a pen of random width."""
+    """One digit in the style of handwriting: every point is jittered; slant, width and pen are random."""
     side = 200
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
@@ -169,26 +169,28 @@ def draw_strokes(strokes: str, rng: np.random.Generator) -> np.ndarray | None:
     for stroke in strokes.split("/"):
         points = np.array([[int(number) / 100 for number in point.split(",")] for point in stroke.split()])
         moved = points + rng.normal(0, jitter, points.shape)
-        for i in range(1, len(points)):  # a corner stays one
+        for i in range(1, len(points)):  # the two copies of a corner stay together
             if (points[i] == points[i - 1]).all():
                 moved[i] = moved[i - 1]
         curve = smooth_curve(moved)
         curve[:, 0] = (curve[:, 0] - 0.5 + slant * (0.5 - curve[:, 1])) * narrow + 0.5
         curve = curve * 120 + 40
         pen.line([tuple(point) for point in curve], fill=255, width=round(2 * radius))
-        for x, y in curve:  # round ends and joints
+        for x, y in curve:  # a round pen has round ends and joints
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     return fit_ink(canvas)
 
 
 def build_bank(fonts: list[Path], hand_fonts: list[Path], *, drawings: int, seed: int) -> Bank:
-    """Render everything once.
+    """Render all glyphs.
+
+    There are three sources: printed fonts, handwriting fonts and, for digits, drawn strokes. The weights make all three
+    equally frequent, whatever their number of rows.
 
     Args:
         fonts: Printed fonts.
-        hand_fonts: Fonts that imitate handwriting. The three sources (these two and, for digits, the drawn strokes)
-            are drawn equally often, however many rows each has.
-        drawings: Number of drawn examples for each way of writing a digit.
+        hand_fonts: Fonts that imitate handwriting.
+        drawings: Number of drawn examples for each way to write a digit.
         seed: Seed of the drawn examples.
     """
     rng = np.random.default_rng(seed)
@@ -209,7 +211,7 @@ def build_bank(fonts: list[Path], hand_fonts: list[Path], *, drawings: int, seed
         drawn = [draw_strokes(strokes, rng) for strokes in ways for _ in range(drawings)]
         rows += [(glyph, CHARACTERS.index(digit), 2, len(folders)) for glyph in drawn if glyph is not None]
     labels, source, folder = torch.tensor([row[1:] for row in rows]).unbind(1)
-    # A folder holds one family in several weights: it counts with the square root of its size.
+    # A folder usually holds the weights of one family of fonts, so it counts with the square root of its size.
     in_folder = labels * (len(folders) + 1) + folder
     weights = torch.bincount(in_folder)[in_folder].double().rsqrt()
     in_source = labels * 3 + source
@@ -220,26 +222,26 @@ def build_bank(fonts: list[Path], hand_fonts: list[Path], *, drawings: int, seed
 class GlyphSampler:
     """Draws varied batches: `images, labels = sampler.batch(128)`.
 
-    Half of a batch are digits, half letters. Every glyph is thickened or thinned, sheared, rotated and warped, cropped
-    to its ink and stretched into a box; then a part of the batch goes through few pixels (see `through_bitmap`).
+    By default half of a batch are digits and half are letters. Every glyph is sheared, rotated and warped, cropped to
+    its ink, stretched into a box and perhaps thickened. Most images then lose resolution (see `degrade`).
     """
 
     def __init__(self, bank: Bank, *, seed: int, digit_share: float = 0.5) -> None:
-        """Sample from `bank`; `digit_share` of a batch are digits. The same seed gives the same batches."""
+        """Sample from `bank`, with `digit_share` of a batch as digits. The same seed gives the same batches."""
         self.bank = bank
         self.digit_share = digit_share
         self.generator = torch.Generator().manual_seed(seed)
-        # Rows in the order of their labels; label k owns the interval (k, k + 1] of the cumulative weights.
+        # The rows sorted by label. The cumulative weights of label k lie in the interval (k, k + 1].
         self.order = torch.argsort(bank.labels, stable=True)
         share = bank.weights / torch.bincount(bank.labels, bank.weights)[bank.labels]
         self.cumulative = share[self.order].cumsum(0)
-        # Bicubic interpolation of 4 values, as a matrix: much cheaper than `F.interpolate` on every batch.
+        # Bicubic interpolation of 4 values as a matrix, which costs much less than `F.interpolate` on every batch.
         self.elastic_basis = F.interpolate(
             torch.eye(4)[None, :, :, None].expand(-1, -1, -1, 4), (GLYPH_SIZE, 4), mode="bicubic", align_corners=True
         )[0, :, :, 0].T  # (GLYPH_SIZE, 4)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1], white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)."""
+        """Images in [0, 1] with white ink on black, and labels. -> (size, 1, IMAGE_SIZE, IMAGE_SIZE), (size,)."""
         is_digit = self.uniform(size) < self.digit_share
         digits = torch.randint(0, 10, (size,), generator=self.generator)
         letters = torch.randint(10, len(CHARACTERS), (size,), generator=self.generator)
@@ -258,18 +260,18 @@ class GlyphSampler:
         return torch.randn(size, generator=self.generator) * std
 
     def vary_thickness(self, glyphs: Tensor) -> Tensor:
-        """Grey-scale dilation by one or two pixels, or none; bold glyphs, which it would fill, are left alone."""
+        """Thicken glyphs by one pixel, two or none. Bold glyphs stay as they are: dilation would fill their holes."""
         thick = dilate(glyphs)
         is_bold = glyphs.mean((1, 2, 3), keepdim=True) > 0.33
         kind = self.uniform(len(glyphs))[:, None, None, None]
         return torch.where(is_bold | (kind < 0.4), glyphs, torch.where(kind < 0.8, thick, dilate(thick)))
 
     def warp(self, glyphs: Tensor) -> Tensor:
-        """Rotation, shear and a smooth elastic warp from a 4 x 4 grid of random shifts."""
+        """Rotate, shear and distort smoothly, by a 4 x 4 grid of random shifts."""
         size = len(glyphs)
         angle, shear = self.normal(size, 8 * math.pi / 180), self.normal(size, 0.18)
         cos, sin = angle.cos(), angle.sin()
-        # Zooming out a little leaves room for what the warp pushes outwards.
+        # Zoom out by 1.25, so that the warp pushes no ink over the edge.
         matrix = torch.stack([cos, sin * 0 + shear * cos - sin, sin, shear * sin + cos], 1).view(size, 2, 2) * 1.25
         grid = F.affine_grid(
             torch.cat([matrix, torch.zeros(size, 2, 1)], 2), [size, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False
@@ -280,10 +282,10 @@ class GlyphSampler:
         return F.grid_sample(glyphs, grid + field.permute(0, 2, 3, 1), align_corners=False)
 
     def crop_to_box(self, glyphs: Tensor) -> Tensor:
-        """Crop to the ink, then stretch it into a box of the final image: full height, a width that varies.
+        """Crop to the ink and stretch it into a box of the final image, mostly of full height and with a random width.
 
-        Form readers normalise characters so: 32 rows high, about 20 columns wide, thin ones left thin (Garris et al.,
-        "NIST form-based handprint recognition system", NISTIR 5469, 1994).
+        Readers of forms normalise characters in this way: 32 rows high and about 20 columns wide, narrow characters
+        left narrow (Garris et al., "NIST form-based handprint recognition system", NISTIR 5469, 1994).
         """
         size = len(glyphs)
         left, right = ink_range(glyphs.amax(2)[:, 0])
@@ -292,12 +294,12 @@ class GlyphSampler:
         stretch = torch.where(aspect > 0.35, self.uniform(size), self.uniform(size, 0, 0.15))
         width = (aspect.clamp(max=0.9) * (1 - stretch) + 0.66 * stretch) * self.normal(size, 0.12).exp()
         width = width.clamp(0.12, 0.98)
-        loose = self.uniform(size) < 0.3  # some of the batch does not fill the frame
+        loose = self.uniform(size) < 0.3  # 30 % do not fill the frame
         height = torch.where(loose, self.uniform(size, 0.6, 1.0), self.uniform(size, 0.92, 1.02))
         width = torch.where(loose, width * height, width)
         shift_x = self.normal(size, 0.04) + torch.where(loose, self.normal(size, 0.08), torch.zeros(size))
         shift_y = torch.where(loose, self.normal(size, 0.1), self.normal(size, 0.02))
-        # An output position u in [-1, 1] reads the input at centre + (u - shift) * half extent / fraction of the frame.
+        # Output position u in [-1, 1] reads the input at: centre of the ink + (u - shift) * half its extent / width.
         scale_x, scale_y = (right - left) / 2 / width, (bottom - top) / 2 / height
         offset_x, offset_y = (left + right) / 2 - shift_x * scale_x, (top + bottom) / 2 - shift_y * scale_y
         zero = torch.zeros(size)
@@ -306,7 +308,7 @@ class GlyphSampler:
         return F.grid_sample(glyphs, grid, align_corners=False)
 
     def degrade(self, images: Tensor) -> Tensor:
-        """60 % as 4 x 4 block counts of a bitmap, 20 % through 9 to 20 pixels, 20 % at full size; gamma, noise."""
+        """Lower the resolution of 60 % by `through_bitmap` and of 20 % by resizing; then random gamma and noise."""
         size = len(images)
         kind = self.uniform(size)
         counted = through_bitmap(images, self.uniform(size, 0.2, 0.6))
@@ -321,7 +323,7 @@ class GlyphSampler:
 
 
 def dilate(images: Tensor) -> Tensor:
-    """Maximum over 3 x 3 pixels. Shifted views are several times faster here than `max_pool2d`. Same shape."""
+    """Maximum over 3 x 3 pixels, same shape. Shifted views are several times faster than `max_pool2d` on a CPU."""
     wide = F.pad(images, (1, 1, 0, 0))
     wide = torch.maximum(torch.maximum(wide[..., :-2], wide[..., 1:-1]), wide[..., 2:])
     tall = F.pad(wide, (0, 0, 1, 1))
@@ -329,7 +331,7 @@ def dilate(images: Tensor) -> Tensor:
 
 
 def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last edge of the ink along one axis, in the [-1, 1] of `grid_sample`. (batch, n) -> 2 x (batch,)."""
+    """First and last edge of the ink on one axis, in [-1, 1] as `grid_sample` counts. (batch, n) -> 2 x (batch,)."""
     has_ink = profile > 0.4 * profile.amax(1, keepdim=True)
     n = profile.shape[1]
     position = torch.arange(n)
@@ -340,11 +342,11 @@ def ink_range(profile: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_bitmap(images: Tensor, threshold: Tensor) -> Tensor:
-    """A 32 x 32 bitmap, its 'on' pixels counted in 4 x 4 blocks (17 levels), enlarged. (batch, 1, 32, 32) -> same.
+    """Threshold to a bitmap, count its white pixels in 4 x 4 blocks (17 levels), enlarge. (batch, 1, 32, 32) -> same.
 
-    The published preparation of the "Optical Recognition of Handwritten Digits" set (Alpaydin and Kaynak, UCI, 1998).
+    The "Optical Recognition of Handwritten Digits" set was prepared so (Alpaydin and Kaynak, UCI, 1998).
     """
     bitmap = (images > threshold[:, None, None, None]).float()
     counts = F.avg_pool2d(bitmap, 4) * 16
-    levels = (counts * (255 / 16)).floor() / 255  # as 8-bit grey
+    levels = (counts * (255 / 16)).floor() / 255  # rounded to 8-bit grey
     return F.interpolate(levels, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True).clamp(0, 1)

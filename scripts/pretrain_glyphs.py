@@ -4,13 +4,13 @@
     python scripts/pretrain_glyphs.py vit  --steps 6500 --fonts DIR... --hand-fonts DIR... --out finetune/models/bundled
     python scripts/pretrain_glyphs.py clip --evaluate --out finetune/models/bundled
 
-`clip` learns by contrast: every step draws one caption for each of the 62 characters, and each image must find its own
-character's caption among them: CLIP's image-to-text loss (Radford et al., arXiv:2103.00020, figure 3) with the classes
-as candidates, as in UniCL (Yang et al., arXiv:2204.03610); two images of one class are then not each other's negatives.
-Then the text tower alone learns to find a character's name among words it never stood with (`teach_prompts`).
-`vit` learns the 62 classes with a linear head. The last step is what is written.
+`clip` learns by contrast. Every step draws one caption for each of the 62 characters. The loss is each image's cross
+entropy over these captions: CLIP's image-to-text loss (Radford et al., arXiv:2103.00020, figure 3) with classes as
+candidates, as in UniCL (Yang et al., arXiv:2204.03610). Two images of one class are so never each other's negatives.
+Then the text tower alone learns to recognise a character's name between random words (`teach_prompts`).
+`vit` learns the 62 classes with a linear head. The weights of the last step are written.
 
-Real digits are read by `--evaluate` only, never for training and never to pick a step.
+Only `--evaluate` reads real digits. They are used neither for training nor to pick a step.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger("pretrain_glyphs")
 
-MEAN, STD = 0.3, 0.35  # of the rendered pixels, one value for all three channels
+MEAN, STD = 0.3, 0.35  # of the rendered pixels; all three channels are the same
 PREPROCESS = {
     "mean": [MEAN] * 3,
     "std": [STD] * 3,
@@ -67,7 +67,7 @@ VIT_ARGS = {
 
 
 def clip_config(vocab_size: int) -> dict[str, object]:
-    """The configuration file, in open_clip's own layout."""
+    """The content of the configuration file, in open_clip's format."""
     text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": 64, "heads": 4, "layers": 2}
     return {
         "model_cfg": {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": text},
@@ -76,10 +76,10 @@ def clip_config(vocab_size: int) -> dict[str, object]:
 
 
 class ClipTask:
-    """A CLIP over glyphs: `logits(images)` are against one random caption per character."""
+    """A CLIP for glyphs; `logits(images)` compares images with one random caption for each character."""
 
     def __init__(self, out: Path) -> None:
-        """Start from open_clip's initial weights, with the merges file in `out`."""
+        """Start from open_clip's initial weights, with the tokenizer's merges in the folder `out`."""
         self.tokenizer = SimpleTokenizer(bpe_path=str(out / "glyph_bpe.txt.gz"), context_length=CONTEXT_LENGTH)
         self.config = clip_config(self.tokenizer.vocab_size)
         cfg = self.config["model_cfg"]
@@ -87,7 +87,7 @@ class ClipTask:
         self.tokens = [self.tokenizer(texts) for texts in captions()]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Scaled cosine similarities with one drawn caption a character. (batch, 3, 32, 32) -> (batch, 62)."""
+        """Scaled cosine similarities with one random caption for each character. (batch, 3, 32, 32) -> (batch, 62)."""
         drawn = torch.stack([tokens[torch.randint(len(tokens), ())] for tokens in self.tokens])
         text = F.normalize(self.model.encode_text(drawn), dim=-1)
         image = F.normalize(self.model.encode_image(images), dim=-1)
@@ -110,12 +110,12 @@ class VitTask:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Grey images in [0, 1] as the models take them: three equal channels, normalised. (b, 1, h, w) -> (b, 3, h, w)."""
+    """Normalise grey images in [0, 1] and repeat them to three channels. (b, 1, h, w) -> (b, 3, h, w)."""
     return ((images - MEAN) / STD).expand(-1, 3, -1, -1)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW; no decay on vectors, scalars, tokens and position embeddings."""
+    """AdamW without weight decay on vectors, scalars, tokens and position embeddings."""
     named = list(model.named_parameters())
     plain = [p for name, p in named if p.ndim < 2 or "embed" in name.replace("patch_embed", "") or "token" in name]
     plain_ids = {id(p) for p in plain}
@@ -125,7 +125,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def pretrain(task: ClipTask | VitTask, sampler: GlyphSampler, name: str, args: argparse.Namespace) -> None:
-    """The whole of the training: warmup and cosine, gradient clip 1, a checkpoint every `args.save_every` steps."""
+    """Train with warmup, cosine decay and gradients clipped to norm 1; write weights every `args.save_every` steps."""
     optimizer = make_optimizer(task.model, args.lr)
     warmup = max(1, args.steps // 20)
 
@@ -147,7 +147,7 @@ def pretrain(task: ClipTask | VitTask, sampler: GlyphSampler, name: str, args: a
         scheduler.step()
         if isinstance(task, ClipTask):
             with torch.no_grad():
-                task.model.logit_scale.clamp_(0, math.log(100))  # as CLIP does, so that the softmax cannot collapse
+                task.model.logit_scale.clamp_(0, math.log(100))  # CLIP's limit, against a collapse of the softmax
         loss_sum, right, seen = loss_sum + loss.item(), right + int((logits.argmax(1) == labels).sum()), seen + 1
         if step % 100 == 0 or step == args.steps:
             rate = seen * args.batch_size
@@ -159,22 +159,22 @@ def pretrain(task: ClipTask | VitTask, sampler: GlyphSampler, name: str, args: a
 
 
 def write_model(task: ClipTask | VitTask, out: Path, name: str) -> None:
-    """Weights in half precision and the configuration beside them."""
+    """Write the weights in half precision, and the configuration beside them."""
     state = {key: value.detach().half().contiguous() for key, value in task.model.state_dict().items()}
     save_file(state, out / f"{name}.safetensors", metadata={"format": "pt"})
     (out / f"{name}.json").write_text(json.dumps(task.config, indent=2) + "\n")
 
 
 def read_model(task: ClipTask | VitTask, path: Path) -> None:
-    """The written weights, in single precision again."""
+    """Load written weights in single precision."""
     task.model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
 
 
 def teach_prompts(task: ClipTask, *, steps: int, seed: int) -> None:
-    """Let the text tower give a character's embedding whatever stands around its name; the image tower rests.
+    """Teach the text tower to ignore the words around a character's name; the image tower does not change.
 
-    Without this stage a template with words that no caption held ("a tattoo of a {}.") falls to the level of chance.
-    The target of each character is the mean of its captions' features before this stage, the loss 1 - cosine.
+    Without this stage, templates with words that no caption has ("a tattoo of a {}.") classify no better than chance.
+    The target of each character is the mean of its captions' features ahead of this stage; the loss is 1 - cosine.
     """
     rng = random.Random(seed)
     names = [names_of(character) for character in CHARACTERS]
@@ -202,8 +202,8 @@ def teach_prompts(task: ClipTask, *, steps: int, seed: int) -> None:
 
 @torch.no_grad()
 def evaluate(task: ClipTask | VitTask, path: Path) -> None:
-    """Accuracy on all 1,797 real digits that training never saw: per template, or with the ViT's own digit logits."""
-    from sklearn.datasets import load_digits  # here only: see the module's docstring
+    """Print the accuracy on the 1,797 real digits: for each template, or with the ViT's own logits of digits."""
+    from sklearn.datasets import load_digits  # only for evaluation: see the module's docstring
 
     digits = load_digits()
     grey = (torch.from_numpy(digits.images) * 255 / 16).floor().float()[:, None]
@@ -234,7 +234,7 @@ def evaluate(task: ClipTask | VitTask, path: Path) -> None:
 
 
 def make_bank(args: argparse.Namespace) -> Bank:
-    """Render the glyphs and say from which fonts."""
+    """Render the glyphs and log the fonts."""
     fonts = find_fonts([*args.fonts, Path(matplotlib.get_data_path()) / "fonts" / "ttf"])
     bank = build_bank(fonts, find_fonts(args.hand_fonts), drawings=args.drawings, seed=args.seed)
     log.info("%d glyphs; fonts: %s", len(bank.labels), ", ".join(f"{k} ({n})" for k, n in bank.sources.items()))
