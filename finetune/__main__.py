@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from finetune.commands import COMMANDS
 from finetune.config import nearest
-from finetune.config.words import ConfigError
-from finetune.system.errors import EXPECTED_ERRORS, fault_line
+from finetune.system.errors import EXPECTED_ERRORS, ConfigError, fault_line
 from finetune.system.signals import exit_codes
 from finetune.system.terminal import complain
 

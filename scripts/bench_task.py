@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as v2
 
 from finetune.config import AugmentConf, Conf, DataConf, Recipe, SourceKind
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, OnError
-from finetune.config.words import parse_command_line
-from finetune.runs.find import find_run
 from finetune.runs.folders import run_folder
 from finetune.system.log import say
 
@@ -35,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if line.multirun:
         line.problems.append("--multirun: one set of data at a time")
-    from finetune.config.words.configuration import read_settings
-
-    prepared = read_settings(line, find_run)
+    prepared = configure(line)
     with run_folder(prepared.run_dir, multirun=False) as folder:
         return check(prepared.conf, folder)
 

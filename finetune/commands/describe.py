@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, nearest
-from finetune.config.words import ConfigError, parse_command_line
-from finetune.runs.find import find_run
+from finetune.system.errors import ConfigError
 from finetune.system.log import say
 from finetune.system.tables import table
 
@@ -108,9 +108,7 @@ def _conf(words: Sequence[str]) -> Conf:
     if foreign:
         known = f"finetune describe has the flags {', '.join(FLAGS)}{nearest(foreign[0], FLAGS)}"
         raise ConfigError([f"{foreign[0]}: {known}"], code=2)
-    from finetune.config.words.configuration import read_settings
-
-    return read_settings(line, find_run).conf
+    return configure(line).conf
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.commands import COMMANDS
+from finetune.commands.flags import FLAGS, parse_command_line
 from finetune.config.conf import range_in_words
 from finetune.config.fields import show
 from finetune.config.words.choices import builtin_folder, default_choices, folders, options, shown
-from finetune.config.words.commandline import FLAGS, parse_command_line
 from finetune.config.words.settings import SECTIONS, SETTINGS, Setting
 
 WIDTH = 100

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import finetune
+from finetune.commands.flags import CommandLine, configure, hydra_flags, parse_command_line
 from finetune.commands.help import main as help_command
-from finetune.config.words import CommandLine, parse_command_line
 from finetune.config.words.choices import folders
-from finetune.config.words.commandline import hydra_flags, quote
+from finetune.config.words.quoting import quote
 from finetune.runs.earlier import RefusedError
-from finetune.runs.find import find_run
 from finetune.runs.folders import SweepRecord, record_failure, run_folder
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
@@ -43,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if line.flags.keys() & {"--help", "--help-all"}:
         return help_command(argv)
-    from finetune.config.words.composition import config_as_yaml, launch
-    from finetune.config.words.configuration import read_settings
+    from finetune.app.launchers import launch
+    from finetune.config.words.composition import config_as_yaml
 
     asked = [name for name in HYDRA_COMMANDS if name in line.flags]
     if asked and not line.problems:
         launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
         return 0
-    prepared = read_settings(line, find_run)
+    prepared = configure(line)
     if line.flags.get("--cfg") == "job":
         package, resolve = line.flags.get("--package", ""), "--resolve" in line.flags
         print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")
@@ -67,7 +66,7 @@ def _nothing(cfg: DictConfig) -> None:
 
 def _single(line: CommandLine, prepared: Prepared) -> int:
     """One run; what goes wrong in it is one line and exit code 1."""
-    from finetune.config.words.composition import launch
+    from finetune.app.launchers import launch
 
     if prepared.conf.resume is not None and prepared.run_dir is not None:
         return _finish(prepared.conf, prepared.run_dir, prepared.overrides)[0]
@@ -80,7 +79,7 @@ def _single(line: CommandLine, prepared: Prepared) -> int:
 
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
     """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
-    from finetune.config.words.composition import launch
+    from finetune.app.launchers import launch
     from finetune.prefix.sweep_memory import shared_between_runs
 
     codes: list[int] = []
@@ -108,7 +107,8 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
     Returns:
         The best epoch's validation score by `train.monitor`, for sweepers that search for it; None if it failed.
     """
-    from finetune.config.words.composition import current_job, to_conf
+    from finetune.app.launchers import current_job
+    from finetune.config.words.composition import to_conf
 
     job = current_job()
     if job.number is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -12,6 +13,21 @@ class UserError(ValueError):
     The commands show it as one line and end with exit code 1. Any other exception is a fault of the program, and is
     shown as one, with the place of its traceback.
     """
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, one line a problem.
+
+    Attributes:
+        problems: The lines.
+        code: What the process exits with: 1, or 2 where the command line itself cannot be read.
+    """
+
+    def __init__(self, problems: Sequence[str], code: int = 1) -> None:
+        """Keep the lines and the exit code; the text of the exception is the lines."""
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+        self.code = code
 
 
 # Shown as one line without a traceback: a mistake, a file that cannot be read or written, a run that diverged. A

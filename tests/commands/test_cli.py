@@ -19,10 +19,10 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.commands import COMMANDS
+from finetune.commands.flags import FLAGS, configure, parse_command_line
 from finetune.commands.help import EXAMPLES, HIGHLIGHTS, help_page
 from finetune.config import Conf
 from finetune.config.words.choices import builtin_folder, folders
-from finetune.config.words.commandline import FLAGS
 from finetune.config.words.settings import SETTINGS
 from finetune.runs.folders import new_folder, usable_folder
 from finetune.system.errors import UserError
@@ -185,10 +185,7 @@ def test_help_shows_files_of_ones_own(folder: Path) -> None:
 
 
 def test_the_examples_of_the_help_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from finetune.config.words import parse_command_line
-    from finetune.config.words.configuration import read_settings
-
-    jobs = [read_settings(parse_command_line(shlex.split(words))).jobs for _, words in EXAMPLES]
+    jobs = [configure(parse_command_line(shlex.split(words))).jobs for _, words in EXAMPLES]
     assert jobs == [1, 1, 9]
 
 

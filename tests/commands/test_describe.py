@@ -15,7 +15,7 @@ import torch
 from finetune.__main__ import main as finetune
 from finetune.app.run import run
 from finetune.config import Family, LayerRule, ModelConf
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.cost import FP32_BYTES, count_flops, estimate_memory
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 import sys
@@ -14,12 +13,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetune.__main__ import main
+from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, Mode, SourceKind, as_dict, find_problems
-from finetune.config.words import ConfigError, compose, parse_command_line
 from finetune.config.words.choices import builtin_folder, default_choices, options
-from finetune.config.words.commandline import quote, quote_override
 from finetune.config.words.composition import file_problem
+from finetune.config.words.configuration import compose
+from finetune.config.words.quoting import quote, quote_override
 from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, SETTINGS, describe_kind, show
+from finetune.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(__file__).parent.parent / "golden" / "cli_keys.txt"
@@ -171,40 +172,6 @@ def test_other_texts_are_quoted_where_the_grammar_would_refuse_them(folder: Path
     assert compose(["model.pretrained=hf-hub:timm/x"]).model.pretrained == "hf-hub:timm/x"
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
-def test_flags_may_stand_anywhere() -> None:
-    words = ["model=vit", "optim.layer_decay=0.65,0.75", "seed=1"]
-    for position, flag in itertools.product(range(4), ("-m", "--multirun")):
-        line = parse_command_line([*words[:position], flag, *words[position:]])
-        assert line.multirun and line.overrides == words and not line.problems
-    assert parse_command_line(["seed=1", "--cfg", "job", "model=vit"]).flags == {"--cfg": "job"}
-    assert parse_command_line(["seed=1", "--cfg=job", "-cd", "x"]).flags == {"--cfg": "job", "--config-dir": "x"}
-
-
-@pytest.mark.parametrize(
-    ("typed", "words"),
-    [
-        ("--lr 3", ["optim.lr=VALUE"]),
-        ("--optim.lr=3", ["optim.lr=VALUE"]),
-        ("--optim.layer-decay 3", ["optim.layer_decay=VALUE"]),
-        ("--multirn", ["--multirun"]),
-        ("-x", ["no such flag", "--help"]),
-        ("--cfg jb", ["job, hydra, all", "'job'"]),
-        ("--cfg", ["needs a value"]),
-        ("--config-name x", ["experiment=NAME"]),
-        ("--config-path x", ["--config-dir"]),
-        ("-m --cfg job", ["exclude each other"]),
-        ("--resolve", ["--cfg job"]),
-        ("--help=3", ["takes no value"]),
-    ],
-)
-def test_unusable_flags(typed: str, words: list[str]) -> None:
-    (problem,) = parse_command_line(typed.split()).problems
-    assert all(word in problem for word in words), problem
-
-
 # --- mistakes: (command line, exit code, what each line of the answer holds) ------------------------------------------
 
 BAD: list[tuple[str, int, list[list[str]]]] = [
@@ -328,10 +295,8 @@ def test_one_mistake_does_not_bring_another(folder: Path) -> None:
 def test_good_sweeps_are_counted(folder: Path) -> None:
     from finetune.config.words.configuration import read_settings
 
-    line = parse_command_line(
-        ["-m", "model=glob([clip,vit])", "optim.lr=1e-3,1e-4", "seed=range(0,3)", "experiment=digits_probe"]
-    )
-    assert read_settings(line).jobs == 12
+    words = ["model=glob([clip,vit])", "optim.lr=1e-3,1e-4", "seed=range(0,3)", "experiment=digits_probe"]
+    assert read_settings(words, multirun=True).jobs == 12
 
 
 # --- yaml files of one's own ------------------------------------------------------------------------------------------
@@ -504,12 +469,9 @@ WORDS = st.one_of(
 @example(["optim.lr=[1,2]"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_command_line_ends_in_a_stack_trace(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    from finetune.config.words.configuration import read_settings
-
     monkeypatch.setattr(sys, "argv", ["finetune"])
-    line = parse_command_line([word for word in words if "\x00" not in word])
     try:
-        prepared = read_settings(line)
+        prepared = configure(parse_command_line([word for word in words if "\x00" not in word]))
     except ConfigError as error:
         assert error.code in (1, 2) and error.problems
         return

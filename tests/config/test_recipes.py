@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, find_problems
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
 from finetune.core.optim import param_groups
 from finetune.core.recipe import batch_notice, num_units, peak_lr, scaled_optim, steps_per_epoch, timed_sched

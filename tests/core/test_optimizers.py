@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune import SchedulerConf, create_scheduler
 from finetune.app.run import run
 from finetune.config import Conf, OptimConf, OptimizerKind, TrainConf, find_problems
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.cost import optimizer_bytes
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
@@ -369,7 +369,7 @@ def test_every_optimizer_has_its_yaml() -> None:
     ],
 )  # fmt: skip
 def test_a_setting_that_the_optimizer_ignores_is_an_error(words: list[str], expected: list[str]) -> None:
-    from finetune.config.words import ConfigError
+    from finetune.system.errors import ConfigError
 
     with pytest.raises(ConfigError) as error:
         compose(words)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.__main__ import main
 from finetune.config import AugmentConf, DataConf, OnError, SourceKind
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
 from finetune.data.cache_dir import cache_folder

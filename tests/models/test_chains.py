@@ -15,7 +15,7 @@ from torch import Tensor
 
 import finetune.core.recompute
 from finetune.config import OptimConf
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer

@@ -19,7 +19,7 @@ from torchvision.models import vision_transformer
 
 import finetune.core.recompute
 from finetune.config import ModelConf, OptimConf, TrainConf
-from finetune.config.words import compose
+from finetune.config.words.configuration import compose
 from finetune.config.words.settings import SETTINGS, convert
 from finetune.core.cost import count_flops, estimate_memory
 from finetune.core.freezing import freeze, set_up_layers

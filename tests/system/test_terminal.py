@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.config.words.commandline import quote_override
+from finetune.config.words.quoting import quote_override
 from finetune.system.terminal import command, printable
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from finetune.config.fields import nearest
-from finetune.config.words.commandline import ConfigError
+from finetune.system.errors import ConfigError
 
 SCHEMA_NAME = "finetune_schema"  # first in the defaults list of conf/config.yaml, and so the mark of a file of ours
 PRIMARY = "config.yaml"

@@ -1,4 +1,4 @@
-"""Hydra composes the yaml files here, and launches runs and sweeps.
+"""Hydra composes the yaml files here.
 
 Hydra's search path is `--config-dir`, `./conf`, the built-in folder. The primary configuration is stored under a name
 of our own, read from a `config.yaml` that is known to be ours: a file of that name in some other project's `./conf`
@@ -8,11 +8,9 @@ passes through the composition, and `problems.py` finds all of them at once.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,6 @@ import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -42,9 +39,8 @@ from finetune.config.words.choices import (
     shown,
     unreadable,
 )  # fmt: skip
-from finetune.config.words.commandline import ConfigError
 from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, Reading, build, path_as_typed, read_tree
-from finetune.system.errors import UserError
+from finetune.system.errors import ConfigError, UserError
 
 PRIMARY_NAME = "finetune_primary_config"
 # Hydra 1.4 warns when it is told which version's defaults to use, 1.3 when it is not.
@@ -114,7 +110,7 @@ class Composition:
             with _hydra():
                 self.cfg = hydra.compose(PRIMARY_NAME, self.overrides, return_hydra_config=True)
             self.reading = read_composed(self.cfg)
-        except _ANY_OF_HYDRA as error:
+        except ANY_OF_HYDRA as error:
             raise ConfigError([self._explained(error)]) from error
 
     def place(self, name: str) -> str:
@@ -261,67 +257,7 @@ def one_line(error: BaseException) -> str:
 
 
 # On odd input Hydra raises whatever its own code runs into, not its own exceptions alone.
-_ANY_OF_HYDRA = (
+ANY_OF_HYDRA = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, ArithmeticError, AssertionError, AttributeError),
     *(LookupError, RecursionError, TypeError, ValueError),
 )
-
-
-def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched: Sequence[Path]) -> None:
-    """Hand over to Hydra: a run, a sweep, or one of its own commands.
-
-    Args:
-        task: Called once a job, inside Hydra's launcher.
-        arguments: Flags and overrides, as Hydra's grammar wants them.
-        searched: The folders of yaml files.
-
-    Raises:
-        ConfigError: In place of Hydra's and OmegaConf's exceptions.
-        SystemExit: Hydra's own commands end this way.
-    """
-    register(searched)
-    program, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [program[0], *arguments]
-    # Hydra would print a stack trace; with this it raises instead, and the error becomes one line.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(config_path=str(builtin_folder()), config_name=PRIMARY_NAME, **VERSION_BASE)(task)()
-    except ConfigError:
-        raise
-    except _ANY_OF_HYDRA as error:
-        raise ConfigError([one_line(error)]) from error
-    finally:
-        sys.argv = program
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
-@dataclass
-class RunningJob:
-    """What Hydra says about the job that is running.
-
-    Attributes:
-        folder: The job's output folder.
-        overrides: The overrides of this job.
-        number: Of the job in its sweep; None for a single run.
-        sweep: The sweep's folder, absolute; None for a single run.
-    """
-
-    folder: Path
-    overrides: list[str]
-    number: int | None
-    sweep: Path | None
-
-
-def current_job() -> RunningJob:
-    """The job that Hydra is running; to be called inside a task."""
-    config = HydraConfig.get()
-    multirun = config.mode is not None and config.mode.name == "MULTIRUN"
-    number = int(config.job.num) if multirun else None
-    folder, start = Path(str(config.runtime.output_dir)), Path(str(config.runtime.cwd))
-    # As a person would type it: Hydra has made it absolute. Unless `hydra.job.chdir` has gone there.
-    if folder.is_relative_to(start) and start == Path.cwd():
-        folder = folder.relative_to(start)
-    sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None
-    return RunningJob(folder, [str(text) for text in config.overrides.task], number, sweep)

@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.conf import Conf
 from finetune.config.words.choices import find_option, folders
-from finetune.config.words.commandline import CommandLine, ConfigError, quote
 from finetune.config.words.composition import Composition, file_problem, register, to_conf
 from finetune.config.words.overrides import Override, parse_overrides
 from finetune.config.words.problems import Request, check_cells, sort_overrides
+from finetune.config.words.quoting import quote
 from finetune.config.words.saved import base_of
 from finetune.config.words.settings import path_as_typed
+from finetune.system.errors import ConfigError
 
 
 @dataclass
@@ -39,44 +40,64 @@ class Prepared:
     run_dir: Path | None
 
 
-def read_settings(line: CommandLine, find_run: Callable[[str], Path] = Path) -> Prepared:
-    """Check a command line from end to end; writes nothing.
+def read_settings(
+    typed: Sequence[str],
+    *,
+    config_dir: str | None = None,
+    multirun: bool = False,
+    find_run: Callable[[str], Path] = Path,
+) -> Prepared:
+    """Check the words of a command line from end to end; writes nothing.
 
     The choices are looked up first, then Hydra composes them, then one pass over the composed tree and the overrides
     finds every other mistake.
 
     Args:
-        line: The command line.
+        typed: The words, such as `optim.lr=1e-3`.
+        config_dir: As given with `--config-dir`.
+        multirun: Whether several values are allowed.
         find_run: Gives the run directory that `resume=WORD` names.
 
     Raises:
         ConfigError: With every problem that can be found.
     """
-    overrides, unreadable = parse_overrides(line.overrides, multirun=line.multirun)
-    searched = folders(line.config_dir)
+    overrides, unreadable = parse_overrides(typed, multirun=multirun)
+    searched = folders(config_dir)
     asked = next((o.values[0] for o in overrides if o.key == "resume" and o.values and o.values[0] is not None), None)
     run_dir: Path | None = None
-    if asked is not None and not line.problems and not unreadable:
-        overrides = _beside_resume(str(asked), overrides, multirun=line.multirun)
+    if asked is not None and not unreadable:
+        overrides = _beside_resume(str(asked), overrides, multirun=multirun)
         run_dir = find_run(path_as_typed(str(asked)))
     register(searched, None if run_dir is None else base_of(run_dir))
-    request = sort_overrides(overrides, searched, multirun=line.multirun)
+    request = sort_overrides(overrides, searched, multirun=multirun)
     _check_files(request, searched)
     own = _good_hydra(request, searched)
     first = check_cells(request, lambda chosen: Composition(searched, [*_words(request, chosen), *own]))
-    problems = [*line.problems, *unreadable, *request.problems]
-    if problems or first is None:
-        raise ConfigError(problems, code=2 if line.problems or unreadable else 1)
+    if unreadable or request.problems or first is None:
+        raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     assert isinstance(first, Composition)
     conf = to_conf(first.cfg)
     if run_dir is not None:
         texts = [override.text for override in overrides if override.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
-    if any(o.key == ("hydra.sweep.dir" if line.multirun else "hydra.run.dir") for o in overrides):
-        run_dir = _given_folder(first.cfg, multirun=line.multirun)
+    if any(o.key == ("hydra.sweep.dir" if multirun else "hydra.run.dir") for o in overrides):
+        run_dir = _given_folder(first.cfg, multirun=multirun)
     if request.jobs > 1:
         _refuse_one_folder(first.cfg)
     return Prepared(conf, first.cfg, [o.safe for o in overrides], first.overrides, request.jobs, run_dir)
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
+    """The configuration of one run, as the command line would make it.
+
+    Args:
+        overrides: As typed: `["model=vit", "optim.lr=1e-3"]`.
+        config_dir: As given with `--config-dir`.
+
+    Raises:
+        ConfigError: With every problem that can be found.
+    """
+    return read_settings(overrides, config_dir=config_dir).conf
 
 
 def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) -> list[Override]:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from finetune.config.fields import show
-from finetune.config.words.commandline import quote, quote_override
+from finetune.config.words.quoting import quote, quote_override
 from finetune.config.words.settings import SETTINGS, describe_kind
 
 MAX_JOBS = 10_000  # of one sweep

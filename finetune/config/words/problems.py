@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from finetune.config.conf import find_problems
 from finetune.config.words.choices import default_choices, find_option, missing_option, options
-from finetune.config.words.commandline import ConfigError
 from finetune.config.words.overrides import MAX_JOBS, Override
 from finetune.config.words.settings import (
     SECTIONS,
@@ -26,6 +25,7 @@ from finetune.config.words.settings import (
     nearest_setting,
     read_tree,
 )  # fmt: skip
+from finetune.system.errors import ConfigError
 
 MAX_CELLS = 2_000  # up to which every combination of values is checked; beyond it, every value alone
 MAX_COMPOSED = 50  # up to which every combination of choices is composed, at a quarter of a second each

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from finetune.config.conf import Conf, find_problems
-from finetune.config.words.commandline import ConfigError
 from finetune.config.words.settings import SETTINGS, build, read_tree
+from finetune.system.errors import ConfigError
 
 
 def read_conf(run_dir: Path) -> Conf:

@@ -1,32 +1,18 @@
-"""What a person typed, taken apart: flags (wherever they stand) and settings, quoted where Hydra's grammar needs it.
-
-Standard library only: nothing here can be slow, so every command can start with it.
-"""
+"""The command line of the commands that take settings: flags, wherever they stand, and `KEY=VALUE` words."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from finetune.config.fields import nearest
-from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, nearest_setting, path_as_typed
-from finetune.system.errors import UserError
+from finetune.config.words.settings import SETTINGS, nearest_setting, path_as_typed
+from finetune.runs.find import find_run
+from finetune.system.errors import ConfigError
 
-
-class ConfigError(UserError):
-    """Everything that is wrong with a configuration, one line a problem.
-
-    Attributes:
-        problems: The lines.
-        code: What the process exits with: 1, or 2 where the command line itself cannot be read.
-    """
-
-    def __init__(self, problems: Sequence[str], code: int = 1) -> None:
-        """Keep the lines and the exit code; the text of the exception is the lines."""
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-        self.code = code
+if TYPE_CHECKING:
+    from finetune.config.words.configuration import Prepared
 
 
 @dataclass(frozen=True)
@@ -176,54 +162,18 @@ def _unknown_flag(word: str, name: str) -> str:
     return f"{word}: no such flag{close or nearest_setting(setting)}; flags: {shown}"
 
 
-# What Hydra reads as a sweep, and so is never taken for a path or a text.
-_SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
-_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-# Letters that stand for themselves in Hydra's grammar.
-_PLAIN = re.compile(r"[A-Za-z0-9_/\-+.$%*@?|: ]*")
+def configure(line: CommandLine) -> Prepared:
+    """The configuration that a command line asks for; `resume=` finds its run.
 
-
-def quote(text: str) -> str:
-    """`text` as a quoted value of Hydra's grammar: backslashes are doubled only where they stand ahead of a quote."""
-    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
-
-
-def _split_values(text: str) -> list[str]:
-    """`text` at its commas, but for those in a quoted value."""
-    values, rest = [], text
-    while True:
-        quoted = _QUOTED.match(rest)
-        if quoted and (quoted.end() == len(rest) or rest[quoted.end()] == ","):
-            end = quoted.end()
-        else:
-            end = rest.find(",") if "," in rest else len(rest)
-        values.append(rest[:end])
-        if end == len(rest):
-            return values
-        rest = rest[end + 1 :]
-
-
-def _quote_value(text: str, *, path: bool) -> str:
-    """One value quoted where that is needed: a path always, another text where the grammar would refuse it."""
-    if _QUOTED.fullmatch(text) or text == "null":
-        return text
-    if path:
-        return quote(path_as_typed(text))
-    return text if _PLAIN.fullmatch(text) else quote(text)
-
-
-def quote_override(text: str, *, multirun: bool) -> str:
-    """An override as Hydra's grammar wants it: paths and texts work as people type them.
-
-    Values already in quotes, sweeps (`choice(...)`) and all keys that hold no single text stay as they are. In a
-    multirun a comma separates values, so a path that holds one needs quotes there.
+    Raises:
+        ConfigError: With every mistake of the line.
     """
-    key, equals, value = text.partition("=")
-    name = key.lstrip("+")
-    path = name in PATH_SETTINGS
-    if not equals or not (path or (name in SETTINGS and SETTINGS[name].kind is str)) or _SWEEP.fullmatch(value):
-        return text
-    values = _split_values(value) if multirun or not path else [value]
-    return f"{key}=" + ",".join(_quote_value(part, path=path) for part in values)
+    from finetune.config.words.configuration import read_settings  # only now: it imports Hydra
+
+    try:
+        prepared = read_settings(line.overrides, config_dir=line.config_dir, multirun=line.multirun, find_run=find_run)
+    except ConfigError as error:
+        raise ConfigError([*line.problems, *error.problems], code=2 if line.problems else error.code) from None
+    if line.problems:
+        raise ConfigError(line.problems, code=2)
+    return prepared

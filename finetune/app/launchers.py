@@ -1,0 +1,78 @@
+"""Hands runs and sweeps to Hydra's launchers, and says inside a job which one it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from finetune.config.words.choices import builtin_folder
+from finetune.config.words.composition import ANY_OF_HYDRA, PRIMARY_NAME, VERSION_BASE, one_line, register
+from finetune.system.errors import ConfigError
+
+
+def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched: Sequence[Path]) -> None:
+    """Hand over to Hydra: a run, a sweep, or one of its own commands.
+
+    Args:
+        task: Called once a job, inside Hydra's launcher.
+        arguments: Flags and overrides, as Hydra's grammar wants them.
+        searched: The folders of yaml files.
+
+    Raises:
+        ConfigError: In place of Hydra's and OmegaConf's exceptions.
+        SystemExit: Hydra's own commands end this way.
+    """
+    register(searched)
+    program, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [program[0], *arguments]
+    # Hydra would print a stack trace; with this it raises instead, and the error becomes one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=str(builtin_folder()), config_name=PRIMARY_NAME, **VERSION_BASE)(task)()
+    except ConfigError:
+        raise
+    except ANY_OF_HYDRA as error:
+        raise ConfigError([one_line(error)]) from error
+    finally:
+        sys.argv = program
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@dataclass
+class RunningJob:
+    """What Hydra says about the job that is running.
+
+    Attributes:
+        folder: The job's output folder.
+        overrides: The overrides of this job.
+        number: Of the job in its sweep; None for a single run.
+        sweep: The sweep's folder, absolute; None for a single run.
+    """
+
+    folder: Path
+    overrides: list[str]
+    number: int | None
+    sweep: Path | None
+
+
+def current_job() -> RunningJob:
+    """The job that Hydra is running; to be called inside a task."""
+    config = HydraConfig.get()
+    multirun = config.mode is not None and config.mode.name == "MULTIRUN"
+    number = int(config.job.num) if multirun else None
+    folder, start = Path(str(config.runtime.output_dir)), Path(str(config.runtime.cwd))
+    # As a person would type it: Hydra has made it absolute. Unless `hydra.job.chdir` has gone there.
+    if folder.is_relative_to(start) and start == Path.cwd():
+        folder = folder.relative_to(start)
+    sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None
+    return RunningJob(folder, [str(text) for text in config.overrides.task], number, sweep)
