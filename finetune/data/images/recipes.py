@@ -115,17 +115,7 @@ class RandomCrop:
         return resize(image[:, top : top + tall, left : left + wide], [self.size, self.size], self.interpolation)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the crop out of an image of that size, in pixels."""
-        return self._draw(height, width) or self._middle(height, width)
-
-    @functools.cached_property
-    def _log_ratio(self) -> list[float]:
-        """Computed by torch in float32, as the exponential below: Python's `math` would round differently."""
-        logarithms: list[float] = torch.log(torch.tensor(self.ratio)).tolist()
-        return logarithms
-
-    def _draw(self, height: int, width: int) -> tuple[int, int, int, int] | None:
-        """A random box, as `box` has it; None where ten of them did not fit into the image."""
+        """Top, left, height and width of a random crop out of an image of that size, in pixels."""
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*self.scale).item()
             ratio = torch.empty(1).uniform_(*self._log_ratio).exp_().item()
@@ -133,14 +123,17 @@ class RandomCrop:
             if 0 < wide <= width and 0 < tall <= height:
                 top, left = (int(torch.randint(free + 1, (1,))) for free in (height - tall, width - wide))
                 return top, left, tall, wide
-        return None
-
-    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The largest box in the middle of the image that `ratio` allows, but at least one pixel."""
+        # None of ten boxes fits into the image: the largest box in its middle that `ratio` allows.
         narrowest, widest = min(self.ratio), max(self.ratio)
         tall = max(1, round(width / narrowest)) if width / height < narrowest else height
         wide = max(1, round(height * widest)) if width / height > widest else width
         return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+    @functools.cached_property
+    def _log_ratio(self) -> list[float]:
+        """Computed by torch in float32, as the exponential above: Python's `math` would round differently."""
+        logarithms: list[float] = torch.log(torch.tensor(self.ratio)).tolist()
+        return logarithms
 
 
 def three_augment(size: int) -> ImageStep:
