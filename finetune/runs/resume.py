@@ -86,17 +86,11 @@ def find_state(
 ) -> Saved | None:
     """The newest checkpoint that can be read; None where nothing was saved. Restores the frozen layers of `model`.
 
-    Call it once the model is frozen, and before anything runs the frozen layers or stores their output.
-
-    Args:
-        checkpoints: The folder of the run's checkpoints.
-        model: Built by the run's settings.
-        notes: Machine, versions and training images of this start, compared with those of the checkpoint.
-        promise: Weakened where they differ.
-        force: Whether the training images may differ.
+    Call it once the model is frozen, and before anything runs the frozen layers or stores their output. The promise is
+    weakened if the checkpoint was saved with other `notes` (machine, versions, training images).
 
     Raises:
-        UserError: No checkpoint can be read, the images differ, or see `checkpoint.restore_frozen`.
+        UserError: No checkpoint can be read, the images differ without `force`, or see `checkpoint.restore_frozen`.
     """
     found = latest_state(checkpoints)
     if found is None:

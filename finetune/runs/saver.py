@@ -69,7 +69,7 @@ class _Save:
 
 
 class Saver:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. A save that fails raises its OSError in the next call of a method."""
 
     def __init__(
         self,
@@ -117,7 +117,6 @@ class Saver:
         """Save `state` in the middle of an epoch, unless it is the latest one that was saved.
 
         Raises:
-            OSError: An earlier save has failed.
             NotFiniteError: See `checkpoint.snapshot`.
         """
         if self._position != (state.epoch, state.step):
@@ -146,9 +145,6 @@ class Saver:
             thresholds: Of the weights and of their averages, as validation chose them; None: one label an image.
             left_s: Estimated seconds until the end of the run.
             always: Save whatever `max_share` says.
-
-        Raises:
-            OSError: An earlier save has failed.
         """
         began = time.perf_counter()
         is_best = state.best_epoch == state.epoch
@@ -205,12 +201,7 @@ class Saver:
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
     def best_weights(self, best_epoch: int) -> Tensors:
-        """The tensors of the best epoch, from its file; waits if a thread is still writing them.
-
-        Raises:
-            OSError: A save has failed.
-            DamagedError: The file differs from what was written.
-        """
+        """The tensors of the best epoch, from their file; waits if a thread is still writing it. See `read_weights`."""
         if self._best_on_disk != best_epoch:
             self.wait()
         return read_weights(self.folder / BEST)[0]
@@ -219,9 +210,6 @@ class Saver:
         """Write `last.safetensors`, and the best epoch's weights if they are only in memory, before returning.
 
         `last.pt` stays as it is. A run that continues from it gets the best weights of that time, see `settle`.
-
-        Raises:
-            OSError: A file could not be written, or an earlier save has failed.
         """
         self.wait()
         if self._best is not None:
@@ -231,12 +219,7 @@ class Saver:
         write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], monitor: str) -> None:
-        """After the last epoch: remove the files that only a resume needs, once `last.pt` is known to be whole.
-
-        Raises:
-            OSError: The last save has failed.
-            DamagedError: `last.pt` differs from what was written.
-        """
+        """After the last epoch: remove the files that only a resume needs, if `check_state` finds `last.pt` whole."""
         self.wait()
         if (self.folder / STATE_BEFORE).exists():
             check_state(self.folder / STATE)
