@@ -7,12 +7,11 @@ crop, mix), `split` and `selection`, `sources` and `caches`, `loading` (workers 
 
 from finetune.data.checks.start import SkippedList, check_at_start
 from finetune.data.images.decode import ImageError, natural_key, read_image
-from finetune.data.loading.loader import Batch, Loader
+from finetune.data.loading.loader import Loader
 from finetune.data.sources import open_source
 from finetune.data.split import Source, Split
 
 __all__ = [
-    "Batch",
     "ImageError",
     "Loader",
     "SkippedList",

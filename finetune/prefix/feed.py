@@ -12,7 +12,8 @@ from torch import Tensor
 
 from finetune.config import PrefixCache
 from finetune.core.device import is_out_of_memory
-from finetune.data import Batch, ImageError, Loader
+from finetune.core.loop import Batch
+from finetune.data import ImageError, Loader
 from finetune.data.caches.device_cache import sent
 from finetune.data.images.mix import Mixer
 from finetune.data.loading.order import Showings

@@ -105,7 +105,7 @@ def beside(entry: Path) -> Path:
 
 def mark_used(entry: Path) -> None:
     """Note that a run uses `entry` now: the time of its folder."""
-    with contextlib.suppress(OSError):  # the folder may belong to somebody else
+    with contextlib.suppress(OSError):  # the folder may belong to another user
         os.utime(entry)
 
 

@@ -106,7 +106,7 @@ class PixelCache:
 
 
 def _mapped(path: Path) -> Tensor:
-    # Copy on write: torch wants memory that may be written; nobody writes.
+    # Copy on write, since torch wants memory that may be written; no code writes to it.
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
@@ -157,7 +157,7 @@ def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
 def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, free: Callable[[], int | None]) -> Index:
     """Decode every image into `file`, in threads (decoders release Python's lock); return the index of `PixelCache`.
 
-    `free` says how many bytes may still be written; None: nobody knows.
+    `free` returns how many bytes may still be written; None where that is unknown.
     """
 
     def decode(sample: int) -> Tensor | ImageError:
@@ -188,7 +188,7 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
 
 
 def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
-    """Raise UserError where fewer than `needed` bytes are free; None: nobody knows how many are."""
+    """Raise UserError where fewer than `needed` bytes are free; None is an unknown number."""
     if free is None or needed <= free:
         return
     other = "data.cache=disk"

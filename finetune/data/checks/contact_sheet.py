@@ -38,7 +38,7 @@ def write_contact_sheet(
         seed: The run's.
     """
     wanted = COLUMNS * ROWS
-    # With `batch_size=auto` only the training GPU knows the size. Images are the same in batches of any size.
+    # Only the training GPU knows what `batch_size=auto` is. Views do not depend on it, mixtures do.
     data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)
     split, device = source.splits["train"], torch.device("cpu")
     loader = Loader(split, preprocess, conf=data, augment=augment, seed=seed, device=device)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.config import AugmentConf
+from finetune.core.loop import Batch
 from finetune.data.streams import mix
-
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Mixture(NamedTuple):

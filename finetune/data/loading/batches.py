@@ -22,7 +22,7 @@ from finetune.data.loading.order import Showings
 from finetune.data.split import Split
 from finetune.data.streams import augment_generator
 
-# Pixels that are normalised at a time: three channels of float32 of so many fill about what a core's cache holds.
+# Pixels that are normalised at a time: as float32 with three channels they about fill the cache of a core.
 CACHED_PIXELS = 2**16
 
 

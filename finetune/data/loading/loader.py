@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.config import AugmentConf, Balance, CacheKind, DataConf, OnError
+from finetune.core.loop import Batch
 from finetune.core.preprocess import Preprocess
 from finetune.data.caches.device_cache import DeviceCache
 from finetune.data.caches.pixel_cache import first_step, open_cache
@@ -20,8 +21,6 @@ from finetune.data.loading.order import Showings, epoch_order, most_showings
 from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
 from finetune.data.split import Split
 from finetune.data.streams import view_of
-
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Loader:
