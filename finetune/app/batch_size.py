@@ -11,9 +11,8 @@ import torch
 from finetune.app.build import Run
 from finetune.config import Conf, PrefixCache
 from finetune.core import recipe
-from finetune.core.ema import Ema
 from finetune.core.freezing import set_up_layers
-from finetune.core.loop import TrainState, train_step
+from finetune.core.loop import train_step
 from finetune.core.optim import build_optimizer
 from finetune.prefix import SHARE
 from finetune.system.errors import UserError
@@ -28,12 +27,7 @@ SPARE = 0.08
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest size that fits, found by bisection; None if even the first does not.
-
-    Args:
-        sizes: Candidates, ascending.
-        fits: Whether a size fits; if it does, so does every smaller one.
-    """
+    """The largest of `sizes`, ascending, that fits, found by bisection; None if even the first does not fit."""
     low, high = -1, len(sizes) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -67,9 +61,7 @@ def choose_batch(run: Run, fits: Callable[[int], bool] | None = None) -> int:
     A divisor, so that each step learns from exactly the same images as with one large batch. On other devices than
     CUDA memory cannot be measured, and the largest divisor up to the default is taken.
 
-    Args:
-        run: Everything that the run is built of.
-        fits: Whether a size fits; by default two steps on made-up images are tried.
+    `fits` says whether a size fits; by default two steps on made-up images are tried.
 
     Raises:
         UserError: Not even one image fits.
@@ -120,11 +112,7 @@ def _try_steps(run: Run, size: int) -> None:
     optimizer = build_optimizer(run.model, recipe.scaled_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    state = TrainState(run.model, optimizer, scheduler, scaler, criterion=run.criterion(), autocast=run.autocast())
-    if conf.train.ema:
-        state.ema = Ema(run.model, conf.train.ema, warmup=conf.train.ema_warmup)
+    state = run.state(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0))
     run.model.train()
     if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix:
         targets = torch.zeros(size, len(run.source.classes), device=device)
@@ -136,12 +124,7 @@ def _try_steps(run: Run, size: int) -> None:
 
 
 def out_of_memory(run: Run, *, step: int | None = None) -> str:
-    """The message of a run that ran out of memory: the measured peak, and what to change.
-
-    Args:
-        run: Everything that the run is built of.
-        step: Optimizer steps so far; None outside of training.
-    """
+    """The message of a run that ran out of memory, after `step` steps of training: the peak, and what to change."""
     where = f"out of memory on {run.device}" + ("" if step is None else f" in step {step + 1}")
     if run.device.type == "cuda":
         total = torch.cuda.get_device_properties(run.device).total_memory

@@ -10,12 +10,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
+from finetune.core.ema import Ema
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
-from finetune.core.loop import Batch
+from finetune.core.loop import Batch, TrainState
 from finetune.core.losses import Criterion, build_criterion
 from finetune.core.metrics import Meter, build_meter
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
@@ -105,6 +108,23 @@ class Run:
         model = build_model(self.model_conf, self.source.classes, device=device).model
         set_up_layers(model, self.conf.optim, train=self.conf.train)
         return model
+
+    def state(self, optimizer: Optimizer, scheduler: LambdaLR) -> TrainState:
+        """Everything that changes while training, before the first step."""
+        conf = self.conf.train
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        state = TrainState(
+            self.model,
+            optimizer,
+            scheduler,
+            scaler,
+            criterion=self.criterion(),
+            autocast=self.autocast(),
+            interval=self.conf.sched.interval,
+        )
+        if conf.ema:
+            state.ema = Ema(self.model, conf.ema, warmup=conf.ema_warmup)
+        return state
 
     def loader(self, split: str, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented for training, else in order and plain."""

@@ -21,12 +21,8 @@ logger = logging.getLogger("finetune")
 def planned(run: Run, steps: int, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
     """The content of `rates.json`; if the number of epochs has changed, with the old curve under `before`.
 
-    Args:
-        run: Everything that the run is built of; its model is frozen as it will train.
-        steps: Optimizer steps in an epoch.
-        earlier: What the folder held before.
-        found: The checkpoint that the run continues from.
-        promise: Weakened if the epochs so far had other rates than the new curve.
+    The promise is weakened if the epochs before the checkpoint `found` had other rates than the new curve. `steps` are
+    the optimizer steps of an epoch.
     """
     plan = planned_rates(run.model, run.conf, steps)
     if earlier.epochs_before is None:

@@ -25,7 +25,6 @@ from finetune.config import CompileMode, Conf, OnNonfinite, as_dict, train_probl
 from finetune.core import recipe
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
-from finetune.core.ema import Ema
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
@@ -198,26 +197,14 @@ def _optimizer(run: Run, steps: int) -> tuple[Optimizer, LambdaLR]:
 
 
 def _start(run: Run, steps: int) -> TrainState:
-    """Everything that changes while training, before the first step."""
-    conf, model = run.conf, run.model
-    optimizer, scheduler = _optimizer(run, steps)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    """The state before the first step, with the run's seed."""
+    conf = run.conf
     run.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on, however many numbers the building of the model has drawn.
     torch.manual_seed(conf.seed)
-    state = TrainState(
-        model,
-        optimizer,
-        scheduler,
-        scaler,
-        criterion=run.criterion(),
-        autocast=run.autocast(),
-        interval=conf.sched.interval,
-    )
-    state.first_layer = model.boundary
-    state.compiled = compiled(model, conf.train.compile, batch_size=conf.data.batch_size, device=run.device)
+    state = run.state(*_optimizer(run, steps))
+    state.first_layer = run.model.boundary  # the feeds run the layers below
+    state.compiled = compiled(run.model, conf.train.compile, batch_size=conf.data.batch_size, device=run.device)
     if conf.train.on_nonfinite == OnNonfinite.skip:
         state.guard.limit = conf.train.max_nonfinite
-    if conf.train.ema:
-        state.ema = Ema(model, conf.train.ema, warmup=conf.train.ema_warmup)
     return state

@@ -36,14 +36,7 @@ def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
 
 
 def scored(feed: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
-    """The batches of a split in order, under a progress bar with the scores so far, until a signal asks for a stop.
-
-    Args:
-        feed: Batches of the split.
-        title: Name of the bar.
-        stop: Signals that ask for a stop.
-        meter: Scores the batches; read for the bar.
-    """
+    """The batches of a split in order, under a bar with the scores in `meter`, until a signal asks for a stop."""
     bar = Bar(title, total=len(feed), images=feed.num_images)
     for batch in stoppable(bar.wrap(feed.epoch(0)), stop):
         yield batch
@@ -57,15 +50,7 @@ def write_scores(run: Run, split: str, meter: Meter) -> None:
 
 
 def prepare_head(run: Run, train: Feed, val: Feed, result: Result, stop: StopSignals) -> None:
-    """Score the zero-shot head, fit a linear probe, or set the bias of a head for several labels, as the run asks for.
-
-    Args:
-        run: Everything that the run is built of; the model's head may change.
-        train: Training batches.
-        val: Validation batches.
-        result: Gets the scores.
-        stop: Signals that ask for a stop.
-    """
+    """Score the zero-shot head, fit a linear probe, or set the bias for several labels, whichever the run asks for."""
     head = run.conf.model.head
     if run.built.has_zeroshot:
         meter = run.meter()
@@ -101,15 +86,9 @@ def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
 
 
 def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
-    """Score the test split once: with the best epoch's weights, and with the zero-shot model that they came from.
+    """Score the test split with the best epoch's weights, which the model gets, and with the zero-shot model.
 
-    Args:
-        run: Everything that the run is built of; its model gets the best epoch's weights.
-        state: The state after training.
-        saver: Has the best epoch's weights.
-        feed: Test batches; closed at the end.
-        result: Gets the scores.
-        stop: Signals that ask for a stop.
+    `feed` gives the test images, and is closed at the end.
     """
     try:
         if feed.will_fork(0):

@@ -120,12 +120,8 @@ class Session:
 def carried_over(run: Run, earlier: EarlierRun, *, is_found: bool) -> Result:
     """The entries of the earlier start's result that stay true for this one.
 
-    Test scores are not among them, since they are of other weights.
-
-    Args:
-        run: Everything that the run is built of.
-        earlier: What the folder held before.
-        is_found: Whether there is a checkpoint; without one, training begins anew and the scores go too.
+    Test scores are not among them: they are of other weights. Without a checkpoint, that is if not `is_found`, training
+    begins anew, and its scores go too.
     """
     names = ("promise", *(["auto_"] if run.is_auto_batch else []))
     if is_found:

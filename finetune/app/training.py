@@ -34,13 +34,7 @@ logger = logging.getLogger("finetune")
 def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals) -> Saver:
     """Train until the last epoch, and return the saver; its last save may still be under way.
 
-    Args:
-        run: Everything that the run is built of.
-        state: Before the first step, or restored from a checkpoint; changed in place.
-        train: Training batches.
-        val: Validation batches.
-        result: Gets the best epoch's scores, however training ends.
-        stop: Signals that ask for a stop.
+    However training ends, `result` gets the best epoch's scores.
 
     Raises:
         Interrupted: A signal asked for a stop; the state is saved.
