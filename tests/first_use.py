@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.core.layers import Layer
-from finetune.core.optim import EMBEDDINGS
 from finetune.core.ownership import assign_layers
+from finetune.core.weight_decay import EMBEDDINGS
 
 # What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention;
 # tables are shared by all blocks of a stage; a side branch (a head per stage, a second head) runs beside the main line.

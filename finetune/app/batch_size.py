@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from finetune.app.build import Run
+from finetune.app.recipe import peak_optim
 from finetune.config import Conf, PrefixCache
-from finetune.core import recipe
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import train_step
 from finetune.core.optim import build_optimizer
@@ -109,7 +109,7 @@ def _fits(run: Run, size: int) -> bool:
 def _try_steps(run: Run, size: int) -> None:
     conf, pixels, device = run.conf, run.built.preprocess.size, run.device
     set_up_layers(run.model, conf.optim, train=conf.train)
-    optimizer = build_optimizer(run.model, recipe.scaled_optim(with_batch(conf, size)))
+    optimizer = build_optimizer(run.model, peak_optim(with_batch(conf, size)))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     state = run.state(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0))

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from finetune.config import Conf, Interval, Precision, PrefixCache, SourceKind
-from finetune.core import recipe
+from finetune.app.recipe import batch_notice, images_per_step, peak_optim, run_curve
+from finetune.config import Conf, Precision, PrefixCache, SourceKind
 from finetune.core.cost import Flops, count_flops, estimate_memory
 from finetune.core.device import WIDE, pick_precision
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
-from finetune.core.optim import param_groups
-from finetune.core.plan import planned_rates
-from finetune.core.sched import lr_factor
+from finetune.core.plan import layer_rows, planned_rates
+from finetune.core.rates import rate_table
+from finetune.core.sched import Curve
 from finetune.data import open_source
 from finetune.data.streams import num_views
 from finetune.models import build_model
@@ -55,8 +55,10 @@ def describe(
     built = build_model(conf.model, [f"class {index}" for index in range(data.classes)], device="meta")
     model, size = built.model, built.preprocess.size
     set_up_layers(model, conf.optim, train=conf.train)
-    steps = recipe.steps_per_epoch(conf, -(-data.epoch_images // conf.data.batch_size))
-    layers = layer_rows(model, conf, steps)
+    curve = run_curve(conf, -(-data.epoch_images // conf.data.batch_size))
+    optim = peak_optim(conf)
+    plan = layer_rows(model, rate_table(model, optim))
+    layers = [{**row, "rate_start": row["rate_peak"] * curve.factors()[0]} for row in plan]
     found = {
         "model": {
             "family": str(conf.model.family),
@@ -70,10 +72,10 @@ def describe(
         "totals": _totals(layers),
         "memory": _memory(model, conf, size),
         "compute": _compute(model, conf, size, data.epoch_images),
-        "schedule": _schedule(conf, steps),
-        "notice": recipe.batch_notice(conf),
+        "schedule": _schedule(conf, curve, optim.lr),
+        "notice": batch_notice(conf),
     }
-    return found, planned_rates(model, conf, steps)
+    return found, planned_rates(plan, curve)
 
 
 @dataclass(frozen=True)
@@ -107,44 +109,6 @@ def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> DataSize
         notes.append("ImageNet-1k's number of images assumed (--images N)")
     note = f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
     return DataSizes(classes, (conf.data.epoch_images or images) * conf.augment.repeats, note)
-
-
-def layer_rows(model: LayeredModel, conf: Conf, steps: int) -> list[dict[str, Any]]:
-    """One row for each layer, from the stem up, out of the parameter groups that the optimizer will get.
-
-    `rate_start` and `rate_peak` are those of the layer's fastest group. `rates_peak` lists all of its peaks: with
-    `optim.layer_rule=timm` a layer may have two. `decayed` counts the parameters that weight decay reaches.
-
-    Args:
-        model: Frozen as it will train.
-        conf: Rates and schedule.
-        steps: Optimizer steps of an epoch.
-    """
-    groups = param_groups(model, recipe.scaled_optim(conf))
-    first = lr_factor(0, recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps))
-    sizes = [0] * len(model.layers)
-    for name, parameter in model.net.named_parameters():
-        sizes[model.layer_ids[name]] += parameter.numel()
-    rows = []
-    for index, layer in enumerate(model.layers):
-        own = [group for group in groups if group["layer_id"] == index]
-        peaks = sorted({group["lr"] for group in own}, reverse=True)
-        decayed = [group for group in own if group["weight_decay"] > 0]
-        rows.append(
-            {
-                "id": index,
-                "layer": layer.name,
-                "parameters": sizes[index],
-                "state": "frozen" if index < model.num_frozen else "learns" if own else "empty",
-                "rate_start": peaks[0] * first if peaks else 0.0,
-                "rate_peak": peaks[0] if peaks else 0.0,
-                "rates_peak": peaks,
-                "weight_decay": decayed[0]["weight_decay"] if decayed else 0.0,
-                "decayed": sum(p.numel() for group in decayed for p in group["params"]),
-                "groups": len(own),
-            }
-        )
-    return rows
 
 
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -225,22 +189,21 @@ def _pflop_with_cache(conf: Conf, flops: Flops, epoch_images: int) -> float | No
     return (flops.training * epochs - flops.frozen * (epochs - views)) * epoch_images / 1e15
 
 
-def _schedule(conf: Conf, steps: int) -> dict[str, Any]:
+def _schedule(conf: Conf, curve: Curve, peak: float) -> dict[str, Any]:
     """The schedule's settings, and the head's rate at the start, at the peak and at the end."""
-    sched, units = recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps)
-    peak = recipe.peak_lr(conf)
+    sched, factors = curve.sched, curve.factors()
     return {
         "mode": str(sched.mode),
         "interval": str(sched.interval),
         "epochs": conf.train.epochs,
-        "steps": steps * conf.train.epochs,
-        "units": units,
+        "steps": curve.epochs * curve.steps_per_epoch,
+        "units": curve.num_units,
         "warmup": sched.warmup,
-        "warmup_epochs": sched.warmup / (steps if conf.sched.interval == Interval.step else 1),
-        "cycle": sched.cycle or units,
+        "warmup_epochs": sched.warmup / curve.units_per_epoch,
+        "cycle": sched.cycle or curve.num_units,
         "past_cycle": str(sched.past_cycle),
-        "batch": recipe.effective_batch(conf),
-        "lr_start": peak * lr_factor(0, sched, units),
+        "batch": images_per_step(conf),
+        "lr_start": peak * factors[0],
         "lr_peak": peak,
-        "lr_last": peak * lr_factor(units - 1, sched, units),
+        "lr_last": peak * factors[-1],
     }

@@ -7,10 +7,10 @@ import logging
 from typing import Any
 
 from finetune.app.build import Run
-from finetune.config import Conf
-from finetune.core import recipe
+from finetune.app.recipe import peak_optim
 from finetune.core.plan import layer_rows, planned_rates
-from finetune.core.sched import lr_factor
+from finetune.core.rates import rate_table
+from finetune.core.sched import Curve
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
 from finetune.system.tables import table
@@ -18,35 +18,30 @@ from finetune.system.tables import table
 logger = logging.getLogger("finetune")
 
 
-def planned(run: Run, steps: int, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
+def planned(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
     """The content of `rates.json`; if the number of epochs has changed, with the old curve under `before`.
 
-    The promise is weakened if the epochs before the checkpoint `found` had other rates than the new curve. `steps` are
-    the optimizer steps of an epoch.
+    The promise is weakened if the epochs before the checkpoint `found` had other rates than `curve`, the new one.
     """
-    plan = planned_rates(run.model, run.conf, steps)
+    layers = layer_rows(run.model, rate_table(run.model, peak_optim(run.conf)))
+    plan = planned_rates(layers, curve)
     if earlier.epochs_before is None:
         before = None if earlier.result is None else earlier_curve(run.folder / "rates.json")
         return plan if before is None else {**plan, "before": before}
-    old = dataclasses.replace(run.conf, train=dataclasses.replace(run.conf.train, epochs=earlier.epochs_before))
+    old = dataclasses.replace(curve, epochs=earlier.epochs_before)
     if found is not None:
-        now, position = _factors(run.conf, steps), max(int(found[0]["scheduler"]["last_epoch"]), 0)
-        per_epoch = len(now) // run.conf.train.epochs
-        compare_curves(_factors(old, steps), now, promise, position=position, units_per_epoch=per_epoch)
-    curve = planned_rates(run.model, old, steps)
-    return {**plan, "before": {"epochs": earlier.epochs_before, "x": curve["x"], "layers": curve["layers"]}}
-
-
-def _factors(conf: Conf, steps: int) -> list[float]:
-    """The schedule's factor in each of its units, over the whole run."""
-    sched, units = recipe.timed_sched(conf.sched, steps), recipe.num_units(conf, steps)
-    return [lr_factor(t, sched, units) for t in range(units)]
+        position, per_epoch = max(int(found[0]["scheduler"]["last_epoch"]), 0), curve.units_per_epoch
+        compare_curves(old.factors(), curve.factors(), promise, position=position, units_per_epoch=per_epoch)
+    before = planned_rates(layers, old)
+    return {**plan, "before": {"epochs": old.epochs, "x": before["x"], "layers": before["layers"]}}
 
 
 def log_layers(run: Run, num_groups: int) -> None:
     """Log a table with a row for each layer; `num_groups` is the number of parameter groups."""
-    rows = layer_rows(run.model, run.conf)
-    logger.info("%s", table(rows, columns=list(rows[0])))
+    rows = layer_rows(run.model, rate_table(run.model, peak_optim(run.conf)))
+    shown = {"id": "id", "layer": "layer", "rate_peak": "rate", "weight_decay": "weight decay"}
+    shown |= {"parameters": "parameters", "state": "state"}
+    logger.info("%s", table([{name: row[key] for key, name in shown.items()} for row in rows], list(shown.values())))
     learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
     logger.info(
         "%s of %s parameters learn, in %d groups; weight decay spares biases, norms, tokens and positions",

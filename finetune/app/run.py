@@ -18,17 +18,17 @@ from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
 from finetune.app.rate_plan import log_layers, planned
+from finetune.app.recipe import batch_notice, peak_optim, run_curve
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import ranked_by, train_to_the_end
 from finetune.config import CompileMode, Conf, OnNonfinite, as_dict, train_problems
-from finetune.core import recipe
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
-from finetune.core.sched import create_scheduler
+from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
 from finetune.runs.earlier import EarlierRun, Result, find_earlier, flat
 from finetune.runs.history import History
@@ -117,11 +117,11 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     """Find what to continue from, prepare the data and the head, train, test and draw."""
     conf, earlier, result = run.conf, session.earlier, session.result
     _log_start(run, result)
-    steps = recipe.steps_per_epoch(conf, len(run.loader("train", train=True)))
-    _optimizer(run, steps)  # refuses depth, globs and warmup that do not fit, before any image is read
+    curve = run_curve(conf, len(run.loader("train", train=True)))
+    _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
     promise = _promise(run, earlier)
     found = find_state(run.checkpoints, run.model, run.notes(), promise, force=conf.resume_force)
-    plan = planned(run, steps, earlier, found, promise)
+    plan = planned(run, curve, earlier, found, promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     past = carried_over(run, earlier, is_found=found is not None)
     if not session.is_accepted and not (conf.resume_force or earlier.is_forced):
@@ -130,7 +130,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     feeds = Feeds(run, stop.check)
     train, val = feeds.train_and_val()
     prepare_head(run, train, val, result, stop)
-    state = _start(run, steps)
+    state = _start(run, curve)
     restore_run(run.folder, state, found)
     if found is not None:
         result["resumed_at"] = [*result["resumed_at"], state.step]
@@ -165,7 +165,7 @@ def _log_start(run: Run, result: Result) -> None:
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)
-    notice = recipe.batch_notice(run.conf)
+    notice = batch_notice(run.conf)
     if notice is not None:
         logger.warning("%s", notice)
 
@@ -188,21 +188,21 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
     return dataclasses.replace(run, conf=conf)
 
 
-def _optimizer(run: Run, steps: int) -> tuple[Optimizer, LambdaLR]:
+def _optimizer(run: Run, curve: Curve) -> tuple[Optimizer, LambdaLR]:
     """Freeze layers, then build the optimizer, then its schedule: each takes what the one before has left."""
     conf = run.conf
     set_up_layers(run.model, conf.optim, train=conf.train)
-    optimizer = build_optimizer(run.model, recipe.scaled_optim(conf))
-    return optimizer, create_scheduler(recipe.timed_sched(conf.sched, steps), optimizer, recipe.num_units(conf, steps))
+    optimizer = build_optimizer(run.model, peak_optim(conf))
+    return optimizer, create_scheduler(curve.sched, optimizer, curve.num_units)
 
 
-def _start(run: Run, steps: int) -> TrainState:
+def _start(run: Run, curve: Curve) -> TrainState:
     """The state before the first step, with the run's seed."""
     conf = run.conf
     run.checkpoints.mkdir(exist_ok=True)
     # Dropout draws from here on, however many numbers the building of the model has drawn.
     torch.manual_seed(conf.seed)
-    state = run.state(*_optimizer(run, steps))
+    state = run.state(*_optimizer(run, curve))
     state.first_layer = run.model.boundary  # the feeds run the layers below
     state.compiled = compiled(run.model, conf.train.compile, batch_size=conf.data.batch_size, device=run.device)
     if conf.train.on_nonfinite == OnNonfinite.skip:

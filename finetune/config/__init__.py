@@ -12,7 +12,7 @@ from finetune.config.conf import Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, SourceKind
 from finetune.config.fields import Choice, member_of, nearest, setting
 from finetune.config.model import Family, HeadKind, Library, ModelConf, Pool, TemplateSet
-from finetune.config.optim import LayerRule, OptimConf, OptimizerKind
+from finetune.config.optim import OPTIMIZER_READERS, OPTIMIZERS, LayerRule, OptimConf
 from finetune.config.prefix import PrefixCache, PrefixConf, PrefixDtype
 from finetune.config.sched import Interval, Mode, PastCycle, SchedulerConf
 from finetune.config.train import (
@@ -28,9 +28,46 @@ from finetune.config.train import (
 )  # fmt: skip
 
 __all__ = [
-    "LABEL_METRICS", "MULTILABEL_METRICS", "AugmentConf", "Balance", "CacheKind", "Choice", "ClassTokenOnly",
-    "CompileMode", "Conf", "DataConf", "Family", "HeadKind", "Interval", "LayerRule", "Library", "Loss", "Mode",
-    "ModelConf", "OnError", "OnNonfinite", "OptimConf", "OptimizerKind", "PastCycle", "Policy", "Pool", "Precision",
-    "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "SchedulerConf", "SourceKind", "TemplateSet", "TrainConf",
-    "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "setting", "train_problems",
+    "LABEL_METRICS",
+    "MULTILABEL_METRICS",
+    "OPTIMIZERS",
+    "OPTIMIZER_READERS",
+    "AugmentConf",
+    "Balance",
+    "CacheKind",
+    "Choice",
+    "ClassTokenOnly",
+    "CompileMode",
+    "Conf",
+    "DataConf",
+    "Family",
+    "HeadKind",
+    "Interval",
+    "LayerRule",
+    "Library",
+    "Loss",
+    "Mode",
+    "ModelConf",
+    "OnError",
+    "OnNonfinite",
+    "OptimConf",
+    "PastCycle",
+    "Policy",
+    "Pool",
+    "Precision",
+    "PrefixCache",
+    "PrefixConf",
+    "PrefixDtype",
+    "Recipe",
+    "SchedulerConf",
+    "SourceKind",
+    "TemplateSet",
+    "TrainConf",
+    "as_dict",
+    "find_problems",
+    "measured_metrics",
+    "member_of",
+    "nearest",
+    "setting",
+    "train_problems",
 ]  # fmt: skip

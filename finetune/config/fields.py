@@ -103,7 +103,7 @@ def ignored(section: str, conf: Any, reasons: Mapping[str, str]) -> list[str]:
     ]
 
 
-def not_read_by(group: str, chosen: Choice, readers: Mapping[str, tuple[Choice, ...]]) -> dict[str, str]:
+def not_read_by(group: str, chosen: str, readers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """The settings that `group=chosen` does not read, each with the choices that do, as `ignored` takes them.
 
     Args:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, not_read_by, setting
-
-
-class OptimizerKind(Choice):
-    """Whose rule turns a gradient into a step."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-    lion = "lion"
-    adafactor = "adafactor"
-    muon = "muon"
-    adamw8bit = "adamw8bit"
 
 
 class LayerRule(Choice):
@@ -29,9 +19,10 @@ class LayerRule(Choice):
 class OptimConf:
     """The optimizer with layer-wise rate decay and a frozen prefix."""
 
-    name: OptimizerKind = setting(
-        OptimizerKind.adamw,
-        "adamw, sgd, lion, adafactor, muon or adamw8bit; say optim=NAME instead, which brings the rates that suit it",
+    name: str = setting(
+        "adamw",
+        "adamw, sgd, lion, adafactor, muon, adamw8bit, which optim=NAME brings with rates that suit them; or any other"
+        " name in timm's list of optimizers, such as lamb or adan, whose own defaults hold where no setting is changed",
     )
     lr: float = setting(
         1e-3,
@@ -72,12 +63,15 @@ class OptimConf:
     nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
 
 
-# The optimizers that read a setting which not every optimizer reads. AdamW updates the vectors beside Muon's matrices.
-_READERS: dict[str, tuple[OptimizerKind, ...]] = {
-    "betas": (OptimizerKind.adamw, OptimizerKind.lion, OptimizerKind.muon, OptimizerKind.adamw8bit),
-    "eps": (OptimizerKind.adamw, OptimizerKind.muon, OptimizerKind.adamw8bit),
-    "momentum": (OptimizerKind.sgd, OptimizerKind.muon),
-    "nesterov": (OptimizerKind.sgd, OptimizerKind.muon),
+# The optimizers of conf/optim. All others are timm's, which is not imported before an optimizer is built.
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon", "adamw8bit")
+
+# Of these, the ones that read a setting which not all read. AdamW updates the vectors beside Muon's matrices.
+OPTIMIZER_READERS: dict[str, tuple[str, ...]] = {
+    "betas": ("adamw", "lion", "muon", "adamw8bit"),
+    "eps": ("adamw", "muon", "adamw8bit"),
+    "momentum": ("sgd", "muon"),
+    "nesterov": ("sgd", "muon"),
 }
 
 
@@ -86,7 +80,9 @@ def optim_problems(optim: OptimConf) -> list[str]:
     problems = []
     if not all(0 <= beta < 1 for beta in optim.betas):
         problems.append(f"optim.betas={list(optim.betas)}: each must be at least 0 and less than 1")
-    reasons = not_read_by("optim", optim.name, _READERS)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", optim.name):
+        problems.append(f"optim.name={optim.name}: expected a name of small letters and digits, such as adamw or lamb")
+    reasons = not_read_by("optim", optim.name, OPTIMIZER_READERS) if optim.name in OPTIMIZERS else {}
     if "nesterov" not in reasons and not optim.momentum:
         reasons["nesterov"] = "it needs optim.momentum above 0, such as 0.9"
     return problems + ignored("optim", optim, reasons)

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.config import OptimConf, OptimizerKind
+from finetune.config import OptimConf
 from finetune.core.layers import LayeredModel
-from finetune.core.optim import param_groups
+from finetune.core.optim import build_optimizer
 
 # Weights, gradients and most optimizers' moments are fp32 whatever the forward pass computes in.
 FP32_BYTES = 4
@@ -127,23 +129,34 @@ def estimate_memory(
 
 
 def optimizer_bytes(model: LayeredModel, conf: OptimConf) -> int:
-    """What the optimizer keeps between two steps of what learns, step counters (4 bytes a tensor) left out."""
-    return sum(
-        _state_bytes(parameter, conf, group["optimizer"])
-        for group in param_groups(model, conf)
-        for parameter in group["params"]
-    )
+    """Bytes of the optimizer's state between two steps, without step counters: measured on a step without values.
+
+    Args:
+        model: On the meta device.
+        conf: The optimizer.
+    """
+    if conf.name == "adamw8bit":  # bitsandbytes has no step on the meta device
+        return sum(_adamw8bit_bytes(p.numel()) for p in model.parameters() if p.requires_grad)
+    optimizer = build_optimizer(model, conf)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    with _ItemsAreHalf():  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.zero_grad()
+    tensors = ((name, value) for state in optimizer.state.values() for name, value in state.items())
+    return sum(t.numel() * t.element_size() for name, t in tensors if isinstance(t, Tensor) and name != "step")
 
 
-def _state_bytes(parameter: Tensor, conf: OptimConf, kind: str) -> int:
-    size = parameter.numel()
-    if kind == OptimizerKind.adafactor and parameter.ndim > 1:
-        # A mean for each row and each column of the last two dimensions.
-        return FP32_BYTES * (size // parameter.shape[-1] + size // parameter.shape[-2])
-    if kind == OptimizerKind.adamw8bit and size >= SMALLEST_8BIT:
-        return 2 * (size + FP32_BYTES * -(-size // BLOCK_8BIT))
-    moments = {"adamw": 2, "adamw8bit": 2, "sgd": int(conf.momentum > 0), "lion": 1, "muon": 1, "adafactor": 1}
-    return FP32_BYTES * moments[kind] * size
+class _ItemsAreHalf(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers 0.5 where an optimizer reads a number from a tensor, which on the meta device has none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0.5 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+def _adamw8bit_bytes(size: int) -> int:
+    """Both moments of a tensor of `size` numbers: 8-bit, or fp32 where it is small."""
+    return 2 * (FP32_BYTES * size if size < SMALLEST_8BIT else size + FP32_BYTES * -(-size // BLOCK_8BIT))
 
 
 @contextmanager

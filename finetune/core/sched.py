@@ -1,4 +1,4 @@
-"""The factor on every group's rate: a curve over one cycle, what follows it, and the warmup ahead of it.
+"""The factor on every group's rate: the warmup, a curve over one cycle, and its continuation past the cycle.
 
 A schedule mode is one function of progress t in [0, 1], from 1 down to 0.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +23,7 @@ CURVES: dict[Mode, Callable[[float], float]] = {
 
 
 def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
-    """What every group's peak rate is multiplied by at time `t`; in [0, 1], never negative.
+    """The factor on every group's peak rate at time `t`, in [0, 1].
 
     Args:
         t: Time in units of `conf.interval`, from 0.
@@ -34,7 +35,7 @@ def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
         return (t + 1) / (conf.warmup + 1)
     cycle = conf.cycle or num_steps
     progress = (t - conf.warmup) / (cycle - conf.warmup)
-    # Past the cycle the bare formulas of linear and cosine go negative, which is gradient ascent.
+    # Past the cycle the bare formulas of linear and cosine go negative, which would be gradient ascent.
     past_cycle = member_of(PastCycle, conf.past_cycle, "sched.past_cycle")
     if past_cycle == PastCycle.hold:
         progress = min(progress, 1.0)
@@ -48,20 +49,49 @@ def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
     return curve * (1 - conf.scale_min) + conf.scale_min
 
 
+@dataclass(frozen=True)
+class Curve:
+    """The factor on every group's peak rate over one run of `epochs`; the schedule's warmup counts in its own unit."""
+
+    sched: SchedulerConf
+    epochs: int
+    steps_per_epoch: int
+
+    @classmethod
+    def of_run(cls, sched: SchedulerConf, *, epochs: int, steps_per_epoch: int) -> Curve:
+        """The curve of a run, with `warmup_epochs` turned into whole optimizer steps."""
+        if sched.warmup_epochs:
+            steps = round(sched.warmup_epochs * steps_per_epoch)
+            sched = replace(sched, warmup=steps, warmup_epochs=0.0)
+        return cls(sched, epochs, steps_per_epoch)
+
+    @property
+    def units_per_epoch(self) -> int:
+        """How often the scheduler steps in an epoch: once, or after every optimizer step."""
+        return self.steps_per_epoch if self.sched.interval == Interval.step else 1
+
+    @property
+    def num_units(self) -> int:
+        """Length of the run in the scheduler's unit."""
+        return self.epochs * self.units_per_epoch
+
+    def factors(self) -> list[float]:
+        """The factor in each unit of the run."""
+        return [lr_factor(t, self.sched, self.num_units) for t in range(self.num_units)]
+
+
 def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -> LambdaLR:
     """A `LambdaLR` that multiplies each group's own rate by `lr_factor`.
 
-    Groups that still carry an `lr_scale` (see `param_groups_lrd`) have it folded into their rate here, exactly once,
-    because LambdaLR would never read it.
+    It folds an `lr_scale` of a group (see `param_groups_lrd`) into the group's rate, exactly once: LambdaLR ignores it.
 
     Args:
-        cfg: The schedule; `interval` says when to call `scheduler.step()`: after train and validate, or after each
-            optimizer step (not each micro-batch).
+        cfg: `interval` says when to call `scheduler.step()`: after train and validate, or after each optimizer step.
         optimizer: With its groups' peak rates.
-        num_steps: Epochs or optimizer steps of the whole run, as `interval` says.
+        num_steps: Length of the whole run in epochs or optimizer steps, as `interval` says.
 
     Raises:
-        ValueError: An unknown word, or numbers that make no curve.
+        UserError: An unknown word, or numbers that make no curve.
     """
     member_of(Interval, cfg.interval, "sched.interval")
     member_of(Mode, cfg.mode, "sched.mode")
@@ -74,14 +104,13 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
         raise UserError(f"sched.scale_min={cfg.scale_min}: must be between 0 and 1")
     if cfg.warmup_epochs:
         raise UserError(
-            f"sched.warmup_epochs={cfg.warmup_epochs:g}: only a run knows its steps an epoch;"
-            f" give `warmup`, in {cfg.interval}s"
+            f"sched.warmup_epochs={cfg.warmup_epochs:g}: only a run knows its steps an epoch; give `warmup`"
+            f" in {cfg.interval}s"
         )
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
         raise UserError(
-            f"sched.warmup={cfg.warmup}: must be 0 or more, and less than the length of the curve,"
-            f" {length} {cfg.interval}s"
+            f"sched.warmup={cfg.warmup}: needs 0 or more, less than the length of the curve, {length} {cfg.interval}s"
         )
     for group in optimizer.param_groups:
         if "lr_scale" in group:

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from finetune.config import OptimConf
 from finetune.core.layers import Layer, LayeredModel
-from finetune.core.optim import Group, is_decayed, layer_scale
-from finetune.core.ownership import assign_layers
+from finetune.core.optim import Group
+from finetune.core.rates import rate_table
 from finetune.models.layering.model import spared_names
 from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
 from finetune.system.errors import UserError
@@ -37,14 +38,13 @@ def param_groups_lrd(
 ) -> tuple[list[Group], dict[str, dict[str, Any]]]:
     """AdamW's groups, one a (layer, weight decay or not), of the parameters above `fix_layer`.
 
-    `requires_grad` is left alone: what is frozen simply enters no group. A parameter that needs no gradient already
-    enters none either.
+    A frozen parameter enters no group, nor does one that needs no gradient already; `requires_grad` stays as it is.
 
     Args:
         model: A bare image tower of CLIP (`clip.visual`) or timm, whose ids end at L + 1 (final norm, `proj`,
             classifier), or a `LayeredModel`, whose head is L + 2. DDP or torch.compile may be around it.
         fix_layer: Layers with id <= this enter no group; -1: all enter.
-        weight_decay: Of matrices; norms, biases, tokens, position embeddings and what upstream spares get 0.
+        weight_decay: Of matrices; norms, biases, tokens, position embeddings, and names that upstream spares, get 0.
         no_weight_decay_list: More names, or globs, that get 0; names that the model lacks are ignored.
         layer_decay: d in `d ** (L + 1 - min(id, L + 1))`, the scale of a layer's rate; in (0, 1].
         lr: Peak rate of the head. Given, the groups hold `lr`, already scaled; else `lr_scale`.
@@ -53,71 +53,52 @@ def param_groups_lrd(
         The groups, and the same by name with `params` as names of `model.named_parameters()`, for printing.
 
     Raises:
-        ValueError: A whole CLIP, an architecture without layers, or a number out of range.
+        UserError: A whole CLIP, an architecture without layers, or a number out of range.
     """
-    prefix, inner = _unwrap(model)
-    ids, num_blocks, top = _layer_ids(inner)
+    layered, prefix, top = _as_layered(model)
     if not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay={layer_decay}: must be greater than 0 and at most 1")
     if not -1 <= fix_layer < top:
         raise UserError(
-            f"fix_layer={fix_layer}: {type(inner).__name__} has layers 0 (stem) to {top}, so use -1 (nothing frozen)"
+            f"fix_layer={fix_layer}: {type(model).__name__} has layers 0 (stem) to {top}, so use -1 (nothing frozen)"
             f" to {top - 1} (only layer {top} learns)"
         )
-    spared = {*no_weight_decay_list, *_spared(inner)}
+    more = [name.removeprefix("net.") for name in no_weight_decay_list]
+    conf = OptimConf(lr=1.0 if lr is None else lr, weight_decay=weight_decay, layer_decay=layer_decay)
     groups: dict[str, Group] = {}
     names: dict[str, dict[str, Any]] = {}
-    for name, parameter in inner.named_parameters():
-        layer_id = ids[name]
-        if layer_id <= fix_layer or not parameter.requires_grad:
-            continue
-        decayed = is_decayed(name, parameter, spared)
-        key = f"layer_{layer_id}_{'decay' if decayed else 'no_decay'}"
-        if key not in groups:
-            scale = layer_scale(layer_id, num_blocks, layer_decay)
-            rate = {"lr_scale": scale} if lr is None else {"lr": lr * scale}
-            decay = weight_decay if decayed else 0.0
-            groups[key] = {**rate, "weight_decay": decay, "params": []}
-            names[key] = {**rate, "weight_decay": decay, "params": []}
-        groups[key]["params"].append(parameter)
-        names[key]["params"].append(prefix + name)
+    for row in rate_table(layered, conf, more_spared=more):
+        layer_id = min(row.layer_id, top)
+        if layer_id > fix_layer:
+            key = f"layer_{layer_id}_{'decay' if row.is_decayed else 'no_decay'}"
+            rate = {"lr_scale": row.scale} if lr is None else {"lr": row.peak}
+            for found in (groups, names):
+                found.setdefault(key, {**rate, "weight_decay": row.weight_decay, "params": []})
+            groups[key]["params"] += [layered.net.get_parameter(name) for name in row.param_names]
+            names[key]["params"] += [prefix + name for name in row.param_names]
     return list(groups.values()), names
 
 
-def _unwrap(model: nn.Module) -> tuple[str, nn.Module]:
-    """What DDP and torch.compile wrap, and the prefix that they put on its names."""
+def _as_layered(model: nn.Module) -> tuple[LayeredModel, str, int]:
+    """The layers of a model, the prefix of their parameters' names in it, and the highest layer id."""
     prefix = ""
     children = dict(model.named_children())
     while len(children) == 1 and next(iter(children)) in WRAPPERS:
         name, model = children.popitem()
         prefix += f"{name}."
         children = dict(model.named_children())
-    return prefix, model
-
-
-def _spared(model: nn.Module) -> set[str]:
-    """The names that upstream spares from weight decay."""
     if isinstance(model, LayeredModel):
-        return {f"net.{name}" for name in model.no_weight_decay}
-    return set(spared_names(model))
-
-
-def _layer_ids(model: nn.Module) -> tuple[dict[str, int], int, int]:
-    """The layer id of every parameter by name, the number of blocks, and the highest id."""
-    if isinstance(model, LayeredModel):
-        ids = {f"net.{name}": layer_id for name, layer_id in model.layer_ids.items()}
-        return ids, model.num_blocks, model.num_blocks + 2
-    children = {name for name, _ in model.named_children()}
-    if "visual" in children and children & {"transformer", "text"}:
+        return model, f"{prefix}net.", len(model.layers) - 1
+    if "visual" in children and children.keys() & {"transformer", "text"}:
         raise UserError(
             f"{type(model).__name__} holds two towers: pass its image tower, model.visual;"
             " the blocks directly under it are those of the text tower"
         )
     layers = _layers_of(model)
-    num_blocks = sum(layer.name.startswith("block.") for layer in layers)
-    # A bare tower's classifier shares the id of its readout, as the published functions count.
-    ids = {name: min(index, num_blocks + 1) for name, index in assign_layers(model, layers).items()}
-    return ids, num_blocks, num_blocks + 1
+    if layers[-1].name != "head":
+        layers = [*layers, Layer("head", (), None)]
+    layered = LayeredModel(model, layers, no_weight_decay=spared_names(model))
+    return layered, prefix, layered.num_blocks + 1  # the published functions give readout and classifier one id
 
 
 def _layers_of(model: nn.Module) -> list[Layer]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from finetune.__main__ import main as finetune
+from finetune.app.recipe import peak_optim
 from finetune.app.run import run
 from finetune.config import Family, LayerRule, ModelConf
 from finetune.config.words.configuration import compose
@@ -20,7 +21,6 @@ from finetune.core.cost import FP32_BYTES, count_flops, estimate_memory
 from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
-from finetune.core.recipe import scaled_optim
 from finetune.models import build_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,7 +128,7 @@ def test_rates_and_decay_are_those_of_the_real_optimizer(rule: str, capsys: pyte
     assert conf.optim.layer_rule == LayerRule(rule)
     model = build_model(conf.model, [str(index) for index in range(10)]).model
     freeze(model, 2)
-    groups = build_optimizer(model, scaled_optim(conf)).param_groups
+    groups = build_optimizer(model, peak_optim(conf)).param_groups
     for row in found["layers"]:
         own = [group for group in groups if group["layer_id"] == row["id"]]
         assert row["state"] == ("frozen" if row["id"] <= 2 else "learns")

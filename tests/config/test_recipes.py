@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.app.recipe import batch_notice, peak_optim, run_curve
 from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, find_problems
 from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
 from finetune.core.optim import param_groups
-from finetune.core.recipe import batch_notice, num_units, peak_lr, scaled_optim, steps_per_epoch, timed_sched
-from finetune.core.sched import lr_factor
+from finetune.core.sched import Curve
 from finetune.models import build_model
 
 NAMES = ["a", "b", "c"]
@@ -22,12 +22,11 @@ NAMES = ["a", "b", "c"]
 def test_the_rate_follows_the_batch_and_the_conf_stays() -> None:
     conf = Conf(data=DataConf(batch_size=128))
     conf.optim.lr, conf.optim.lr_base_batch, conf.train.accumulate = 5e-4, 256, 8
-    assert peak_lr(conf) == pytest.approx(5e-4 * 1024 / 256)  # MAE's blr at its own batch
-    assert scaled_optim(conf).lr == peak_lr(conf)
-    assert scaled_optim(conf).lr_base_batch == 0
+    assert peak_optim(conf).lr == pytest.approx(5e-4 * 1024 / 256)  # MAE's blr at its own batch
+    assert peak_optim(conf).lr_base_batch == 0
     assert conf.optim.lr == 5e-4
     conf.optim.lr_base_batch = 0
-    assert peak_lr(conf) == 5e-4
+    assert peak_optim(conf).lr == 5e-4
 
 
 def test_another_batch_than_the_recipes_is_said_with_the_scaled_rate() -> None:
@@ -48,13 +47,11 @@ def test_another_batch_than_the_recipes_is_said_with_the_scaled_rate() -> None:
 
 def test_a_warmup_in_epochs_counts_the_steps_of_this_run() -> None:
     sched = SchedulerConf(interval=Interval.step, warmup_epochs=2.5)
-    assert timed_sched(sched, 7) == SchedulerConf(interval=Interval.step, warmup=round(2.5 * 7))
+    curve = Curve.of_run(sched, epochs=4, steps_per_epoch=7)
+    assert curve.sched == SchedulerConf(interval=Interval.step, warmup=round(2.5 * 7))
     assert sched.warmup_epochs == 2.5
-    conf = Conf(sched=sched)
-    conf.train.epochs = 4
-    assert num_units(conf, 7) == 28
-    conf.sched = SchedulerConf()
-    assert num_units(conf, 7) == 4
+    assert curve.num_units == len(curve.factors()) == 28
+    assert Curve.of_run(SchedulerConf(), epochs=4, steps_per_epoch=7).num_units == 4
 
 
 @pytest.mark.parametrize(
@@ -148,7 +145,7 @@ def test_every_experiment_composes_and_builds_at_its_own_batch(name: str) -> Non
     assert batch_notice(conf) is None
     model = build_model(conf.model, NAMES, device="meta").model
     freeze(model, conf.optim.fix_layer)
-    assert param_groups(model, scaled_optim(conf))
+    assert param_groups(model, peak_optim(conf))
     header = (CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
     assert f"python -m finetune experiment={name}" in header
     if name in PUBLISHED:
@@ -180,14 +177,13 @@ def test_every_model_preset_builds_with_weights_that_exist(name: str) -> None:
 )
 def test_rates_of_the_published_recipes(name: str, peak: float, least: float, steps: int) -> None:
     conf = compose([f"experiment={name}"])
-    assert peak_lr(conf) == pytest.approx(peak)
-    assert peak_lr(conf) * conf.sched.scale_min == pytest.approx(least, rel=1e-3)
-    batches = -(-1_281_167 // conf.data.batch_size)
-    per_epoch = steps_per_epoch(conf, batches)
-    assert timed_sched(conf.sched, per_epoch).warmup == steps
-    factors = [lr_factor(t, timed_sched(conf.sched, per_epoch), num_units(conf, per_epoch)) for t in (0, steps)]
+    assert peak_optim(conf).lr == pytest.approx(peak)
+    assert peak_optim(conf).lr * conf.sched.scale_min == pytest.approx(least, rel=1e-3)
+    curve = run_curve(conf, -(-1_281_167 // conf.data.batch_size))
+    assert curve.sched.warmup == steps
+    factors = curve.factors()
     assert factors[0] < 0.01
-    assert factors[1] == pytest.approx(1.0)
+    assert factors[steps] == pytest.approx(1.0)
 
 
 def test_the_page_of_recipes_names_every_preset() -> None:

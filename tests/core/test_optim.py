@@ -10,24 +10,15 @@ from tiny import tiny_batches, tiny_model
 
 from finetune.config import OptimConf
 from finetune.core.freezing import freeze
-from finetune.core.optim import build_optimizer, is_decayed, layer_scale, param_groups
+from finetune.core.optim import build_optimizer, param_groups
+from finetune.core.rates import distance_to_output
+from finetune.core.weight_decay import is_decayed
 
 
-def test_scales_fall_from_the_output_to_the_stem() -> None:
-    assert [layer_scale(i, 6, 0.75) for i in range(9)] == [
-        0.75**7,
-        0.75**6,
-        0.75**5,
-        0.75**4,
-        0.75**3,
-        0.75**2,
-        0.75,
-        1,
-        1,
-    ]
+def test_distances_fall_from_the_stem_to_the_output() -> None:
+    assert [distance_to_output(i, 6) for i in range(9)] == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     # ViT-B/16 with BEiT's 0.65: the stem learns at 0.65 ** 13.
-    assert layer_scale(0, 12, 0.65) == 0.65**13
-    assert layer_scale(12, 12, 0.65) == 0.65
+    assert distance_to_output(0, 12) == 13
 
 
 @pytest.mark.parametrize("fix_layer", range(-1, 4))

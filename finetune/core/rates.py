@@ -1,0 +1,102 @@
+"""The table of rates: a row for each parameter group, with its layer, distance from the output, and peak rate.
+
+The optimizer, `param_groups_lrd`, `finetune describe`, the log, `rates.json` and `lr.png` all read this table. The
+curve over the run, which multiplies every peak rate, is in `sched.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from finetune.config import LayerRule, OptimConf
+from finetune.core.layers import LayeredModel
+from finetune.core.weight_decay import is_decayed, spared_globs
+
+
+@dataclass(frozen=True)
+class GroupRate:
+    """One parameter group: parameters of one layer that learn at one rate and decay alike.
+
+    Attributes:
+        name: `block.7.no_decay`; timm's rule may cut a layer in two, and `readout.1.no_decay` has distance 1.
+        layer: Name of the layer.
+        layer_id: Index of the layer, 0 for the stem.
+        distance: Layers between this group and the output: 0 for readout and head, L + 1 for the stem.
+        scale: `layer_decay ** distance`, the share of the head's rate.
+        peak: Rate where the curve's factor is 1.
+        weight_decay: Applied to each parameter.
+        is_decayed: Whether weight decay reaches parameters of this kind, even if `weight_decay` is 0.
+        num_parameters: Numbers in all tensors together; `param_names` are those of `model.net.named_parameters()`.
+    """
+
+    name: str
+    layer: str
+    layer_id: int
+    distance: int
+    scale: float
+    peak: float
+    weight_decay: float
+    is_decayed: bool
+    num_parameters: int
+    param_names: tuple[str, ...]
+
+
+def with_peak_rate(optim: OptimConf, images_per_step: int) -> OptimConf:
+    """`optim` whose `lr` is the head's peak rate as an absolute number: `lr * images_per_step / lr_base_batch`.
+
+    The linear rule of Goyal et al., arXiv:1706.02677, section 2.1; MAE's `blr` has the base 256.
+    """
+    if not optim.lr_base_batch:
+        return optim
+    return replace(optim, lr=optim.lr * images_per_step / optim.lr_base_batch, lr_base_batch=0)
+
+
+def distance_to_output(layer_id: int, num_blocks: int) -> int:
+    """How many layers stand between a layer and the output, as MKT, BEiT, MAE, FT-CLIP and DINOv2 count: 0 to L + 1."""
+    return num_blocks + 1 - min(layer_id, num_blocks + 1)
+
+
+def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[str] = ()) -> list[GroupRate]:
+    """A row for each group of parameters that learn, from the stem up, the decayed parameters of a layer first.
+
+    Args:
+        model: Frozen as it will train.
+        conf: `lr` is the head's peak rate as an absolute number (see `with_peak_rate`).
+        more_spared: Globs of parameters without weight decay beside those of `conf`; they may match nothing.
+
+    Raises:
+        UserError: See `spared_globs`.
+    """
+    spared, parameters = [*spared_globs(model, conf), *more_spared], dict(model.net.named_parameters())
+    found: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            layer_id = model.layer_ids[name]
+            distance = distance_to_output(layer_id, model.num_blocks)
+            if conf.layer_rule == LayerRule.timm:
+                distance = model.layers[layer_id].timm_steps.get(name, distance)
+            decayed = is_decayed(name, parameter, spared, decay_embeddings=conf.decay_embeddings)
+            found[layer_id, -distance, not decayed].append(name)
+    rows = []
+    # A resumed optimizer needs the groups in the same order. So they are sorted, and not as the parameters come.
+    for (layer_id, minus_distance, is_spared), names in sorted(found.items()):
+        layer, distance = model.layers[layer_id].name, -minus_distance
+        part = layer if distance == distance_to_output(layer_id, model.num_blocks) else f"{layer}.{distance}"
+        scale = conf.layer_decay**distance
+        rows.append(
+            GroupRate(
+                name=f"{part}.{'no_decay' if is_spared else 'decay'}",
+                layer=layer,
+                layer_id=layer_id,
+                distance=distance,
+                scale=scale,
+                peak=conf.lr * scale,
+                weight_decay=0.0 if is_spared else conf.weight_decay,
+                is_decayed=not is_spared,
+                num_parameters=sum(parameters[name].numel() for name in names),
+                param_names=tuple(names),
+            )
+        )
+    return rows
