@@ -141,7 +141,7 @@ def local(packed: Path) -> Source:
 
 
 def fetched(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix == ".tar")
+    return sorted(path.name for path in (tmp_path / "cache" / "shards").glob("*.tar"))
 
 
 def test_urls_give_what_local_shards_give_and_are_asked_once(tmp_path: Path, packed: Path, server: Server) -> None:

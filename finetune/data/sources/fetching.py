@@ -190,6 +190,7 @@ def _run_command(command: str, part: Path, progress: Progress) -> None:
                 progress.wait(0.02)
         finally:
             _kill(process)
+            process.wait()
             progress.commands.discard(process)
         stderr.seek(0)
         lines = [line.strip() for line in stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]

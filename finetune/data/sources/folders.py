@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -22,81 +21,47 @@ LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1
 _LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images in the class folders of a root.
-
-    Attributes:
-        root: With `~` expanded.
-        classes: In natural order.
-        names: Relative paths with `/`, class by class.
-        labels: Index into `classes`, one for each name.
-        splits: `train`, `val` or `test` for each name; all `train` where the folders say nothing.
-        left_out: Counts of the files that are no images, as ` [left out: 3 .txt]`, or nothing.
-    """
-
-    root: str
-    classes: tuple[str, ...]
-    names: list[str]
-    labels: list[int]
-    splits: list[str]
-    left_out: str
-
-
 def find_folder(conf: DataConf) -> FoundImages:
-    """The class folders under `data.root`, or under its `train/`, `val/` and `test/`.
+    """The images in the class folders under `data.root`, or under its `train/`, `val/` and `test/`.
 
     If there is a `train/` without `val/` or `test/`, the missing split is cut from `train/`.
 
     Raises:
-        UserError: The folder has another layout.
         FileNotFoundError: `data.root` is missing.
+        UserError: `data.root` is no folder, or has another layout.
     """
-    listing = list_root(conf.root or "")
-    names = PackedStrings(listing.names)
+    root = os.path.expanduser(conf.root or "")
+    _check_reachable(root)
+    if not os.path.lexists(root):
+        raise FileNotFoundError(f"data.root={conf.root}: there is no such folder{_nearest_sibling(root)}; {LAYOUT}")
+    if not os.path.isdir(root):
+        raise UserError(f"data.root={conf.root}: is not a folder; {LAYOUT}")
+    left_out: Counter[str] = Counter()
+    folders = _split_folders(root) or {"train": ""}
+    found = {split: _list_classes(root, folder, left_out) for split, folder in folders.items()}
+    _check_same_classes(root, found)
+    classes = tuple(sorted(found["train"], key=natural_key))
+    paths: list[str] = []
+    labels: list[int] = []
+    given = bytearray()
+    for split, paths_of in found.items():
+        for label, name in enumerate(classes):
+            paths += paths_of[name]
+            labels += [label] * len(paths_of[name])
+            given += bytes([SPLITS.index(split)]) * len(paths_of[name])
+    names = PackedStrings(paths)
     return FoundImages(
         kind="folder",
-        store=FileStore(listing.root, names),
+        store=FileStore(root, names),
         names=names,
-        classes=listing.classes,
-        labels=torch.tensor(listing.labels, dtype=torch.int64),
-        given=torch.tensor([SPLITS.index(split) for split in listing.splits], dtype=torch.uint8),
-        place=f"data.root={listing.root}",
-        title=f"folder {listing.root}",
-        note=listing.left_out,
-        location=os.path.abspath(listing.root),
+        classes=classes,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        given=torch.frombuffer(given, dtype=torch.uint8),
+        place=f"data.root={root}",
+        title=f"folder {root}",
+        note=_brackets(left_out),
+        location=os.path.abspath(root),
     )
-
-
-def list_root(root: str) -> Listing:
-    """Find the class folders under `root`, or under its `train/`, `val/` and `test/`, and the images in them.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        UserError: It is no folder, or it has another layout.
-    """
-    path = os.path.expanduser(root)
-    _check_reachable(path)
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"data.root={root}: there is no such folder{_nearest_sibling(path)}; {LAYOUT}")
-    if not os.path.isdir(path):
-        raise UserError(f"data.root={root}: is not a folder; {LAYOUT}")
-    left_out: Counter[str] = Counter()
-    found = {
-        split: _list_classes(path, folder, left_out)
-        for split, folder in (_split_folders(path) or {"train": ""}).items()
-    }
-    _check_class_maps(path, found)
-    classes = tuple(sorted(found["train"], key=natural_key))
-    names: list[str] = []
-    labels: list[int] = []
-    splits: list[str] = []
-    for split, of_class in found.items():
-        for label, name in enumerate(classes):
-            names += of_class[name]
-            labels += [label] * len(of_class[name])
-            splits += [split] * len(of_class[name])
-    return Listing(path, classes, names, labels, splits, _brackets(left_out))
 
 
 def _split_folders(root: str) -> dict[str, str]:
@@ -205,7 +170,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _check_class_maps(root: str, found: dict[str, dict[str, list[str]]]) -> None:
+def _check_same_classes(root: str, found: dict[str, dict[str, list[str]]]) -> None:
     """Raises UserError if a split lacks a class or has another: a label would mean different classes in them."""
     known = found["train"].keys()
     problems = []

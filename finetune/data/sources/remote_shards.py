@@ -35,16 +35,16 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
     """
     folder = _folder(conf)
     missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
-    if missing and not conf.download:
-        raise UserError(
-            f"data.root: {len(missing):,} of {len(remotes):,} shards are not on this machine yet, {_size(missing)[1]};"
-            f" the first is {missing[0].name}. data.download=true fetches them once, into {folder}"
-        )
     if missing:
-        with at_once():  # the next start goes on with the shards that a stop signal left
+        with at_once():  # a stop signal costs nothing but this start: the next one downloads what is still missing
+            num_bytes, size = _size(missing)
+            if not conf.download:
+                raise UserError(
+                    f"data.root: {len(missing):,} of {len(remotes):,} shards are not on this machine yet, {size}; the"
+                    f" first is {missing[0].name}. data.download=true fetches them once, into {folder}"
+                )
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                num_bytes, _ = _size(missing)
                 _check_room(num_bytes or 0, folder, conf.cache_gib)
                 _fetch_all(missing, _class_files_near(remotes[0]), folder, num_bytes)
             except OSError as error:

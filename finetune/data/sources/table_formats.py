@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from operator import itemgetter
 from typing import IO, Any, NamedTuple
 
 from finetune.config import nearest
@@ -63,10 +64,10 @@ def _csv_rows(path: str, file: IO[str], wanted: Sequence[str], separator: str) -
     reader = csv.reader(file, delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        places = [_place(path, name, header) for name in wanted]
+        wanted_of = itemgetter(*[_place(path, name, header) for name in wanted])  # two columns or more
         for cells in reader:
             if len(cells) == len(header):
-                yield (reader.line_num, *[cells[place] for place in places])
+                yield (reader.line_num, *wanted_of(cells))
             elif cells:  # an empty line has none
                 raise UserError(
                     f"data.table={path}: row {reader.line_num} has {len(cells)} cells where the first line has"
