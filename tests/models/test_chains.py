@@ -20,8 +20,8 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 from finetune.models import build_model
+from finetune.models.layering.running import class_name
 from finetune.models.layering.towers import CHAINS as REGISTRY
-from finetune.models.layering.towers import class_name
 
 warnings.filterwarnings("ignore")
 
@@ -139,6 +139,10 @@ FAMILIES = [
 ]
 
 
+# Each of these takes seconds, and another family above has the same kind of layers.
+LARGE = ("maxvit", "relpos", "clip-timm-siglip")
+
+
 def without_dropped_paths(model: LayeredModel) -> LayeredModel:
     """A branch that is dropped for both of two images has no gradient, and rightly does not move."""
     for module in model.modules():
@@ -147,7 +151,7 @@ def without_dropped_paths(model: LayeredModel) -> LayeredModel:
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in FAMILIES])
 def test_one_step_moves_what_is_above_fix_layer_and_nothing_else(name: str) -> None:
     images = small_images(name, batch=2)
     first = small_model(name)

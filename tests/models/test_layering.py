@@ -32,7 +32,7 @@ TIMM = [
     "vit_base_patch16_clip_224", "vit_srelpos_small_patch16_224", "deit_tiny_distilled_patch16_224",
     "beit_base_patch16_224", "vit_small_patch16_rope_mixed_224", "swin_tiny_patch4_window7_224", "convnext_atto",
     "resnet18", "efficientnet_b0", "cait_xxs24_224", "poolformer_s12", "pit_ti_distilled_224", "efficientvim_m1",
-    "vgg11_bn", "selecsls42", "csatv2", "densenet121", "naflexvit_base_patch16_gap",
+    "vgg11_bn", "selecsls42", "densenet121", "naflexvit_base_patch16_gap",
 ]  # fmt: skip
 OPEN_CLIP = [
     "ViT-B-16", "RN50", "coca_ViT-B-32", "EVA02-B-16", "ViT-B-16-SigLIP", "convnext_base",

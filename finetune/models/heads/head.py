@@ -71,10 +71,6 @@ class Head(nn.Linear):
         if bias is not None:
             self.bias.copy_(bias)
 
-    def extra_repr(self) -> str:
-        """`nn.Linear`'s text, with the attributes that a head adds."""
-        return f"{super().extra_repr()}, normalize={self.normalize}, dropout={self.dropout}"
-
 
 def mean_over_positions(features: Tensor) -> Tensor:
     """Mean over positions or tokens. (batch, n), (batch, tokens, n) or (batch, n, height, width) -> (batch, n)."""

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.core.layers import Layer
-from finetune.models.layering.running import Run
+from finetune.models.layering.running import Run, class_name
 from finetune.models.layering.timm_networks import rotary
 
 # (network, its last block, all tokens) -> the tokens that the readout reads.
@@ -102,26 +102,17 @@ def _drops(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0
 
 
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str], readout: Sequence[nn.Module]) -> bool:
-    """Whether all parts of block and readout are of listed classes; a subclass is not, since it may do something else.
+    """Whether the block is a `kind`, its attention one of `kinds`, and all else in block and readout `TOKENWISE`.
 
-    Args:
-        block: The last block.
-        kind: The class that the block must have.
-        attention: The block's attention, which mixes tokens.
-        kinds: The classes that the attention may have.
-        readout: The modules between the block and the classifier.
+    A subclass of a listed class is not known: its forward pass may be another.
     """
     others = {*block.modules()} - {block, attention}
     others |= {module for part in readout for module in part.modules()}
     return (
-        _class_name(block) == kind
-        and _class_name(attention) in kinds
-        and all(_class_name(module) in TOKENWISE for module in others)
+        class_name(block) == kind
+        and class_name(attention) in kinds
+        and all(class_name(module) in TOKENWISE for module in others)
     )
 
 

@@ -31,12 +31,7 @@ RULES: dict[str, Rule] = {
 
 def vision_transformer(net: Any, with_head: bool) -> list[Run]:
     """The functions of stem, blocks and readout of open_clip's own ViT, with `output_tokens` off."""
-    return [_vit_stem, *in_blocks("transformer.resblocks.{}", len(net.transformer.resblocks)), _vit_readout]
-
-
-def _vit_stem(net: Any, h: Tensor) -> Tensor:
-    tokens: Tensor = net._embeds(h)
-    return tokens
+    return [through("_embeds"), *in_blocks("transformer.resblocks.{}", len(net.transformer.resblocks)), _vit_readout]
 
 
 def _vit_readout(net: Any, h: Tensor) -> Tensor:
@@ -46,12 +41,7 @@ def _vit_readout(net: Any, h: Tensor) -> Tensor:
 
 def modified_resnet(net: Any, with_head: bool) -> list[Run]:
     """The functions of stem, blocks and readout of CLIP's ResNet."""
-    return [_resnet_stem, *in_residual_stages(net), through("attnpool")]
-
-
-def _resnet_stem(net: Any, h: Tensor) -> Tensor:
-    out: Tensor = net.stem(h)
-    return out
+    return [through("stem"), *in_residual_stages(net), through("attnpool")]
 
 
 def timm_model(trunk: Sequence[Layer]) -> list[Run]:

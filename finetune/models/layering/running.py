@@ -1,4 +1,4 @@
-"""Functions that run one layer of a network: `run(net, h) -> h`.
+"""Functions that run one layer of a network: `run(net, h)` takes activations and returns activations.
 
 They take the network as an argument and hold only names, so that a copied or unpickled model runs its own modules.
 """
@@ -10,21 +10,29 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.core.layers import Layer
 
 Run = Callable[[Any, Tensor], Tensor]
 
 
+def class_name(module: nn.Module) -> str:
+    """The full name of a module's class: `timm.models.eva.Eva`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def through(*paths: str) -> Run:
-    """A function that passes activations through these modules of the network, one after another."""
-    return partial(_through, paths=paths)
+    """A function that passes activations through these modules or methods of the network, one after another."""
+    return partial(_through, paths=tuple(tuple(path.split(".")) for path in paths))
 
 
-def _through(net: Any, h: Tensor, *, paths: tuple[str, ...]) -> Tensor:
+def _through(net: Any, h: Tensor, *, paths: tuple[tuple[str, ...], ...]) -> Tensor:
     for path in paths:
-        h = net.get_submodule(path)(h)
+        part = net
+        for name in path:
+            part = getattr(part, name)
+        h = part(h)
     return h
 
 

@@ -147,18 +147,17 @@ def with_timm_steps(net: nn.Module, layers: list[Layer], kinds: set[str]) -> lis
 # bare tower has an Identity in the place of its classifier, and so the whole end of the network is its readout.
 
 
+_TOKENS = through("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
+_END = through("norm", "forward_head")
+
+
 def vision_transformer(net: Any, with_head: bool) -> list[Run]:
     """ViT."""
-    return [_tokens, *_blocks(net), *([_pooled, through("head")] if with_head else [_end])]
+    return [_TOKENS, *_blocks(net), *([_pooled, through("head")] if with_head else [_END])]
 
 
 def _blocks(net: Any) -> list[Run]:
     return in_blocks("blocks.{}", len(net.blocks))
-
-
-def _tokens(net: Any, h: Tensor) -> Tensor:
-    tokens: Tensor = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(h))))
-    return tokens
 
 
 def _pooled(net: Any, h: Tensor) -> Tensor:
@@ -166,14 +165,9 @@ def _pooled(net: Any, h: Tensor) -> Tensor:
     return features
 
 
-def _end(net: Any, h: Tensor) -> Tensor:
-    features: Tensor = net.forward_head(net.norm(h))
-    return features
-
-
 def distilled(net: Any, with_head: bool) -> list[Run]:
     """Distilled ViT (DeiT): two tokens, each with a classifier of its own; the logits are averaged."""
-    return [_tokens, *_blocks(net), *([_two_tokens, _two_heads] if with_head else [_end])]
+    return [_TOKENS, *_blocks(net), *([_two_tokens, _two_heads] if with_head else [_END])]
 
 
 def _two_tokens(net: Any, h: Tensor) -> Tensor:
@@ -195,7 +189,7 @@ def eva(net: Any, with_head: bool) -> list[Run] | None:
         # between layers cannot carry it.
         return None
     blocks = [partial(_eva_block, index=index) for index in range(len(net.blocks))]
-    return [_eva_stem, *blocks, *([_pooled, through("head")] if with_head else [_end])]
+    return [_eva_stem, *blocks, *([_pooled, through("head")] if with_head else [_END])]
 
 
 def _eva_stem(net: Any, h: Tensor) -> Tensor:
@@ -231,7 +225,7 @@ def rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
 def beit(net: Any, with_head: bool) -> list[Run]:
     """BEiT: relative positions, in a table of each block or in one table for all blocks."""
     blocks = [partial(_beit_block, index=index) for index in range(len(net.blocks))]
-    return [_beit_stem, *blocks, *([_pooled, through("head")] if with_head else [_end])]
+    return [_beit_stem, *blocks, *([_pooled, through("head")] if with_head else [_END])]
 
 
 def _beit_stem(net: Any, h: Tensor) -> Tensor:
@@ -259,12 +253,12 @@ def convnext(net: Any, with_head: bool) -> list[Run] | None:
         for index in range(len(stage.blocks))
         for path in [f"stages.{number}.blocks.{index}"]
     ]
-    tail = [partial(_convnext_readout, pre_logits=True), through("head.fc")] if with_head else [_convnext_readout]
+    tail = [_convnext_readout, through("head.fc")] if with_head else [through("norm_pre", "forward_head")]
     return [through("stem"), *blocks, *tail]
 
 
-def _convnext_readout(net: Any, h: Tensor, *, pre_logits: bool = False) -> Tensor:
-    features: Tensor = net.forward_head(net.norm_pre(h), pre_logits=pre_logits)
+def _convnext_readout(net: Any, h: Tensor) -> Tensor:
+    features: Tensor = net.forward_head(net.norm_pre(h), pre_logits=True)
     return features
 
 
@@ -272,7 +266,7 @@ def resnet(net: Any, with_head: bool) -> list[Run] | None:
     """ResNet, ResNeXt; None where it does not pool, and so has a classifier at every position."""
     if with_head and not isinstance(net.fc, nn.Linear):
         return None
-    tail = [through("global_pool"), _resnet_head] if with_head else [_resnet_end]
+    tail = [through("global_pool"), _resnet_head] if with_head else [through("forward_head")]
     return [through("conv1", "bn1", "act1", "maxpool"), *in_residual_stages(net), *tail]
 
 
@@ -281,8 +275,3 @@ def _resnet_head(net: Any, h: Tensor) -> Tensor:
         h = F.dropout(h, p=float(net.drop_rate), training=net.training)
     logits: Tensor = net.fc(h)
     return logits
-
-
-def _resnet_end(net: Any, h: Tensor) -> Tensor:
-    features: Tensor = net.forward_head(h)
-    return features

@@ -18,7 +18,7 @@ from finetune.core.layers import Layer
 from finetune.models.layering import class_token, open_clip_networks, timm_networks, torchvision_networks
 from finetune.models.layering.class_token import RunBlock, with_class_token_run
 from finetune.models.layering.rules import ordered_layers
-from finetune.models.layering.running import Run, layers_inside, through, with_runs
+from finetune.models.layering.running import Run, class_name, layers_inside, through, with_runs
 from finetune.system.errors import UserError
 
 
@@ -108,11 +108,6 @@ def tower_with_head_layers(tower_layers: list[Layer]) -> list[Layer]:
     """The layers of a `TowerWithHead` whose tower has these layers."""
     head = Layer("head", ("head",), None if tower_layers[-1].run is None else through("head"))
     return [*layers_inside("visual", tower_layers), head]
-
-
-def class_name(module: nn.Module) -> str:
-    """The full name of a module's class: `timm.models.eva.Eva`."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _kinds(net: nn.Module) -> set[str]:

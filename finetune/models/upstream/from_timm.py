@@ -14,18 +14,9 @@ from torch import nn
 from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
-from finetune.models.upstream import glyphs, weight_files
+from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.downloads import downloads, quiet_upstream
-from finetune.models.upstream.network import (
-    FOLDER,
-    HUB,
-    Upstream,
-    check_patches,
-    describe,
-    interpolation_of,
-    side_of,
-    unknown_tag,
-)
+from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
 from finetune.system.errors import UserError
 
@@ -54,7 +45,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     path = bundle.weights_for(conf, load=load)
     args = dict(bundle.config["args"])
     if conf.image_size:
-        check_patches(conf.image_size, args["patch_size"])
+        network.check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
     state = weight_files.read_state_dict(path) if load and path is not None else {}
     if "head.weight" in state:
@@ -99,10 +90,10 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         raise UserError(f"{source} does not fit model.name={conf.name}: {weight_files.misfit_of(error)}") from error
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:
-            check_patches(conf.image_size, module.patch_size[0])
+            network.check_patches(conf.image_size, module.patch_size[0])
     saved = weight_files.read_metadata(path)
     preprocess = _preprocess(net, conf)
-    text = describe(conf.name, "a model of timm", source, preprocess)
+    text = network.describe(conf.name, "a model of timm", source, preprocess)
     if saved.preprocess is not None:
         preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
     elif path is not None:
@@ -135,7 +126,7 @@ def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
         raise UserError(_unknown_name(conf.name))
     tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise UserError(unknown_tag(dataclasses.replace(conf, name=name), tag, tags))
+        raise UserError(network.unknown_tag(dataclasses.replace(conf, name=name), tag, tags))
     wanted = tag if conf.pretrained == "bundled" and tag else conf.pretrained
     if wanted == "none":
         return conf.name, None
@@ -146,7 +137,7 @@ def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
     if wanted.startswith(HUB):
         raise UserError(f"model.pretrained={wanted}: for timm a hub id is the name itself: model.name={wanted}")
     if wanted not in tags:
-        raise UserError(unknown_tag(conf, wanted, tags))
+        raise UserError(network.unknown_tag(conf, wanted, tags))
     return f"{name}.{wanted}", None
 
 
@@ -194,7 +185,7 @@ def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:
 
     resolve: Callable[[nn.Module], dict[str, Any]] = data_config.resolve_model_data_config
     config = resolve(net)
-    size = conf.image_size or side_of(config["input_size"][1:], conf.name)
+    size = conf.image_size or network.side_of(config["input_size"][1:], conf.name)
     resize = RESIZE[config["crop_mode"]]
     crop_fraction = float(config["crop_pct"]) if resize == "crop" else 1.0
     interpolation = interpolation_of(config["interpolation"])

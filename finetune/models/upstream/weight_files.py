@@ -36,14 +36,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
     struct.error,
 )
 # An error lists at most this many names of each kind.
@@ -160,13 +153,8 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
     if not tensors:
         keys = ", ".join(str(key) for key in list(content)[:NAMES_SHOWN]) or "nothing"
         raise UserError(f"{path} holds no weights: expected tensors by name, found {keys}")
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in WRAPPERS:
-            if all(name.startswith(prefix) for name in tensors):
-                tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
-                stripped = True
+    while found := [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
+        tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
     return tensors
 
 
@@ -181,7 +169,7 @@ def check_npz(path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
     if not names:
         raise UserError(f"{path} holds no arrays")
@@ -207,11 +195,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str,
 
     missing, unexpected = strict(mine.keys() - state.keys()), strict(state.keys() - mine.keys())
     both = mine.keys() & state.keys()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}"
-        for name in strict(both)
-        if state[name].shape != mine[name].shape
-    ]
+    fitting = {name for name in both if state[name].shape == mine[name].shape}
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}" for name in strict(both - fitting)]
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     listed = [f"{len(names)} {word}: {_shown(names)}" for word, names in faults if names]
     if listed:
@@ -219,7 +204,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str,
             f"{source} holds the weights of another model than {type(model).__name__} built here ({'; '.join(listed)});"
             " check model.name"
         )
-    model.load_state_dict({name: state[name] for name in both if state[name].shape == mine[name].shape}, strict=False)
+    model.load_state_dict({name: state[name] for name in fitting}, strict=False)
 
 
 def _shown(names: list[str]) -> str:
@@ -284,11 +269,9 @@ def read_metadata(path: Path | None) -> SavedWeights:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = {
-            key: json.loads(value) for key, value in (file.metadata() or {}).items() if key in ("preprocess", "classes")
-        }
+        texts = file.metadata() or {}
+    classes, values = (json.loads(texts[key]) if key in texts else None for key in ("classes", "preprocess"))
     preprocess = None
-    if "preprocess" in metadata:
-        values = metadata["preprocess"]
+    if values is not None:
         preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-    return SavedWeights(preprocess, metadata.get("classes"))
+    return SavedWeights(preprocess, classes)
