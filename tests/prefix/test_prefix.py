@@ -1,4 +1,4 @@
-"""A frozen prefix, computed or kept, is the same training to the last bit; damage and lack of room are told."""
+"""A frozen prefix, recomputed or cached, is the same training to the last bit; damage and lack of room are reported."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,12 +47,8 @@ from finetune.core.freezing import freeze
 from finetune.data import ImageError, open_source
 from finetune.data.caches.entries import size_of
 from finetune.data.loading.order import epoch_order, most_showings
-from finetune.prefix import Feed, FrozenPrefix, choice, store, sweep_memory, why_not_cacheable
-from finetune.prefix import feed as feed_module
-from finetune.prefix.choice import RoomNeeded, choose_place
+from finetune.prefix import Feed, FrozenPrefix, choice, store, sweep_memory
 from finetune.prefix.measuring import Measured, measure
-from finetune.prefix.planning import is_read_once
-from finetune.prefix.store import BlockBuilder, build_in_memory, open_on_disk
 from finetune.prefix.sweep_memory import shared_between_runs
 from finetune.runs.history import timeless
 
@@ -138,7 +132,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_kept_equals_computed_bit_for_bit(pictures: Path, tmp_path: Path, name: str) -> None:
+def test_cached_equals_recomputed_bit_for_bit(pictures: Path, tmp_path: Path, name: str) -> None:
     conf = settings(pictures, **VARIANTS[name])
     plain = came_out(conf, tmp_path / "none")
     assert hits(tmp_path / "none") == [0.0, 0.0, 0.0]
@@ -172,7 +166,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(pictures: Path, t
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])  # its header is whole: the check at the start does not see it
     plain = came_out(conf, tmp_path / "none")
-    for name in ("disk", "again"):  # the second takes what the first has kept, and says what it goes without
+    for name in ("disk", "again"):  # the second reads the cache of the first, and names the image that is not in it
         assert_same(plain, came_out(with_cache(conf, "disk"), tmp_path / name))
         assert victim.name in (tmp_path / name / "skipped.txt").read_text()
         assert "left out" in (tmp_path / name / "run.log").read_text()
@@ -183,7 +177,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(pictures: Path, t
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kind: str) -> None:
-    """Side by side they are a batch of nothing as they are kept; an epoch mixes them with others."""
+    """Filling the cache, they are a whole batch without an image; an epoch mixes them with readable ones."""
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)
     conf = settings(root, train=TrainConf(epochs=4))
@@ -194,70 +188,18 @@ def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kin
         victim = Path(train.name_of(sample))
         victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     plain = came_out(conf, tmp_path / "none")
-    assert_same(plain, came_out(with_cache(conf, kind), tmp_path / "kept"))
-    assert hits(tmp_path / "kept") == [0.0, 0.0, 1.0, 1.0]
-    assert {json.loads(line)["name"] for line in (tmp_path / "kept" / "skipped.txt").read_text().splitlines()} >= {
+    assert_same(plain, came_out(with_cache(conf, kind), tmp_path / "cached"))
+    assert hits(tmp_path / "cached") == [0.0, 0.0, 1.0, 1.0]
+    assert {json.loads(line)["name"] for line in (tmp_path / "cached" / "skipped.txt").read_text().splitlines()} >= {
         train.name_of(sample) for sample in bad
     }
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_unreadable_images_have_a_slot_and_no_row(tmp_path: Path, on_disk: bool) -> None:
-    """Also at the beginning, before the size of an image's activations is known, and at the end."""
-
-    def fill(builder: BlockBuilder) -> None:
-        nobody = torch.zeros(2, dtype=torch.bool)
-        for values in (None, torch.ones(2, 3), None, None, torch.full((1, 3), 2.0), None):
-            present = nobody if values is None else torch.tensor([True, len(values) == 2])
-            builder.put(values, present, torch.float32)
-
-    block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
-    assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
-    assert block.values.tolist() == [[1] * 3, [1] * 3, [2] * 3]
-    assert block.rows_of(torch.tensor([8, 2, 3])).tolist() == [2, 0, 1]
-    with pytest.raises(ValueError, match="not one image"):
-        build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
-
-
-def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
-    asked, read = [], feed_module._read
-
-    def noted(values: torch.Tensor, slots: torch.Tensor, *, pin: bool) -> torch.Tensor:
-        asked.append(slots.tolist())
-        return read(values, slots, pin=pin)
-
-    monkeypatch.setattr(feed_module, "_read", noted)
-    loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
-    feed = Feed(loader, title="train", device=CPU, prefix=Mock(), cache=Mock(kind=PrefixCache.disk))
-    slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    for number, values in enumerate(feed._prefetched(torch.arange(12.0)[:, None], slots, [2] * 6)):
-        assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
-        deadline = time.monotonic() + 10
-        while len(asked) < min(6, number + 1 + feed_module.PREFETCH) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert len(asked) == min(6, number + 1 + feed_module.PREFETCH)
-
-
-def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    def fill(builder: BlockBuilder) -> None:
-        builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
-
-    block = open_on_disk(tmp_path / "b", 4, fill)[0]
-    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    assert not maps or str(tmp_path / "b") in maps
-    with open(
-        tmp_path / "b" / "activations", "r+b"
-    ) as file:  # as another process would: the file itself is what is seen
-        file.write(np.float32(7).tobytes())
-    assert block.values[0].tolist() == [7, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["auto", "disk"])
 def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """As a quota does, of which nobody can ask how much is left."""
+    """As with a quota: the free space looked sufficient."""
 
     def full(self: store.FileBuilder, values: torch.Tensor) -> None:
         with store._write_errors(self._folder):
@@ -295,7 +237,7 @@ def test_memory_that_runs_out_ends_the_run_only_where_it_was_asked_for(
     assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
 
 
-def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_path: Path) -> None:
+def test_fresh_views_are_recomputed_and_validation_is_cached(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light))
     plain = came_out(conf, tmp_path / "none")
     assert_same(plain, came_out(with_cache(conf, "ram"), tmp_path / "ram"))
@@ -304,14 +246,14 @@ def test_fresh_views_are_computed_and_validation_is_kept(pictures: Path, tmp_pat
     assert "augment.views=K" in log and "val: computed once" in log
 
 
-def test_mixup_is_not_kept(pictures: Path, tmp_path: Path) -> None:
+def test_mixup_is_not_cached(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=1, mixup=0.5))
     assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
     assert "MixUp" in (tmp_path / "ram" / "run.log").read_text()
     assert hits(tmp_path / "ram") == [0.0, 0.0, 0.0]
 
 
-def test_images_drawn_with_replacement_are_not_kept(pictures: Path, tmp_path: Path) -> None:
+def test_images_drawn_with_replacement_are_not_cached(pictures: Path, tmp_path: Path) -> None:
     conf = settings(pictures)
     conf = replace(conf, data=replace(conf.data, epoch_images=20))
     assert_same(came_out(conf, tmp_path / "none"), came_out(with_cache(conf, "ram"), tmp_path / "ram"))
@@ -319,7 +261,7 @@ def test_images_drawn_with_replacement_are_not_kept(pictures: Path, tmp_path: Pa
     assert "data.epoch_images" in (tmp_path / "ram" / "run.log").read_text()
 
 
-def test_auto_keeps_what_is_read_again(pictures: Path, tmp_path: Path) -> None:
+def test_auto_caches_what_is_read_again(pictures: Path, tmp_path: Path) -> None:
     conf = with_cache(settings(pictures), "auto")
     came_out(conf, tmp_path / "long")
     assert hits(tmp_path / "long") == [0.0, 0.0, 1.0]  # two views, then the first again
@@ -360,7 +302,7 @@ def _run_and_be_stopped(conf: Conf, folder: Path) -> None:
     run(conf, folder, [], quiet=True)
 
 
-# --- what is kept on disk --------------------------------------------------------------------------------------------
+# --- caches on disk --------------------------------------------------------------------------------------------------
 
 
 def entries(root: Path) -> list[Path]:
@@ -477,7 +419,7 @@ def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, mon
         assert not memory.num_bytes(ram)  # nothing is frozen: they would only take memory
 
 
-def test_a_pass_over_what_is_kept_waits_for_no_save(
+def test_an_epoch_from_the_cache_waits_for_no_save(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a pass that reads images starts processes."""
@@ -519,7 +461,7 @@ def test_jobs_with_other_frozen_layers_between_them_share_memory(pictures: Path,
 def test_jobs_of_one_process_measure_once(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Frozen layers on the same images; other ones, or kept as another dtype, are measured anew."""
+    """Frozen layers on the same images; other layers, images or another precision are measured anew."""
     measured = []
 
     def counted(*given: Any) -> Measured:
@@ -566,69 +508,6 @@ def test_damage_is_found_said_and_mended(pictures: Path, tmp_path: Path, damage:
     assert "damaged" in (tmp_path / "b" / "run.log").read_text()
     came_out(conf, tmp_path / "c")
     assert hits(tmp_path / "c") == [1.0, 1.0, 1.0]
-
-
-def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other had read it before it was mended, and must not take away what is whole by now."""
-    place = tmp_path / "block"
-    open_on_disk(place, 4, _slow_fill)
-    (place / "activations").write_bytes(b"")
-    real = store.file_lock
-
-    @contextlib.contextmanager
-    def overtaken(path: Path) -> Iterator[bool]:
-        monkeypatch.setattr(store, "file_lock", real)
-        assert open_on_disk(place, 4, _slow_fill)[1]  # the other one, in the moment before this one has the lock
-        with real(path) as waited:
-            yield waited
-
-    monkeypatch.setattr(store, "file_lock", overtaken)
-    block, built = open_on_disk(place, 4, _slow_fill)
-    assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
-
-
-def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "block"
-    open_on_disk(place, 4, _slow_fill)
-    (place / "activations").write_bytes(b"")
-
-    def refuse(source: object, target: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(store.os, "rename", refuse)
-    with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
-        open_on_disk(place, 4, _slow_fill)
-
-
-def _slow_fill(builder: BlockBuilder) -> None:
-    for value in range(4):
-        builder.put(torch.full((1, 3), float(value)), torch.tensor([True]), torch.float32)
-        time.sleep(0.2)
-
-
-def _build(place: Path, built: object) -> None:
-    built.put(open_on_disk(place, 4, _slow_fill)[1])  # type: ignore[attr-defined]
-
-
-def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
-    context, place = multiprocessing.get_context("spawn"), tmp_path / "folder" / "block"
-    built = context.Queue()
-    doomed = context.Process(target=_build, args=(place, built))
-    doomed.start()
-    while not list((tmp_path / "folder").glob("*.tmp")):
-        time.sleep(0.02)
-    doomed.kill()
-    doomed.join()
-    assert not place.exists()
-    pair = [context.Process(target=_build, args=(place, built)) for _ in range(2)]
-    for process in pair:
-        process.start()
-    assert sorted(built.get(timeout=60) for _ in pair) == [False, True]
-    for process in pair:
-        process.join()
-    assert not list((tmp_path / "folder").glob("*.tmp"))
-    block, again = open_on_disk(place, 4, _slow_fill)
-    assert not again and torch.equal(block.values[:, 0], torch.arange(4.0))
 
 
 def test_activations_beyond_the_limit_of_the_disk_are_refused(pictures: Path, tmp_path: Path) -> None:
@@ -698,134 +577,18 @@ def test_an_image_beyond_fp16_that_comes_later_ends_nothing(
             h[:, 1, 1] = 1e6
         return h
 
-    def kept(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
+    def noted(self: FrozenPrefix, images: torch.Tensor) -> torch.Tensor:
         values = call(self, images)
         seen.append(values.abs().max().item())
         return values
 
     call = FrozenPrefix.__call__
     monkeypatch.setattr(FrozenPrefix, "compute", run_on)
-    monkeypatch.setattr(FrozenPrefix, "__call__", kept)
+    monkeypatch.setattr(FrozenPrefix, "__call__", noted)
     conf = with_cache(settings(pictures, precision=Precision.bf16, train=TrainConf(epochs=1)), kind)
     rows, _, _ = came_out(conf, tmp_path / "run")
     assert "as float16 at the boundary" in (tmp_path / "run" / "run.log").read_text()
     assert max(seen) == 65504 and np.isfinite(rows[0]["train/loss"])
-
-
-# --- where to keep them -----------------------------------------------------------------------------------------------
-
-GIB = 2**30
-CHEAP = Measured(seconds=1e-1, loading=1e-3, bytes=GIB // 100, dtype=torch.float32)
-
-
-def needed(*, there: str = "", beside: int = 0, spare: int = 0, views: int = 1, split: str = "train") -> RoomNeeded:
-    """100 activations, `there` at one place already, and `beside` them others, all of which are still to come."""
-    kinds = (PrefixCache.device, PrefixCache.ram, PrefixCache.disk)
-    missing = {kind: beside + (0 if kind == there else 100) for kind in kinds}
-    return RoomNeeded(split, views, missing, dict.fromkeys(kinds, 100 + beside), dict.fromkeys(kinds[:2], spare))
-
-
-def chosen(
-    folder: Path, kind: str = "auto", need: RoomNeeded | None = None, measured: Measured = CHEAP, device: str = "cpu",
-    max_gib: float = 50.0,
-) -> str:  # fmt: skip
-    """The place for 1 GiB unless said otherwise."""
-    conf = PrefixConf(cache=PrefixCache(kind), max_gib=max_gib)
-    return str(choose_place(conf, measured, need or needed(), torch.device(device), folder)[0])
-
-
-def test_auto_does_not_cache_activations_that_are_read_once() -> None:
-    assert is_read_once(PrefixCache.auto, 1.0) and not is_read_once(PrefixCache.auto, 2.0)
-    assert not is_read_once(PrefixCache.ram, 1.0)
-    with shared_between_runs():
-        assert not is_read_once(PrefixCache.auto, 1.0)
-
-
-def test_where_activations_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"ram": 4 * GIB, "device": 3 * GIB, "disk": 4 * GIB}
-    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
-    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["device"], 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB // 2)
-    assert chosen(tmp_path) == "ram" and chosen(tmp_path, device="cuda") == "device"  # 30 % of 3.5 GiB
-    free["device"] = free["ram"] = int(1.9 * GIB)  # half of it, or 30 %, may be taken unasked
-    assert chosen(tmp_path, device="cuda") == chosen(tmp_path) == "disk"
-    assert chosen(tmp_path, need=needed(there="ram")) == chosen(tmp_path, need=needed(spare=GIB)) == "ram"
-    assert chosen(tmp_path, "ram") == "ram"  # asked for, all of it may be taken
-    assert chosen(tmp_path, max_gib=1.2) == "none" and chosen(tmp_path, max_gib=1.3) == "disk"
-    assert chosen(tmp_path, need=needed(beside=10), max_gib=1.3) == "none"
-    free["disk"] = GIB // 10
-    assert chosen(tmp_path) == "none" and chosen(tmp_path, need=needed(there="disk")) == "disk"
-    assert chosen(tmp_path, "disk", need=needed(there="disk")) == "disk"
-    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.10 may be taken"):
-        chosen(tmp_path, "disk")
-    assert chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5) == "disk"  # nothing will be written
-    free["disk"] = 4 * GIB
-    (tmp_path / "file").write_text("")
-    assert chosen(tmp_path / "file" / "cache") == "none"  # no folder can be made there
-    quick = replace(CHEAP, seconds=1e-4, loading=0.0)  # 10 MB come in 5 ms from memory, in 20 from disk
-    assert chosen(tmp_path, measured=quick) == "none"
-    assert chosen(tmp_path, measured=replace(quick, loading=1e-1)) == "disk"
-
-
-def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "free_memory", lambda: GIB // 2)
-    for dtype, is_tried in ((torch.float32, True), (torch.float16, False)):
-        for views, words in ((4, "12 images in 4 views"), (1, "50 images")):
-            with pytest.raises(ValueError) as told:
-                chosen(tmp_path, "ram", need=needed(views=views), measured=replace(CHEAP, dtype=dtype))
-            text = str(told.value)
-            assert "those of train" in text and f"need 1.00 GiB and 0.50 may be taken, enough for {words}." in text
-            assert "prefix.cache=disk" in text and ("fewer augment.views" in text) == (views > 1)
-            assert ("prefix.dtype=fp16" in text) == is_tried
-
-
-def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"ram": int(1.2 * GIB), "disk": GIB // 2}
-    monkeypatch.setattr(choice, "free_memory", lambda: free["ram"])
-    monkeypatch.setattr(choice.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free["disk"]))
-
-    def told(**changes: object) -> str:
-        measured = replace(CHEAP, **changes)
-        kind, why = choose_place(PrefixConf(), measured, needed(views=4), torch.device("cpu"), tmp_path)
-        assert kind == "none"
-        return why
-
-    text = told()
-    assert "ram: 1.00 GiB, and auto takes at most 0.60; disk: 1.00 GiB, and auto takes at most 0.40" in text
-    assert text.endswith("Would do: prefix.cache=ram, fewer augment.views, prefix.dtype=fp16, which takes half")
-    assert "prefix.dtype" not in told(dtype=torch.float16)
-    free["ram"] = GIB
-    assert "prefix.cache=ram" in told()
-    free["ram"] -= 2**21
-    assert "prefix.cache=" not in told()
-    need, conf, place = needed(), PrefixConf(max_gib=1.2), torch.device("cpu")
-    half = replace(CHEAP, dtype=torch.float16)
-    assert choose_place(conf, half, need, place, tmp_path)[1].endswith("auto takes at most 0.40)")
-    free["disk"] = 4 * GIB
-    assert choose_place(conf, half, need, place, tmp_path)[1].endswith("Would do: prefix.cache=disk, prefix.max_gib=2")
-
-
-def test_what_earlier_jobs_left_keeps_to_the_share_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of what would be free without it, it and what this run adds together."""
-    monkeypatch.setattr(choice, "free_memory", lambda: 2 * GIB)
-    cpu = torch.device("cpu")
-
-    def fits(spare: int, there: str = "") -> bool:
-        return choice.fits_beside_others(PrefixCache.ram, CHEAP, needed(spare=spare, there=there), cpu)
-
-    assert fits(0) and fits(0, there="ram")  # 1 GiB of 2
-    assert not fits(GIB // 10)  # 1.1 of 2.1
-    assert fits(9 * GIB, there="ram")  # what is there already takes no more room
-
-
-@pytest.mark.parametrize(
-    ("views", "words"), [(0, "augment.cutmix=0 augment.views=K would"), (2, "augment.cutmix=0 would")]
-)
-def test_a_mixed_run_is_told_what_would_keep(views: int, words: str) -> None:
-    augment = AugmentConf(recipe=Recipe.light, mixup=0.2, views=views)
-    assert words in str(why_not_cacheable(augment, 0))
 
 
 # --- settings that would be ignored ----------------------------------------------------------------------------------

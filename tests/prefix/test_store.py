@@ -1,0 +1,137 @@
+"""Activation blocks: rows and slots, memory maps, damage, and two processes that want the same block."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config import PrefixCache
+from finetune.prefix import Feed, store
+from finetune.prefix import feed as feed_module
+from finetune.prefix.store import BlockBuilder, build_in_memory, open_on_disk
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_unreadable_images_have_a_slot_and_no_row(tmp_path: Path, on_disk: bool) -> None:
+    """Also at the beginning, before the size of an image's activations is known, and at the end."""
+
+    def fill(builder: BlockBuilder) -> None:
+        nobody = torch.zeros(2, dtype=torch.bool)
+        for values in (None, torch.ones(2, 3), None, None, torch.full((1, 3), 2.0), None):
+            present = nobody if values is None else torch.tensor([True, len(values) == 2])
+            builder.put(values, present, torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
+    assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
+    assert block.values.tolist() == [[1] * 3, [1] * 3, [2] * 3]
+    assert block.rows_of(torch.tensor([8, 2, 3])).tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="not one image"):
+        build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
+
+
+def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
+    asked, read = [], feed_module._read
+
+    def noted(values: torch.Tensor, slots: torch.Tensor, *, pin: bool) -> torch.Tensor:
+        asked.append(slots.tolist())
+        return read(values, slots, pin=pin)
+
+    monkeypatch.setattr(feed_module, "_read", noted)
+    loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
+    feed = Feed(loader, title="train", device=CPU, prefix=Mock(), cache=Mock(kind=PrefixCache.disk))
+    slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    for number, values in enumerate(feed._prefetched(torch.arange(12.0)[:, None], slots, [2] * 6)):
+        assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
+        deadline = time.monotonic() + 10
+        while len(asked) < min(6, number + 1 + feed_module.PREFETCH) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(asked) == min(6, number + 1 + feed_module.PREFETCH)
+
+
+def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
+    def fill(builder: BlockBuilder) -> None:
+        builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
+
+    block = open_on_disk(tmp_path / "b", 4, fill)[0]
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    assert not maps or str(tmp_path / "b") in maps
+    with open(
+        tmp_path / "b" / "activations", "r+b"
+    ) as file:  # as another process would: the file itself is what is seen
+        file.write(np.float32(7).tobytes())
+    assert block.values[0].tolist() == [7, 1, 1]
+
+
+def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one has read the damage, too, and must not remove the block that the faster one has built anew."""
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _fill)
+    (place / "activations").write_bytes(b"")
+    real = store.file_lock
+
+    @contextlib.contextmanager
+    def overtaken(path: Path) -> Iterator[bool]:
+        monkeypatch.setattr(store, "file_lock", real)
+        assert open_on_disk(place, 4, _fill)[1]  # the other one, in the moment before this one has the lock
+        with real(path) as waited:
+            yield waited
+
+    monkeypatch.setattr(store, "file_lock", overtaken)
+    block, built = open_on_disk(place, 4, _fill)
+    assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
+
+
+def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _fill)
+    (place / "activations").write_bytes(b"")
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store.os, "rename", refuse)
+    with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
+        open_on_disk(place, 4, _fill)
+
+
+def _fill(builder: BlockBuilder, pause_s: float = 0.0) -> None:
+    for value in range(4):
+        builder.put(torch.full((1, 3), float(value)), torch.tensor([True]), torch.float32)
+        time.sleep(pause_s)
+
+
+def _build(place: Path, built: object) -> None:
+    built.put(open_on_disk(place, 4, functools.partial(_fill, pause_s=0.2))[1])  # type: ignore[attr-defined]
+
+
+def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
+    context, place = multiprocessing.get_context("spawn"), tmp_path / "folder" / "block"
+    built = context.Queue()
+    doomed = context.Process(target=_build, args=(place, built))
+    doomed.start()
+    while not list((tmp_path / "folder").glob("*.tmp")):
+        time.sleep(0.02)
+    doomed.kill()
+    doomed.join()
+    assert not place.exists()
+    pair = [context.Process(target=_build, args=(place, built)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    assert sorted(built.get(timeout=60) for _ in pair) == [False, True]
+    for process in pair:
+        process.join()
+    assert not list((tmp_path / "folder").glob("*.tmp"))
+    block, again = open_on_disk(place, 4, _fill)
+    assert not again and torch.equal(block.values[:, 0], torch.arange(4.0))
