@@ -1,4 +1,4 @@
-"""The layers that the loop runs as one compiled program: those that learn, or the whole model."""
+"""`train.compile`: the layers that training steps run, as one program that torch compiles."""
 
 from __future__ import annotations
 
@@ -17,19 +17,13 @@ logger = logging.getLogger("finetune")
 
 
 class CompiledModel:
-    """Stands in for a model in training steps: whole batches run compiled, a short last one as ever.
+    """Runs a model in training steps: full batches compiled, a short last batch uncompiled.
 
-    So nothing is compiled a second time for it. On CUDA `max-autotune` also records the step as CUDA graphs.
+    Another batch size would be compiled anew, which takes a minute. On CUDA `max-autotune` also records CUDA graphs.
     """
 
     def __init__(self, model: LayeredModel, mode: CompileMode, batch_size: int) -> None:
-        """Nothing is compiled before the first step.
-
-        Args:
-            model: Frozen as it will train.
-            mode: default or max-autotune.
-            batch_size: Images of a whole batch.
-        """
+        """Compile `model`, frozen as it will train, for batches of `batch_size` images, at the first call."""
         self._model = model
         self._batch_size = batch_size
         self._graphs = mode == CompileMode.max_autotune
@@ -45,10 +39,10 @@ class CompiledModel:
 
 
 def compiled(model: LayeredModel, mode: CompileMode, *, batch_size: int, device: torch.device) -> CompiledModel | None:
-    """What `train.compile` asks for; None where it asks for nothing.
+    """The compiled model of `train.compile`; None for `none`.
 
     Raises:
-        ValueError: There is no C++ compiler, which code for a CPU needs.
+        UserError: There is no C++ compiler, which code for a CPU needs.
     """
     if mode == CompileMode.none:
         return None
@@ -59,8 +53,8 @@ def compiled(model: LayeredModel, mode: CompileMode, *, batch_size: int, device:
                 f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: install one (such as"
                 " the package g++), set CXX, or use train.compile=none"
             )
-    # Of one function torch compiles eight variants and runs the ninth as it stands, without a word: a ninth job of a
-    # sweep would train uncompiled. What earlier jobs compiled is theirs.
+    # Torch compiles at most eight variants of a function and then runs it uncompiled without a word. Without a reset
+    # the ninth job of a sweep would train uncompiled.
     torch.compiler.reset()
     logger.info("train.compile=%s: the first steps take a minute or more", mode)
     return CompiledModel(model, mode, batch_size)

@@ -1,6 +1,6 @@
-"""What training a model costs, without training it or holding it: memory in bytes and work in FLOPs.
+"""The memory in bytes and the work in FLOPs that training a model takes, measured before there is any training.
 
-Both are measured on tensors that have shapes and no values, by running the model's own forward and backward pass.
+The model's own forward and backward pass and the optimizer's own step run on tensors that have shapes and no values.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from finetune.config import OptimConf
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 
-# Weights, gradients and most optimizers' moments are fp32 whatever the forward pass computes in.
 FP32_BYTES = 4
-# bitsandbytes: tensors of fewer numbers keep fp32 moments; so many 8-bit ones share an fp32 scale.
+# In bitsandbytes a tensor of fewer than 4,096 numbers keeps fp32 moments; blocks of 256 8-bit ones share an fp32 scale.
 SMALLEST_8BIT = 4096
 BLOCK_8BIT = 256
 
@@ -33,9 +32,9 @@ class Flops:
     """Floating-point operations for one image; a multiplication and an addition are two.
 
     Attributes:
-        forward: Of the forward pass.
-        training: Of forward and backward pass, the backward pass of what learns only.
-        frozen: Of the forward pass through the layers ahead of `model.boundary`, which need not run in every epoch.
+        forward: In the forward pass.
+        training: In forward and backward pass; frozen layers have no backward pass.
+        frozen: In the forward pass through the layers below `model.boundary`, whose activations can be cached.
     """
 
     forward: float
@@ -45,15 +44,15 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds at the end of a forward pass, and in the optimizer.
+    """Bytes of the tensors that exist at the end of a forward pass.
 
     Attributes:
         weights: Parameters and buffers, fp32.
-        gradients: Of what learns, fp32.
-        optimizer: What the optimizer keeps of what learns between two steps.
-        average: The moving average of the weights, where there is one.
-        activations: What the forward pass of one micro-batch keeps for the backward pass: activations, and the copies
-            of weights in the precision that it computes in.
+        gradients: Of the parameters that learn, fp32.
+        optimizer: The optimizer's state between two steps.
+        average: The moving average of the weights; 0 without one.
+        activations: Tensors that the forward pass of one micro-batch saves for the backward pass: activations, and
+            copies of weights in a lower precision.
     """
 
     weights: int
@@ -64,18 +63,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum. A GPU needs some GiB more: its context, workspaces, gaps between tensors."""
+        """The sum. A GPU needs some GiB more for its context, workspaces and gaps between tensors."""
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
 def count_flops(model: LayeredModel, image_size: int) -> Flops:
-    """Count the work on one image as the model is frozen now.
+    """Count the work on one image.
 
-    Matrix products, convolutions and attention are counted, as `torch.utils.flop_counter` does; what works element by
-    element (norms, activations) is not, and is below a percent. What is recomputed is counted again.
+    `torch.utils.flop_counter` counts matrix products, convolutions and attention. Operations element by element (norms,
+    activation functions) are below a percent and not counted. Work that `train.recompute` repeats is counted twice.
 
     Args:
-        model: On the meta device.
+        model: On the meta device, frozen as it will train.
         image_size: Pixels a side.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
@@ -100,22 +99,22 @@ def estimate_memory(
     averaged: bool = False,
     optim: OptimConf | None = None,
 ) -> Memory:
-    """Add up what training a model takes, as it is frozen now.
+    """Add up the memory that training a model takes.
 
     Args:
-        model: On the meta device.
+        model: On the meta device, frozen as it will train.
         image_size: Pixels a side.
-        batch_size: Images a micro-batch.
-        dtype: What the forward pass computes in.
-        averaged: Whether a moving average is kept of what learns.
-        optim: The optimizer; the default one where it is left out.
+        batch_size: Images of a micro-batch.
+        dtype: Of the forward pass.
+        averaged: Whether the run has a moving average of the weights.
+        optim: The optimizer; None: AdamW.
     """
     everything = [*model.parameters(), *model.buffers()]
     learning = FP32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
     shape = (batch_size, 3, image_size, image_size)
     activations = _saved_bytes(model, shape, dtype)
     if model.recompute:
-        # While one layer is computed again, its own activations stand beside the inputs of all others.
+        # While the backward pass computes one layer again, that layer's activations join the inputs of all others.
         with _without_recompute(model):
             whole = _saved_bytes(model, shape, dtype)
         activations += max(0, whole - activations) // max(1, len(model.layers) - model.num_frozen)
@@ -169,13 +168,11 @@ def _without_recompute(model: LayeredModel) -> Iterator[None]:
 
 
 def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
-    """Bytes of the storages that one forward pass keeps for the backward pass, each counted once.
-
-    The tensors are fakes that claim to lie on a CPU: so torch takes its fused attention, which keeps no square of
-    attention weights, as it does on a GPU; on the meta device it would take the plain one. Autocast is at work too.
-    """
+    """Bytes of the storages that one forward pass saves for the backward pass, each counted once."""
+    # Fake tensors on a CPU and not on the meta device: there torch takes its plain attention, which saves a matrix
+    # (tokens, tokens) for each head, and on a CPU the fused one, which saves none, as on a GPU.
     half = dtype != torch.float32
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
     with FakeTensorMode():
         fakes: dict[str, Tensor] = {
             name: nn.Parameter(_like(p), requires_grad=p.requires_grad) for name, p in model.named_parameters()
@@ -183,16 +180,16 @@ def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: t
         fakes |= {name: _like(buffer) for name, buffer in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in fakes.values()}
 
-        def keep(tensor: Tensor) -> Tensor:
-            # The tensor stays alive in `kept`, so no other storage can get its address.
-            kept[tensor.untyped_storage()._cdata] = tensor
+        def save(tensor: Tensor) -> Tensor:
+            # The tensor stays alive in `saved`, so no other storage can get its address.
+            saved[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
         model.train()
         context = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
-        with context, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with context, saved_tensors_hooks(save, lambda tensor: tensor):
             logits = torch.func.functional_call(model, fakes, (torch.empty(shape),))
-        total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+        total = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
     del logits
     return total
 

@@ -1,25 +1,27 @@
-"""Which device computes, and in which precision."""
+"""The device of a run, its precision, and the switches of torch that its kernels depend on."""
 
 from __future__ import annotations
 
 import os
-import platform
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 
 import torch
 
+from finetune import __version__
 from finetune.config import Precision
 from finetune.system.errors import UserError
+from finetune.system.processors import processor_name
 
-# From here on bfloat16 is faster than float32 on a CPU that has it (1.5 to 1.9 times at 384, measured with AMX).
+# Matrices of at least this width multiply faster in bfloat16 on a CPU that has it (1.5 to 1.9 times at 384 with AMX).
 WIDE = 256
 
 
 def pick_device(word: str) -> torch.device:
-    """The device that `device=` names; `auto` takes CUDA, then MPS, then the CPU.
+    """The device that `device=` names; `auto` takes CUDA, else MPS, else the CPU.
 
     Raises:
-        ValueError: This machine has no such device.
+        UserError: This machine has no such device.
     """
     if word == "auto":
         if torch.cuda.is_available():
@@ -38,16 +40,16 @@ def pick_device(word: str) -> torch.device:
 
 
 def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> torch.dtype:
-    """What forward and backward compute in: torch.float32, bfloat16 or float16.
+    """The dtype of the forward and backward pass: torch.float32, bfloat16 or float16.
 
     Args:
         word: `precision`.
-        device: Where it is computed.
-        is_wide: Whether the model consists of matrices at least `WIDE` wide: on a CPU narrower ones lose more by the
-            casts than they gain.
+        device: Device of the model.
+        is_wide: Whether most matrices of the model are at least `WIDE` wide. On a CPU, narrower ones lose more time by
+            the casts to bfloat16 than they gain.
 
     Raises:
-        ValueError: fp16 or tf32 off CUDA: torch has no loss scaling for the one, and nothing else knows the other.
+        UserError: fp16 or tf32 on another device than CUDA.
     """
     if word == Precision.auto:
         on_cpu = device.type == "cpu" and is_wide and cpu_has_bf16()
@@ -60,17 +62,17 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
 
 
 def computed_in(word: Precision, dtype: torch.dtype) -> str:
-    """What products are computed in, for the record: float32, tf32, bfloat16 or float16.
+    """The name of the number format that matrix products use: float32, tf32, bfloat16 or float16.
 
     Args:
         word: `precision`.
-        dtype: What `pick_precision` has made of it; it cannot tell tf32 from float32.
+        dtype: Of `pick_precision`, which is float32 for tf32.
     """
     return str(word) if word == Precision.tf32 else str(dtype).removeprefix("torch.")
 
 
 def _gpu_has_bf16(device: torch.device) -> bool:
-    """Older ones (T4, V100) only emulate it, and are slower by it than in float32. Torch tells of the current GPU."""
+    # Older GPUs (T4, V100) only emulate bfloat16, slower than float32. Torch answers for the current GPU.
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -81,24 +83,22 @@ def cpu_has_bf16() -> bool:
 
 
 def set_kernels(word: Precision, dtype: torch.dtype) -> None:
-    """Settle what torch leaves to chance, for this process.
-
-    On CUDA, fp32 products are computed in full, or with `tf32` by 10 bits of mantissa; torch's own defaults are mixed:
-    convolutions in TF32, matrix products in full. And `nn.MultiheadAttention` has a fast path in evaluation, of which
-    autocast on a CPU knows nothing: it would compute in fp32 what training computes in bfloat16.
+    """Set torch's switches for the precision of fp32 products, for this process.
 
     Args:
         word: `precision`.
-        dtype: What `pick_precision` has made of it.
+        dtype: Of `pick_precision`.
     """
+    # By torch's defaults convolutions use TF32 (10 bits of mantissa) on CUDA, and matrix products full float32.
     is_tf32 = word == Precision.tf32
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
     torch.backends.cudnn.allow_tf32 = is_tf32
+    # In evaluation the fast path of `nn.MultiheadAttention` ignores autocast on a CPU, and would compute in float32.
     torch.backends.mha.set_fastpath_enabled(dtype == torch.float32)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host under torch, ran out of memory."""
+    """Whether an error says that the device or the host ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -112,39 +112,21 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Whether only kernels run that give the same bits every time; for each run, as the next may not want it.
-
-    cuBLAS needs its workspace fixed before its first use.
-    """
+    """Forbid kernels whose bits differ from call to call, or allow them again for the next run in this process."""
     if wanted:
+        # cuBLAS needs a fixed workspace from before its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(wanted)
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the last bits of a computation depend on beside program and settings, in words."""
-    from importlib.metadata import version
-
-    import finetune
-
-    processor = f"{_processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    """Everything beside program and settings that the last bits of a computation depend on, by name, in words."""
     return {
-        "finetune": finetune.__version__,
+        "finetune": __version__,
         "torch": str(torch.__version__),
         **{name: version(name) for name in ("torchvision", "timm", "open_clip_torch", "numpy", "pillow")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": processor,
+        "processor": f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it; empty elsewhere."""
-    from pathlib import Path
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

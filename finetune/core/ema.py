@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights: a second model, smoother than the one that learns, at no extra step.
+"""An exponential moving average of the weights: a second model, often a better one, without any extra step.
 
 After every optimizer step each average moves a little towards its weight: `average += (1 - decay) * (weight - average)`
-(Polyak and Juditsky, 1992). It is scored beside the weights themselves, and the better of the two is kept.
+(Polyak and Juditsky, 1992). Validation scores both, and the better of the two counts for the best epoch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from finetune.system.errors import UserError
 
 
 class Ema:
-    """Averages of all that learns: parameters, and the running statistics of BatchNorm where they move.
+    """Averages of the parameters that learn and of the running statistics of their BatchNorm modules.
 
-    Frozen tensors are their own average, so they cost nothing. Averages are fp32 and live where the weights live.
+    A frozen tensor equals its average and needs no copy. Averages are fp32, on the device of the weights.
 
     Attributes:
         decay: In (0, 1): the average remembers about 1 / (1 - decay) steps.
-        warmup: Whether a young average forgets faster, see `decay_at`.
+        warmup: Whether the average forgets faster in the first steps, see `decay_at`.
     """
 
     def __init__(self, model: LayeredModel, decay: float, *, warmup: bool = True) -> None:
-        """Start at the present weights. Freeze the model, and move it to its device, first."""
+        """Start at the present weights. Freeze the model and move it to its device before."""
         if not 0 < decay < 1:
             raise UserError(f"train.ema={decay}: must be greater than 0 and less than 1; 0.9998 is usual")
         self.decay = decay
@@ -46,13 +46,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the weights that optimizer step `step` has left. No wait for the device."""
+        """Move the averages towards the weights after optimizer step `step`. Does not wait for the device."""
         averages, weights = list(self._averages.values()), list(self._weights.values())
         torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model computes with the averages; after it, with its own weights again, to the last bit."""
+        """Context in which the model computes with the averages; afterwards its weights are back, to the last bit."""
         self._swap()
         try:
             yield
@@ -61,23 +61,23 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # By values, tensor by tensor: no second model in memory, and whatever holds on to a parameter (optimizer,
-        # compiled graph) still holds the right one.
+        # Values change places and tensors do not: the optimizer and compiled graphs still refer to the right tensor.
+        # Tensor by tensor, since a copy of all weights would cost the memory of a second model.
         for name, weight in self._weights.items():
             average = self._averages[name]
-            kept = weight.detach().clone()
+            value = weight.detach().clone()
             weight.copy_(average)
-            average.copy_(kept)
+            average.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, for a checkpoint."""
         return dict(self._averages)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over averages from `state_dict`.
+        """Copy averages from `state_dict`.
 
         Raises:
-            ValueError: They are those of other parameters.
+            UserError: They are averages of other parameters.
         """
         if state.keys() != self._averages.keys():
             names = ", ".join(sorted(state.keys() ^ self._averages.keys())[:3])
@@ -87,7 +87,7 @@ class Ema:
 
 
 def _moving_tensors(model: LayeredModel) -> dict[str, Tensor]:
-    """What training changes, by name: parameters that learn, and running statistics above the frozen layers."""
+    """The tensors that training changes, by name: parameters that learn, and their layers' running statistics."""
     found: dict[str, Tensor] = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
     for path, module in model.net.named_modules():
         if isinstance(module, _NormBase):

@@ -1,7 +1,7 @@
-"""What a model learns by: one number an image, so that every image weighs the same in any batch.
+"""Training losses: one number for each image, so that every image weighs the same in a batch of any size.
 
-Targets are class indices, int64 (batch,), or a share of every class, float (batch, classes): several labels an image
-(each 0 or 1), or the mixtures that MixUp and CutMix make. Each loss is computed in fp32.
+Targets are class indices, int64 (batch,), or shares of every class, float (batch, classes): several labels an image
+(each 0 or 1), or the mixtures of MixUp and CutMix. Each loss is computed in fp32.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ def cross_entropy(
 
     Args:
         logits: Any floating type.
-        targets: Class indices, or shares that add up to 1; what is a mixture already is smoothed after mixing, which
-            is the same as mixing smoothed targets.
+        targets: Class indices, or shares that add up to 1. Smoothing a mixture equals mixing smoothed targets.
         label_smoothing: Share of each target spread evenly over all classes (Szegedy et al., arXiv:1512.00567).
-        class_weights: Factor on each class's part of the loss, (classes,). Not divided by their sum over the batch, as
-            torch's own mean is: an image's loss must not depend on its company.
+        class_weights: Factor on each class's part of the loss, (classes,). Torch's mean would divide by their sum over
+            the batch; here the loss of an image does not depend on the other images.
     """
     logits = logits.float()
     return F.cross_entropy(logits, targets, class_weights, reduction="none", label_smoothing=label_smoothing)
@@ -40,7 +39,7 @@ def cross_entropy(
 def binary_cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, class_weights: Tensor | None = None
 ) -> Tensor:
-    """A yes-or-no question for each class, averaged over classes. (batch, classes), targets -> (batch,).
+    """Binary cross entropy of each class, averaged over classes. (batch, classes), targets -> (batch,).
 
     Args:
         logits: Any floating type.
@@ -62,19 +61,19 @@ def asymmetric_loss(
     shift: float,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Binary cross entropy that forgets easy negatives. (batch, classes), targets -> (batch,).
+    """Binary cross entropy that weighs easy absent labels down. (batch, classes), targets -> (batch,).
 
-    Ridnik et al., arXiv:2009.14119: with p the sigmoid of a logit and q = max(p - shift, 0), a label
-    costs -(1 - p)^gamma_pos log p and its absence -q^gamma_neg log(1 - q). Averaged over classes, where the paper sums:
-    AdamW does not feel the factor, gradient clipping does.
+    Ridnik et al., arXiv:2009.14119: with p the sigmoid of a logit and q = max(p - shift, 0), a present label
+    costs -(1 - p)^gamma_pos log p, an absent one -q^gamma_neg log(1 - q). Averaged over classes, where the paper sums:
+    the factor changes gradient clipping and no step of AdamW.
 
     Args:
         logits: Any floating type.
         targets: Class indices, or shares in [0, 1]; a share y costs y times the first term plus 1 - y times the second.
         label_smoothing: As in `binary_cross_entropy`.
-        gamma_pos: Focusing of labels that are there; 0: none.
-        gamma_neg: Focusing of labels that are not.
-        shift: Probability under which an absent label costs nothing.
+        gamma_pos: Exponent for present labels; 0 is plain cross entropy.
+        gamma_neg: Exponent for absent labels.
+        shift: Probability below which an absent label costs nothing.
         class_weights: Factor on each class's term, (classes,).
     """
     logits = logits.float()
@@ -83,7 +82,7 @@ def asymmetric_loss(
     shifted = (torch.sigmoid(logits) - shift).clamp(min=0)
     # Without a shift the logarithm comes from the logit itself: 1 - p rounds to 0 in fp32 from a logit of 17 on.
     log_absent = torch.log1p(-shifted) if shift > 0 else F.logsigmoid(-logits)
-    # `0 ** gamma` has an infinite slope for gamma below 1, and nothing to teach where the probability was shifted off.
+    # `0 ** gamma` has an infinite slope for gamma below 1, so the power of a probability at 0 is set and not computed.
     focus = torch.where(shifted > 0, shifted, 1.0).pow(gamma_neg).where(shifted > 0, float(gamma_neg == 0))
     terms = -(shares * present + (1 - shares) * focus * log_absent)
     return (terms if class_weights is None else terms * class_weights).mean(dim=1)
@@ -104,11 +103,11 @@ def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weigh
 
     Args:
         conf: `loss` and the settings of the asymmetric loss.
-        is_multilabel: Whether an image may have several labels, or none; decides what `auto` is.
+        is_multilabel: Whether an image may have several labels, or none; `auto` is then `bce`, else `ce`.
         class_weights: Factor on each class, (classes,) on the model's device.
 
     Raises:
-        ValueError: Cross entropy, which knows exactly one right class, for several labels an image.
+        UserError: Cross entropy, which needs exactly one label an image, for several.
     """
     kind = conf.loss
     if kind == Loss.auto:

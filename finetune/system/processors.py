@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,16 @@ _Made = TypeVar("_Made")
 def cores() -> int:
     """Processors that this process may use; a cluster job often gets a few of the machine's."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's name as Linux gives it; elsewhere its architecture, such as `arm64`."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 def map_in_threads(work: Callable[[_Given], _Made], items: Iterable[_Given]) -> Iterator[_Made]:
