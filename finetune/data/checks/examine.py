@@ -86,9 +86,6 @@ class _Examination:
         self.unreadable: dict[int, str] = {}  # position -> reason
         self.reasons: dict[int, str] = {}  # key -> reason, to be remembered
         self.remembered = 0
-        # Images that an earlier check could not read, perhaps with an older Pillow or less memory. They are decoded
-        # again first of all; where there is no time for that, they still count as unreadable.
-        self.doubted: list[int] = []
 
     def find_all(self, deadline: float) -> None:
         """Look for every image until the time is up, and take over what is known of it."""
@@ -106,7 +103,6 @@ class _Examination:
             self.remembered += int((is_known & (known["bad"] == 0)).sum())
             for place in np.flatnonzero(is_known & (known["bad"] != 0)).tolist():
                 self.unreadable[start + place] = self.known.reasons.get(int(keys[place]), "unreadable")
-                self.doubted.append(start + place)
 
     def _stamp(self, position: int) -> str | None:
         try:
@@ -121,20 +117,23 @@ class _Examination:
         if self._is_over(deadline):
             return  # before the shuffle, which takes a second for millions
         order = shuffled(len(self.rows), 0, 0).numpy()
-        order = order[(self.records["depth"][order] < below) & (self.records["bad"][order] == 0)]
-        if below == DECODED:  # a header does not show whether a doubted image can be decoded
-            order = np.concatenate([np.array(self.doubted, order.dtype), order])
+        is_bad = self.records["bad"][order] != 0
+        todo = order[(self.records["depth"][order] < below) & ~is_bad]
+        if below == DECODED:
+            # First of all those that an earlier check could not read, perhaps with an older Pillow or less memory. A
+            # header would not show whether they can be decoded now. Without time for them they stay unreadable.
+            todo = np.concatenate([order[is_bad], todo])
 
         def pieces() -> Iterator[list[int]]:
-            for start in range(0, len(order), PIECE):
+            for start in range(0, len(todo), PIECE):
                 if self._is_over(deadline):
                     return
-                yield order[start : start + PIECE].tolist()
+                yield todo[start : start + PIECE].tolist()
 
         def look_at(piece: list[int]) -> list[tuple[int, Records | ImageError]]:
             return [(position, self._looked(look, position)) for position in piece]
 
-        with tqdm(total=len(order), desc=title, unit=" images", leave=False, disable=None, delay=1) as bar:
+        with tqdm(total=len(todo), desc=title, unit=" images", leave=False, disable=None, delay=1) as bar:
             for piece in map_in_threads(look_at, pieces()):
                 for position, result in piece:
                     self._note(position, result)
