@@ -35,7 +35,7 @@ def test_links_to_headings_lead_somewhere(page: Path) -> None:
 
 def test_the_names_on_the_architecture_page_exist() -> None:
     """`core/sched.py:CURVES` is the name CURVES in finetune/core/sched.py."""
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", "CONTRIBUTING.md"))
     found = re.findall(r"`((?:[\w.]+/)*\w+\.py)(?::(\w+))?`", text)
     assert len(found) > 30
     for path, name in found:
