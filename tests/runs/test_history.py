@@ -1,4 +1,4 @@
-"""Laws of records.py: files never tear, and every line is strict JSON."""
+"""History and JSON files are whole after a crash, and every line is strict JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive what befalls them: damage, a full disk, a kill between two files, a second process."""
+"""Checkpoints survive damage, a full disk and a kill at any moment of a save."""
 
 from __future__ import annotations
 
