@@ -163,7 +163,7 @@ def test_the_plan_is_the_runs_own(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("words", "passes"),
     [(["augment=none"], 1), (["augment=light", "augment.views=4"], 4), (["augment=light", "augment.views=40"], 15)],
 )
-def test_work_with_the_frozen_layers_kept(capsys: pytest.CaptureFixture[str], words: list[str], passes: int) -> None:
+def test_work_with_cached_activations(capsys: pytest.CaptureFixture[str], words: list[str], passes: int) -> None:
     """Each view of an image once, whatever the 15 epochs; and what learns in all of them."""
     model = on_meta("vit", fix_layer=4)
     flops, images = count_flops(model, 32), 1079
@@ -175,7 +175,7 @@ def test_work_with_the_frozen_layers_kept(capsys: pytest.CaptureFixture[str], wo
 
 
 @pytest.mark.parametrize("words", [["optim.fix_layer=-1"], ["augment=light"], ["prefix.cache=none"]])
-def test_work_where_nothing_is_kept(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+def test_work_without_a_cache(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     found = describe(capsys, "model=vit", "optim.fix_layer=4", "augment=none", *words)["compute"]
     assert found["pflop_run_kept"] is None
 
