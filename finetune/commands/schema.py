@@ -15,7 +15,7 @@ from typing import Any
 from finetune.config.words.settings import NUMBER_WORDS, SECTIONS, SETTINGS, Setting
 
 # A bound in a setting's metadata and the keyword of JSON schema that says the same.
-_BOUNDS = {"above": "exclusiveMinimum", "at_least": "minimum", "below": "exclusiveMaximum", "at_most": "maximum"}
+_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 

@@ -29,38 +29,25 @@ class Policy(Choice):
 class AugmentConf:
     """What happens to a training image before the model sees it. Named mixtures of these lie in `conf/augment/`."""
 
-    recipe: Recipe = setting(
-        Recipe.light,
-        "none: resize only; light: a small random rotation, shift and zoom; crop: a random resized crop and more",
-    )
-    degrees: float = setting(10.0, "light: largest rotation either way, in degrees", at_least=0, at_most=180)
-    translate: float = setting(0.08, "light: largest shift either way, as a share of the side", at_least=0, below=1)
-    zoom: float = setting(0.1, "light: largest change of size either way, as a share", at_least=0, below=1)
-    flip: float = setting(
-        0.0, "probability of a left-right mirror image; leave 0 for digits and letters", at_least=0, at_most=1
-    )
+    recipe: Recipe = setting(Recipe.light, "none: resize; light: small shifts and zooms; crop: random resized crop")
+    degrees: float = setting(10.0, "light: largest rotation either way, in degrees", ge=0, le=180)
+    translate: float = setting(0.08, "light: largest shift either way, as a share of the side", ge=0, lt=1)
+    zoom: float = setting(0.1, "light: largest change of size either way, as a share", ge=0, lt=1)
+    flip: float = setting(0.0, "probability of a left-right mirror image; leave 0 for digits and letters", ge=0, le=1)
     crop_scale: tuple[float, float] = setting((0.08, 1.0), "crop: least and greatest share of the image's area")
     crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "crop: least and greatest width over height")
     policy: Policy = setting(Policy.none, "crop: randaug, trivial, augmix or three_augment, after crop and flip")
-    randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", at_least=1)
-    randaug_magnitude: float = setting(9.0, "policy=randaug: mean strength, of 10", at_least=0, at_most=10)
-    randaug_std: float = setting(0.5, "policy=randaug: standard deviation of the strength", at_least=0)
-    jitter: float = setting(
-        0.0, "crop: largest change of brightness, contrast and saturation, as a share", at_least=0, at_most=1
-    )
-    erasing: float = setting(
-        0.0, "crop: probability of filling a random rectangle with noise, after all else", at_least=0, at_most=1
-    )
-    mixup: float = setting(
-        0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", at_least=0
-    )
-    cutmix: float = setting(0.0, "CutMix's alpha: a rectangle comes from another image; 0: off", at_least=0)
-    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", above=0, at_most=1)
-    mix_switch: float = setting(
-        0.5, "with mixup and cutmix: probability that a mixed batch gets cutmix", above=0, below=1
-    )
-    repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", at_least=1)
-    views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", at_least=0)
+    randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", ge=1)
+    randaug_magnitude: float = setting(9.0, "policy=randaug: mean strength, of 10", ge=0, le=10)
+    randaug_std: float = setting(0.5, "policy=randaug: standard deviation of the strength", ge=0)
+    jitter: float = setting(0.0, "crop: largest change of brightness, contrast and saturation, as a share", ge=0, le=1)
+    erasing: float = setting(0.0, "crop: probability that noise fills a random rectangle, as the last step", ge=0, le=1)
+    mixup: float = setting(0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", ge=0)
+    cutmix: float = setting(0.0, "CutMix's alpha: a rectangle comes from another image; 0: off", ge=0)
+    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", gt=0, le=1)
+    mix_switch: float = setting(0.5, "with mixup and cutmix: probability that a mixed batch gets cutmix", gt=0, lt=1)
+    repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", ge=1)
+    views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", ge=0)
 
 
 _LIGHT = ("degrees", "translate", "zoom")

@@ -40,7 +40,7 @@ class Precision(Choice):
 class Conf:
     """One run."""
 
-    seed: int = setting(0, "of everything random but the split", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(0, "of everything random but the split", ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Precision = setting(
         Precision.auto, "auto: bf16 where GPU or CPU has it and it pays, else fp32; tf32: fp32 by TF32 products"
@@ -82,10 +82,10 @@ def leaves(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
 
 # Name in a field's metadata, the words for it, the comparison that must be true.
 BOUNDS = (
-    ("above", "greater than", operator.gt),
-    ("at_least", "at least", operator.ge),
-    ("below", "less than", operator.lt),
-    ("at_most", "at most", operator.le),
+    ("gt", "greater than", operator.gt),
+    ("ge", "at least", operator.ge),
+    ("lt", "less than", operator.lt),
+    ("le", "at most", operator.le),
 )
 
 

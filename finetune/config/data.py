@@ -67,40 +67,22 @@ class DataConf:
     image_column: str = setting("image", "hf: column that holds the image")
     download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of what is not there")
     classes: list[str] = setting([], "use these classes only, by name; empty: all")
-    shots: int = setting(0, "training images of each class; 0: all", at_least=0)
-    fraction: float = setting(1.0, "share of each class's training images that is used", above=0, at_most=1)
-    shots_seed: int = setting(0, "which images data.shots and data.fraction draw", at_least=0)
-    balance: Balance = setting(
-        Balance.none, "weights: rare classes weigh more in the loss; sampling: every class is shown equally often"
-    )
-    epoch_images: int = setting(
-        0, "an epoch shows so many training images, drawn with replacement; 0: every image once", at_least=0
-    )
-    folds: int = setting(0, "cut train and val anew into so many folds; 0: no folds", at_least=0)
-    fold: int = setting(0, "which fold is val, from 0", at_least=0)
-    val_fraction: float = setting(0.1, "share of each class kept for validation", above=0, below=1)
-    test_fraction: float = setting(0.3, "share of each class kept for the final test", above=0, below=1)
-    split_seed: int = setting(
-        0, "seed of the split, apart from `seed`: every run is compared on the same images", at_least=0
-    )
-    batch_size: int = setting(
-        64, "images a micro-batch; auto (or 0): the most that fit the GPU, the images of a step kept", at_least=0
-    )
-    workers: str = setting(
-        "auto", "loader processes: a number (0: load in the training process) or auto, by measurement; only speed"
-    )
+    shots: int = setting(0, "training images of each class; 0: all", ge=0)
+    fraction: float = setting(1.0, "share of each class's training images that is used", gt=0, le=1)
+    shots_seed: int = setting(0, "which images data.shots and data.fraction draw", ge=0)
+    balance: Balance = setting(Balance.none, "weights: rare classes weigh more; sampling: classes come equally often")
+    epoch_images: int = setting(0, "images an epoch, drawn with replacement; 0: every image once", ge=0)
+    folds: int = setting(0, "cut train and val anew into so many folds; 0: no folds", ge=0)
+    fold: int = setting(0, "which fold is val, from 0", ge=0)
+    val_fraction: float = setting(0.1, "share of each class kept for validation", gt=0, lt=1)
+    test_fraction: float = setting(0.3, "share of each class kept for the final test", gt=0, lt=1)
+    split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", ge=0)
+    batch_size: int = setting(64, "images a micro-batch; auto or 0: as many as fit, the same images a step", ge=0)
+    workers: str = setting("auto", "loader processes: a number, or auto, by measurement; only changes the speed")
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
-    check_budget_s: float = setting(
-        15.0, "seconds that the check at the start may decode images; what it finds is remembered", at_least=0
-    )
-    cache: CacheKind = setting(
-        CacheKind.none, "keep decoded images in ram, on disk or on the device: same images, faster epochs"
-    )
-    cache_gib: float = setting(
-        500.0,
-        "cache=disk: most that decoded images of all runs may take, GiB; the same for all fetched shards",
-        above=0,
-    )
+    check_budget_s: float = setting(15.0, "seconds in which the check at the start decodes new images", ge=0)
+    cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
+    cache_gib: float = setting(500.0, "cache=disk: most GiB of decoded images of all runs; so for fetched shards", gt=0)
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 
@@ -140,11 +122,6 @@ _NEEDS: dict[SourceKind, dict[str, str]] = {
 def data_problems(data: DataConf) -> list[str]:
     """What is wrong with the settings of the data taken together, one line each; settings that would be ignored too."""
     problems = ignored("data", data, _ignored_reasons(data)) + _source_problems(data) + _selection_problems(data)
-    if data.val_fraction + data.test_fraction >= 1:
-        problems.append(
-            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to learn:"
-            " their sum must be less than 1"
-        )
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
         problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
     return problems
@@ -188,34 +165,37 @@ def _ignored_reasons(data: DataConf) -> dict[str, str]:
 
 
 def _source_problems(data: DataConf) -> list[str]:
-    values = asdict(data)
-    problems = [
-        f"data={data.source} needs data.{name}={meaning}"
-        for name, meaning in _NEEDS[data.source].items()
-        if not values[name]
-    ]
+    values, needs = asdict(data), _NEEDS[data.source].items()
+    problems = [f"data={data.source} needs data.{name}={meaning}" for name, meaning in needs if not values[name]]
     if data.label_separator == "":
         problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
     return problems
 
 
 def _selection_problems(data: DataConf) -> list[str]:
-    problems = []
-    if data.folds == 1:
-        problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
-    if data.folds and data.fold >= data.folds:
-        problems.append(f"data.fold={data.fold}: expected 0 to {data.folds - 1}, with data.folds={data.folds}")
-    if data.shots and changed(data, "fraction"):
-        problems.append(f"data.shots={data.shots} and data.fraction={data.fraction} exclude each other: keep one")
-    if data.label_separator and data.balance != Balance.none:
-        problems.append(f"data.balance={data.balance} works with one label an image; remove it or data.label_separator")
-    if data.epoch_images and data.balance == Balance.sampling:
-        problems.append(
-            f"data.epoch_images={data.epoch_images} and data.balance=sampling both say how often images come: keep one"
-            " (data.balance=weights goes with either)"
-        )
-    if len(data.classes) == 1:
-        problems.append(f"data.classes={data.classes}: one class leaves nothing to tell apart; name two or more")
-    if len(set(data.classes)) < len(data.classes):
-        problems.append(f"data.classes={data.classes}: names a class twice")
-    return problems
+    given = {name: f"data.{name}={value}" for name, value in asdict(data).items()}
+    nothing = "leave nothing to learn: their sum must be less than 1"
+    rules = (
+        (
+            data.val_fraction + data.test_fraction >= 1,
+            f"{given['val_fraction']} and {given['test_fraction']} {nothing}",
+        ),
+        (data.folds == 1, "data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2"),
+        (0 < data.folds <= data.fold, f"{given['fold']}: expected 0 to {data.folds - 1}, with {given['folds']}"),
+        (
+            data.shots and changed(data, "fraction"),
+            f"{given['shots']} and {given['fraction']} exclude each other: keep one",
+        ),
+        (
+            data.label_separator and data.balance != Balance.none,
+            f"{given['balance']} works with one label an image; remove it or data.label_separator",
+        ),
+        (
+            data.epoch_images and data.balance == Balance.sampling,
+            f"{given['epoch_images']} and data.balance=sampling both say how often images come: keep one"
+            " (data.balance=weights goes with either)",
+        ),
+        (len(data.classes) == 1, f"{given['classes']}: one class leaves nothing to tell apart; name two or more"),
+        (len(set(data.classes)) < len(data.classes), f"{given['classes']}: names a class twice"),
+    )
+    return [problem for is_wrong, problem in rules if is_wrong]

@@ -23,22 +23,22 @@ def setting(
     default: Any,
     help: str,
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
 ) -> Any:
     """A dataclass field with its meaning and its range, which `find_problems` checks and `--help-all` shows.
 
     Args:
         default: The value where nothing sets it; a list is copied for each instance.
         help: One line with the unit and what the default means.
-        above: The value must be greater than this.
-        at_least: The value must be this or greater.
-        below: The value must be less than this.
-        at_most: The value must be this or less.
+        gt: The value must be greater than this.
+        ge: The value must be greater or equal.
+        lt: The value must be less than this.
+        le: The value must be less or equal.
     """
-    metadata = {"help": help, "above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"help": help, "gt": gt, "ge": ge, "lt": lt, "le": le}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -53,16 +53,10 @@ class ModelConf:
     """Which pretrained model, and which classifier on top of it."""
 
     family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm or torchvision network")
-    name: str = setting(
-        "glyph_clip", "architecture, as open_clip or timm names it; glyph_clip and glyph_vit are bundled"
-    )
-    pretrained: str = setting(
-        "bundled", "weights: bundled, none (random), an open_clip or timm tag, a hub id or a path"
-    )
-    library: Library = setting(
-        Library.auto, "open_clip, timm or torchvision, for a name that several know; auto: the one that knows it"
-    )
-    image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", at_least=0)
+    name: str = setting("glyph_clip", "architecture, by its library's name; glyph_clip and glyph_vit are bundled")
+    pretrained: str = setting("bundled", "weights: bundled, none, an open_clip or timm tag, a hub id or a path")
+    library: Library = setting(Library.auto, "whose model it is, where several libraries know the name")
+    image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0)
     head: HeadKind = setting(
         HeadKind.auto,
         "classifier: zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the"
@@ -75,19 +69,11 @@ class ModelConf:
         None,
         "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes' own",
     )
-    drop_path: float = setting(
-        0.0, "probability of dropping a residual branch in the last block, rising linearly (ViT)", at_least=0, below=1
-    )
-    head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", at_least=0, below=1)
-    head_scale: float = setting(
-        1.0, "head=random: its first values times this; MAE, BEiT and FT-CLIP start at 0.001", above=0, at_most=1
-    )
-    head_bias: bool = setting(
-        False, "zero-shot head: an offset for each class, learned too; always there where images have several labels"
-    )
-    pool: Pool = setting(
-        Pool.auto, "auto: as the weights were trained; mean: the mean of all patches under a new norm (CLIP and ViT)"
-    )
+    drop_path: float = setting(0.0, "ViT: probability of dropping the last block; rises linearly from 0", ge=0, lt=1)
+    head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", ge=0, lt=1)
+    head_scale: float = setting(1.0, "head=random: factor on its first values; MAE, FT-CLIP: 0.001", gt=0, le=1)
+    head_bias: bool = setting(False, "zero-shot head: learn an offset a class too; multi-label heads always do")
+    pool: Pool = setting(Pool.auto, "auto: as the weights were trained; mean: the mean of all patches under a new norm")
 
 
 def model_problems(model: ModelConf) -> list[str]:

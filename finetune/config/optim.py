@@ -19,47 +19,19 @@ class LayerRule(Choice):
 class OptimConf:
     """The optimizer with layer-wise rate decay and a frozen prefix."""
 
-    name: str = setting(
-        "adamw",
-        "adamw, sgd, lion, adafactor, muon, adamw8bit, which optim=NAME brings with rates that suit them; or any other"
-        " name in timm's list of optimizers, such as lamb or adan, whose own defaults hold where no setting is changed",
-    )
-    lr: float = setting(
-        1e-3,
-        "peak rate of the head; absolute unless lr_base_batch says otherwise, and with adafactor a share of each"
-        " tensor's own size",
-        above=0,
-    )
-    lr_base_batch: int = setting(
-        0, "0: off; B: the peak rate is lr * (batch_size * accumulate) / B, as MAE's blr with 256", at_least=0
-    )
-    recipe_batch: int = setting(
-        0, "images an optimizer step that lr was tuned for; a run with another number says so; 0: unknown", at_least=0
-    )
-    layer_decay: float = setting(
-        0.75, "each layer further from the output learns at this times the rate of the one above", above=0, at_most=1
-    )
-    layer_rule: LayerRule = setting(
-        LayerRule.beit,
-        "beit (also MAE, MKT, FT-CLIP): the final norm learns at the head's rate; timm: at the last block's",
-    )
-    fix_layer: int = setting(
-        -1,
-        "layers with id <= this are frozen; -1: none, 0: the stem, L: all blocks, L+1: all but the head",
-        at_least=-1,
-    )
-    weight_decay: float = setting(
-        0.05,
-        "shrinks matrices by rate * weight_decay (sgd adds it to the gradient); never biases, norms, tokens, positions",
-        at_least=0,
-    )
+    name: str = setting("adamw", "write optim=NAME, which sets rates too; or a name of timm's, such as optim.name=lamb")
+    lr: float = setting(1e-3, "peak rate of the head; see lr_base_batch; adafactor: a share of a tensor's size", gt=0)
+    lr_base_batch: int = setting(0, "0: off; B: the peak rate is lr * (batch_size * accumulate) / B; MAE: 256", ge=0)
+    recipe_batch: int = setting(0, "images a step that lr was tuned for; another number is reported; 0: unknown", ge=0)
+    layer_decay: float = setting(0.75, "factor from each layer's rate to that of the layer below it", gt=0, le=1)
+    layer_rule: LayerRule = setting(LayerRule.beit, "beit: the final norm has the head's rate; timm: the last block's")
+    fix_layer: int = setting(-1, "freeze layers up to this id; -1: none, 0: stem, L: blocks, L+1: all but head", ge=-1)
+    weight_decay: float = setting(0.05, "of matrices, times the rate; never of biases, norms, tokens, positions", ge=0)
     no_weight_decay: list[str] = setting([], "globs of parameter names that are not decayed either")
     decay_embeddings: bool = setting(False, "true: decay tokens and position embeddings too, as MKT does")
-    betas: tuple[float, float] = setting(
-        (0.9, 0.999), "running-mean coefficients: AdamW's of gradient and squared gradient, Lion's of step and moment"
-    )
-    eps: float = setting(1e-8, "AdamW's denominator floor", above=0)
-    momentum: float = setting(0.9, "sgd, muon: how much of the step before a step keeps", at_least=0, below=1)
+    betas: tuple[float, float] = setting((0.9, 0.999), "decay of the running means of gradient and squared gradient")
+    eps: float = setting(1e-8, "AdamW's denominator floor", gt=0)
+    momentum: float = setting(0.9, "sgd, muon: how much of the step before a step keeps", ge=0, lt=1)
     nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
 
 

@@ -33,17 +33,9 @@ class PrefixDtype(Choice):
 class PrefixConf:
     """The frozen layers, run once an image and view instead of once an epoch; see `optim.fix_layer`."""
 
-    cache: PrefixCache = setting(
-        PrefixCache.auto,
-        "keep what the frozen layers give, in ram, on the device or on disk; auto: where it fits, if it pays; same run",
-    )
-    dtype: PrefixDtype = setting(
-        PrefixDtype.auto,
-        "precision at the boundary, kept or not; auto: fp32 in fp32 runs, else fp16 (bf16 where they overflow or are)",
-    )
-    max_gib: float = setting(
-        50.0, "activations of all runs may take so much on disk, GiB; see `finetune cache`", above=0
-    )
+    cache: PrefixCache = setting(PrefixCache.auto, "where to store the frozen layers' output; never changes a bit")
+    dtype: PrefixDtype = setting(PrefixDtype.auto, "of the frozen layers' output; auto: 32 bit in fp32 runs, else 16")
+    max_gib: float = setting(50.0, "activations of all runs may take so much on disk, GiB; see `finetune cache`", gt=0)
 
 
 def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:

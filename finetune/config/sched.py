@@ -35,20 +35,12 @@ class SchedulerConf:
     """The factor on every group's rate over time. Plain strings serve for enums: `SchedulerConf(mode="cosine_pi")`."""
 
     mode: Mode = setting(Mode.linear, "linear: 1 - t; cosine: cos(pi/2 t); cosine_pi: (1 + cos(pi t)) / 2, t in [0, 1]")
-    cycle: int = setting(0, "length of the curve in units of `interval`; 0: the whole run", at_least=0)
-    scale_min: float = setting(
-        0.0, "floor of the factor: r becomes r * (1 - scale_min) + scale_min", at_least=0, at_most=1
-    )
-    interval: Interval = setting(
-        Interval.epoch, "epoch: step once after train and find_problems; step: once an optimizer step"
-    )
-    warmup: int = setting(0, "units ahead of the curve in which the factor rises as (t + 1) / (warmup + 1)", at_least=0)
-    warmup_epochs: float = setting(
-        0.0, "interval=step: the same warmup in epochs, which need not be whole; 0: as `warmup` says", at_least=0
-    )
-    past_cycle: PastCycle = setting(
-        PastCycle.mirror, "past the cycle: mirror (back up), restart (from the top) or hold (at the floor)"
-    )
+    cycle: int = setting(0, "length of the curve in units of `interval`; 0: the whole run", ge=0)
+    scale_min: float = setting(0.0, "floor of the factor: r becomes r * (1 - scale_min) + scale_min", ge=0, le=1)
+    interval: Interval = setting(Interval.epoch, "epoch: step once after each epoch; step: once an optimizer step")
+    warmup: int = setting(0, "units ahead of the curve in which the factor rises as (t + 1) / (warmup + 1)", ge=0)
+    warmup_epochs: float = setting(0.0, "interval=step: the warmup in epochs, also 0.5; 0: as `warmup` says", ge=0)
+    past_cycle: PastCycle = setting(PastCycle.mirror, "mirror: back up; restart: from the top; hold: stay at the floor")
 
 
 def sched_problems(sched: SchedulerConf, epochs: int) -> list[str]:

@@ -43,70 +43,36 @@ class ClassTokenOnly(Choice):
 class TrainConf:
     """The epoch loop."""
 
-    epochs: int = setting(10, "passes over the training images", at_least=1)
-    accumulate: int = setting(1, "micro-batches that make one optimizer step", at_least=1)
-    clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", at_least=0)
-    label_smoothing: float = setting(0.0, "share of each label spread over all classes", at_least=0, below=1)
-    loss: Loss = setting(
-        Loss.auto,
-        "ce: one right class; bce: a yes or no for each class; asl: bce that forgets easy negatives;"
-        " auto: ce, or bce where images have several labels",
-    )
-    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of labels that are there", at_least=0)
-    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of labels that are not", at_least=0)
-    asl_shift: float = setting(
-        0.05, "loss=asl: probability under which an absent label costs nothing", at_least=0, below=1
-    )
-    metrics: list[str] = setting(
-        ["auto"], "metrics of val and test beside loss and top1; auto: all that suit the labels (docs/metrics.md)"
-    )
+    epochs: int = setting(10, "passes over the training images", ge=1)
+    accumulate: int = setting(1, "micro-batches that make one optimizer step", ge=1)
+    clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    label_smoothing: float = setting(0.0, "share of each label spread over all classes", ge=0, lt=1)
+    loss: Loss = setting(Loss.auto, "ce: one right class; bce: yes or no a class; asl: bce that forgets easy negatives")
+    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of labels that are there", ge=0)
+    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of labels that are not", ge=0)
+    asl_shift: float = setting(0.05, "loss=asl: probability under which an absent label costs nothing", ge=0, lt=1)
+    metrics: list[str] = setting(["auto"], "of val and test, beside loss and top1; auto: all that suit the labels")
     monitor: str = setting(
         "auto",
         "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
         " where images have several labels",
     )
-    recompute: bool = setting(
-        False, "gradient checkpointing: compute each learning layer twice instead of keeping its activations"
-    )
+    recompute: bool = setting(False, "gradient checkpointing: less memory for a second forward pass")
     class_token_only: ClassTokenOnly = setting(
         ClassTokenOnly.auto,
         "auto: the last block does only what the class token needs, on models that read nothing else: the same but for"
         " rounding; off: upstream's own bits",
     )
-    compile: CompileMode = setting(
-        CompileMode.none,
-        "torch.compile what the loop runs: default, or max-autotune (on CUDA with graphs); first steps take minutes",
-    )
-    patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", at_least=0)
-    ema: float = setting(
-        0.0,
-        "decay of a moving average of the weights; scored beside them, the better kept; 0: off",
-        at_least=0,
-        below=1,
-    )
-    ema_warmup: bool = setting(
-        True, "ema: forget faster in the first steps, decay min(ema, (1 + step) / (10 + step)); false: never"
-    )
-    save_every_steps: int = setting(
-        0, "save within an epoch after every N optimizer steps; 0: at the end of epochs only", at_least=0
-    )
-    save_every_minutes: float = setting(
-        0.0, "save within an epoch when the last save is N minutes old; 0: at the end of epochs only", at_least=0
-    )
-    max_save_share: float = setting(
-        0.05,
-        "largest share of the time that saving may take: an epoch that ends too soon after a save is not saved; 1, or"
-        " train.keep above 1: every epoch is saved",
-        above=0,
-        at_most=1,
-    )
-    keep: int = setting(
-        1, "how many of the best epochs' weights to keep; above 1 each also in a file of its own", at_least=1
-    )
-    on_nonfinite: OnNonfinite = setting(
-        OnNonfinite.stop, "a loss or gradient that is NaN or infinite: stop, or skip the step; its batch is stored"
-    )
-    max_nonfinite: int = setting(10, "on_nonfinite=skip: stop nevertheless after more bad steps than this", at_least=1)
+    compile: CompileMode = setting(CompileMode.none, "torch.compile: takes minutes; max-autotune: CUDA graphs too")
+    patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", ge=0)
+    ema: float = setting(0.0, "decay of a moving average of the weights; the better one is kept; 0: off", ge=0, lt=1)
+    ema_warmup: bool = setting(True, "ema: decay min(ema, (1 + step) / (10 + step)): it forgets the first steps")
+    save_every_steps: int = setting(0, "save within an epoch every N optimizer steps; 0: at ends of epochs only", ge=0)
+    save_every_minutes: float = setting(0.0, "save within an epoch N minutes after a save; 0: never", ge=0)
+    max_save_share: float = setting(0.05, "share of the time that saves may take; an epoch may go unsaved", gt=0, le=1)
+    keep: int = setting(1, "number of best epochs whose weights stay; above 1, each also in a file of its own", ge=1)
+    on_nonfinite: OnNonfinite = setting(OnNonfinite.stop, "after a NaN or infinite loss or gradient: stop, or skip it")
+    max_nonfinite: int = setting(10, "on_nonfinite=skip: stop nevertheless after more bad steps than this", ge=1)
 
 
 # The metrics that `train.metrics` can name: for images with one label, and for images with several.

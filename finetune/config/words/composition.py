@@ -22,7 +22,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -137,27 +137,25 @@ class Composition:
 
     def _explained(self, error: BaseException) -> str:
         """An error of the composition in one line, with the file and line of the defaults list that it came from."""
-        text = str(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             return unreadable(Path(error.problem_mark.name), error)
+        if isinstance(error, RecursionError):
+            return f"{' '.join(self.overrides)}: a defaults list brings in itself"
         group, _, word = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
-        unmatched = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
+        unmatched = re.search(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
         if unmatched:
             word = unmatched[1]
             problem = f"override /{word}: no such group, expected one of {', '.join(default_choices(self.searched))}"
-        elif isinstance(error, MissingConfigException) and not group.startswith("hydra"):
+        elif word and not group.startswith("hydra"):
             problem = missing_option(self.searched, group, word)
-        elif isinstance(error, RecursionError):
-            return f"{' '.join(self.overrides)}: a defaults list brings in itself"
         else:
             return one_line(error)
-        pairs = [override.lstrip("+").replace("'", "").partition("=") for override in self.overrides]
-        named = [found[1] for found in [re.match(r"In '([^']+)'", text)] if found]
-        for config_path in (*named, *(f"{key}/{option}" for key, _, option in pairs)):
-            path = self._file(config_path)
-            lines = path.read_text(encoding="utf-8").splitlines() if path is not None else []
-            for number, line in enumerate(lines, start=1):
-                if path is not None and line.lstrip().startswith("-") and word in line:
+        # Hydra names the file that lacks something, or the primary one; then it is a file that was chosen.
+        named = re.findall(r"^In '([^']+)'", str(error))
+        chosen = [override.lstrip("+").replace("'", "").replace("=", "/") for override in self.overrides]
+        for path in filter(None, map(self._file, [*named, *chosen])):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if line.lstrip().startswith("-") and word in line:
                     return f"{shown(path)}, line {number}: {problem}"
         return problem
 

@@ -75,7 +75,6 @@ def read_settings(
     first = check_cells(request, lambda chosen: Composition(searched, [*_words(request, chosen), *own]))
     if unreadable or request.problems or first is None:
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
-    assert isinstance(first, Composition)
     conf = to_conf(first.cfg)
     if run_dir is not None:
         texts = [override.text for override in overrides if override.key != "resume_force"]
@@ -136,12 +135,12 @@ def _words(request: Request, chosen: dict[str, list[str]]) -> list[str]:
 def _good_hydra(request: Request, searched: Sequence[Path]) -> list[str]:
     """The overrides of Hydra's own settings, or none where Hydra refuses them, which becomes a problem."""
     own = [override.safe for override in request.hydra]
-    try:
-        if own:
+    if own:
+        try:
             Composition(searched, own)
-    except ConfigError as error:
-        request.add(*error.problems)
-        return []
+        except ConfigError as error:
+            request.add(*error.problems)
+            return []
     return own
 
 
@@ -156,10 +155,6 @@ def _refuse_one_folder(cfg: DictConfig) -> None:
     """Refuse a `hydra.sweep.subdir` that is the same for every job: it would put them all into one folder."""
     subdir = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
     if "${" not in str(subdir):
-        shown = "" if subdir is None else subdir
-        raise ConfigError(
-            [
-                f"hydra.sweep.subdir={shown}: every job of a sweep needs a folder of its own; write"
-                " hydra.sweep.subdir='${hydra.job.num}', the default, or something else of the job's"
-            ]
-        )
+        mend = "write hydra.sweep.subdir='${hydra.job.num}', the default, or something else of the job's"
+        shown = f"hydra.sweep.subdir={subdir or ''}"
+        raise ConfigError([f"{shown}: every job of a sweep needs a folder of its own; {mend}"])

@@ -1,7 +1,6 @@
-"""One look at all that a person chose, before any work: every problem, in one line each, in every cell of a sweep.
+"""Every mistake of a command line and its yaml files, in one line each, in every cell of a sweep, before any work.
 
-`sort_overrides` looks at the command line before Hydra composes the yaml files; `check_cells` looks at the composed
-settings. A value that cannot be read does not hide the other problems.
+`sort_overrides` looks at the command line before Hydra composes the yaml files, `check_cells` at the composed settings.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.config.conf import find_problems
 from finetune.config.words.choices import default_choices, find_option, missing_option, options
+from finetune.config.words.composition import Composition
 from finetune.config.words.overrides import MAX_JOBS, Override
 from finetune.config.words.settings import (
     SECTIONS,
@@ -54,20 +54,11 @@ class Request:
     @property
     def jobs(self) -> int:
         """The number of runs."""
-        return math.prod(len(axis) for axis in (*self.choices.values(), *self.values.values()))
+        return math.prod(map(len, (*self.choices.values(), *self.values.values())))
 
     def add(self, *problems: str) -> None:
         """Add those problems that are not there yet."""
         self.problems += [line for line in dict.fromkeys(problems) if line not in self.problems]
-
-
-class Composed(Protocol):
-    """The yaml files of one combination of choices, composed."""
-
-    reading: Reading
-
-    def place(self, name: str) -> str:
-        """The file and line that set the setting `name`, as a prefix for a message; empty where no file does."""
 
 
 def sort_overrides(overrides: Sequence[Override], searched: Sequence[Path], *, multirun: bool) -> Request:
@@ -189,7 +180,7 @@ def _take_values(request: Request, override: Override) -> list[str]:
     return problems
 
 
-def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Composed]) -> Composed | None:
+def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Composition]) -> Composition | None:
     """Check the settings of every combination of choices and values; adds what is wrong to `request.problems`.
 
     Beyond MAX_COMPOSED combinations of choices, or MAX_CELLS in all, every choice or value is checked alone, beside the
@@ -202,29 +193,24 @@ def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Comp
     Returns:
         The first job's composition; None where it failed.
     """
-    found: list[Composed | None] = []
+    found: list[Composition | None] = []
     combinations = list(_combinations(request.choices, MAX_COMPOSED))
     for chosen in combinations:
+        composed, reading, unread = None, Reading(), set(SECTIONS)
         try:
             composed = compose(chosen)
+            reading, unread = composed.reading, request.unread | composed.reading.unread
         except ConfigError as error:
             request.add(*error.problems)
-            reading, unread, place = Reading(), set(SECTIONS), _nowhere
-            found.append(None)
-        else:
-            reading, unread, place = composed.reading, request.unread | composed.reading.unread, composed.place
-            found.append(composed)
-        request.add(*(f"{place(name)}{problem}" for name, problem in reading.problems.items()))
+        found.append(composed)
+        lines = dict.fromkeys(reading.problems.items())
         for cell in _combinations(request.values, MAX_CELLS // len(combinations)):
             for line in find_problems(build({**reading.values, **cell}), unread):
                 name = line.partition("=")[0]
-                request.add(line if name in cell or name not in SETTINGS else f"{place(name)}{line}")
+                lines[name if name in SETTINGS and name not in cell else "", line] = None
+        for name, line in lines:
+            request.add(f"{composed.place(name) if composed is not None and name else ''}{line}")
     return found[0]
-
-
-def _nowhere(name: str) -> str:
-    """Of a composition that failed no file is known."""
-    return ""
 
 
 def _combinations(axes: dict[str, list[Any]], most: int) -> Iterator[dict[str, Any]]:
