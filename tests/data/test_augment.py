@@ -38,7 +38,7 @@ RECIPES = sorted(path.stem for path in GROUP.glob("*.yaml"))
 
 
 def recipe(name: str, **changes: object) -> AugmentConf:
-    """What `augment=NAME` stands for."""
+    """The settings of `augment=NAME`, with changes."""
     values = yaml.safe_load((GROUP / f"{name}.yaml").read_text(encoding="utf-8"))
     values |= {"recipe": Recipe(values["recipe"]), "policy": Policy(values.get("policy", "none"))}
     return AugmentConf(**{**values, **changes})
@@ -151,7 +151,7 @@ def test_the_generator_comes_back_after_an_error() -> None:
 
 
 def test_crops_stay_within_their_limits() -> None:
-    """On an image whose colours are its coordinates a crop tells where it came from."""
+    """The colours of the image are its coordinates, so the pixels of a crop show where it was cut out."""
     size = 200
     ramp = torch.arange(size, dtype=torch.uint8)
     image = torch.stack([ramp.repeat(size, 1), ramp[:, None].repeat(1, size), torch.zeros(size, size).byte()])
@@ -174,7 +174,7 @@ SIZES = [(1, 1), (1, 7), (7, 1), (20, 20_000), (20_000, 20), (24, 24), (37, 41),
 def test_crops_and_mirrors_equal_torchvisions(
     scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
 ) -> None:
-    """The same pixels out of the same random numbers, of which as many are left; in every layout, grey or not."""
+    """The same pixels from the same random numbers, as many of which are used, in every memory layout."""
     random = np.random.default_rng(0)
     for number, (height, width) in enumerate(SIZES * 3):
         grey = random.integers(0, 256, (height, width, 1), dtype=np.uint8)
@@ -208,7 +208,7 @@ def test_a_thousand_boxes_are_torchvisions(ratio: tuple[float, float]) -> None:
 
 
 def test_a_crop_out_of_the_thinnest_image_is_a_pixel() -> None:
-    """torchvision's box has no width there, and ends in an error."""
+    """torchvision's box has no width there, which is an error."""
     row = torch.arange(30, dtype=torch.uint8).expand(3, 1, 30)
     with pytest.raises(RuntimeError):
         v2.RandomResizedCrop(8, ratio=(0.2, 0.4))(row)
@@ -219,7 +219,7 @@ def test_a_crop_out_of_the_thinnest_image_is_a_pixel() -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.37, 0.9, 1.0])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_randaugment_operations_equal_timms(photo: Tensor, strength: float, sign: float, monkeypatch) -> None:
-    """The same fifteen at the same strengths; timm works on PIL images."""
+    """The fifteen operations at the same strengths; timm works on PIL images."""
     from timm.data import auto_augment as timm
 
     monkeypatch.setattr(timm, "_randomly_negate", lambda value: value * sign)

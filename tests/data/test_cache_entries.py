@@ -46,7 +46,7 @@ def write(path: Path, *, age_days: float = 0) -> Path:
 
 
 def fill(cache: Path) -> list[Path]:
-    """An entry of each kind; of the files, the pixels are ten days old and the shard 30."""
+    """Make an entry of each kind; the pixels were used ten days ago, the shard 30."""
     for name in ("activations", "meta.json"):
         write(cache / "activations" / ACTIVATIONS / name)
     for name in ("pixels.u8", "index.npy"):
@@ -94,7 +94,7 @@ def test_clear_removes_what_was_asked_for(tmp_path: Path, capsys: pytest.Capture
 def test_clear_leaves_every_foreign_file(tmp_path: Path) -> None:
     (entry, *_) = fill(tmp_path)
     other = tmp_path / "pixels" / ("f" * 32)
-    for name in ("pixels.u8", "index.npy", "notes.txt"):  # somebody put a file of their own beside ours
+    for name in ("pixels.u8", "index.npy", "notes.txt"):  # a person put a file of their own beside ours
         write(other / name)
     foreign = ["note", "pixels/photo.png", "pixels/album/a.png", "activations/mine/meta.json", "shards/mine.tar"]
     foreign += ["checks/0123.npz", "pixels/album.7.tmp/a", f"elsewhere/{PIXELS}/pixels.u8"]
@@ -156,7 +156,7 @@ def test_makers_and_removers_at_once_never_see_half_an_entry(tmp_path: Path) -> 
 def test_a_wait_for_another_run_is_told_and_can_be_stopped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """The handler of a run only sets a flag, which nobody would read while the other one works."""
+    """The signal handler of a run only sets a flag, which no code reads while the run waits for a lock."""
     place, stop = tmp_path / "made", StopSignals()
     caplog.set_level("INFO", "finetune")
     monkeypatch.setattr(locks.time, "sleep", lambda s: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Laws of the check: bad files are named before training, skipping changes nothing else, a second look is free."""
+"""Laws of the check: unreadable files are named before training, other images stay as they are, nothing is read twice."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def look(conf: DataConf, budget_s: float = 1e9):  # type: ignore[no-untyped-def]
     return source, examine(source, KnownImages(conf.cache_dir, source.location), budget_s=budget_s)
 
 
-# --- the look --------------------------------------------------------------------------------------------------------
+# --- the check --------------------------------------------------------------------------------------------------------
 
 
-def test_every_image_is_looked_at(root: Path) -> None:
+def test_every_image_is_examined(root: Path) -> None:
     _, report = look(folder_conf(root))
     assert report.coverage == "20 images checked: 20 decoded" and report.unreadable == []
     for records in report.records.values():
         assert (records["width"] == 9).all() and (records["height"] == 8).all() and (records["first"] != 0).all()
 
 
-def test_a_second_look_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_check_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "a" / "0.png").write_bytes(b"no image")
     _, first = look(folder_conf(root))
     read, names = FileStore.read, []
@@ -85,15 +85,15 @@ def test_a_second_look_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch
     _, second = look(folder_conf(root))
     assert second.remembered == 19 and second.unreadable == first.unreadable and len(second.unreadable) == 1
     assert "19 decoded, 1 unreadable (19 of them known from an earlier look)" in second.coverage
-    assert names == [str(root / "a" / "0.png")]  # but for what could not be read
+    assert names == [str(root / "a" / "0.png")]  # only the file that could not be read
     for name, records in first.records.items():
         assert (records == second.records[name]).all()
 
 
-def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_is_no_time(
+def test_unreadable_images_are_decoded_again_first_and_stay_unreadable_without_time(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where Pillow was too old for it, or memory too short: the file itself has not changed since."""
+    """Perhaps Pillow was too old or the memory too small: the file has not changed, and may be readable now."""
     read, name = FileStore.read, str(root / "b" / "3.png")
 
     def failing(store: FileStore, row: int) -> bytes:
@@ -109,7 +109,7 @@ def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_i
     (root / "b" / "4.png").write_bytes((root / "b" / "4.png").read_bytes()[:60])  # its header is whole
     assert [bad.name for bad in look(folder_conf(root))[1].unreadable] == [str(root / "b" / "4.png")]
     clock = iter([0.0])
-    with monkeypatch.context() as patch:  # after the first look at the clock there is time for headers alone
+    with monkeypatch.context() as patch:  # from the second reading of the clock on there is time for headers only
         patch.setattr(examine_module.time, "monotonic", lambda: next(clock, 1.2))
         assert len(look(folder_conf(root), budget_s=1)[1].unreadable) == 1
     (root / "b" / "4.png").unlink()
@@ -117,18 +117,18 @@ def test_what_could_not_be_read_is_tried_again_first_and_stays_bad_where_there_i
     assert look(folder_conf(root))[1].unreadable == [] and look(folder_conf(root), budget_s=0)[1].unreadable == []
 
 
-def test_a_changed_file_is_looked_at_anew(root: Path) -> None:
+def test_a_changed_file_is_examined_again(root: Path) -> None:
     assert look(folder_conf(root))[1].unreadable == []
     os.truncate(root / "a" / "3.png", 60)
     _, report = look(folder_conf(root))
     assert [bad.name for bad in report.unreadable] == [str(root / "a" / "3.png")] and report.remembered == 19
 
 
-def test_the_look_ends_with_its_budget_and_goes_on_next_time(root: Path) -> None:
+def test_the_check_ends_with_its_budget_and_continues_next_time(root: Path) -> None:
     (root / "a" / "0.png").unlink()
     (root / "a" / "0.png").symlink_to("nowhere")
     _, report = look(folder_conf(root), budget_s=0)
-    assert "19 only found to be there, 1 unreadable" in report.coverage  # a missing file is found at any rate
+    assert "19 only found to be there, 1 unreadable" in report.coverage  # a missing file is found without any budget
     assert look(folder_conf(root))[1].coverage == "20 images checked: 19 decoded, 1 unreadable"
 
 
@@ -150,7 +150,7 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", b"no archive"])
-def test_a_damaged_memory_costs_a_second_look_only(root: Path, own_cache: Path, damage: bytes) -> None:
+def test_a_damaged_memory_costs_only_a_second_check(root: Path, own_cache: Path, damage: bytes) -> None:
     look(folder_conf(root))
     (path,) = (own_cache / "finetune" / "checks").glob("*.npz")
     path.write_bytes(damage)
@@ -245,16 +245,16 @@ def test_the_policy_may_change_when_a_run_is_continued_and_its_images_do_not(roo
     (root / "b" / "0.png").write_bytes(b"")  # went bad since
     with pytest.raises(ValueError, match="1 images cannot be read"):
         check_at_start(open_source(stop), stop, tmp_path / "stop")
-    # Begun with all images, it keeps them all: the bad one is met, and left out, batch by batch.
+    # A run that began with all images keeps all of them: its batches leave out the unreadable one.
     assert rows_of(check_at_start(open_source(skip), skip, tmp_path / "stop")) == whole
     fewer = rows_of(check_at_start(open_source(skip), skip, tmp_path / "skip"))
     assert fewer != whole
-    # Begun without it, it goes on without it; what is new stops the run.
+    # A run that began without an image continues without it; another unreadable image stops the run.
     assert rows_of(check_at_start(open_source(stop), stop, tmp_path / "skip")) == fewer
     (root / "a" / "0.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 images cannot be read: .*a.0\.png"):
         check_at_start(open_source(stop), stop, tmp_path / "skip")
-    # Refused at the first start, nothing was begun: the policy decides anew.
+    # A run that was refused at its first start has not begun, so the new setting decides.
     with pytest.raises(ValueError, match="2 images cannot be read"):
         check_at_start(open_source(stop), stop, tmp_path / "new")
     assert sum(map(len, rows_of(check_at_start(open_source(skip), skip, tmp_path / "new")).values())) == 18
@@ -276,7 +276,7 @@ def make_loader(source: Source, tmp_path: Path, **changes: object) -> Loader:
 
 
 def shown(loader: Loader, epoch: int, skip: int = 0) -> list[dict[int, str]]:
-    """Of each batch, id -> digest of label and pixels."""
+    """For each batch a mapping from id to a digest of label and pixels."""
     found = []
     for images, labels, ids in loader.epoch(epoch, skip):
         rows = zip(images, labels, ids.tolist(), strict=True)
@@ -354,7 +354,7 @@ def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path,
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds nothing."""
+    """A PNG whose header gives this size and which holds no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

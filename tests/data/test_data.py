@@ -1,4 +1,4 @@
-"""Laws of the data side: the same images for any number of workers, splits that never move, odd files read right."""
+"""Laws of data: any number of workers gives the same images, splits never change, unusual files are read correctly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_loader(source: Source, split: str = "train", **changes: object) -> Load
 
 
 def digest(batches: list[tuple[Tensor, Tensor, Tensor]]) -> list[str]:
-    """One checksum a batch, over every bit of it."""
+    """A checksum of each batch, over every bit of it."""
     return [hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest() for batch in batches]
 
 
@@ -184,7 +184,7 @@ def test_an_image_is_the_same_in_any_company(digits: Source, augment: AugmentCon
 
 
 def test_images_are_normalised_alike_in_batches_of_any_size() -> None:
-    """In parts, to the bit as in one go."""
+    """Normalising a few images at a time gives the bits of normalising all at once."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (SQUARE.mean, SQUARE.std))
     for count, size in ((1, 3), (70, 32), (3, 224), (64, 224)):
         generator = torch.Generator().manual_seed(count)
@@ -305,7 +305,7 @@ def test_digits_are_white_on_black(digits: Source) -> None:
 
 
 def make_folder(root: Path, classes: dict[str, int]) -> Path:
-    """Class folders with so many small grey images each."""
+    """One folder for each class with the given number of small grey images."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for i in range(count):

@@ -1,4 +1,4 @@
-"""Laws of feeding: a cache changes no pixel, is built once, and never serves what is stale."""
+"""Laws of loading and its caches: a cache changes no pixel, is made once, and never gives pixels of an older file."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_resampled_epochs_are_the_same_for_any_workers_and_from_any_batch(
     assert torch.equal(*found)
     assert len(found[0].flatten(1).unique(dim=0)) == 2 * images  # every repeat is a view of its own
     val = Loader(source.splits["val"], CROP, conf=data, augment=None, seed=1, device=CPU)
-    assert val.num_images == len(source.splits["val"])  # what is scored is never resampled
+    assert val.num_images == len(source.splits["val"])  # validation images are never drawn with replacement
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])

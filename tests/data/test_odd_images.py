@@ -1,7 +1,7 @@
-"""Laws of odd images: what is read is what numpy makes of the numbers that were stored, written here byte by byte.
+"""Laws of unusual images: pixels equal those that numpy computes from the stored numbers, written here byte by byte.
 
-Tolerances are in levels of 255. 0.5: rounded. 1: Pillow keeps the upper of two bytes, so a channel of 16 bits loses
-less than one level; twice that where such a channel meets an alpha, or a black, of the same kind.
+Tolerances are in levels of 255. 0.5 is rounding. 1: Pillow keeps the upper of two bytes, so a channel of 16 bits loses
+less than one level. 2: so does the transparency, or the black ink, that the channel is multiplied by.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def drawn(*shape: int, below: int, seed: int = 0) -> Values:
 
 
 def levels(data: bytes) -> Values:
-    """What we read, (height, width, 3)."""
+    """The pixels that this package reads, (height, width, 3)."""
     return decode(data, "x").permute(1, 2, 0).numpy().astype(float)
 
 
@@ -149,8 +149,8 @@ def test_tiff_of_16_bits_in_either_order_of_bytes(order: str) -> None:
     assert_read(stored(3, TIFF_RGB), values[..., :3] * 255 / 65535, BYTE)
     assert_read(stored(4, TIFF_RGB, 2), on_white(values[..., :3] * 255 / 65535, values[..., 3:] / 65535), TWO_BYTES)
     either = [(stored(1, WHITE_IS_ZERO), 255 - grey(values[..., :1], 65535)), (stored(4, INKS), inks(values, 65535))]
-    either.append((stored(1, None), grey(values[..., :1], 65535)))  # as most writers that forget it mean it
-    for data, expected in either:  # in one order of bytes Pillow, or an older one, does not know them
+    either.append((stored(1, None), grey(values[..., :1], 65535)))  # most writers that leave the tag out mean this
+    for data, expected in either:  # one byte order is unknown to Pillow, or to older versions
         try:
             found = levels(data)
         except ImageError as error:

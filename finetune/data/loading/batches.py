@@ -68,12 +68,12 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         self._cached: tuple[PixelCache, FirstStep] | None = None
 
     def __getitem__(self, key: BatchKey) -> PixelBatch | ImageError:
-        """Return the micro-batch of `key`.
+        """Return the micro-batch of `key`, or the error of an image that cannot be read.
 
-        An unreadable image comes back as an error that is returned: raised in a worker, it would arrive with a page of
-        traceback. With `skip` the batch is smaller by that image, and no other image takes its place: so every other
-        image stays in its batch and in its view, for any number of workers and whenever the file became unreadable. A
-        batch without any readable image is an error also with `skip`.
+        The error is returned and not raised, since a worker's exception arrives with a page of traceback. With `skip`
+        an unreadable image is left out, and no other image takes its place. So every other image keeps its batch and
+        its view, for any number of workers and whenever the file became unreadable. If no image of the batch can be
+        read, that is an error also with `skip`.
         """
         ids: list[int] = []
         left_out: list[ImageError] = []
