@@ -1,4 +1,4 @@
-"""Laws of the check: unreadable files are named before training, other images stay as they are, nothing is read twice."""
+"""Laws of the check: unreadable files are named before training, others stay as they are, nothing is read twice."""
 
 from __future__ import annotations
 
