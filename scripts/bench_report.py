@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from finetune.report import figure
+from finetune.report import look
 
-COLOURS = {"plain": figure.FAINT, "tuned": figure.ORANGE, "ours": figure.BLUE}
+COLOURS = {"plain": look.FAINT, "tuned": look.ORANGE, "ours": look.BLUE}
 Arm = dict[str, Any]
 
 
@@ -93,7 +93,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """A panel a row, a bar an arm: seconds, and how many times as fast as the loops it is measured against."""
     rows = [row for row in report["rows"] if row["arms"]]
     bars = sum(len(row["arms"]) for row in rows)
-    canvas = figure.new_figure(1.3 + 0.34 * bars + 0.75 * len(rows))
+    canvas = look.new_figure(1.3 + 0.34 * bars + 0.75 * len(rows))
     heights = [len(row["arms"]) for row in rows]
     panels = canvas.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (axes,), row in zip(panels, rows, strict=True):
@@ -101,8 +101,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     top = 1 - 1.25 / canvas.get_figheight()
     space = 0.55 / (0.34 * bars / len(rows))
     canvas.subplots_adjust(left=0.2, right=0.86, top=top, bottom=0.25 / canvas.get_figheight(), hspace=space)
-    figure.headline(canvas, "From images on disk to the final checkpoint", report["machine"])
-    figure.save_figure(canvas, path)
+    look.headline(canvas, "From images on disk to the final checkpoint", report["machine"])
+    look.save_figure(canvas, path)
 
 
 def _panel(axes: Any, row: dict[str, Any]) -> None:
@@ -110,18 +110,18 @@ def _panel(axes: Any, row: dict[str, Any]) -> None:
     longest = max(map(median, arms))
     for place, arm in enumerate(arms):
         seconds = median(arm)
-        axes.barh(place, seconds, height=0.7, color=COLOURS.get(arm["loop"], figure.PURPLE))
+        axes.barh(place, seconds, height=0.7, color=COLOURS.get(arm["loop"], look.PURPLE))
         names = ("plain", "tuned")
         pairs = zip(names, rivals_of(arm, arms) if row["name"] != "optimizer" else (arms[0], None), strict=True)
         ratios = [f"{median(rival) / seconds:.1f} x {name}" for name, rival in pairs if rival and rival is not arm]
         text = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
         text += f"   {', '.join(ratios)}" if arm["loop"] == "ours" and ratios else ""
-        axes.text(seconds + longest * 0.008, place, text, va="center", fontsize=10, color=figure.INK)
-    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=10, color=figure.INK)
+        axes.text(seconds + longest * 0.008, place, text, va="center", fontsize=10, color=look.INK)
+    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=10, color=look.INK)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.12)
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color(figure.FAINT)
+    axes.spines["left"].set_color(look.FAINT)
     axes.tick_params(length=0)
-    axes.set_title(row["title"], loc="left", fontsize=11, color=figure.INK, weight="bold")
+    axes.set_title(row["title"], loc="left", fontsize=11, color=look.INK, weight="bold")

@@ -1,4 +1,4 @@
-"""What a training image needs: counted by hand, with what is kept left out; and what a run shows of its speed."""
+"""The work of a training image, counted by hand, with and without cached activations; the speed that a run shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -66,16 +65,11 @@ def test_share_of_the_peak() -> None:
     assert used.share(100, hits=1.0) == pytest.approx(0.1)
 
 
-def test_the_peak_of_this_machine() -> None:
-    """Against a product of other matrices that is timed here; medians, and turn by turn, as others may be at work."""
-    side, found, expected = 512, [], []
-    left, right = torch.rand(side, side), torch.rand(side, side)
-    for _ in range(9):
-        found.append(utilisation.peak(torch.device("cpu"), torch.float32, side=side))
-        began = time.perf_counter()
-        torch.mm(left, right)
-        expected.append(2 * side**3 / (time.perf_counter() - began))
-    assert 0.2 < statistics.median(found) / statistics.median(expected) < 5
+def test_the_peak_goes_by_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [3.0, 0.5, 1.0, *[2.0] * (utilisation.REPEATS - 3)]
+    clock = iter([time for elapsed in seconds for time in (0.0, elapsed)])
+    monkeypatch.setattr(utilisation, "_now", lambda device: next(clock))
+    assert utilisation.peak(torch.device("cpu"), torch.float32, side=8) == 2 * 8**3 / 0.5
 
 
 class Terminal(io.StringIO):
@@ -115,10 +109,10 @@ def test_the_bar_shows_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("cache", [PrefixCache.none, PrefixCache.ram])
-def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
+def test_a_run_shows_its_speed_its_wait_and_what_is_cached(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: PrefixCache
 ) -> None:
-    """36 training images, of which every batch of 8 takes 0.2 s to come unless it is kept."""
+    """36 training images; every batch of 8 takes 0.2 s to load, unless its activations are cached."""
     make, terminal = BatchMaker.__getitem__, Terminal()
 
     def slow(maker: BatchMaker, key: BatchKey) -> PixelBatch | ImageError:
@@ -143,5 +137,4 @@ def test_a_run_shows_its_speed_its_wait_and_what_is_kept(
         assert re.search(r" wait [5-9]\d% cached 0% \d+ img/s", bars[-1])
     else:
         assert 0 <= row["data_wait"] < 0.5 and row["prefix_hits"] == 1
-        assert row["images_per_s"] > 36 / (5 * 0.2)
         assert re.search(r" wait \d+% cached 100% [\d,]+ img/s", bars[-1])
