@@ -61,10 +61,10 @@ class LayeredModel(nn.Module):
         """Take `net` as it is, without a copy; see `assign_layers` for the errors."""
         super().__init__()
         self.net = net
-        self.layers = tuple(layers)
+        self.layers = tuple(layers)  # the index is the layer id: freezing and rates count on this order
         self.no_weight_decay = no_weight_decay
         self.num_frozen = 0
-        self.recompute = False
+        self.recompute = False  # True saves memory and costs about a third more time
         self.class_token_only = False
         # Refuse an unknown name here: in a default layer it would silently learn at a wrong rate.
         self.layer_ids = assign_layers(net, self.layers)
@@ -72,7 +72,7 @@ class LayeredModel(nn.Module):
     @property
     def num_blocks(self) -> int:
         """L, the number of blocks between the stem and the readout."""
-        return len(self.layers) - 3
+        return len(self.layers) - 3  # all but stem, readout and head
 
     @property
     def is_chain(self) -> bool:
@@ -110,7 +110,7 @@ class LayeredModel(nn.Module):
             if self.recompute and index >= self.num_frozen and torch.is_grad_enabled():
                 x = run_recomputed(run, self.net, x, self._statistics(index))
             else:
-                x = run(self.net, x)
+                x = run(self.net, x)  # the network is an argument: a copied model runs its own weights
         return x
 
     def _statistics(self, index: int) -> list[Tensor]:
@@ -119,7 +119,7 @@ class LayeredModel(nn.Module):
 
     def train(self, mode: bool = True) -> LayeredModel:
         """As `nn.Module.train`, but frozen layers stay in eval mode: no dropout, drop path or BatchNorm drift."""
-        super().train(mode)
+        super().train(mode)  # reaches all layers, so the frozen ones are put back after it
         frozen = {name for layer in self.layers[: self.num_frozen] for name in layer.owns}
         for name, module in self.net.named_modules():
             if name in frozen:

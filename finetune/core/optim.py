@@ -64,6 +64,7 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
             groups.append(_group(model, row, matrices, f"{row.name}.muon", rule=conf.name))
         if others := [name for name in row.param_names if name not in matrices]:
             groups.append({**_group(model, row, others, row.name, rule="adamw"), "use_fallback": True})
+    # Without this check a linear probe with muon would silently be a run of AdamW.
     if all(group["optimizer"] == "adamw" for group in groups):
         raise UserError(
             f"optim={conf.name} would be ignored: no matrix between stem and head learns, and it moves nothing else;"
@@ -94,6 +95,8 @@ def build_optimizer(model: LayeredModel, conf: OptimConf) -> Optimizer:
             it needs is missing or too old, or it does not run on this device.
     """
     groups = param_groups(model, conf)
+    # AdamW and SGD are torch's: their fused kernels read the mask of a step that is not finite on the device. With any
+    # other optimizer the host reads the mask, which waits for a GPU once a step.
     betas = (conf.betas[0], conf.betas[1])
     if conf.name == "adamw":
         return torch.optim.AdamW(groups, lr=conf.lr, betas=betas, eps=conf.eps, **_kernels(groups))
@@ -147,12 +150,14 @@ def _timm_optimizer(groups: list[Group], conf: OptimConf) -> Optimizer:
             f" {', '.join(OPTIMIZERS)}, and of timm {', '.join(names)}"
         )
     info = registry.get_optimizer_info(conf.name)
+    # A second-order optimizer needs a graph of the gradients, which costs the memory of a second backward pass.
     if info.second_order:
         raise UserError(f"optim.name={conf.name} needs second derivatives, which finetune does not compute")
     try:
         build = registry.get_optimizer_class(conf.name)
     except (ImportError, AssertionError) as error:  # of apex and bitsandbytes: a package or a GPU is missing
         raise UserError(f"optim.name={conf.name}: {error}") from error
+    # timm's `create_optimizer_v2` drops settings that an optimizer does not take; here each is an error, by signature.
     parameters = inspect.signature(build).parameters
     read = {name: getattr(conf, name) for name, readers in OPTIMIZER_READERS.items() if conf.name in readers}
     settings = {**read, **changed(conf, *OPTIMIZER_READERS)}

@@ -49,7 +49,7 @@ def with_peak_rate(optim: OptimConf, images_per_step: int) -> OptimConf:
     The linear rule of Goyal et al., arXiv:1706.02677, section 2.1; MAE's `blr` has the base 256.
     """
     if not optim.lr_base_batch:
-        return optim
+        return optim  # the rate is absolute already
     return replace(optim, lr=optim.lr * images_per_step / optim.lr_base_batch, lr_base_batch=0)
 
 
@@ -72,19 +72,19 @@ def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[st
     spared, parameters = [*spared_globs(model, conf), *more_spared], dict(model.net.named_parameters())
     found: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
     for name, parameter in parameters.items():
-        if parameter.requires_grad:
+        if parameter.requires_grad:  # the model is frozen before, or resume would meet other groups
             layer_id = model.layer_ids[name]
             distance = distance_to_output(layer_id, model.num_blocks)
             if conf.layer_rule == LayerRule.timm:
                 distance = model.layers[layer_id].timm_steps.get(name, distance)
             decayed = is_decayed(name, parameter, spared, decay_embeddings=conf.decay_embeddings)
-            found[layer_id, -distance, not decayed].append(name)
+            found[layer_id, -distance, not decayed].append(name)  # so sorts from the stem up, decayed first
     rows = []
     # A resumed optimizer needs the groups in the same order. So they are sorted, and not as the parameters come.
     for (layer_id, minus_distance, is_spared), names in sorted(found.items()):
         layer, distance = model.layers[layer_id].name, -minus_distance
         part = layer if distance == distance_to_output(layer_id, model.num_blocks) else f"{layer}.{distance}"
-        scale = conf.layer_decay**distance
+        scale = conf.layer_decay**distance  # 1 at the output, so `optim.lr` is the head's rate
         rows.append(
             GroupRate(
                 name=f"{part}.{'no_decay' if is_spared else 'decay'}",
@@ -92,9 +92,9 @@ def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[st
                 layer_id=layer_id,
                 distance=distance,
                 scale=scale,
-                peak=conf.lr * scale,
+                peak=conf.lr * scale,  # baked here: LambdaLR never reads a scale
                 weight_decay=0.0 if is_spared else conf.weight_decay,
-                is_decayed=not is_spared,
+                is_decayed=not is_spared,  # its own field: two kinds stay two groups at decay 0
                 num_parameters=sum(parameters[name].numel() for name in names),
                 param_names=tuple(names),
             )

@@ -16,7 +16,7 @@ from finetune.config import Interval, Mode, PastCycle, SchedulerConf, member_of
 from finetune.system.errors import UserError
 
 CURVES: dict[Mode, Callable[[float], float]] = {
-    Mode.linear: lambda t: 1 - t,
+    Mode.linear: lambda t: 1 - t,  # 0 only at t = 1, after the last unit of the run
     Mode.cosine: lambda t: math.cos(math.pi / 2 * t),
     Mode.cosine_pi: lambda t: (1 + math.cos(math.pi * t)) / 2,  # SGDR, arXiv:1608.03983, eq. 5, one cycle
 }
@@ -32,18 +32,18 @@ def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
         num_steps: Length of the whole run in the same unit.
     """
     if t < conf.warmup:
-        return (t + 1) / (conf.warmup + 1)
+        return (t + 1) / (conf.warmup + 1)  # never 0, which would waste the first epoch or step
     cycle = conf.cycle or num_steps
     progress = (t - conf.warmup) / (cycle - conf.warmup)
     # Past the cycle the bare formulas of linear and cosine go negative, which would be gradient ascent.
     past_cycle = member_of(PastCycle, conf.past_cycle, "sched.past_cycle")
     if past_cycle == PastCycle.hold:
-        progress = min(progress, 1.0)
+        progress = min(progress, 1.0)  # stays at the floor
     elif past_cycle == PastCycle.restart:
-        progress %= 1.0
+        progress %= 1.0  # SGDR: at the top again, without a second warmup
     else:
         progress %= 2.0
-        progress = min(progress, 2.0 - progress)
+        progress = min(progress, 2.0 - progress)  # back up, as torch's CosineAnnealingLR
     # cos(pi/2) is 6e-17 in floating point and could round below 0.
     curve = max(0.0, CURVES[member_of(Mode, conf.mode, "sched.mode")](progress))
     return curve * (1 - conf.scale_min) + conf.scale_min
@@ -114,5 +114,5 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
         )
     for group in optimizer.param_groups:
         if "lr_scale" in group:
-            group["lr"] *= group.pop("lr_scale")
+            group["lr"] *= group.pop("lr_scale")  # removed, so that no second scheduler folds it again
     return LambdaLR(optimizer, lambda t: lr_factor(t, cfg, num_steps))

@@ -1,4 +1,4 @@
-"""How good a model is: one number an image, exact sums, and the meters that validation and test read."""
+"""Metrics: numbers for each image, exact sums over images, and the meters of validation and test."""
 
 from finetune.core.metrics.meters import LabelMeter, Meter, MultilabelMeter, build_meter
 from finetune.core.metrics.multilabel import average_precision

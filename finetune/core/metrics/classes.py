@@ -1,6 +1,6 @@
-"""From a confusion matrix, or its margins alone, to numbers a class; and calibration from sums over bins.
+"""Accuracy, precision and F1 of each class from counts, and calibration from sums over bins of confidence.
 
-All of it streams: what is kept does not grow with the number of images.
+Batches are added one by one, and the memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from finetune.core.metrics.sums import sum_dtype
 
 ECE_BINS = 15
 
-# A matrix of more classes than this (32 MiB) is not kept; the numbers of each class are.
+# With more classes there is no confusion matrix, which would take more than 32 MiB.
 MATRIX_CLASSES = 2048
 
 
 class ClassCounts:
-    """How often each class is there, is predicted, and is predicted where it is there.
+    """How often each class occurs, is predicted, and is predicted correctly.
 
     Attributes:
         present: Images of each class, int64 (classes,).
-        predicted: Images given to each class, int64 (classes,).
-        right: Images of each class given to it, int64 (classes,).
-        matrix: Images of class [row] given to class [column], int64 (classes, classes); None with too many classes.
+        predicted: Images whose prediction is the class, int64 (classes,).
+        right: Images of the class whose prediction is the class, int64 (classes,).
+        matrix: Images of class [row] with prediction [column], int64 (classes, classes); None with too many classes.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         """Start from zero."""
         self.present, self.predicted, self.right = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
-        keep = num_classes <= MATRIX_CLASSES
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device) if keep else None
+        self.matrix: Tensor | None = None
+        if num_classes <= MATRIX_CLASSES:
+            self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def add(self, predictions: Tensor, labels: Tensor) -> None:
         """Count one batch; class indices, int64 (batch,) each."""
@@ -43,15 +44,15 @@ class ClassCounts:
             self.matrix.view(-1).index_add_(0, labels * len(self.matrix) + predictions, ones)
 
     def recall(self) -> Tensor:
-        """Share of each class's images that are given to it: its accuracy. NaN where it has none. float (classes,)."""
+        """The share of each class's images that are predicted correctly; NaN without images. float (classes,)."""
         return _ratio(self.right, self.present)
 
     def precision(self) -> Tensor:
-        """Share of the images given to a class that are of it; NaN where none is. float (classes,)."""
+        """The share of correct ones among the predictions of each class; NaN without predictions. float (classes,)."""
         return _ratio(self.right, self.predicted)
 
     def f1(self) -> Tensor:
-        """Twice the hits over present plus predicted; NaN where both are 0. float (classes,)."""
+        """2 * right / (present + predicted) of each class; NaN where both are 0. float (classes,)."""
         return _ratio(2 * self.right, self.present + self.predicted)
 
 
@@ -78,7 +79,7 @@ class Calibration:
         confidence = logits.float().softmax(dim=1).amax(dim=1).to(self._sums.dtype)
         bins = F.one_hot(torch.bucketize(confidence.nan_to_num(0.0), self._edges), ECE_BINS)
         rows = torch.stack([torch.ones_like(confidence), confidence, right.to(self._sums.dtype)])
-        # A product, since adding by index sums floats in any order on a GPU. A confidence that is NaN spoils it all.
+        # A matrix product, since `index_add_` sums floats in a random order on a GPU. A NaN makes the whole error NaN.
         self._sums += rows @ bins.to(self._sums.dtype)
 
     def error(self) -> Tensor:

@@ -1,6 +1,6 @@
-"""Meters: batches of scores go in, numbers by name come out. What validation and test read.
+"""Meters: validation and test put batches of logits in, and read metrics by name.
 
-All is summed on the device and moves to the host once, in `results`. Only average precision needs every score at once.
+A meter sums on the device, and the sums move to the host once, in `results`. Only average precision stores all logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 class Meter(Protocol):
-    """Scores one pass over a split."""
+    """Metrics of one pass over a split."""
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -33,31 +33,41 @@ class Meter(Protocol):
         """Means of `loss` and `top1` over the batches so far, for a progress bar. Waits for the device."""
 
     def results(self) -> dict[str, float]:
-        """Exact over all images so far: `loss`, `top1` and what else was asked for. Waits for the device."""
+        """Exact metrics over all images so far: `loss`, `top1` and those by name. Waits for the device."""
 
     def details(self) -> dict[str, Any]:
-        """What is no single number, in plain types: `classes`, and `confusion` or `threshold`. NaN is None."""
+        """Metrics of each class in plain types: `classes`, and `confusion` or `threshold`. NaN becomes None."""
 
     def threshold(self) -> float | None:
-        """From which sigmoid on a label is claimed, as it fits all images so far best; None: one label an image."""
+        """The sigmoid from which on a label is predicted, best for all images so far; None: one label an image."""
 
 
-class LabelMeter:
+class _RunningMeter:
+    """The part that both meters share: sums of loss and top1."""
+
+    _sums: Sums | None = None
+
+    def running(self) -> dict[str, float]:
+        """See `Meter`."""
+        means = {} if self._sums is None else self._sums.means()
+        return {name: means[name] for name in ("loss", "top1") if name in means}
+
+
+class LabelMeter(_RunningMeter):
     """One label an image: `top5`, `balanced_accuracy`, `macro_f1` and `ece` beside `loss` and `top1`.
 
-    `balanced_accuracy` is the mean of the accuracies of the classes that occur; `macro_f1` the mean F1 of the classes
-    that occur or are predicted: both as scikit-learn leaves absent classes out. `ece`: see `classes.Calibration`.
+    `balanced_accuracy` is the mean accuracy of the classes that occur, `macro_f1` the mean F1 of the classes that occur
+    or are predicted; scikit-learn leaves absent classes out in the same way. `ece`: see `classes.Calibration`.
     """
 
     def __init__(self, losses: Losses, names: Collection[str] = ("top5",)) -> None:
-        """Measure `losses`, top1, and `names`."""
+        """Measure `losses`, top1, and the metrics `names`."""
         self._losses = losses
         self._names = frozenset(names)
-        self.reset()
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._sums: Sums | None = None
+        self._sums = None
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes) and int64 (batch,)."""
@@ -74,11 +84,6 @@ class LabelMeter:
         if "ece" in self._names:
             self._calibration.add(logits, right)
 
-    def running(self) -> dict[str, float]:
-        """See `Meter`."""
-        means = {} if self._sums is None else self._sums.means()
-        return {name: means[name] for name in ("loss", "top1") if name in means}
-
     def results(self) -> dict[str, float]:
         """See `Meter`."""
         assert self._sums is not None, "no batch was added"
@@ -92,7 +97,7 @@ class LabelMeter:
         return found
 
     def details(self) -> dict[str, Any]:
-        """`classes`: images, accuracy, precision and F1 of each; `confusion`: rows true, columns given, or None."""
+        """`classes`: images, accuracy, precision and F1 of each; `confusion`: rows true, columns predicted, or None."""
         assert self._sums is not None, "no batch was added"
         counts = self._counts
         columns = {"accuracy": counts.recall(), "precision": counts.precision(), "f1": counts.f1()}
@@ -104,17 +109,17 @@ class LabelMeter:
         return None
 
 
-class MultilabelMeter:
+class MultilabelMeter(_RunningMeter):
     """Any number of labels an image: `map`, `f1_micro`, `f1_macro`; `precision`, `recall`, `f1` `_at_3` and `_at_5`.
 
     `top1` is the share of images whose best scored class is one of their labels. `map` is the mean of
-    `average_precision` over the classes that occur. Both F1 claim the labels whose sigmoid reaches one threshold for
-    all classes: the given one, or else that with the highest micro F1 on these very images. Validation chooses it and
-    is a little flattered by that; the test must be given it.
+    `average_precision` over the classes that occur. Both F1 predict the labels whose sigmoid reaches one threshold for
+    all classes: the given one, or else the one with the highest micro F1 on these images. Validation chooses it, which
+    makes its F1 a little too good; the test must be given it.
     """
 
     def __init__(self, losses: Losses, names: Collection[str] = ("map",), *, threshold: float | None = None) -> None:
-        """Measure `losses`, top1, and `names`; F1 at `threshold`."""
+        """Measure `losses`, top1, and the metrics `names`; F1 at `threshold`."""
         self._losses = losses
         self._names = frozenset(names)
         self._threshold = threshold
@@ -122,7 +127,7 @@ class MultilabelMeter:
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._sums: Sums | None = None
+        self._sums = None
         self._scores: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -139,14 +144,9 @@ class MultilabelMeter:
         for best in self._best:
             best.add(logits, labels)
         if "map" in self._names:
-            # Upcast only where they are sorted: half the memory in bfloat16.
+            # Stored as they come, since bfloat16 takes half the memory; `average_precision` sorts any type.
             self._scores.append(logits.detach())
             self._labels.append(labels)
-
-    def running(self) -> dict[str, float]:
-        """See `Meter`."""
-        means = {} if self._sums is None else self._sums.means()
-        return {name: means[name] for name in ("loss", "top1") if name in means}
 
     def results(self) -> dict[str, float]:
         """See `Meter`."""
@@ -174,7 +174,7 @@ class MultilabelMeter:
         return self._curve.at_best(self._threshold)[0]
 
     def _average_precision(self) -> Tensor:
-        if len(self._scores) > 1:  # kept in one piece from here on, so that asking twice copies once
+        if len(self._scores) > 1:  # joined once, so that a second call copies nothing
             self._scores, self._labels = [torch.cat(self._scores)], [torch.cat(self._labels)]
         return average_precision(self._scores[0], self._labels[0])
 
@@ -182,12 +182,12 @@ class MultilabelMeter:
 def build_meter(
     losses: Losses, names: Collection[str], *, is_multilabel: bool, threshold: float | None = None
 ) -> Meter:
-    """The meter of a kind of labels; `threshold` is for the F1 of several labels an image."""
+    """The meter for one or several labels an image; only the F1 of several labels reads `threshold`."""
     return MultilabelMeter(losses, names, threshold=threshold) if is_multilabel else LabelMeter(losses, names)
 
 
 def _rows(present: Tensor, columns: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """A dictionary a class, in plain types."""
+    """One dictionary for each class, in plain types."""
     values = {"images": present.tolist(), **{name: column.tolist() for name, column in columns.items()}}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     return [{name: None if value != value else value for name, value in row.items()} for row in rows]

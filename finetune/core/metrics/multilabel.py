@@ -1,4 +1,4 @@
-"""Numbers for several labels an image: average precision, F1 at a threshold, and the best k of each image."""
+"""Metrics for several labels an image: average precision, F1 at a threshold, and the best k labels of each image."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from torch import Tensor
 
 from finetune.core.metrics.sums import sum_dtype
 
-# Thresholds on the sigmoid that `F1Curve` weighs: 0.000, 0.001, ... 0.999.
-STEPS = 1000
+STEPS = 1000  # thresholds on the sigmoid in `F1Curve`: 0.000, 0.001, ... 0.999
 
-# Scores sorted at once by `average_precision`; 2**24 take about 0.5 GiB while they are.
+# Logits that `average_precision` sorts at once; sorting 2**24 takes about 0.5 GiB.
 SORTED_AT_ONCE = 2**24
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     """Average precision of each class. (n, classes), bool (n, classes) -> float (classes,).
 
-    The sum over thresholds of (recall - recall before) times precision, as scikit-learn has it: images of equal score
-    stand or fall together, nothing is interpolated. NaN for a class that no image has (scikit-learn says 0).
+    The sum over thresholds of (recall - recall before) times precision, as scikit-learn computes it: images of equal
+    score share a threshold, and nothing is interpolated. NaN for a class that no image has (scikit-learn gives 0).
     """
     width = max(1, SORTED_AT_ONCE // max(1, len(scores)))
     parts = zip(torch.split(scores, width, dim=1), torch.split(labels, width, dim=1), strict=True)
@@ -40,9 +39,9 @@ def _average_precision(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class F1Curve:
-    """Hits and claims of every class at each of 1,000 thresholds; streams.
+    """Predicted and correct labels of every class at each of 1,000 thresholds, counted batch by batch.
 
-    A label is claimed where the sigmoid of its score is at least the threshold.
+    A label is predicted where the sigmoid of its logit is at least the threshold.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -66,35 +65,35 @@ class F1Curve:
 
         Args:
             threshold: In [0, 1), a multiple of 0.001; None: the one with the highest micro F1 here, of equals the one
-                nearest to 0.5. NaN stands for a class that is neither there nor claimed.
+                nearest to 0.5. The F1 of a class that is neither present nor predicted is NaN.
         """
-        claims, hits = self._counts.view(2, self._num_classes, STEPS).flip(2).cumsum(dim=2).flip(2)
+        predicted, hits = self._counts.view(2, self._num_classes, STEPS).flip(2).cumsum(dim=2).flip(2)
         labels = hits[:, :1]
-        micro = _f1(hits.sum(dim=0), claims.sum(dim=0), labels.sum(dim=0))
+        micro = _f1(hits.sum(dim=0), predicted.sum(dim=0), labels.sum(dim=0))
         if threshold is None:
             middle = (torch.arange(STEPS, device=micro.device) - STEPS // 2).abs()
             ties = torch.where(micro.nan_to_num(0.0) == micro.nan_to_num(0.0).max(), middle, STEPS)
             step = int(ties.argmin())
         else:
             step = round(threshold * STEPS)
-        return step / STEPS, micro[step], _f1(hits, claims, labels)[:, step]
+        return step / STEPS, micro[step], _f1(hits, predicted, labels)[:, step]
 
 
-def _f1(hits: Tensor, claims: Tensor, labels: Tensor) -> Tensor:
+def _f1(hits: Tensor, predicted: Tensor, labels: Tensor) -> Tensor:
     dtype = sum_dtype(hits.device)
-    return 2 * hits.to(dtype) / (claims + labels).to(dtype)
+    return 2 * hits.to(dtype) / (predicted + labels).to(dtype)
 
 
 class BestK:
-    """Precision, recall and F1 where each image claims its `k` best scored labels, counted over all images together.
+    """Precision, recall and F1 where the `k` labels with the highest logits are predicted, over all images together.
 
-    As zero-shot tagging reports it (He et al., arXiv:2207.01887); with fewer than `k` classes it claims all.
+    As zero-shot tagging reports it (He et al., arXiv:2207.01887). With fewer than `k` classes all are predicted.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
         """Start from zero."""
         self.k = k
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # hits, claims, labels
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # hits, predicted, labels
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: (batch, classes) and bool (batch, classes). Of equal scores the first classes count."""
@@ -105,7 +104,7 @@ class BestK:
 
     def results(self) -> dict[str, Tensor]:
         """`precision_at_k`, `recall_at_k` and `f1_at_k`, 0-D tensors; recall is NaN where no image has a label."""
-        hits, claims, labels = self._counts.to(sum_dtype(self._counts.device))
+        hits, predicted, labels = self._counts.to(sum_dtype(self._counts.device))
         names = ("precision", "recall", "f1")
-        values = (hits / claims, hits / labels, 2 * hits / (claims + labels))
+        values = (hits / predicted, hits / labels, 2 * hits / (predicted + labels))
         return {f"{name}_at_{self.k}": value for name, value in zip(names, values, strict=True)}

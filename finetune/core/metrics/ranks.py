@@ -1,4 +1,4 @@
-"""Whether the right class is among the best scored, image by image."""
+"""Whether the right class is among the highest logits, image by image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def top1(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: Of equal scores the first class counts as the highest.
-        targets: Class indices, int64 (batch,); or shares, (batch, classes): right is a class with the largest share,
-            so any of several labels, and of two mixed images the one that weighs more. Never where there is no label.
+        targets: Class indices, int64 (batch,); or shares, (batch, classes). Of shares the classes with the largest one
+            are right: any of several labels, and the larger part of two mixed images. No label: no class is right.
     """
     best = logits.argmax(dim=1)
     if targets.ndim == 1:

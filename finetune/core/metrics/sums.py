@@ -1,4 +1,4 @@
-"""Exact means over examples: an uneven last batch, or none, changes nothing."""
+"""Exact means over examples, whatever the sizes of the batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What sums are kept in: float64 holds a sum of ImageNet's losses exactly enough; MPS has no float64."""
+    """The type of sums: float64, which loses no digit of a sum over ImageNet; MPS has only float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Sums:
-    """Sums over examples, kept on the device so that a step never waits for it; `means` reads them."""
+    """Sums over examples, on the device, so that a training step does not wait for it; `means` reads them."""
 
     def __init__(self, device: torch.device) -> None:
         """Start empty on `device`."""
