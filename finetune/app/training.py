@@ -96,8 +96,8 @@ class _Training:
 
     def val_batches(self, meter: Meter) -> Iterator[Batch]:
         """The validation batches, under a progress bar that shows `meter`."""
-        if self.val.will_fork(0):
-            self.saver.wait()
+        if self.val.will_fork(0) or self.state.ema is not None:
+            self.saver.wait()  # averages are swapped into the weights, which a save under way may still read
         return scored(self.val, "validate", self.stop, meter)
 
     def on_step_end(self, state: TrainState) -> bool:

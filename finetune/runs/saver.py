@@ -1,6 +1,8 @@
-"""Saves a run without a pause: training goes on once the state is copied, and a thread writes the copy.
+"""Saves a run beside the training: a thread writes a snapshot of the state.
 
-At most one save is under way, so memory holds at most one copy. Saves reach the disk in the order of the calls.
+On a GPU the snapshot is a copy, and training goes on at once. On a CPU it shares the memory of the weights, so the
+next update waits until it is written; the passes before that update do not. At most one save is under way.
+Saves reach the disk in the order of the calls.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
@@ -103,6 +106,7 @@ class Saver:
         self._frozen: dict[str, Tensor] | None = None
         self._frozen_checksum = ""
         self._thread: threading.Thread | None = None
+        self._hook: RemovableHandle | None = None
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
         self._position: tuple[int, int] | None = None  # epoch and step of the latest state that was asked for
@@ -201,9 +205,9 @@ class Saver:
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
     def best_weights(self, best_epoch: int) -> Tensors:
-        """The tensors of the best epoch, from their file; waits if a thread is still writing it. See `read_weights`."""
-        if self._best_on_disk != best_epoch:
-            self.wait()
+        """The tensors of the best epoch, from their file. Waits for a save under way, which may still read the network."""
+        self.wait()
+        assert self._best_on_disk == best_epoch
         return read_weights(self.folder / BEST)[0]
 
     def save_weights(self, state: TrainState) -> None:
@@ -238,6 +242,13 @@ class Saver:
             self._thread.join()
         self.check()
 
+    def _wait_before_update(self) -> None:
+        """Wait for the thread, which reads the tensors that the update is about to change."""
+        if self._thread is not None and self._thread.is_alive():
+            began = time.perf_counter()
+            self._thread.join()  # `check` raises its error, after the step
+            self.stalled_s += time.perf_counter() - began
+
     def _submit(self, state: TrainState, save: _Save) -> None:
         """Let a thread write `save`, and the weights of the best epoch if the disk has none; no save is under way."""
         if self._best is not None:
@@ -245,6 +256,8 @@ class Saver:
             self._best = None
         self._position = state.epoch, state.step
         self._saved_at = time.monotonic()
+        if self._hook is None and state.device.type == "cpu":
+            self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._wait_before_update())
         # A daemon: after a second Ctrl-C nobody waits for it. Its unfinished file has a temporary name.
         self._thread = threading.Thread(target=self._work, args=(save,), name="saver", daemon=True)
         self._thread.start()

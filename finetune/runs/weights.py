@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,19 @@ def frozen_weights(model: LayeredModel) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors if is_frozen(model, name)}
 
 
-def copied_to_host(tree: Any) -> Any:
-    """A copy of dicts, lists and tuples, with tensors copied to host memory; everything else as it is."""
+def copied_to_host(tree: Any, shared: Collection[int] = ()) -> Any:
+    """A copy of dicts, lists and tuples, with tensors copied to host memory; everything else as it is.
+
+    Tensors on a CPU whose memory begins at one of the addresses `shared` are not copied.
+    """
     if isinstance(tree, Tensor):
-        return tree.detach().clone() if tree.device.type == "cpu" else tree.detach().cpu()
+        if tree.device.type != "cpu":
+            return tree.detach().cpu()
+        return tree.detach() if tree.data_ptr() in shared else tree.detach().clone()
     if isinstance(tree, dict):
-        return {key: copied_to_host(value) for key, value in tree.items()}
+        return {key: copied_to_host(value, shared) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(copied_to_host(value) for value in tree)
+        return type(tree)(copied_to_host(value, shared) for value in tree)
     return tree
 
 

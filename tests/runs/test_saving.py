@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import tiny_batches, tiny_model
 from tiny_runs import load_state, save_state, save_weights, tiny_fit, tiny_state
 
 from finetune.config import TrainConf
-from finetune.core.loop import TrainState
+from finetune.core.ema import Ema
+from finetune.core.loop import TrainState, train_step
 from finetune.runs import saver as saving
 from finetune.runs.checkpoint import read_state, snapshot
 from finetune.runs.epoch_files import best_epochs, latest_state, settle
@@ -88,32 +89,38 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "last.pt")
 
 
-def test_best_weights_are_waited_for_only_where_a_thread_is_writing_them(
+def test_an_update_on_a_cpu_waits_for_the_save_that_shares_its_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper, state, gate = saver(tmp_path), at_step(1), threading.Event()
-    rows = [{"epoch": 1, "val/top1": 0.9}, {"epoch": 2, "val/top1": 0.5}, {"epoch": 3, "val/top1": 0.95}]
-    best = {}
-    write = saving.write_weights
+    keeper, state, gate = saver(tmp_path), tiny_state(tiny_model()), threading.Event()
+    write = saving.write_state
 
-    def slow(*args: object) -> None:
+    def slow(*args: Any, **kwargs: Any) -> None:
         gate.wait(60)
-        write(*args)  # type: ignore[arg-type]
+        write(*args, **kwargs)
 
-    gate.set()
-    monkeypatch.setattr(saving, "write_weights", slow)
-    for epoch, best_epoch in ((1, 1), (2, 1), (3, 3)):
-        with torch.no_grad():
-            best[epoch] = state.model.net.head.weight.add_(1).clone()
-        state.epoch, state.best_epoch = epoch, best_epoch
-        if epoch == 2:
-            keeper.wait()
-            gate.clear()
-        keeper.save_epoch(state, rows[:epoch], "val/top1")
-        if epoch == 2:
-            assert torch.equal(keeper.best_weights(1)["head.weight"], best[1])  # while epoch 2 waits at the gate
-            gate.set()
-    assert torch.equal(keeper.best_weights(3)["head.weight"], best[3])
+    monkeypatch.setattr(saving, "write_state", slow)
+    before = {name: tensor.clone() for name, tensor in state.model.net.state_dict().items()}
+    keeper.save(state)
+    threading.Timer(0.5, gate.set).start()
+    train_step(state, tiny_batches([4]), TrainConf())
+    assert gate.is_set()
+    keeper.wait()
+    saved = read_state(tmp_path / "last.pt")["model"]
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+    assert not all(torch.equal(state.model.net.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_snapshot_on_a_cpu_copies_no_weights_moments_or_averages(tmp_path: Path) -> None:
+    state = tiny_state(tiny_model())
+    state.ema = Ema(state.model, 0.9)
+    tiny_fit(state, TrainConf(epochs=1))
+    content = snapshot(state)
+    held = {value.data_ptr() for value in state.model.net.parameters()}
+    held |= {value.data_ptr() for moments in state.optimizer.state.values() for value in moments.values()}
+    held |= {value.data_ptr() for value in state.ema.state_dict().values()}
+    moments = [value for of_one in content["optimizer"]["state"].values() for value in of_one.values()]
+    assert all(value.data_ptr() in held for value in [*content["model"].values(), *moments, *content["ema"].values()])
 
 
 def test_frozen_tensors_of_another_processor_are_taken_from_the_weights_beside(tmp_path: Path) -> None:
