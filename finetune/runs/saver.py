@@ -205,7 +205,7 @@ class Saver:
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
     def best_weights(self, best_epoch: int) -> Tensors:
-        """The tensors of the best epoch, from their file. Waits for a save under way, which may still read the network."""
+        """The tensors of the best epoch, from their file; waits for a save under way, which may read the network."""
         self.wait()
         assert self._best_on_disk == best_epoch
         return read_weights(self.folder / BEST)[0]
