@@ -2,5 +2,6 @@
 
 May know every room but the commands. Read `run.py` first: it is the order of events. Then `build.py` (what a run is
 built of), `feeds.py` (the batches of its splits, behind the frozen layers), `training.py` (what happens after each step
-and epoch), `scoring.py` (zero-shot, linear probe, test) and `session.py` (the record of one start).
+and epoch), `scoring.py` (zero-shot, linear probe, test) and `session.py` (the record of one start). `description.py`
+and `replay.py` answer the commands of those names; `launchers.py` hands runs and sweeps to Hydra.
 """

@@ -43,7 +43,7 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def images_per_step(conf: Conf) -> int:
+def target_images_per_step(conf: Conf) -> int:
     """Images in an optimizer step with `data.batch_size=auto`: the recipe's, or the default times accumulation."""
     return conf.optim.recipe_batch or DEFAULT_BATCH * conf.train.accumulate
 
@@ -51,7 +51,7 @@ def images_per_step(conf: Conf) -> int:
 def with_batch(conf: Conf, size: int) -> Conf:
     """`conf` with micro-batches of `size` images, accumulated to as many images a step as before."""
     data = dataclasses.replace(conf.data, batch_size=size)
-    train = dataclasses.replace(conf.train, accumulate=images_per_step(conf) // size)
+    train = dataclasses.replace(conf.train, accumulate=target_images_per_step(conf) // size)
     return dataclasses.replace(conf, data=data, train=train)
 
 
@@ -66,7 +66,7 @@ def choose_batch(run: Run, fits: Callable[[int], bool] | None = None) -> int:
     Raises:
         UserError: Not even one image fits.
     """
-    sizes = divisors(images_per_step(run.conf))
+    sizes = divisors(target_images_per_step(run.conf))
     if run.device.type != "cuda" and fits is None:
         size = next(size for size in reversed(sizes) if size <= DEFAULT_BATCH)
         logger.warning("data.batch_size=auto: memory cannot be measured on %s, taking %d", run.device.type, size)

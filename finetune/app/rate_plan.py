@@ -18,7 +18,7 @@ from finetune.system.tables import table
 logger = logging.getLogger("finetune")
 
 
-def planned(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
+def plan_rates(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
     """The content of `rates.json`; if the number of epochs has changed, with the old curve under `before`.
 
     The promise is weakened if the epochs before the checkpoint `found` had other rates than `curve`, the new one.

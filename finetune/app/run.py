@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
-from finetune.app.rate_plan import log_layers, planned
+from finetune.app.rate_plan import log_layers, plan_rates
 from finetune.app.recipe import batch_notice, peak_optim, run_curve
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
@@ -121,7 +121,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
     promise = _promise(run, earlier)
     found = find_state(run.checkpoints, run.model, run.notes(), promise, force=conf.resume_force)
-    plan = planned(run, curve, earlier, found, promise)
+    plan = plan_rates(run, curve, earlier, found, promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     past = carried_over(run, earlier, is_found=found is not None)
     if not session.is_accepted and not (conf.resume_force or earlier.is_forced):

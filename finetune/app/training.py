@@ -11,7 +11,7 @@ from typing import Any
 from finetune.app.batch_size import out_of_memory
 from finetune.app.build import Run
 from finetune.app.scoring import scored, write_scores
-from finetune.app.utilisation import Utilisation, measure
+from finetune.app.utilisation import Utilisation, measure_utilisation
 from finetune.core.device import is_out_of_memory
 from finetune.core.finite import NotFiniteError, StepRecord
 from finetune.core.fit import Row, Validation, fit
@@ -79,7 +79,7 @@ class _Training:
         self.gpu: Utilisation | None = None
         if run.device.type == "cuda":
             size = run.built.preprocess.size
-            self.gpu = measure(run.built_again("meta"), size, device=run.device, dtype=run.dtype)
+            self.gpu = measure_utilisation(run.built_again("meta"), size, device=run.device, dtype=run.dtype)
 
     def train_batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         """The batches of a training epoch without the first `skip`, under a progress bar."""

@@ -37,7 +37,9 @@ class Utilisation:
         return (self.training - hits * self.frozen) * images_per_s / self.peak
 
 
-def measure(model: LayeredModel, image_size: int, *, device: torch.device, dtype: torch.dtype) -> Utilisation:
+def measure_utilisation(
+    model: LayeredModel, image_size: int, *, device: torch.device, dtype: torch.dtype
+) -> Utilisation:
     """Count the work of one image, and time a matrix product on `device`.
 
     Layers that `train.recompute` runs twice count once, since images do not need the second time.

@@ -55,7 +55,7 @@ def test_recomputed_work_is_no_use_of_a_device(tmp_path: Path, monkeypatch: pyte
     counted = []
     for conf in (CONF, dataclasses.replace(CONF, train=TrainConf(recompute=True))):
         run = build_run(conf, tmp_path)
-        counted.append(utilisation.measure(run.built_again("meta"), 32, device=run.device, dtype=run.dtype))
+        counted.append(utilisation.measure_utilisation(run.built_again("meta"), 32, device=run.device, dtype=run.dtype))
     assert counted[0].training == counted[1].training
 
 
