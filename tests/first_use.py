@@ -1,4 +1,4 @@
-"""In which order a forward pass first touches each tensor of a network; works on the meta device, where it is cheap."""
+"""The order in which a forward pass first reads each tensor of a network; on the meta device it costs no memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from finetune.core.layers import Layer
 from finetune.core.ownership import assign_layers
 from finetune.core.weight_decay import EMBEDDINGS
 
-# What a layer owns though a later one uses it first. Tokens and positions enter late in networks with class attention;
-# tables are shared by all blocks of a stage; a side branch (a head per stage, a second head) runs beside the main line.
+# Names that a later layer reads first, rightly. Tokens and positions enter late in networks with class attention; all
+# blocks of a stage share a table; a side branch (a head for each stage, a second head) runs beside the main path.
 LATE = re.compile(r"(.*\.)?(" + "|".join(EMBEDDINGS) + r")$|(.*\.)?(rope|shared_rel_pos|rel_pos_bias|crpe\d)\.")
 SIDE = {
     "EfficientViM": r"norm\.",
@@ -29,11 +29,11 @@ SIDE = {
 
 
 class FirstUse(TorchDispatchMode):
-    """While active, `names` grows by each parameter and buffer of `net` the first time that an operation reads it."""
+    """While active, adds each parameter and buffer of `net` to `names` when an operation first reads it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        # Kept alive: a freed buffer's id could be another tensor's.
+        # Holds the tensors, since another tensor could get the id of a freed one.
         self.tensors = [*net.named_parameters(), *net.named_buffers()]
         self.by_id = {id(tensor): name for name, tensor in self.tensors}
         self.names: dict[str, None] = {}
@@ -53,7 +53,7 @@ def first_use(net: nn.Module, images: Tensor) -> list[str]:
 
 
 def out_of_order(net: nn.Module, ids: Mapping[str, int], images: Tensor) -> list[str]:
-    """Names that the forward pass first reads after a layer above their own, known cases left out."""
+    """Names that the forward pass first reads after a name of a higher layer, without the known cases."""
     side = SIDE.get(type(net).__name__, r"(?!)")
     late, highest = [], -1
     for name in first_use(net, images):
@@ -66,7 +66,7 @@ def out_of_order(net: nn.Module, ids: Mapping[str, int], images: Tensor) -> list
 
 
 def check_layers(net: nn.Module, layers: list[Layer]) -> dict[str, int]:
-    """The layer ids, with the laws that hold for every architecture."""
+    """Check the laws of layers that hold for every architecture; return the layer ids."""
     ids = assign_layers(net, layers)  # every tensor and leaf module has exactly one owner
     names = [layer.name for layer in layers]
     tail = ["readout"] if names[-1] == "readout" else ["readout", "head"]
@@ -74,14 +74,14 @@ def check_layers(net: nn.Module, layers: list[Layer]) -> dict[str, int]:
     assert names == ["stem", *(f"block.{number + 1}" for number in range(blocks)), *tail]
     assert blocks > 0
     held = {ids[name] for name, _ in net.named_parameters()}
-    # Without gaps; a readout that only pools has nothing to train.
+    # Every layer has parameters, except a readout that only pools.
     assert set(range(len(layers))) - held <= {blocks + 1}
     return ids
 
 
 @contextmanager
 def torchvision_on_meta() -> Iterator[None]:
-    """Build torchvision's models without memory; RegNet reads numbers out of tensors that it makes: those are real."""
+    """Build torchvision's models on the meta device, except the tensors from which RegNet reads its widths."""
     from torchvision.models.regnet import BlockParams
 
     original = BlockParams.__dict__["from_init_params"]

@@ -1,4 +1,4 @@
-"""Small networks of every sequential family, and of others, with random weights: quick on one core."""
+"""Small networks with random weights: one or more of every family that runs layer by layer, and some that do not."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ ALL = {**CHAINS, **WHOLE}
 
 
 def small_model(name: str, seed: int = 0) -> LayeredModel:
-    """Every parameter is moved off its first value: no zero holds back the gradient of what stands before it."""
+    """A small network with noise on every parameter: one that starts at 0 would hide the gradients before it."""
     torch.manual_seed(seed)
     model = ALL[name][0]()
     with torch.no_grad():

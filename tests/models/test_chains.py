@@ -1,4 +1,4 @@
-"""Layer by layer is the same network: bit-equal to upstream whole and split, in both modes; frozen parts stay put."""
+"""A network run layer by layer gives upstream's bits, whole and in slices; frozen layers do not change."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, fix_layer: int, m
 
     monkeypatch.setattr(finetune.core.recompute, "checkpoint", counted)
     expected, found = gradients(plain, images), gradients(model, images)
-    # Non-reentrant, and only where something learns: a frozen prefix keeps no activations that could be saved.
+    # Non-reentrant, and only in layers that learn: frozen layers store no activations for a backward pass.
     assert calls == [False] * (len(model.layers) - fix_layer - 1)
     for key, gradient in expected.items():
         assert (gradient is None) == (model.layer_ids[key] <= fix_layer)
@@ -144,7 +144,7 @@ LARGE = ("maxvit", "relpos", "clip-timm-siglip")
 
 
 def without_dropped_paths(model: LayeredModel) -> LayeredModel:
-    """A branch that is dropped for both of two images has no gradient, and rightly does not move."""
+    """Drop path in eval mode: a branch dropped for all images would have no gradient, and its parameters not move."""
     for module in model.modules():
         if type(module).__name__ in ("DropPath", "StochasticDepth"):
             module.eval()
@@ -173,7 +173,7 @@ def test_the_families_are_enough() -> None:
 
 
 def test_every_family_of_the_registry_has_a_small_network_here() -> None:
-    """The tests above then hold for a new family too: add a small network of it to `CHAINS` in tests/small.py."""
+    """So the tests above take a new family too. If this fails, add a small network to `CHAINS` in tests/small.py."""
     tested = {class_name(module) for name in CHAINS for module in small_model(name).net.modules()}
     assert not REGISTRY.keys() - tested
 

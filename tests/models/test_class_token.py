@@ -1,4 +1,4 @@
-"""The last block for the class token only: the same logits and gradients; the ordinary run where it cannot be."""
+"""The shorter last block gives the logits and gradients of the whole block; other networks have no shorter block."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def _torchvision(**args: object) -> LayeredModel:
 
 
 class _OddBlock(Block):
-    """Somebody's own."""
+    """A subclass of a known block."""
 
 
 class _Unfused(timm.layers.Attention):
-    """A subclass: what it computes is unknown."""
+    """A subclass of a known attention."""
 
 
 class _MixingNorm(nn.Module):
-    """A norm over all tokens."""
+    """A norm that mixes tokens."""
 
     def __init__(self, dim: int, **_: object) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def _without_fused_attention() -> LayeredModel:
 
 
 class _MixingMlp(timm.layers.Mlp):
-    """An MLP that looks at all tokens."""
+    """An MLP that mixes tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - x.mean(dim=1, keepdim=True))
@@ -96,7 +96,7 @@ def _gated() -> LayeredModel:
 
 
 Build = Callable[[], LayeredModel]
-# No dropout in these; drop path in some.
+# Networks with a shorter last block. None has dropout in that block; some have drop path.
 CAN: dict[str, Build] = {
     "plain": _timm,
     "registers": functools.partial(_timm, reg_tokens=2, no_embed_class=True),
@@ -122,7 +122,7 @@ CAN: dict[str, Build] = {
     "torchvision-hidden": functools.partial(_torchvision, representation_size=24),
     "wrapped": lambda: small_model("clip-timm-vit"),
 }
-# Patch tokens are read, or a part is unknown.
+# Networks without one: they read patch tokens, or a part is unknown.
 CANNOT: dict[str, Build] = {
     "mean": functools.partial(_timm, global_pool="avg"),
     "maximum": functools.partial(_timm, global_pool="max"),
@@ -146,7 +146,7 @@ CANNOT: dict[str, Build] = {
 
 
 def made(build: Build, dtype: torch.dtype = torch.float64) -> LayeredModel:
-    """Every parameter moved off its first value, so that no zero hides a gradient."""
+    """The model, with noise on every parameter: a parameter that starts at 0 would hide gradients."""
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
@@ -161,7 +161,7 @@ def images_of(name: str, dtype: torch.dtype = torch.float64, batch: int = 4) -> 
 
 
 def twins(model: LayeredModel) -> tuple[LayeredModel, LayeredModel]:
-    """(ordinary, class token only)."""
+    """The model with the whole last block, and a copy with the shorter one."""
     other = copy.deepcopy(model)
     other.class_token_only = True
     return model, other
@@ -176,7 +176,7 @@ def behind_blocks(model: LayeredModel) -> int:
 
 
 def backward(model: LayeredModel, images: Tensor, start: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Logits, gradients by name and the state of the random generator, from a fixed one."""
+    """Logits, gradients by name, and the state of the random generator after the forward pass, from a fixed seed."""
     torch.manual_seed(3)
     logits = model(images, start=start)
     drawn = torch.get_rng_state()
@@ -185,14 +185,14 @@ def backward(model: LayeredModel, images: Tensor, start: int = 0) -> tuple[Tenso
 
 
 def assert_same(found: object, expected: object, tolerance: float) -> None:
-    """Logits and every gradient, relative to their own size; random numbers drawn are the same ones."""
+    """Logits and gradients are close, relative to their size, and the same random numbers were drawn."""
     (logits, gradients, drawn), (logits0, gradients0, drawn0) = found, expected  # type: ignore[misc]
     assert torch.equal(drawn, drawn0)
     assert gradients.keys() == gradients0.keys()
     assert (logits - logits0).norm() <= tolerance * logits0.norm()
     largest = max(gradient.norm() for gradient in gradients0.values())
     for name, gradient in gradients0.items():
-        # A key's bias shifts all scores alike and so has no gradient but rounding: measured against the largest.
+        # The gradient of a key's bias is 0 but for rounding, so its error is measured against the largest gradient.
         assert (gradients[name] - gradient).norm() <= tolerance * (gradient.norm() + 1e-3 * largest), name
 
 
@@ -220,7 +220,7 @@ def test_single_precision_differs_by_rounding_only(name: str) -> None:
     assert_same(backward(short, images), backward(model, images), 5e-6)
 
 
-RUNNING = [name for name in (*CAN, *CANNOT) if name != "open_clip-tokens"]  # whose output no classifier takes
+RUNNING = [name for name in (*CAN, *CANNOT) if name != "open_clip-tokens"]  # no classifier takes a tuple
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -250,14 +250,14 @@ DROPPING: dict[str, Build] = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_dropout_at_work_draws_for_every_token_so_the_run_is_the_ordinary_one(name: str) -> None:
+def test_active_dropout_draws_for_every_token_so_the_run_is_the_ordinary_one(name: str) -> None:
     model, short = twins(made(DROPPING[name], torch.float32).train())
     images = images_of(name, torch.float32)
     assert_same(backward(short, images), backward(model, images), 0.0)
     assert short(images, stop=short.num_blocks + 1).shape[1] == 17
     short.eval()
     assert short(images, stop=short.num_blocks + 1).shape[1] == 1
-    # A frozen block is in eval mode, so its dropout is not at work.
+    # A frozen block is in eval mode, so its dropout is not active.
     freeze(short.train(), short.num_blocks)
     assert short(images, stop=short.num_blocks + 1).shape[1] == 1
 
@@ -305,7 +305,7 @@ def test_slices_are_the_whole_to_the_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "eva02", "open_clip", "torchvision"])
 def test_behind_a_frozen_last_block_stands_the_class_token_alone(name: str) -> None:
-    for fix_layer, tokens in ((-1, 17), (0, 17), (1, 1)):  # blocks above the last: none, so only the last case is short
+    for fix_layer, tokens in ((-1, 17), (0, 17), (1, 1)):  # only in the last case is the last block frozen
         model, short = twins(made(CAN[name]))
         for one in (model, short):
             freeze(one, model.num_blocks - 1 + fix_layer)
@@ -369,7 +369,7 @@ def test_both_bundled_models_have_it_and_their_cost_is_that_of_the_run(family: s
     for model in (meta, real):
         set_up_layers(model, conf.optim, train=conf.train)
         assert model.class_token_only
-    assert 0.85 * before.forward < count_flops(meta, 32).forward < 0.9 * before.forward  # a block of six, nearly
+    assert 0.85 * before.forward < count_flops(meta, 32).forward < 0.9 * before.forward  # nearly one block of six
     own = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}
     kept: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Heads: what CLIP's own text tower says, with the logit scale folded in once; random, kept and fitted ones."""
+"""Heads: from CLIP's text tower, random, kept from the weights, and fitted by a linear probe."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def clip() -> nn.Module:
 
 
 def tokenizer(texts: list[str]) -> Tensor:
-    """Letters as tokens; the highest number ends the text, as CLIP's text tower expects."""
+    """Letters as tokens; CLIP's text tower takes the highest number as the end of the text."""
     tokens = torch.zeros(len(texts), 12, dtype=torch.long)
     for row, text in zip(tokens, texts, strict=True):
         codes = [ord(letter) for letter in text[:11]]
@@ -192,7 +192,7 @@ def test_an_unknown_set_is_a_problem_that_names_the_nearest() -> None:
     assert find_problems(Conf(model=ModelConf(templates=["imagenet", "a {}"]))) == []
 
 
-# A classifier that the weights bring.
+# Keeping the classifier of the weights.
 
 
 def vit_file(folder: Path, classes: list[str] | None) -> Path:
@@ -240,7 +240,7 @@ def test_the_bundled_vits_own_62_characters_are_kept() -> None:
 
 
 def blobs(count: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Three classes in 20 dimensions that overlap a little, on features of very different size."""
+    """Three classes that overlap a little, in 20 features of very different size."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (count,), generator=generator)
     centres = torch.randn(3, 20, generator=torch.Generator().manual_seed(9))
@@ -267,9 +267,9 @@ def test_a_probe_reaches_what_scikit_learn_reaches_at_the_same_strength() -> Non
 def test_the_strength_is_picked_on_validation() -> None:
     (x, y), (val_x, val_y) = blobs(60, 0), blobs(400, 1)
     probe = linear_probe(x, y, val_x, val_y, 3)
-    swapped = linear_probe(x, y, x, y, 3)  # validating on what was fitted asks for no penalty
+    swapped = linear_probe(x, y, x, y, 3)  # validated on the training data, the weakest penalty wins
     assert swapped.strength < probe.strength
-    assert torch.equal(linear_probe(x, y, val_x, val_y, 3).weight, probe.weight)  # and nothing is random
+    assert torch.equal(linear_probe(x, y, val_x, val_y, 3).weight, probe.weight)  # a second fit gives the same bits
 
 
 def test_a_probe_does_not_feel_the_scale_of_the_features() -> None:

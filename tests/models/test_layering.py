@@ -1,4 +1,4 @@
-"""Every architecture has one exact list of layers: nothing without a layer, ids in the order of the forward pass."""
+"""In every architecture each parameter belongs to one layer, and layers follow the order of the forward pass."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_torchvision_networks_are_covered_in_order(name: str) -> None:
 def test_all_of_timm(capsys: pytest.CaptureFixture[str]) -> None:
     names, start, structures = timm.list_models(), time.monotonic(), set()
     for name in names:
-        # Two networks with the same names, numbers aside, differ in depth and width: one forward pass is enough.
+        # Networks whose names differ only in numbers differ only in depth and width: one forward pass for all.
         net = timm_on_meta(name)
         structure = (type(net), frozenset(re.sub(r"\d+", "#", key) for key in net.state_dict()))
         check_timm(name, order=structure not in structures)
@@ -157,7 +157,7 @@ def report(capsys: pytest.CaptureFixture[str], text: str, start: float) -> None:
         print(f"\n{text} ({time.monotonic() - start:.0f} s)")
 
 
-# Real weights, and modules rather than tensors: leaf modules run in order, those without parameters among them.
+# Leaf modules run in the order of the layers too, also those without parameters.
 
 
 @pytest.mark.parametrize("name", [*timm.list_models("test_*"), "resnet18", "levit_128s"])

@@ -1,4 +1,4 @@
-"""A layered model is upstream's own network: the same bits whole, at every split, evaluating and training."""
+"""A layered model gives upstream's bits, whole and at every split; `build_model` builds it or says why it cannot."""
 
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ CLIP_VARIANTS = {
         "attn_pooler_heads": 4,
         "attn_pooler_queries": 5,
     },
-    # upstream runs the next two only where width and output_dim agree
+    # open_clip runs the next two only if width and output_dim are equal
     "parallel": {"output_dim": 32, "attentional_pool": "parallel", "attn_pooler_heads": 4, "attn_pooler_queries": 5},
     "cascade": {"output_dim": 32, "attentional_pool": "cascade", "attn_pooler_heads": 4, "attn_pooler_queries": 5},
     "custom_block": {"qk_norm": True, "scale_attn": True, "scale_fc": True},
@@ -128,7 +128,7 @@ def images(count: int = 3) -> Tensor:
 
 
 def seeded(function, *args):
-    """The result under one state of the global generator."""
+    """The result of a call that starts from a fixed state of the global generator."""
     torch.manual_seed(7)
     return function(*args)
 
@@ -171,7 +171,7 @@ def test_every_parameter_is_owned_once_and_by_the_layer_that_uses_it(make) -> No
     model = make().eval()
     assert set(model.layer_ids) >= {name for name, _ in model.net.named_parameters()}
     assert [layer.name for layer in model.layers] == ["stem", "block.1", "block.2", "readout", "head"]
-    # What runs in layer k depends on parameters of layer k and on no other layer's.
+    # The output of layer k depends on the parameters of layer k and of no other layer.
     x = images()
     for index in range(len(model.layers)):
         hidden = model(x, stop=index).detach() if index else x
@@ -194,7 +194,7 @@ def test_copies_and_pickles_take_their_layers_along(make) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(twin(images()), expected)  # the copy runs its own tensors
+    assert torch.equal(twin(images()), expected)  # the copy has its own tensors
     loaded = pickle.load(io.BytesIO(pickle.dumps(twin)))
     assert torch.equal(loaded(images()), expected)
 
@@ -251,7 +251,7 @@ def test_a_subclass_has_ids_but_no_slices() -> None:
     assert all(layer.run is None for layer in timm_layers(net))
 
 
-# The bundled models, through the front door.
+# The bundled models, by `build_model`.
 
 
 @pytest.mark.parametrize("family", list(Family)[:2])
@@ -353,7 +353,7 @@ def test_a_wrong_setting_ends_in_one_line_that_says_what_to_do(settings, words, 
     assert "\n" not in str(caught.value)
 
 
-# Other families, and which library a name belongs to.
+# Other families, and the library that a name belongs to.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Patch embeddings as matrix products give the convolution's numbers; which CPUs and models compute in bfloat16."""
+"""Patch embeddings as matrix products equal the convolution; `precision=auto` takes bfloat16 on fitting CPUs only."""
 
 from __future__ import annotations
 

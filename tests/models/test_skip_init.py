@@ -1,4 +1,4 @@
-"""Networks that a file fills are built without random values, and nobody can tell but by the clock."""
+"""A network whose weights come from a file is built without random values, and equals one built with them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_was_set_after_it_was_drawn_can_be_changed() -> None:
 
 
 def test_what_the_weights_leave_at_random_is_random() -> None:
-    """The second network is the one that was drawn as ever."""
+    """If the weights leave parameters out, the network is built again with random values."""
     built = 0
 
     def build() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Weights from files of every kind: read whole, or refused with a line that says why; never run."""
+"""Weights from files of every kind are read whole, or refused with the reason; no file runs code."""
 
 import argparse
 import dataclasses
@@ -274,7 +274,7 @@ def test_openais_activation_comes_with_openais_weights(tmp_path: Path, monkeypat
         assert (QuickGELU in kinds) == quick, tag
 
 
-# Every kind of checkpoint layout, written and loaded.
+# Every layout of a checkpoint: write it, build a model from it.
 
 CLIP_CFG = {
     "embed_dim": 24,
@@ -291,7 +291,7 @@ PREPROCESS_CFG = {
 
 @pytest.fixture
 def upstream_clip(monkeypatch) -> nn.Module:
-    """A tiny CLIP that open_clip is made to know as ViT-B-32."""
+    """A tiny CLIP under the name ViT-B-32."""
     import copy
 
     import open_clip
@@ -308,7 +308,7 @@ def assert_tower(model: nn.Module, upstream: nn.Module) -> None:
 
 
 def assert_zeroshot(built, upstream: nn.Module) -> None:
-    """The classifier scores as upstream's two towers do."""
+    """The model's logits are those of upstream's two towers."""
     from open_clip import get_tokenizer
 
     tokens = get_tokenizer("ViT-B-32")(["a", "b", "c"])
@@ -353,7 +353,7 @@ def test_every_layout_of_an_open_clip_file(layout: str, upstream_clip: nn.Module
             holder.register_buffer(name, torch.tensor(1))
         torch.jit.script(holder).save(str(path))
     conf = ModelConf(name="ViT-B-32", pretrained=str(path), templates=["{}"])
-    if layout == "torchscript":  # OpenAI's kind: half precision, quick GELU
+    if layout == "torchscript":  # as OpenAI published it: half precision, quick GELU
         with pytest.raises(ValueError, match=r"quick GELU: model\.name=ViT-B-32-quickgelu"):
             build_model(conf, CLASSES)
         built = build_model(dataclasses.replace(conf, name="ViT-B-32-quickgelu"), CLASSES)
@@ -390,7 +390,7 @@ def test_a_hub_folder_of_open_clip_brings_its_preprocessing(tmp_path: Path) -> N
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path: Path) -> Path:
-    """A hub cache as huggingface_hub lays it out, with one repository of open_clip and one of timm; no network."""
+    """A cache of the hub, with one repository of open_clip and one of timm, and no network."""
     import open_clip
     import timm
     from huggingface_hub import constants
@@ -448,7 +448,7 @@ def test_a_timm_folder(hub: Path) -> None:
 
 
 def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
-    """The layout in which Google published ViT: parameters of one block apart, heads split."""
+    """Google's format of ViT: kernels are transposed, and query, key and value are apart and split by heads."""
     import timm
 
     torch.manual_seed(0)
@@ -521,7 +521,7 @@ def test_torchvision_files_and_names(tmp_path: Path) -> None:
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path: Path) -> None:
-    """No network, whatever this machine has, and an empty cache."""
+    """No network and an empty cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr("finetune.models.upstream.downloads._reachable", lambda url: False)
