@@ -47,7 +47,10 @@ def _clip(**vision: Any) -> LayeredModel:
 
 
 def _wrapped(name: str, pool: str, proj: str, features: int = 16, **args: Any) -> LayeredModel:
-    return _tower(TimmModel(name, 16, pool=pool, proj=proj, drop=0.1, **args), features)
+    visual = TimmModel(name, 16, pool=pool, proj=proj, drop=0.1, **args)
+    if "vit" in name:
+        visual.set_input_size(64)  # a sixth of the tokens of its own 160 pixels
+    return _tower(visual, features)
 
 
 def _tv_convnext() -> nn.Module:
@@ -82,7 +85,7 @@ _eva = functools.partial(_timm, **VIT, **VIT_NOISE)
 
 CHAINS: dict[str, tuple[Build, int]] = {
     "vit": (functools.partial(_timm, "vit_tiny_patch16_224", **VIT, **VIT_NOISE), 32),
-    "vit-reg-avg": (functools.partial(_timm, "test_vit3", **NOISE), 160),
+    "vit-reg-avg": (functools.partial(_timm, "test_vit3", img_size=64, **NOISE), 64),
     "deit-distilled": (functools.partial(_timm, "deit_tiny_distilled_patch16_224", **VIT, **VIT_NOISE), 32),
     "eva-abs": (functools.partial(_eva, "eva_giant_patch14_224"), 32),
     "eva02": (functools.partial(_eva, "eva02_tiny_patch14_224"), 32),
@@ -107,17 +110,17 @@ CHAINS: dict[str, tuple[Build, int]] = {
     "tv-swin-v2": (lambda: _torchvision(_tv_swin_v2()), 64),
     "clip-vit": (functools.partial(_clip, patch_dropout=0.3), 32),
     "clip-resnet": (lambda: _tower(ModifiedResNet([1, 2, 1, 1], 16, 2, image_size=64, width=8), 16), 64),
-    "clip-timm-vit": (functools.partial(_wrapped, "test_vit", "", "linear", drop_path=0.3), 160),
-    "clip-timm-vit-own-head": (functools.partial(_wrapped, "test_vit", "token", ""), 160),
-    "clip-timm-siglip": (functools.partial(_wrapped, "test_vit4", "map", "none", features=96), 160),
-    "clip-timm-convnext-mlp": (functools.partial(_wrapped, "test_convnext", "", "mlp", drop_path=0.3), 160),
+    "clip-timm-vit": (functools.partial(_wrapped, "test_vit", "", "linear", drop_path=0.3), 64),
+    "clip-timm-vit-own-head": (functools.partial(_wrapped, "test_vit", "token", ""), 64),
+    "clip-timm-siglip": (functools.partial(_wrapped, "test_vit4", "map", "none", features=96), 64),
+    "clip-timm-convnext-mlp": (functools.partial(_wrapped, "test_convnext", "", "mlp", drop_path=0.3), 64),
     "clip-timm-convnext-attention": (functools.partial(_wrapped, "test_convnext", "rot_attn", ""), 160),
 }
 WHOLE: dict[str, tuple[Build, int]] = {
     "efficientnet": (functools.partial(_timm, "test_efficientnet", **NOISE), 64),
     "nfnet": (functools.partial(_timm, "test_nfnet", **NOISE), 64),
     "maxvit": (functools.partial(_timm, "test_maxvit", **NOISE), 160),
-    "relpos": (functools.partial(_timm, "test_vit_relpos", **NOISE), 160),
+    "relpos": (functools.partial(_timm, "test_vit_relpos", img_size=64, **NOISE), 64),
     "tv-efficientnet": (lambda: _torchvision(_tv_efficientnet()), 64),
 }
 ALL = {**CHAINS, **WHOLE}

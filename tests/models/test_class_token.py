@@ -156,7 +156,7 @@ def made(build: Build, dtype: torch.dtype = torch.float64) -> LayeredModel:
 
 
 def images_of(name: str, dtype: torch.dtype = torch.float64, batch: int = 4) -> Tensor:
-    side = {"wrapped": 160, "vit-reg-avg": 160, "resnet": 64, "tv-swin": 64, "tv-efficientnet": 64}.get(name, 32)
+    side = {"wrapped": 64, "vit-reg-avg": 64, "resnet": 64, "tv-swin": 64, "tv-efficientnet": 64}.get(name, 32)
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
