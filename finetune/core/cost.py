@@ -5,8 +5,8 @@ The model's own forward and backward pass and the optimizer's own step run on te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,9 @@ def estimate_memory(
     activations = _saved_bytes(model, shape, dtype)
     if model.recompute:
         # While the backward pass computes one layer again, that layer's activations join the inputs of all others.
-        with _without_recompute(model):
-            whole = _saved_bytes(model, shape, dtype)
+        plain = copy.copy(model)  # shallow: the same network, run without gradient checkpointing
+        plain.recompute = False
+        whole = _saved_bytes(plain, shape, dtype)
         activations += max(0, whole - activations) // max(1, len(model.layers) - model.num_frozen)
     return Memory(
         weights=sum(tensor.numel() * tensor.element_size() for tensor in everything),
@@ -156,15 +157,6 @@ class _ItemsAreHalf(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _adamw8bit_bytes(size: int) -> int:
     """Both moments of a tensor of `size` numbers: 8-bit, or fp32 where it is small."""
     return 2 * (FP32_BYTES * size if size < SMALLEST_8BIT else size + FP32_BYTES * -(-size // BLOCK_8BIT))
-
-
-@contextmanager
-def _without_recompute(model: LayeredModel) -> Iterator[None]:
-    model.recompute = False
-    try:
-        yield
-    finally:
-        model.recompute = True
 
 
 def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:

@@ -42,10 +42,14 @@ class Meter(Protocol):
         """The sigmoid from which on a label is predicted, best for all images so far; None: one label an image."""
 
 
-class _RunningMeter:
-    """The part that both meters share: sums of loss and top1."""
+class _BaseMeter:
+    """The parts that both meters share."""
 
-    _sums: Sums | None = None
+    _sums: Sums | None = None  # None: no batch so far
+
+    def reset(self) -> None:
+        """Forget all batches; `add` makes the sums anew on the device of its logits."""
+        self._sums = None
 
     def running(self) -> dict[str, float]:
         """See `Meter`."""
@@ -53,7 +57,7 @@ class _RunningMeter:
         return {name: means[name] for name in ("loss", "top1") if name in means}
 
 
-class LabelMeter(_RunningMeter):
+class LabelMeter(_BaseMeter):
     """One label an image: `top5`, `balanced_accuracy`, `macro_f1` and `ece` beside `loss` and `top1`.
 
     `balanced_accuracy` is the mean accuracy of the classes that occur, `macro_f1` the mean F1 of the classes that occur
@@ -64,10 +68,6 @@ class LabelMeter(_RunningMeter):
         """Measure `losses`, top1, and the metrics `names`."""
         self._losses = losses
         self._names = frozenset(names)
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        self._sums = None
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes) and int64 (batch,)."""
@@ -109,7 +109,7 @@ class LabelMeter(_RunningMeter):
         return None
 
 
-class MultilabelMeter(_RunningMeter):
+class MultilabelMeter(_BaseMeter):
     """Any number of labels an image: `map`, `f1_micro`, `f1_macro`; `precision`, `recall`, `f1` `_at_3` and `_at_5`.
 
     `top1` is the share of images whose best scored class is one of their labels. `map` is the mean of
