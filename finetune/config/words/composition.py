@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,10 +180,8 @@ def file_problem(path: Path) -> str | None:
     return None if isinstance(tree, DictConfig) else f"{shown(path)}, line 1: expected lines like `key: value`"
 
 
-@contextmanager
-def _hydra() -> Iterator[None]:
-    with hydra.initialize_config_dir(str(builtin_folder()), job_name="finetune", **VERSION_BASE):
-        yield
+def _hydra() -> AbstractContextManager[None]:
+    return hydra.initialize_config_dir(str(builtin_folder()), job_name="finetune", **VERSION_BASE)
 
 
 def read_composed(cfg: DictConfig) -> Reading:
@@ -219,12 +217,7 @@ def to_conf(cfg: DictConfig) -> Conf:
 
 
 def config_as_yaml(cfg: DictConfig, *, package: str, resolve: bool) -> str:
-    """The text that `--cfg job` prints.
-
-    Args:
-        cfg: A composition of Hydra.
-        package: The part to print, such as `optim`; empty: all but Hydra's own settings.
-        resolve: Whether references are filled in.
+    """The text that `--cfg job` prints: the part `package` of a composition, such as `optim`; empty: all but Hydra's.
 
     Raises:
         UserError: There is no such part.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +68,8 @@ def read_settings(
     if asked is not None and not unreadable:
         overrides = _beside_resume(str(asked), overrides, multirun=multirun)
         run_dir = find_run(path_as_typed(str(asked)))
-    register(searched, None if run_dir is None else base_of(run_dir))
+    base = None if run_dir is None else replace(base_of(run_dir), resume=str(run_dir), resume_force=False)
+    register(searched, base)
     request = sort_overrides(overrides, searched, multirun=multirun)
     _check_files(request, searched)
     own = _good_hydra(request, searched)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import yaml
@@ -18,7 +17,7 @@ def read_conf(run_dir: Path) -> Conf:
     Raises:
         ConfigError: It is no run directory, or the file is damaged.
     """
-    conf = _read(run_dir)
+    conf = base_of(run_dir)
     problems = find_problems(conf)
     if problems:
         raise ConfigError([f"{run_dir / 'config.yaml'}: {problem}" for problem in problems])
@@ -26,15 +25,11 @@ def read_conf(run_dir: Path) -> Conf:
 
 
 def base_of(run_dir: Path) -> Conf:
-    """The configuration that the words beside `resume=run_dir` are laid over; rules between settings come later.
+    """The same before the rules between settings are checked: words beside `resume=run_dir` may still change it.
 
     Raises:
         ConfigError: It is no run directory, or the file is damaged.
     """
-    return dataclasses.replace(_read(run_dir), resume=str(run_dir), resume_force=False)
-
-
-def _read(run_dir: Path) -> Conf:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError([_no_run(run_dir)])
@@ -58,7 +53,5 @@ def _no_run(folder: Path) -> str:
     inside = folder.parent if folder.name == "checkpoints" else folder.parent.parent
     if folder.name in ("checkpoints", "last.pt") and (inside / "config.yaml").exists():
         return f"resume={folder}: give the run directory itself, resume={inside}"
-    return (
-        f"resume={folder}: it has no config.yaml, so no run was begun there; give a run directory, such as"
-        " outputs/<date>/<time>"
-    )
+    no_run = "it has no config.yaml, so no run was begun there"
+    return f"resume={folder}: {no_run}; give a run directory, such as outputs/<date>/<time>"

@@ -120,26 +120,16 @@ def _read(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; any of ValueError, TypeError, OverflowError where it is none."""
     if kind is bool:
         return _read_bool(value)
-    if value is None or (isinstance(value, bool) and kind is not str):
+    if value is None or (isinstance(value, bool) and kind is not str) or (kind is int and isinstance(value, float)):
         raise TypeError
-    if kind is int:
-        if isinstance(value, float):
-            raise TypeError
-        return int(value)
-    if kind is float:
-        return float(value)
-    if kind is str:
-        if not isinstance(value, (str, int, float)):
-            raise TypeError
-        return str(value)
-    if isinstance(kind, type) and issubclass(kind, Enum):
+    if kind is str and not isinstance(value, (str, int, float)):
+        raise TypeError
+    if isinstance(kind, type) and not typing.get_args(kind):  # int, float, str or an Enum
         return kind(value)
     if not isinstance(value, (list, tuple)):
         raise TypeError
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        if len(value) != len(parts):
-            raise ValueError
         return tuple(_read(part, item) for part, item in zip(parts, value, strict=True))
     return [_read(parts[0], item) for item in value]
 
@@ -230,12 +220,9 @@ def nearest_setting(name: str, groups: Iterable[str] = ()) -> str:
         inside = [key.partition(".")[2] for key in SETTINGS if key.startswith(f"{section}.")]
         found = difflib.get_close_matches(name.partition(".")[2], inside, n=1, cutoff=0.6)
         return f" (did you mean '{section}.{found[0]}'?)" if found else f"; {section} has {', '.join(inside)}"
-    whole = nearest(name, [*SETTINGS, *groups])
-    if whole:
-        return whole
     tails: dict[str, str] = {key.rpartition(".")[2]: key for key in SETTINGS}
     found = difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
-    return f" (did you mean '{tails[found[0]]}'?)" if found else ""
+    return nearest(name, [*SETTINGS, *groups]) or (f" (did you mean '{tails[found[0]]}'?)" if found else "")
 
 
 def path_as_typed(text: str) -> str:
