@@ -340,6 +340,12 @@ def test_a_config_yaml_of_ours_changes_the_default_choices(folder: Path) -> None
     assert (conf.model.name, conf.seed) == ("glyph_vit", 7)
 
 
+def test_a_broken_config_yaml_of_ours_is_one_line(folder: Path) -> None:
+    write("conf/config.yaml", "defaults:\n  - finetune_schema\na: b: c\n")
+    (problem,) = problems("seed=1")
+    assert problem.startswith("conf/config.yaml, line 3: cannot be read")
+
+
 BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "source: digits\nbatch_siez: 3\n", ["mine.yaml, line 2", "batch_siez", "'data.batch_size'"]),
     ("data/mine.yaml", "batch_size: many\n", ["mine.yaml, line 1", "data.batch_size=many", "whole number"]),

@@ -65,8 +65,14 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
         searched: The folders of yaml files.
         base: The configuration of a run that is continued: it takes the place of the schema's defaults and of all
             default choices. None for a new run.
+
+    Raises:
+        ConfigError: The primary configuration is missing or damaged.
     """
-    primary = OmegaConf.load(primary_file(searched))
+    path = primary_file(searched)
+    if problem := file_problem(path):
+        raise ConfigError([problem])
+    primary = OmegaConf.load(path)
     assert isinstance(primary, DictConfig)
     if base is not None:
         groups = default_choices(searched).keys()
