@@ -40,7 +40,7 @@ class Precision(Choice):
 class Conf:
     """One run."""
 
-    seed: int = setting(0, "of everything random but the split", ge=0, le=2**63 - 1)
+    seed: int = setting(0, "seed of everything random but the split", ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: Precision = setting(
         Precision.auto, "auto: bf16 where GPU or CPU has it and it pays, else fp32; tf32: fp32 by TF32 products"

@@ -48,7 +48,7 @@ class CacheKind(Choice):
 
 @dataclass
 class DataConf:
-    """Images, labels, their splits and batches."""
+    """Images, labels, splits, batches and caches."""
 
     source: SourceKind = setting(
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
@@ -61,18 +61,18 @@ class DataConf:
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
     label_column: str = setting("label", "column (table, hf) or json key (webdataset) that holds the label")
     split_column: str | None = setting(None, "table: column that says train, val or test; null: cut by data.split_seed")
-    label_separator: str | None = setting(None, "table: what stands between several labels of a cell (multi-label)")
+    label_separator: str | None = setting(None, "table: separator of the labels in a cell (multi-label)")
     name: str | None = setting(None, "torchvision: the class, such as CIFAR10; hf: a hub id or a local path")
     subset: str | None = setting(None, "hf: which configuration of the data set")
     image_column: str = setting("image", "hf: column that holds the image")
-    download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of what is not there")
+    download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of missing files")
     classes: list[str] = setting([], "use these classes only, by name; empty: all")
     shots: int = setting(0, "training images of each class; 0: all", ge=0)
     fraction: float = setting(1.0, "share of each class's training images that is used", gt=0, le=1)
     shots_seed: int = setting(0, "which images data.shots and data.fraction draw", ge=0)
     balance: Balance = setting(Balance.none, "weights: rare classes weigh more; sampling: classes come equally often")
     epoch_images: int = setting(0, "images an epoch, drawn with replacement; 0: every image once", ge=0)
-    folds: int = setting(0, "cut train and val anew into so many folds; 0: no folds", ge=0)
+    folds: int = setting(0, "cut train and val anew into this many folds; 0: no folds", ge=0)
     fold: int = setting(0, "which fold is val, from 0", ge=0)
     val_fraction: float = setting(0.1, "share of each class kept for validation", gt=0, lt=1)
     test_fraction: float = setting(0.3, "share of each class kept for the final test", gt=0, lt=1)
@@ -82,7 +82,7 @@ class DataConf:
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
     check_budget_s: float = setting(15.0, "seconds in which the check at the start decodes new images", ge=0)
     cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
-    cache_gib: float = setting(500.0, "cache=disk: most GiB of decoded images of all runs; so for fetched shards", gt=0)
+    cache_gib: float = setting(500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0)
     cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
 
 

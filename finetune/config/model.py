@@ -42,7 +42,7 @@ class TemplateSet(Choice):
 
 
 class Pool(Choice):
-    """What the classifier sees of the tokens behind the last block."""
+    """How the tokens behind the last block become one feature vector."""
 
     auto = "auto"
     mean = "mean"

@@ -31,7 +31,7 @@ class OptimConf:
     decay_embeddings: bool = setting(False, "true: decay tokens and position embeddings too, as MKT does")
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the running means of gradient and squared gradient")
     eps: float = setting(1e-8, "AdamW's denominator floor", gt=0)
-    momentum: float = setting(0.9, "sgd, muon: how much of the step before a step keeps", ge=0, lt=1)
+    momentum: float = setting(0.9, "sgd, muon: factor on the step before, which is added to a step", ge=0, lt=1)
     nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
 
 

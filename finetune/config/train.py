@@ -33,7 +33,7 @@ class CompileMode(Choice):
 
 
 class ClassTokenOnly(Choice):
-    """Whether the last block does only what the class token needs, on models that read nothing else."""
+    """Whether the last block computes the class token alone, on models that read no other token."""
 
     auto = "auto"
     off = "off"
@@ -48,20 +48,20 @@ class TrainConf:
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     label_smoothing: float = setting(0.0, "share of each label spread over all classes", ge=0, lt=1)
     loss: Loss = setting(Loss.auto, "ce: one right class; bce: yes or no a class; asl: bce that forgets easy negatives")
-    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of labels that are there", ge=0)
-    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of labels that are not", ge=0)
+    asl_gamma_pos: float = setting(0.0, "loss=asl: focusing exponent of present labels", ge=0)
+    asl_gamma_neg: float = setting(4.0, "loss=asl: focusing exponent of absent labels", ge=0)
     asl_shift: float = setting(0.05, "loss=asl: probability under which an absent label costs nothing", ge=0, lt=1)
-    metrics: list[str] = setting(["auto"], "of val and test, beside loss and top1; auto: all that suit the labels")
+    metrics: list[str] = setting(["auto"], "metrics of val and test beside loss, top1; auto: all that suit the labels")
     monitor: str = setting(
         "auto",
         "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
         " where images have several labels",
     )
-    recompute: bool = setting(False, "gradient checkpointing: less memory for a second forward pass")
+    recompute: bool = setting(False, "gradient checkpointing: less memory, but a second forward pass")
     class_token_only: ClassTokenOnly = setting(
         ClassTokenOnly.auto,
-        "auto: the last block does only what the class token needs, on models that read nothing else: the same but for"
-        " rounding; off: upstream's own bits",
+        "auto: on models that read only the class token, the last block computes it alone, which differs in rounding;"
+        " off: upstream's own bits",
     )
     compile: CompileMode = setting(CompileMode.none, "torch.compile: takes minutes; max-autotune: CUDA graphs too")
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", ge=0)
