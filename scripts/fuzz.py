@@ -112,7 +112,7 @@ def problems_of(words: list[str], work: Path, counts: Counter[str]) -> list[str]
         found.append(f"exit code {code}")
     counts["finished"] += code == 0
     text = out.getvalue() + err.getvalue()
-    found += [f"output has {word!r}" for word in ("Traceback", "the traceback is in") if word in text]
+    found += [f"output has {word!r}" for word in ("Traceback", "finetune is at fault") if word in text]
     if code != 0 and "error:" not in err.getvalue():
         found.append("an exit code without a reason")
     if folder.exists():
