@@ -1,34 +1,51 @@
-"""Laws of what may not be read: a run names it and says why in one line, and files follow `data.on_error`.
+"""Laws of files and folders that a user may not read: one line names them and says why; files follow `data.on_error`.
 
-Root reads everything, so a child of root gives up its capabilities: it owns the files, and `chmod` counts again.
+Root may read everything, so the commands run in a forked child that gives up root's capabilities. It still owns the
+files, and `chmod` counts again. A forked child has torch already; a new Python would import it anew for each test.
 """
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-BARE = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.name == "posix" and os.geteuid() == 0 else []
+import finetune.app.run
+import finetune.data.checks.report  # noqa: F401  (with torch, for the forked children)
+from finetune.__main__ import main
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capabilities are those of Linux")
+CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of linux/capability.h: two words for each of three sets
 
 
-def is_effective() -> bool:
-    """Whether a file of mode 000 keeps such a process out."""
-    if os.name != "posix" or (BARE and shutil.which(BARE[0]) is None):
-        return False
-    code = "import os,tempfile; f=tempfile.NamedTemporaryFile(); os.chmod(f.name,0); open(f.name)"
-    done = subprocess.run([*BARE, sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return "PermissionError" in done.stderr
+def without_capabilities(work: Callable[[], int], output: Path) -> int:
+    """The exit code of `work()` in a forked child without capabilities; `output` gets what it prints."""
 
+    def child() -> None:
+        header, sets = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, sets) == 0
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(handle, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        code = work()
+        sys.stdout.flush()
+        os._exit(code)
 
-pytestmark = pytest.mark.skipif(not is_effective(), reason="nothing here takes the right to read from a process")
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 @pytest.fixture
@@ -42,17 +59,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def start(tmp_path: Path, *words: str, module: tuple[str, ...] = ("finetune",)) -> tuple[int, list[str]]:
+def start(tmp_path: Path, *words: str, command: str = "train") -> tuple[int, list[str]]:
     """(exit code, lines that speak of an error) of a command without the right to pass by `chmod`."""
-    words = (*words, f"data.cache_dir={tmp_path / 'cache'}")
-    if module == ("finetune",):
+    words = (command, *words, f"data.cache_dir={tmp_path / 'cache'}")
+    if command == "train":
         words += ("model=vit", "train.epochs=1", "data.batch_size=8", "data.workers=0", f"hydra.run.dir={tmp_path}/run")
-    command = [*BARE, sys.executable, "-m", *module, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    text = done.stdout + done.stderr
+    code = without_capabilities(lambda: main(words), tmp_path / "output.txt")
+    text = (tmp_path / "output.txt").read_text(encoding="utf-8")
     assert "Traceback" not in text, text
-    return done.returncode, [line for line in text.splitlines() if line.startswith("error:")]
+    return code, [line for line in text.splitlines() if line.startswith("error:")]
 
 
 @pytest.mark.parametrize("source", ["folder", "table"])
@@ -75,11 +90,11 @@ def test_a_file_follows_the_policy(tmp_path: Path, folder: Path, source: str) ->
     assert start(tmp_path, *words)[0] == 0
 
 
-CHECK, RUN = (("finetune", "check"), "stop"), (("finetune",), "skip")  # a folder is no file: the policy is none for it
+CHECK, RUN = ("check", "stop"), ("train", "skip")  # a folder is no file, so it does not follow the policy
 
 
 @pytest.mark.parametrize(
-    ("command", "place", "mode", "named", "reason"),
+    ("command_and_policy", "place", "mode", "named", "reason"),
     [
         (RUN, "a", 0, "a", "listed"),
         (CHECK, "a", 0, "a", "listed"),
@@ -92,15 +107,15 @@ CHECK, RUN = (("finetune", "check"), "stop"), (("finetune",), "skip")  # a folde
     ],
 )
 def test_a_folder_ends_the_run_with_one_line(
-    tmp_path: Path, folder: Path, command: tuple[str, str], place: str, mode: int, named: str, reason: str
+    tmp_path: Path, folder: Path, command_and_policy: tuple[str, str], place: str, mode: int, named: str, reason: str
 ) -> None:
-    module, policy = command
+    command, policy = command_and_policy
     above = tmp_path / "above"
     above.mkdir()
     folder = folder.rename(above / "d")
     (folder / place).chmod(mode)
-    code, (line,) = start(tmp_path, "data=folder", f"data.root={folder}", f"data.on_error={policy}", module=module)
-    (above if place == ".." else folder / place).chmod(0o755)  # for who clears up
+    code, (line,) = start(tmp_path, "data=folder", f"data.root={folder}", f"data.on_error={policy}", command=command)
+    (above if place == ".." else folder / place).chmod(0o755)  # so that pytest can remove it
     assert code == 1
     assert line.startswith(f"error: {folder / named}: may not be {reason} (permission denied)"), line
 
@@ -138,7 +153,7 @@ def test_a_cache_that_may_not_be_written_ends_the_run_only_where_it_was_asked_fo
     code, (line,) = start(tmp_path, *words, cache)
     shutil.rmtree(tmp_path / "run")
     without = start(tmp_path, *words)
-    (tmp_path / "cache").chmod(0o755)  # for who clears up
+    (tmp_path / "cache").chmod(0o755)  # so that pytest can remove it
     assert code == 1
     assert line.startswith(f"error: cannot use {tmp_path / 'cache'}/") and "data.cache_dir" in line, line
     assert without == (0, [])
