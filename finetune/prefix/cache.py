@@ -37,13 +37,7 @@ class ActivationCache:
     def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
         """The block of a view, and whether `fill` computed it just now.
 
-        Args:
-            view: Number of the view.
-            fill: Computes the activations.
-            check: Called while another run computes the same block; an exception from it ends the wait.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
+        `check` is called while another run computes the same block; an exception from it ends the wait.
         """
         raise NotImplementedError
 

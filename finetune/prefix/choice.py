@@ -58,20 +58,17 @@ def choose_place(
     Raises:
         UserError: The place that the user asked for is too small.
     """
-    kind = conf.cache
-    if kind != PrefixCache.auto:
-        wanted, room = need.missing[kind] * measured.bytes, _room(kind, need, device, folder, conf.max_gib)
-        if wanted > room:
-            raise UserError(_too_small(kind, wanted, room, need, measured, size_of(folder)))
-        return kind, f"prefix.cache={kind}"
     computing = measured.seconds + measured.loading
     lacking, tries = [], []
-    for kind in _places(device, folder):
-        reading = measured.bytes / READ[kind]
+    for kind in _places(device, folder) if conf.cache == PrefixCache.auto else [conf.cache]:
+        wanted, room = need.missing[kind] * measured.bytes, _room(kind, need, device, folder, conf.max_gib)
+        if kind == conf.cache and wanted > room:
+            raise UserError(_too_small(kind, wanted, room, need, measured, size_of(folder)))
+        if kind == conf.cache:
+            return kind, f"prefix.cache={kind}"
+        reading, share = measured.bytes / READ[kind], SHARE[kind]
         if reading >= computing:
             return PrefixCache.none, "computing them is as fast as reading them"
-        wanted, room = need.missing[kind] * measured.bytes, _room(kind, need, device, folder, conf.max_gib)
-        share = SHARE[kind]
         if wanted <= share * room:
             return kind, f"they fit, and computing takes {computing / reading:.0f} x longer"
         lacking.append(f"{kind}: {wanted / GIB:.2f} GiB, and auto takes at most {share * room / GIB:.2f}")

@@ -114,12 +114,7 @@ class Feed:
         self._fill_s, self._fill_waited_s = time.perf_counter() - began, self._loader.waited_s - before
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """One pass, as of `Loader.epoch`; batches hold images, or activations in the dtype that the next layer takes.
-
-        Args:
-            epoch: From 0.
-            skip: Micro-batches to leave out at the start.
-        """
+        """One pass, as of `Loader.epoch`; batches hold images, or activations in the dtype of the next layer."""
         self._began, self._waited_s = time.perf_counter(), 0.0
         if self._cache is not None:
             yield from self._cached(self._cache, epoch, skip)
@@ -172,12 +167,8 @@ class Feed:
         counts = [int(part.sum()) for part in torch.split(present, size)] if len(slots) else []
         is_at_hand = cache.kind != PrefixCache.disk and block.values.device.type == self._device.type
         read = self._indexed if is_at_hand else self._prefetched
-        batches = zip(
-            read(block.values, block.rows_of(slots[present]), counts),
-            torch.split(samples[present], counts),
-            strict=True,
-        )
-        for number, (values, ids) in enumerate(batches):
+        values_of = read(block.values, block.rows_of(slots[present]), counts)
+        for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[present], counts), strict=True)):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
             yield self._prefix.restore(values), sent(split.labels[ids], self._device), ids

@@ -19,12 +19,7 @@ READ_ONCE = "each activation would be read only once"
 
 
 def why_not_cacheable(augment: AugmentConf, epoch_images: int) -> str | None:
-    """Why the frozen layers see other training images in every epoch, and what to change; None if they see the same.
-
-    Args:
-        augment: The augmentation of training images.
-        epoch_images: The setting `data.epoch_images`.
-    """
+    """Why the frozen layers see other training images in every epoch, and what to change; None if they see the same."""
     if augment.mixup or augment.cutmix:
         views = "" if num_views(augment) else " augment.views=K"
         return f"MixUp and CutMix mix whole images; augment.mixup=0 augment.cutmix=0{views} would make caching possible"
@@ -36,12 +31,7 @@ def why_not_cacheable(augment: AugmentConf, epoch_images: int) -> str | None:
 
 
 def is_read_once(kind: PrefixCache, passes: float) -> bool:
-    """Whether `prefix.cache=auto` should not cache activations of which every one is read only once.
-
-    Args:
-        kind: The setting `prefix.cache`.
-        passes: How often this run reads each activation.
-    """
+    """Whether `prefix.cache=auto` should not cache activations that this run reads `passes` times, and no other run."""
     return kind == PrefixCache.auto and passes <= 1 and not is_shared()
 
 

@@ -46,11 +46,8 @@ class SweepMemory:
 
     def drop_other_layers(self, layers: str) -> None:
         """Free the blocks on a device that hold the output of other frozen layers: training needs that memory."""
-        self.blocks = {
-            key: block
-            for key, block in self.blocks.items()
-            if key.kind != PrefixCache.device or key.name.startswith(layers)
-        }
+        for key in [key for key in self.blocks if key.kind == PrefixCache.device and not key.name.startswith(layers)]:
+            del self.blocks[key]
 
 
 _open: list[SweepMemory] = []
