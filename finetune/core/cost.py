@@ -23,42 +23,28 @@ from finetune.core.optim import build_optimizer
 
 FP32_BYTES = 4
 # In bitsandbytes a tensor of fewer than 4,096 numbers keeps fp32 moments; blocks of 256 8-bit ones share an fp32 scale.
-SMALLEST_8BIT = 4096
-BLOCK_8BIT = 256
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations for one image; a multiplication and an addition are two.
+    """Floating-point operations for one image; a multiplication and an addition are two."""
 
-    Attributes:
-        forward: In the forward pass.
-        training: In forward and backward pass; frozen layers have no backward pass.
-        frozen: In the forward pass through the layers below `model.boundary`, whose activations can be cached.
-    """
-
-    forward: float
-    training: float
-    frozen: float
+    forward: float  # in the forward pass
+    training: float  # in forward and backward pass; frozen layers have no backward pass
+    frozen: float  # in the forward pass through the layers below `model.boundary`, whose activations can be cached
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the tensors that exist at the end of a forward pass.
+    """Bytes of the tensors that exist at the end of a forward pass."""
 
-    Attributes:
-        weights: Parameters and buffers, fp32.
-        gradients: Of the parameters that learn, fp32.
-        optimizer: The optimizer's state between two steps.
-        average: The moving average of the weights; 0 without one.
-        activations: Tensors that the forward pass of one micro-batch saves for the backward pass: activations, and
-            copies of weights in a lower precision.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
+    weights: int  # parameters and buffers
+    gradients: int  # of the parameters that learn, fp32
+    optimizer: int  # the optimizer's state between two steps
+    average: int  # the moving average of the weights; 0 without one
+    # What the forward pass of one micro-batch saves for the backward pass: activations, and copies of weights in a
+    # lower precision.
     activations: int
 
     @property
@@ -68,14 +54,10 @@ class Memory:
 
 
 def count_flops(model: LayeredModel, image_size: int) -> Flops:
-    """Count the work on one image.
+    """Count the work on one image of `image_size` pixels a side; put `model` on the meta device and freeze it before.
 
     `torch.utils.flop_counter` counts matrix products, convolutions and attention. Operations element by element (norms,
     activation functions) are below a percent and not counted. Work that `train.recompute` repeats is counted twice.
-
-    Args:
-        model: On the meta device, frozen as it will train.
-        image_size: Pixels a side.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
     model.train()
@@ -99,17 +81,11 @@ def estimate_memory(
     averaged: bool = False,
     optim: OptimConf | None = None,
 ) -> Memory:
-    """Add up the memory that training a model takes.
+    """Add up the memory that training a model takes; put `model` on the meta device and freeze it before.
 
-    Args:
-        model: On the meta device, frozen as it will train.
-        image_size: Pixels a side.
-        batch_size: Images of a micro-batch.
-        dtype: Of the forward pass.
-        averaged: Whether the run has a moving average of the weights.
-        optim: The optimizer; None: AdamW.
+    The forward pass computes in `dtype` on micro-batches of `batch_size` images of `image_size` pixels a side. A run
+    that is `averaged` has a moving average of the weights. Without `optim` the optimizer is AdamW.
     """
-    everything = [*model.parameters(), *model.buffers()]
     learning = FP32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
     shape = (batch_size, 3, image_size, image_size)
     activations = _saved_bytes(model, shape, dtype)
@@ -120,7 +96,7 @@ def estimate_memory(
         whole = _saved_bytes(plain, shape, dtype)
         activations += max(0, whole - activations) // max(1, len(model.layers) - model.num_frozen)
     return Memory(
-        weights=sum(tensor.numel() * tensor.element_size() for tensor in everything),
+        weights=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         gradients=learning,
         optimizer=optimizer_bytes(model, optim or OptimConf()),
         average=learning if averaged else 0,
@@ -129,12 +105,7 @@ def estimate_memory(
 
 
 def optimizer_bytes(model: LayeredModel, conf: OptimConf) -> int:
-    """Bytes of the optimizer's state between two steps, without step counters: measured on a step without values.
-
-    Args:
-        model: On the meta device.
-        conf: The optimizer.
-    """
+    """Bytes of the optimizer's state between two steps, without step counters; `model` is on the meta device."""
     if conf.name == "adamw8bit":  # bitsandbytes has no step on the meta device
         return sum(_adamw8bit_bytes(p.numel()) for p in model.parameters() if p.requires_grad)
     optimizer = build_optimizer(model, conf)
@@ -143,8 +114,9 @@ def optimizer_bytes(model: LayeredModel, conf: OptimConf) -> int:
     with _ItemsAreHalf():  # type: ignore[no-untyped-call]
         optimizer.step()
     model.zero_grad()
-    tensors = ((name, value) for state in optimizer.state.values() for name, value in state.items())
-    return sum(t.numel() * t.element_size() for name, t in tensors if isinstance(t, Tensor) and name != "step")
+    states = optimizer.state.values()
+    tensors = [t for state in states for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _ItemsAreHalf(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -163,28 +135,21 @@ def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: t
     """Bytes of the storages that one forward pass saves for the backward pass, each counted once."""
     # Fake tensors on a CPU and not on the meta device: there torch takes its plain attention, which saves a matrix
     # (tokens, tokens) for each head, and on a CPU the fused one, which saves none, as on a GPU.
-    half = dtype != torch.float32
     saved: dict[int, Tensor] = {}
     with FakeTensorMode():
-        fakes: dict[str, Tensor] = {
-            name: nn.Parameter(_like(p), requires_grad=p.requires_grad) for name, p in model.named_parameters()
-        }
-        fakes |= {name: _like(buffer) for name, buffer in model.named_buffers()}
+        fakes: dict[str, Tensor] = {name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()}
+        for name, p in model.named_parameters():
+            fakes[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
         own = {tensor.untyped_storage()._cdata for tensor in fakes.values()}
 
         def save(tensor: Tensor) -> Tensor:
-            # The tensor stays alive in `saved`, so no other storage can get its address.
-            saved[tensor.untyped_storage()._cdata] = tensor
+            saved[tensor.untyped_storage()._cdata] = tensor  # it stays alive here: no other storage gets its address
             return tensor
 
         model.train()
-        context = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
+        context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=torch.bfloat16)
         with context, saved_tensors_hooks(save, lambda tensor: tensor):
             logits = torch.func.functional_call(model, fakes, (torch.empty(shape),))
         total = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
     del logits
     return total
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -24,9 +24,8 @@ def pick_device(word: str) -> torch.device:
         UserError: This machine has no such device.
     """
     if word == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     device = torch.device(word)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -40,13 +39,10 @@ def pick_device(word: str) -> torch.device:
 
 
 def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> torch.dtype:
-    """The dtype of the forward and backward pass: torch.float32, bfloat16 or float16.
+    """The dtype of the forward and backward pass for `precision=word`: torch.float32, bfloat16 or float16.
 
-    Args:
-        word: `precision`.
-        device: Device of the model.
-        is_wide: Whether most matrices of the model are at least `WIDE` wide. On a CPU, narrower ones lose more time by
-            the casts to bfloat16 than they gain.
+    `is_wide` says whether most matrices of the model are at least `WIDE` wide: on a CPU, narrower ones lose more time
+    by the casts to bfloat16 than they gain.
 
     Raises:
         UserError: fp16 or tf32 on another device than CUDA.
@@ -62,12 +58,7 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
 
 
 def computed_in(word: Precision, dtype: torch.dtype) -> str:
-    """The name of the number format that matrix products use: float32, tf32, bfloat16 or float16.
-
-    Args:
-        word: `precision`.
-        dtype: Of `pick_precision`, which is float32 for tf32.
-    """
+    """The number format of matrix products: float32, tf32, bfloat16 or float16; `dtype` is that of `pick_precision`."""
     return str(word) if word == Precision.tf32 else str(dtype).removeprefix("torch.")
 
 
@@ -83,12 +74,7 @@ def cpu_has_bf16() -> bool:
 
 
 def set_kernels(word: Precision, dtype: torch.dtype) -> None:
-    """Set torch's switches for the precision of fp32 products, for this process.
-
-    Args:
-        word: `precision`.
-        dtype: Of `pick_precision`.
-    """
+    """Set this process's switches for the precision of fp32 products; `dtype` is that of `pick_precision`."""
     # By torch's defaults convolutions use TF32 (10 bits of mantissa) on CUDA, and matrix products full float32.
     is_tf32 = word == Precision.tf32
     torch.backends.cuda.matmul.allow_tf32 = is_tf32
@@ -106,9 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward pass; weights and optimizer stay fp32."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def set_deterministic(wanted: bool) -> None:

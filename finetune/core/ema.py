@@ -21,14 +21,13 @@ class Ema:
     """Averages of the parameters that learn and of the running statistics of their BatchNorm modules.
 
     A frozen tensor equals its average and needs no copy. Averages are fp32, on the device of the weights.
-
-    Attributes:
-        decay: In (0, 1): the average remembers about 1 / (1 - decay) steps.
-        warmup: Whether the average forgets faster in the first steps, see `decay_at`.
     """
 
     def __init__(self, model: LayeredModel, decay: float, *, warmup: bool = True) -> None:
-        """Start at the present weights. Freeze the model and move it to its device before."""
+        """Start at the present weights. Freeze the model and move it to its device before.
+
+        `decay` is in (0, 1): the average remembers about 1 / (1 - decay) steps. For `warmup` see `decay_at`.
+        """
         if not 0 < decay < 1:
             raise UserError(f"train.ema={decay}: must be greater than 0 and less than 1; 0.9998 is usual")
         self.decay = decay
@@ -47,8 +46,8 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights after optimizer step `step`. Does not wait for the device."""
-        averages, weights = list(self._averages.values()), list(self._weights.values())
-        torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
+        weight = 1 - self.decay_at(step)
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,19 +26,12 @@ LOOK_EVERY = 50
 
 @dataclass
 class Validation:
-    """The pass over the validation split that ends an epoch. The meters hold the results of the latest one.
+    """The pass over the validation split that ends an epoch. The meters hold the results of the latest one."""
 
-    Attributes:
-        batches: From the meter that will score them, to the validation batches.
-        meter: Scores the weights.
-        ema_meter: Scores the averaged weights, where the run has them.
-        monitor: The metric that picks the best epoch, such as `val/top1`.
-    """
-
-    batches: Callable[[Meter], Iterable[Batch]]
-    meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))
-    ema_meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))
-    monitor: str = "val/top1"
+    batches: Callable[[Meter], Iterable[Batch]]  # from the meter that will score them, to the validation batches
+    meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))  # scores the weights
+    ema_meter: Meter = field(default_factory=lambda: LabelMeter(cross_entropy))  # scores the averaged weights, if any
+    monitor: str = "val/top1"  # the metric that picks the best epoch
 
 
 def fit(
@@ -52,13 +45,9 @@ def fit(
 ) -> bool:
     """Train and validate epoch by epoch, from wherever `state` stands; False where `on_step_end` stopped the run.
 
-    Args:
-        state: Changed in place.
-        conf: Epochs, accumulation, clipping, label smoothing and patience.
-        train_batches: From epoch (0 is the first) and number of micro-batches to leave out, to the epoch's batches.
-        validation: Its batches, meters and monitor.
-        on_step_end: Called after each optimizer step; True stops the run there.
-        on_epoch_end: Called with the epoch's row of the history, after the scheduler has stepped.
+    `train_batches(epoch, n)` gives the micro-batches of an epoch (0 is the first) without its first `n`. `on_step_end`
+    is called after each optimizer step; True stops the run there. `on_epoch_end` gets the epoch's row of the history,
+    after the scheduler has stepped.
 
     Raises:
         NotFiniteError: See `train_one_epoch`.
@@ -81,8 +70,8 @@ def fit(
         state.epoch += 1
         state.batch = 0
         _note_best(state, row, validation.monitor)
-        row["seconds"] = time.perf_counter() - began
-        state.seconds += time.perf_counter() - began
+        row["seconds"] = seconds = time.perf_counter() - began
+        state.seconds += seconds
         on_epoch_end(state, row)
     return True
 
@@ -90,13 +79,7 @@ def fit(
 def train_one_epoch(
     state: TrainState, batches: Iterable[Batch], conf: TrainConf, *, on_step_end: Callable[[TrainState], bool]
 ) -> bool:
-    """Learn from the rest of the current epoch; False where `on_step_end` asked to stop.
-
-    Args:
-        state: Changed in place.
-        batches: Micro-batches, from number `state.batch` on.
-        conf: Accumulation, clipping and label smoothing.
-        on_step_end: Called after each optimizer step; True stops the run.
+    """Learn from the rest of the current epoch, which `batches` hold; False where `on_step_end` asked to stop.
 
     Raises:
         NotFiniteError: More steps were not finite than the guard allows; no weight has changed since.
@@ -107,7 +90,8 @@ def train_one_epoch(
         state.sums = Sums(state.device)
         state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
     look_every = LOOK_EVERY if state.device.type == "cuda" else 1
-    for window in windows(batches, conf.accumulate):
+    micro_batches = iter(batches)
+    while window := list(islice(micro_batches, conf.accumulate)):  # the last one may be shorter
         train_step(state, window, conf)
         if state.step % look_every == 0:
             state.guard.look()
@@ -120,13 +104,6 @@ def train_one_epoch(
     return True
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups of `size` micro-batches; the last group may be shorter."""
-    iterator = iter(batches)
-    while window := list(islice(iterator, size)):
-        yield window
-
-
 @torch.inference_mode()
 def validate(
     model: LayeredModel,
@@ -136,14 +113,9 @@ def validate(
     meter: Meter | None = None,
     start: int = 0,
 ) -> dict[str, float]:
-    """Exact metrics over `batches`, in eval mode.
+    """Exact metrics over `batches`, the output of the layers below `start`; leaves the model in eval mode.
 
-    Args:
-        model: Left in eval mode.
-        batches: Of the split.
-        autocast: Context of the forward pass, reusable.
-        meter: Reset, then filled; by default one of loss, top1 and top5.
-        start: Id of the first layer to run; the batches hold the output of the layers below.
+    `meter` is reset, then filled; by default it measures loss, top1 and top5. `autocast` must be reusable.
     """
     model.eval()
     meter = meter or LabelMeter(cross_entropy)
@@ -173,10 +145,8 @@ def is_better(score: float, best: float, monitor: str) -> bool:
 
     A monitor that ends in `loss` or `ece` is minimised, any other maximised.
     """
-    if math.isnan(score):
-        return False
-    if math.isnan(best):
-        return True
+    if math.isnan(score) or math.isnan(best):
+        return not math.isnan(score)
     return score < best if monitor.endswith(("loss", "ece")) else score > best
 
 

@@ -10,11 +10,7 @@ from finetune.system.errors import UserError
 def set_up_layers(model: LayeredModel, optim: OptimConf, *, train: TrainConf) -> None:
     """Freeze layers, switch gradient checkpointing, and choose how the last block runs. Call before the optimizer.
 
-    Args:
-        model: Changed in place.
-        optim: Has `fix_layer`.
-        train: Has `recompute` and `class_token_only`; the latter only affects models whose last block has a shorter
-            way to the class token.
+    `train.class_token_only` only affects models whose last block has a shorter way to the class token.
 
     Raises:
         UserError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.

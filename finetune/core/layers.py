@@ -22,23 +22,18 @@ from finetune.system.errors import UserError
 
 @dataclass(frozen=True)
 class Layer:
-    """One step of the forward pass, and the parts of the network that belong to it.
+    """One step of the forward pass, and the parts of the network that belong to it."""
 
-    Attributes:
-        name: `stem`, `block.1` to `block.L`, `readout` or `head`.
-        owns: Names of modules and parameters of the network; a module's name includes everything inside the module.
-        run: `run(net, h) -> h`, a function of the network and the activations so far, so that a copied network
-            takes its layers along. None where the architecture is no plain chain: such a model runs only whole.
-        timm_steps: Parameter name to its distance from the output as timm counts it, where that differs from the
-            layer's own distance. Only `optim.layer_rule=timm` reads it.
-        run_class_token: A cheaper `run` for the last block of a network that reads out class tokens only. It may
-            return those tokens alone, (batch, 1 or 2, width); they equal `run`'s but for rounding.
-    """
-
-    name: str
-    owns: tuple[str, ...]
+    name: str  # `stem`, `block.1` to `block.L`, `readout` or `head`
+    owns: tuple[str, ...]  # names of modules and parameters; a module's name includes everything inside the module
+    # `run(net, h) -> h`, a function of the network and the activations so far, so that a copied network takes its
+    # layers along. None where the architecture is no plain chain: such a model runs only whole.
     run: Callable[[Any, Tensor], Tensor] | None
+    # Parameter name to its distance from the output as timm counts it, where that differs from the layer's own
+    # distance. Only `optim.layer_rule=timm` reads it.
     timm_steps: Mapping[str, int] = field(default_factory=dict)
+    # A cheaper `run` for the last block of a network that reads out class tokens only. It may return those tokens
+    # alone, (batch, 1 or 2, width); they equal `run`'s but for rounding.
     run_class_token: Callable[[Any, Tensor], Tensor] | None = None
 
 

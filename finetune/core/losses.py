@@ -25,12 +25,9 @@ def cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood of the right class. (batch, classes), targets -> (batch,).
 
-    Args:
-        logits: Any floating type.
-        targets: Class indices, or shares that add up to 1. Smoothing a mixture equals mixing smoothed targets.
-        label_smoothing: Share of each target spread evenly over all classes (Szegedy et al., arXiv:1512.00567).
-        class_weights: Factor on each class's part of the loss, (classes,). Torch's mean would divide by their sum over
-            the batch; here the loss of an image does not depend on the other images.
+    Of each target the share `label_smoothing` is spread evenly over all classes (Szegedy et al., arXiv:1512.00567).
+    `class_weights`, (classes,), multiply each class's part of the loss. Torch's mean would divide by their sum over the
+    batch; here the loss of an image does not depend on the other images.
     """
     logits = logits.float()
     return F.cross_entropy(logits, targets, class_weights, reduction="none", label_smoothing=label_smoothing)
@@ -41,11 +38,7 @@ def binary_cross_entropy(
 ) -> Tensor:
     """Binary cross entropy of each class, averaged over classes. (batch, classes), targets -> (batch,).
 
-    Args:
-        logits: Any floating type.
-        targets: Class indices, or shares in [0, 1] that need not add up to 1.
-        label_smoothing: Share of each label spread evenly over all classes, as in `cross_entropy`.
-        class_weights: Factor on each class's term, (classes,).
+    Shares lie in [0, 1] and need not add up to 1. Smoothing and `class_weights` are those of `cross_entropy`.
     """
     shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
     return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights, reduction="none").mean(dim=1)
@@ -65,16 +58,8 @@ def asymmetric_loss(
 
     Ridnik et al., arXiv:2009.14119: with p the sigmoid of a logit and q = max(p - shift, 0), a present label
     costs -(1 - p)^gamma_pos log p, an absent one -q^gamma_neg log(1 - q). Averaged over classes, where the paper sums:
-    the factor changes gradient clipping and no step of AdamW.
-
-    Args:
-        logits: Any floating type.
-        targets: Class indices, or shares in [0, 1]; a share y costs y times the first term plus 1 - y times the second.
-        label_smoothing: As in `binary_cross_entropy`.
-        gamma_pos: Exponent for present labels; 0 is plain cross entropy.
-        gamma_neg: Exponent for absent labels.
-        shift: Probability below which an absent label costs nothing.
-        class_weights: Factor on each class's term, (classes,).
+    the factor changes gradient clipping and no step of AdamW. A share y in [0, 1] costs y times the first term plus
+    1 - y times the second. Smoothing and `class_weights` are those of `cross_entropy`.
     """
     logits = logits.float()
     shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
@@ -99,12 +84,7 @@ def _smoothed(shares: Tensor, label_smoothing: float) -> Tensor:
 
 
 def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weights: Tensor | None = None) -> Criterion:
-    """The loss that `train.loss` names.
-
-    Args:
-        conf: `loss` and the settings of the asymmetric loss.
-        is_multilabel: Whether an image may have several labels, or none; `auto` is then `bce`, else `ce`.
-        class_weights: Factor on each class, (classes,) on the model's device.
+    """The loss that `train.loss` names; `auto` is `bce` where an image may have several labels or none, else `ce`.
 
     Raises:
         UserError: Cross entropy, which needs exactly one label an image, for several.
@@ -116,14 +96,7 @@ def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weigh
         raise UserError(
             "train.loss=ce needs exactly one label an image, and these images have several: use train.loss=bce or asl"
         )
-    if kind == Loss.ce:
-        return partial(cross_entropy, class_weights=class_weights)
-    if kind == Loss.bce:
-        return partial(binary_cross_entropy, class_weights=class_weights)
-    return partial(
-        asymmetric_loss,
-        gamma_pos=conf.asl_gamma_pos,
-        gamma_neg=conf.asl_gamma_neg,
-        shift=conf.asl_shift,
-        class_weights=class_weights,
-    )
+    if kind == Loss.asl:
+        loss = partial(asymmetric_loss, gamma_pos=conf.asl_gamma_pos, gamma_neg=conf.asl_gamma_neg)
+        return partial(loss, shift=conf.asl_shift, class_weights=class_weights)
+    return partial(cross_entropy if kind == Loss.ce else binary_cross_entropy, class_weights=class_weights)

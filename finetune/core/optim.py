@@ -9,17 +9,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.utils._foreach_utils import (
-    _get_foreach_kernels_supported_devices as foreach_devices,
-)
-from torch.utils._foreach_utils import (
-    _get_fused_kernels_supported_devices as fused_devices,
-)
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices as foreach_devices
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices as fused_devices
 
 from finetune.config import OPTIMIZER_READERS, OPTIMIZERS, OptimConf, nearest
 from finetune.config.fields import changed
@@ -91,20 +86,20 @@ def build_optimizer(model: LayeredModel, conf: OptimConf) -> Optimizer:
     """The optimizer of `optim.name` over `param_groups`; freeze the model first, and put it on its device.
 
     Raises:
-        UserError: See `param_groups`; or nobody knows the name, the optimizer lacks a changed setting, a package that
-            it needs is missing or too old, or it does not run on this device.
+        UserError: See `param_groups`; or nobody knows the name, the optimizer lacks a changed setting, the package that
+            it needs is missing, or it does not run on this device.
     """
     groups = param_groups(model, conf)
+    betas = (conf.betas[0], conf.betas[1])
     # AdamW and SGD are torch's: their fused kernels read the mask of a step that is not finite on the device. With any
     # other optimizer the host reads the mask, which waits for a GPU once a step.
-    betas = (conf.betas[0], conf.betas[1])
     if conf.name == "adamw":
         return torch.optim.AdamW(groups, lr=conf.lr, betas=betas, eps=conf.eps, **_kernels(groups))
     if conf.name == "sgd":
         return _sgd(groups, conf)
     if conf.name == "adafactor":
         # Shazeer and Stern, arXiv:1804.04235. timm's optimizer of that name takes the rate as it is, and not as a
-        # share of each tensor's own size, so every recipe would need another rate. A loop, which saves memory.
+        # share of each tensor's own size, so every recipe would need another rate.
         return torch.optim.Adafactor(groups, lr=conf.lr)
     if conf.name == "adamw8bit":
         return _adamw8bit(groups, conf)
@@ -127,11 +122,11 @@ def _devices(groups: list[Group]) -> set[str]:
 
 
 def _sgd(groups: list[Group], conf: OptimConf) -> Optimizer:
-    """Torch's SGD: weight decay is added to the gradient, and so to the momentum."""
+    # Torch adds weight decay to the gradient, and so to the momentum.
     optimizer = torch.optim.SGD(groups, lr=conf.lr, momentum=conf.momentum, nesterov=conf.nesterov, **_kernels(groups))
+    # Momentum starts at zero instead of at the first gradient: the same numbers. But a fused first step that is masked
+    # as not finite would leave torch's own start as it was allocated, uninitialised.
     if conf.momentum:
-        # Momentum starts at zero instead of at the first gradient: the same numbers. But a fused first step that is
-        # masked as not finite would leave torch's own start as it was allocated, uninitialised.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -168,8 +163,7 @@ def _timm_optimizer(groups: list[Group], conf: OptimConf) -> Optimizer:
             raise UserError(f"optim.{name}={value} does not fit optim.name={conf.name}; leave it out")
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
-    optimizer: Optimizer = build(groups, lr=conf.lr, **settings)
-    return optimizer
+    return build(groups, lr=conf.lr, **settings)  # type: ignore[no-any-return]
 
 
 def _adamw8bit(groups: list[Group], conf: OptimConf) -> Optimizer:
@@ -180,16 +174,12 @@ def _adamw8bit(groups: list[Group], conf: OptimConf) -> Optimizer:
     devices = _devices(groups)
     if not devices <= {"cpu", "cuda", "xpu"}:
         raise UserError(f"optim=adamw8bit runs on cpu, cuda and xpu, and not on {', '.join(devices)}: use optim=adamw")
-    install = "pip install 'finetune[adamw8bit]'"
-    try:
-        version = metadata.version("bitsandbytes")
-    except metadata.PackageNotFoundError as error:
-        raise UserError(f"optim=adamw8bit needs bitsandbytes, which is not installed: {install}") from error
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 50):
-        raise UserError(f"optim=adamw8bit needs bitsandbytes 0.50 or newer, and this is {version}: {install}")
     # On some CPUs it advises to install a package for 4-bit products, which nothing here needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes.optim import AdamW8bit
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        install = "pip install 'finetune[adamw8bit]'"
+        raise UserError(f"optim=adamw8bit needs bitsandbytes, which is not installed: {install}") from error
 
-    optimizer: Optimizer = AdamW8bit(groups, lr=conf.lr, betas=(conf.betas[0], conf.betas[1]), eps=conf.eps)
-    return optimizer
+    return AdamW8bit(groups, lr=conf.lr, betas=(conf.betas[0], conf.betas[1]), eps=conf.eps)  # type: ignore[no-any-return]

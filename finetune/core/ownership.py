@@ -34,12 +34,11 @@ def assign_layers(net: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
             raise UserError(f"{type(net).__name__}: {name} belongs to {names}; every name must belong to exactly one")
         return found.pop()
 
-    tensors = [name for name, _ in net.named_parameters()] + [name for name, _ in net.named_buffers()]
-    leaves = [name for name, module in net.named_modules() if name and not any(True for _ in module.children())]
-    known = {*tensors, *(name for name, _ in net.named_modules())}
-    for name in owner:
-        if name not in known:
-            raise UserError(f"layer {layers[owner[name]].name} owns {name}, which {type(net).__name__} lacks")
-    for name in leaves:
-        find(name)  # a dropout module that no layer owns would stay active in the frozen layers
+    tensors = [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
+    modules = dict(net.named_modules())
+    for name in sorted(owner.keys() - {*tensors, *modules}):
+        raise UserError(f"layer {layers[owner[name]].name} owns {name}, which {type(net).__name__} lacks")
+    for name, module in modules.items():
+        if name and not any(True for _ in module.children()):
+            find(name)  # a dropout module that no layer owns would stay active in the frozen layers
     return {name: find(name) for name in tensors}

@@ -9,24 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an RGB image in [0, 1] to what the first layer reads.
+    """From an RGB image in [0, 1] to what the first layer reads."""
 
-    Attributes:
-        size: Pixels a side.
-        mean: Subtracted from each channel.
-        std: Each channel is divided by it.
-        interpolation: `bilinear` or `bicubic`, always antialiased.
-        resize: `squash` (both sides to `size`), `crop` (shorter side to `size / crop_fraction`, then the centre) or
-            `pad` (longer side to `size`, then black borders).
-        crop_fraction: Share of the resized shorter side that the centre crop keeps, in (0, 1].
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
+    size: int  # pixels a side
+    mean: tuple[float, float, float]  # subtracted from each channel
+    std: tuple[float, float, float]  # each channel is divided by it
+    interpolation: str = "bicubic"  # or `bilinear`; always antialiased
+    # `squash` (both sides to `size`), `crop` (shorter side to `size / crop_fraction`, then the centre) or `pad` (longer
+    # side to `size`, then black borders).
     resize: str = "crop"
-    crop_fraction: float = 1.0
+    crop_fraction: float = 1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, as a checkpoint's metadata holds them."""

@@ -17,30 +17,18 @@ from finetune.core.weight_decay import is_decayed, spared_globs
 
 @dataclass(frozen=True)
 class GroupRate:
-    """One parameter group: parameters of one layer that learn at one rate and decay alike.
+    """One parameter group: parameters of one layer that learn at one rate and decay alike."""
 
-    Attributes:
-        name: `block.7.no_decay`; timm's rule may cut a layer in two, and `readout.1.no_decay` has distance 1.
-        layer: Name of the layer.
-        layer_id: Index of the layer, 0 for the stem.
-        distance: Layers between this group and the output: 0 for readout and head, L + 1 for the stem.
-        scale: `layer_decay ** distance`, the share of the head's rate.
-        peak: Rate where the curve's factor is 1.
-        weight_decay: Applied to each parameter.
-        is_decayed: Whether weight decay reaches parameters of this kind, even if `weight_decay` is 0.
-        num_parameters: Numbers in all tensors together; `param_names` are those of `model.net.named_parameters()`.
-    """
-
-    name: str
+    name: str  # `block.7.no_decay`; timm's rule may cut a layer in two, and `readout.1.no_decay` has distance 1
     layer: str
-    layer_id: int
-    distance: int
-    scale: float
-    peak: float
+    layer_id: int  # 0 for the stem
+    distance: int  # layers between this group and the output: 0 for readout and head, L + 1 for the stem
+    scale: float  # `layer_decay ** distance`, the share of the head's rate
+    peak: float  # the rate where the curve's factor is 1
     weight_decay: float
-    is_decayed: bool
-    num_parameters: int
-    param_names: tuple[str, ...]
+    is_decayed: bool  # whether weight decay reaches parameters of this kind, even if `weight_decay` is 0
+    num_parameters: int  # numbers in all tensors together
+    param_names: tuple[str, ...]  # as in `model.net.named_parameters()`
 
 
 def with_peak_rate(optim: OptimConf, images_per_step: int) -> OptimConf:
@@ -61,10 +49,8 @@ def distance_to_output(layer_id: int, num_blocks: int) -> int:
 def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[str] = ()) -> list[GroupRate]:
     """A row for each group of parameters that learn, from the stem up, the decayed parameters of a layer first.
 
-    Args:
-        model: Frozen as it will train.
-        conf: `lr` is the head's peak rate as an absolute number (see `with_peak_rate`).
-        more_spared: Globs of parameters without weight decay beside those of `conf`; they may match nothing.
+    Freeze `model` first; `conf.lr` must be an absolute rate (`with_peak_rate`). Parameters that match a glob of
+    `more_spared` have no weight decay either; such a glob may match nothing.
 
     Raises:
         UserError: See `spared_globs`.

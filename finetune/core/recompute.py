@@ -13,17 +13,11 @@ from torch.utils.checkpoint import checkpoint
 def run_recomputed(
     run: Callable[[Any, Tensor], Tensor], net: nn.Module, h: Tensor, statistics: Sequence[Tensor]
 ) -> Tensor:
-    """`run(net, h)` that keeps only `h` for the backward pass, which then runs the layer again.
+    """`run(net, h)`, a layer's forward pass, that keeps only `h`; the backward pass runs the layer again.
 
-    Args:
-        run: Forward function of the layer.
-        net: Network that the layer belongs to.
-        h: Input of the layer.
-        statistics: Running statistics of the layer's BatchNorm modules; the second run leaves them unchanged.
+    `statistics` are the running statistics of the layer's BatchNorm modules, which the second run leaves unchanged.
     """
-    options: dict[str, Any] = {}
-    if statistics:
-        options["context_fn"] = lambda: (nullcontext(), _unchanged(statistics))
+    options: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _unchanged(statistics))} if statistics else {}
     # Non-reentrant: the reentrant kind loses every gradient when its input needs none, as behind frozen layers.
     return checkpoint(run, net, h, use_reentrant=False, **options)
 

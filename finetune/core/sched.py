@@ -25,11 +25,9 @@ CURVES: dict[Mode, Callable[[float], float]] = {
 def lr_factor(t: int, conf: SchedulerConf, num_steps: int) -> float:
     """The factor on every group's peak rate at time `t`, in [0, 1].
 
-    Args:
-        t: Time in units of `conf.interval`, from 0.
-        conf: The schedule. For t < warmup the factor is (t + 1) / (warmup + 1); then the curve runs over
-            (t - warmup) / (T - warmup), where T is `cycle`, or `num_steps` where that is 0.
-        num_steps: Length of the whole run in the same unit.
+    `t` counts units of `conf.interval` from 0, and `num_steps` is the length of the whole run in the same unit. For
+    t < warmup the factor is (t + 1) / (warmup + 1); then the curve runs over (t - warmup) / (T - warmup), where T is
+    `cycle`, or `num_steps` where that is 0.
     """
     if t < conf.warmup:
         return (t + 1) / (conf.warmup + 1)  # never 0, which would waste the first epoch or step
@@ -81,14 +79,10 @@ class Curve:
 
 
 def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -> LambdaLR:
-    """A `LambdaLR` that multiplies each group's own rate by `lr_factor`.
+    """A `LambdaLR` that multiplies each group's own peak rate by `lr_factor`; `num_steps` is the length of the run.
 
     It folds an `lr_scale` of a group (see `param_groups_lrd`) into the group's rate, exactly once: LambdaLR ignores it.
-
-    Args:
-        cfg: `interval` says when to call `scheduler.step()`: after train and validate, or after each optimizer step.
-        optimizer: With its groups' peak rates.
-        num_steps: Length of the whole run in epochs or optimizer steps, as `interval` says.
+    With `interval=epoch` call `scheduler.step()` after train and validate, with `step` after each optimizer step.
 
     Raises:
         UserError: An unknown word, or numbers that make no curve.
@@ -103,10 +97,8 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
     if not 0 <= cfg.scale_min <= 1:
         raise UserError(f"sched.scale_min={cfg.scale_min}: must be between 0 and 1")
     if cfg.warmup_epochs:
-        raise UserError(
-            f"sched.warmup_epochs={cfg.warmup_epochs:g}: only a run knows its steps an epoch; give `warmup`"
-            f" in {cfg.interval}s"
-        )
+        given = f"sched.warmup_epochs={cfg.warmup_epochs:g}"
+        raise UserError(f"{given}: only a run knows its steps an epoch; give `warmup` in {cfg.interval}s")
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
         raise UserError(

@@ -26,13 +26,10 @@ def is_embedding(name: str) -> bool:
 
 
 def is_decayed(name: str, parameter: nn.Parameter, spared: Iterable[str], *, decay_embeddings: bool = False) -> bool:
-    """Whether weight decay applies to a parameter.
+    """Whether weight decay applies to the parameter `name`; a name that matches one of the globs `spared` has none.
 
-    Args:
-        name: As `named_parameters` gives it.
-        parameter: Its tensor; 0-D (`logit_scale`) and 1-D (biases, norms, layer scale) tensors are never decayed.
-        spared: Globs; a parameter whose name matches one is not decayed.
-        decay_embeddings: Decay tokens and position embeddings like any matrix, as MKT does.
+    0-D tensors (`logit_scale`) and 1-D ones (biases, norms, layer scale) are never decayed. With `decay_embeddings`
+    tokens and position embeddings are decayed like any matrix, as MKT does.
     """
     if parameter.ndim <= 1 or (is_embedding(name) and not decay_embeddings):
         return False

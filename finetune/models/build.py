@@ -25,11 +25,7 @@ from finetune.system.errors import UserError
 
 LIBRARIES = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}
 READERS = {Library.timm: from_timm.read, Library.torchvision: from_torchvision.read}
-LAYERS = {
-    Library.open_clip: open_clip_layers,
-    Library.timm: timm_layers,
-    Library.torchvision: torchvision_layers,
-}
+LAYERS = {Library.open_clip: open_clip_layers, Library.timm: timm_layers, Library.torchvision: torchvision_layers}
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,10 @@
 """Metrics: numbers for each image, exact sums over images, and the meters of validation and test."""
 
-from finetune.core.metrics.meters import LabelMeter, Meter, MultilabelMeter, build_meter
-from finetune.core.metrics.multilabel import average_precision
-from finetune.core.metrics.ranks import among_top, top1, top5
-from finetune.core.metrics.sums import Sums
-
-__all__ = [
-    "LabelMeter",
-    "Meter",
-    "MultilabelMeter",
-    "Sums",
-    "among_top",
-    "average_precision",
-    "build_meter",
-    "top1",
-    "top5",
-]
+from finetune.core.metrics.meters import LabelMeter as LabelMeter
+from finetune.core.metrics.meters import Meter as Meter
+from finetune.core.metrics.meters import MultilabelMeter as MultilabelMeter
+from finetune.core.metrics.meters import build_meter as build_meter
+from finetune.core.metrics.multilabel import average_precision as average_precision
+from finetune.core.metrics.ranks import top1 as top1
+from finetune.core.metrics.ranks import top5 as top5
+from finetune.core.metrics.sums import Sums as Sums

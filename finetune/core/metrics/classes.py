@@ -18,13 +18,11 @@ MATRIX_CLASSES = 2048
 
 
 class ClassCounts:
-    """How often each class occurs, is predicted, and is predicted correctly.
+    """How often each class occurs, is predicted, and is predicted correctly; counts are int64.
 
-    Attributes:
-        present: Images of each class, int64 (classes,).
-        predicted: Images whose prediction is the class, int64 (classes,).
-        right: Images of the class whose prediction is the class, int64 (classes,).
-        matrix: Images of class [row] with prediction [column], int64 (classes, classes); None with too many classes.
+    `present`, `predicted` and `right` count images by class, (classes,): those of the class, those with this
+    prediction, and those with both. `matrix` counts images of class [row] with prediction [column], (classes, classes);
+    None with too many classes.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -43,22 +41,13 @@ class ClassCounts:
         if self.matrix is not None:
             self.matrix.view(-1).index_add_(0, labels * len(self.matrix) + predictions, ones)
 
-    def recall(self) -> Tensor:
-        """The share of each class's images that are predicted correctly; NaN without images. float (classes,)."""
-        return _ratio(self.right, self.present)
+    def by_class(self) -> dict[str, Tensor]:
+        """`accuracy`, `precision` and `f1` of each class, float (classes,).
 
-    def precision(self) -> Tensor:
-        """The share of correct ones among the predictions of each class; NaN without predictions. float (classes,)."""
-        return _ratio(self.right, self.predicted)
-
-    def f1(self) -> Tensor:
-        """2 * right / (present + predicted) of each class; NaN where both are 0. float (classes,)."""
-        return _ratio(2 * self.right, self.present + self.predicted)
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    dtype = sum_dtype(part.device)
-    return part.to(dtype) / whole.to(dtype)
+        NaN for a class without images, without predictions, or without both.
+        """
+        present, predicted, right = (n.to(sum_dtype(n.device)) for n in (self.present, self.predicted, self.right))
+        return {"accuracy": right / present, "precision": right / predicted, "f1": 2 * right / (present + predicted)}
 
 
 class Calibration:

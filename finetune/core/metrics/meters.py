@@ -5,8 +5,9 @@ A meter sums on the device, and the sums move to the host once, in `results`. On
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,44 +21,42 @@ from finetune.core.metrics.sums import Sums
 Losses = Callable[[Tensor, Tensor], Tensor]
 
 
-class Meter(Protocol):
+class Meter(ABC):
     """Metrics of one pass over a split."""
 
-    def reset(self) -> None:
-        """Forget all batches."""
+    def __init__(self, losses: Losses, names: Collection[str]) -> None:
+        """Measure `losses`, top1, and the metrics `names`."""
+        self._losses = losses
+        self._names = frozenset(names)
+        self.reset()
 
+    def reset(self) -> None:
+        """Forget all batches; `add` makes the sums anew on the device of its logits."""
+        self._sums: Sums | None = None
+
+    @abstractmethod
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes), and labels int64 (batch,) or 0 and 1 for every class (batch, classes)."""
 
     def running(self) -> dict[str, float]:
         """Means of `loss` and `top1` over the batches so far, for a progress bar. Waits for the device."""
+        means = {} if self._sums is None else self._sums.means()
+        return {name: means[name] for name in ("loss", "top1") if name in means}
 
+    @abstractmethod
     def results(self) -> dict[str, float]:
         """Exact metrics over all images so far: `loss`, `top1` and those by name. Waits for the device."""
 
+    @abstractmethod
     def details(self) -> dict[str, Any]:
         """Metrics of each class in plain types: `classes`, and `confusion` or `threshold`. NaN becomes None."""
 
     def threshold(self) -> float | None:
         """The sigmoid from which on a label is predicted, best for all images so far; None: one label an image."""
+        return None
 
 
-class _BaseMeter:
-    """The parts that both meters share."""
-
-    _sums: Sums | None = None  # None: no batch so far
-
-    def reset(self) -> None:
-        """Forget all batches; `add` makes the sums anew on the device of its logits."""
-        self._sums = None
-
-    def running(self) -> dict[str, float]:
-        """See `Meter`."""
-        means = {} if self._sums is None else self._sums.means()
-        return {name: means[name] for name in ("loss", "top1") if name in means}
-
-
-class LabelMeter(_BaseMeter):
+class LabelMeter(Meter):
     """One label an image: `top5`, `balanced_accuracy`, `macro_f1` and `ece` beside `loss` and `top1`.
 
     `balanced_accuracy` is the mean accuracy of the classes that occur, `macro_f1` the mean F1 of the classes that occur
@@ -65,9 +64,8 @@ class LabelMeter(_BaseMeter):
     """
 
     def __init__(self, losses: Losses, names: Collection[str] = ("top5",)) -> None:
-        """Measure `losses`, top1, and the metrics `names`."""
-        self._losses = losses
-        self._names = frozenset(names)
+        """See `Meter`."""
+        super().__init__(losses, names)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes) and int64 (batch,)."""
@@ -88,10 +86,10 @@ class LabelMeter(_BaseMeter):
         """See `Meter`."""
         assert self._sums is not None, "no batch was added"
         found = self._sums.means()
-        if "balanced_accuracy" in self._names:
-            found["balanced_accuracy"] = self._counts.recall().nanmean().item()
-        if "macro_f1" in self._names:
-            found["macro_f1"] = self._counts.f1().nanmean().item()
+        by_class = self._counts.by_class()
+        for name, column in (("balanced_accuracy", "accuracy"), ("macro_f1", "f1")):
+            if name in self._names:
+                found[name] = by_class[column].nanmean().item()
         if "ece" in self._names:
             found["ece"] = self._calibration.error().item()
         return found
@@ -99,17 +97,11 @@ class LabelMeter(_BaseMeter):
     def details(self) -> dict[str, Any]:
         """`classes`: images, accuracy, precision and F1 of each; `confusion`: rows true, columns predicted, or None."""
         assert self._sums is not None, "no batch was added"
-        counts = self._counts
-        columns = {"accuracy": counts.recall(), "precision": counts.precision(), "f1": counts.f1()}
-        matrix = None if counts.matrix is None else counts.matrix.tolist()
-        return {"classes": _rows(counts.present, columns), "confusion": matrix}
-
-    def threshold(self) -> float | None:
-        """See `Meter`."""
-        return None
+        matrix = None if self._counts.matrix is None else self._counts.matrix.tolist()
+        return {"classes": _rows(self._counts.present, self._counts.by_class()), "confusion": matrix}
 
 
-class MultilabelMeter(_BaseMeter):
+class MultilabelMeter(Meter):
     """Any number of labels an image: `map`, `f1_micro`, `f1_macro`; `precision`, `recall`, `f1` `_at_3` and `_at_5`.
 
     `top1` is the share of images whose best scored class is one of their labels. `map` is the mean of
@@ -120,14 +112,12 @@ class MultilabelMeter(_BaseMeter):
 
     def __init__(self, losses: Losses, names: Collection[str] = ("map",), *, threshold: float | None = None) -> None:
         """Measure `losses`, top1, and the metrics `names`; F1 at `threshold`."""
-        self._losses = losses
-        self._names = frozenset(names)
+        super().__init__(losses, names)
         self._threshold = threshold
-        self.reset()
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._sums = None
+        super().reset()
         self._scores: list[Tensor] = []
         self._labels: list[Tensor] = []
 

@@ -61,11 +61,10 @@ class F1Curve:
         return self._counts[1].view(self._num_classes, STEPS).sum(dim=1)
 
     def at_best(self, threshold: float | None = None) -> tuple[float, Tensor, Tensor]:
-        """(threshold, micro F1 as a 0-D tensor, F1 of each class (classes,)).
+        """(threshold, micro F1 as a 0-D tensor, F1 of each class (classes,), NaN where none is present or predicted).
 
-        Args:
-            threshold: In [0, 1), a multiple of 0.001; None: the one with the highest micro F1 here, of equals the one
-                nearest to 0.5. The F1 of a class that is neither present nor predicted is NaN.
+        `threshold` is a multiple of 0.001 in [0, 1). None takes the one with the highest micro F1 here, of equals the
+        one nearest to 0.5.
         """
         predicted, hits = self._counts.view(2, self._num_classes, STEPS).flip(2).cumsum(dim=2).flip(2)
         labels = hits[:, :1]

@@ -7,12 +7,10 @@ from torch import Tensor
 
 
 def top1(logits: Tensor, targets: Tensor) -> Tensor:
-    """1.0 where the class with the highest score is right. (batch, classes), targets -> (batch,).
+    """1.0 where the class with the highest score is right, of equal scores the first. (batch, classes) -> (batch,).
 
-    Args:
-        logits: Of equal scores the first class counts as the highest.
-        targets: Class indices, int64 (batch,); or shares, (batch, classes). Of shares the classes with the largest one
-            are right: any of several labels, and the larger part of two mixed images. No label: no class is right.
+    Targets are class indices, int64 (batch,), or shares, (batch, classes). Of shares the classes with the largest one
+    are right: any of several labels, and the larger part of two mixed images. No label: no class is right.
     """
     best = logits.argmax(dim=1)
     if targets.ndim == 1:
@@ -22,12 +20,7 @@ def top1(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,)."""
-    return among_top(logits, labels, 5)
-
-
-def among_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """1.0 where the right class is among the `k` highest. (batch, classes), (batch,) -> (batch,).
+    """1.0 where the right class is among the five highest. (batch, classes), (batch,) -> (batch,).
 
     Of equal scores the class that comes first counts as higher, as `argmax` has it: `topk` leaves their order open, and
     in bfloat16 equal scores are common. A score that is NaN is never among them.
@@ -35,4 +28,4 @@ def among_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     score = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     ahead = (logits > score) | ((logits == score) & earlier)
-    return ((ahead.sum(dim=1) < k) & ~score[:, 0].isnan()).float()
+    return ((ahead.sum(dim=1) < 5) & ~score[:, 0].isnan()).float()

@@ -50,10 +50,7 @@ MATCHERS: dict[str, Matcher] = {
     "CSATv2": {"stem": r"stem_dct", "blocks": r"stages\.(\d+)\.(\d+)"},
     "PoolingVisionTransformer": {
         "stem": r"patch_embed|pos_embed|cls_token|pos_drop",
-        "blocks": [
-            (r"transformers\.(\d+)\.(?:pool|norm)", (0,)),
-            (r"transformers\.(\d+)\.blocks\.(\d+)", None),
-        ],
+        "blocks": [(r"transformers\.(\d+)\.(?:pool|norm)", (0,)), (r"transformers\.(\d+)\.blocks\.(\d+)", None)],
     },
     # timm counts the class-attention blocks together with the last patch blocks, which run before them.
     "Cait": {
