@@ -10,7 +10,7 @@ from finetune.config import OnError, Precision, PrefixCache
 from finetune.config.fields import changed
 from finetune.core.device import environment
 from finetune.data import Loader
-from finetune.data.cache_dir import cache_folder
+from finetune.data.caches.entries import cache_folder
 from finetune.data.streams import num_views
 from finetune.prefix import (
     ActivationCache,

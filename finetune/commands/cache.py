@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             parser.error(f"{word}: expected clear or data.cache_dir=PATH")
     # Later than `--help`: the rooms below import torch.
-    from finetune.data.cache_dir import cache_folder
-    from finetune.data.caches.entries import find_entries, remove_abandoned, remove_entry
+    from finetune.data.caches.entries import cache_folder, find_entries, remove_abandoned, remove_entry
 
     cache = cache_folder(cache_dir)
     limit = time.time() - flags.older_than * DAY_S

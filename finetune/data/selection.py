@@ -38,20 +38,19 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     for name in SPLITS:
         chosen = torch.from_numpy(np.sort(parts[name]))
         splits[name] = Split(found.store, chosen, found.labels[chosen])
-    _check_train(found, splits)
+    warnings = _check_classes(found, splits)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     labels = " (several labels an image)" if several else ""
     text = f"{found.title}: {len(rows):,} images in {len(found.classes)} classes{labels}; {counts}{how}{drawn}"
     weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
     return Source(
-        found.kind,
         found.classes,
         splits,
         text + found.note,
         is_multilabel=several,
         class_weights=weights,
         location=found.location,
-        warnings=(*found.warnings, *_empty_classes(found.classes, splits)),
+        warnings=(*found.warnings, *warnings),
     )
 
 
@@ -64,10 +63,8 @@ def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImag
         return found, np.arange(len(found.labels))
     for name in names:
         if name not in found.classes:
-            known = ", ".join(found.classes[:20]) + (" ..." if len(found.classes) > 20 else "")
-            raise UserError(
-                f"data.classes: there is no class {name!r}{nearest(name, found.classes)}; {found.place} has {known}"
-            )
+            close, known = nearest(name, found.classes), _listed(found.classes)
+            raise UserError(f"data.classes: there is no class {name!r}{close}; {found.place} has {known}")
     selected = [label for label, name in enumerate(found.classes) if name in names]
     classes = tuple(found.classes[label] for label in selected)
     if found.labels.ndim == 2:
@@ -124,9 +121,8 @@ def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> N
     pairs = zip(found.classes, counts.tolist(), strict=True)
     small = [f"{name} ({n})" for name, n in pairs if n < len(needed)]
     if small:
-        shown = ", ".join(small[:20]) + (f" and {len(small) - 20} more" if len(small) > 20 else "")
         raise UserError(
-            f"{found.place}: too few images to give one to each of {', '.join(needed)} in class {shown};"
+            f"{found.place}: too few images to give one to each of {', '.join(needed)} in class {_listed(small)};"
             " add images or move the class away (data.classes names those to use)"
         )
 
@@ -143,15 +139,8 @@ def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks
 def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str, Rows]:
     """Cut each stratum: every split of `shares` gets its share, but at least one image, and `train` gets the rest.
 
-    A stratum with too few images to give one to each split goes to `train` as a whole.
-
-    Args:
-        order: The images' ranks (n,).
-        strata: int64 (n,).
-        shares: The share of each split besides `train`, such as `{"val": 0.1, "test": 0.3}`.
-
-    Returns:
-        Split name -> ascending indices into `order`, int64.
+    A stratum with too few images to give one to each split goes to `train` as a whole. `order` holds the images' ranks
+    (n,), `shares` is such as `{"val": 0.1, "test": 0.3}`. Returns split name -> ascending indices into `order`.
     """
     taken: dict[str, list[Rows]] = {split: [] for split in ("train", *shares)}
     for rows in _groups(order, strata):
@@ -212,31 +201,31 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     return (len(labels) / (num_classes * counts)).to(torch.float32)
 
 
-def _check_train(found: FoundImages, splits: Mapping[str, Split]) -> None:
-    """Raises UserError if a split is empty, or if a class has no training image."""
+def _check_classes(found: FoundImages, splits: Mapping[str, Split]) -> list[str]:
+    """A warning for each split that lacks classes.
+
+    Raises:
+        UserError: A split is empty, or a class of data with one label an image has no training image.
+    """
     if len(found.classes) < 2:
-        only = ", ".join(found.classes)
-        raise UserError(f"{found.place}: only one class, {only}, so there is nothing to tell apart")
-    counts = {name: class_counts(split.labels, len(found.classes)) for name, split in splits.items()}
+        raise UserError(f"{found.place}: only one class, {_listed(found.classes)}, so there is nothing to tell apart")
+    lacking = {}
+    for name, split in splits.items():
+        counts = class_counts(split.labels, len(found.classes)).tolist()
+        lacking[name] = [word for word, count in zip(found.classes, counts, strict=True) if not count]
+    unseen = lacking["train"] if found.labels.ndim == 1 else []
     for name in ("val", "test"):
-        lost = torch.nonzero((counts[name] > 0) & (counts["train"] == 0)).flatten().tolist()
-        if lost and found.labels.ndim == 1:
-            words = ", ".join(found.classes[label] for label in lost[:20])
-            raise UserError(f"{found.place}: {name} has class {words}, which train has not: the splits differ")
+        lost = [word for word in unseen if word not in lacking[name]]
+        if lost:
+            raise UserError(f"{found.place}: {name} has class {_listed(lost)}, which train has not: the splits differ")
         if not len(splits[name]):
             raise UserError(f"{found.place}: no images left for {name}; there are too few")
-    unseen = torch.nonzero(counts["train"] == 0).flatten().tolist()
-    if unseen and found.labels.ndim == 1:
-        words = ", ".join(found.classes[label] for label in unseen[:20])
+    if unseen:
+        words = _listed(unseen)
         raise UserError(f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes")
+    sizes = {name: f"{len(words)} of {len(found.classes)} classes" for name, words in lacking.items() if words}
+    return [f"{name} has no image of {size}: {_listed(lacking[name])}" for name, size in sizes.items()]
 
 
-def _empty_classes(classes: Sequence[str], splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """A warning for each split that lacks classes."""
-    lines = []
-    for name, split in splits.items():
-        empty = torch.nonzero(class_counts(split.labels, len(classes)) == 0).flatten().tolist()
-        if empty:
-            shown = ", ".join(classes[label] for label in empty[:10]) + (" ..." if len(empty) > 10 else "")
-            lines.append(f"{name} has no image of {len(empty)} of {len(classes)} classes: {shown}")
-    return tuple(lines)
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:20]) + (f" and {len(words) - 20} more" if len(words) > 20 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finetune.data.images.decode import Header, decode, header_of
+from finetune.data.images.decode import Header, ImageError, decode, header_of
 from finetune.system.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -44,15 +45,14 @@ class ImageStore(ABC):
 
     @abstractmethod
     def stamp(self, row: int) -> str:
-        """A text that changes when the image does (path, size, time), found in microseconds; empty if there is none.
+        """A text that changes when the image does, such as path, size and time; empty if the source has none.
 
-        Raises:
-            ImageError: There is no such image.
+        It is found without reading the image. Raises ImageError if there is no such image.
         """
 
     @abstractmethod
     def name_of(self, row: int) -> str:
-        """The image's name in messages: its path, or the source and the row."""
+        """The image's name in messages: its path, or the source and the row, such as `digits[17]`."""
 
 
 class Split:
@@ -65,7 +65,7 @@ class Split:
     """
 
     def __init__(self, store: ImageStore, rows: Tensor, labels: Tensor) -> None:
-        """Take `rows` of `store`, int64 (n,), and a label for each."""
+        """Take rows and labels of the same length."""
         assert rows.ndim == 1 and len(rows) == len(labels) and labels.ndim in (1, 2)
         self.store = store
         self.rows = rows
@@ -80,7 +80,7 @@ class Split:
         return self.store.load(int(self.rows[index]))
 
     def name_of(self, index: int) -> str:
-        """The image's name in messages: its path, or `digits[17]`."""
+        """The image's name in messages, see `ImageStore`."""
         return self.store.name_of(int(self.rows[index]))
 
     def without(self, indices: Collection[int]) -> Split:
@@ -89,23 +89,37 @@ class Split:
         keep[torch.tensor(sorted(indices), dtype=torch.int64)] = False
         return Split(self.store, self.rows[keep], self.labels[keep])
 
+    def content_digest(self) -> bytes:
+        """16 bytes that change when an image of the split changes, or their order; part of the names of caches.
+
+        Of each image its stamp counts; where the source has no stamps, its bytes.
+        """
+        state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
+        for row in self.rows.tolist():
+            try:
+                stamp = self.store.stamp(row)
+                mark = stamp.encode("utf-8", "surrogateescape") if stamp else self.store.read(row)
+            except ImageError:
+                mark = b"unreadable"
+            state.update(len(mark).to_bytes(8, "little"))
+            state.update(mark)
+        return state.digest()
+
 
 @dataclass(frozen=True)
 class Source:
     """Labelled images in three splits.
 
     Attributes:
-        name: The value of `data.source`.
         classes: Class names; the index of a name is its label.
         splits: `train`, `val` and `test`; none is empty.
         description: One line for the start of a run: counts, and how the splits were made.
-        is_multilabel: Whether an image may have several labels, or none: labels are then float32 (n, classes), 0 or 1.
+        is_multilabel: Whether an image may have several labels, or none, see `Split`.
         class_weights: Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
         location: Where the images lie. Results of checks are remembered under it.
         warnings: Lines that a person should read before training.
     """
 
-    name: str
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     description: str
@@ -118,12 +132,8 @@ class Source:
         """Check the promises of the attributes."""
         assert tuple(self.splits) == SPLITS and len(self.classes) > 1
         for split in self.splits.values():
-            assert len(split)
-            if self.is_multilabel:
-                assert split.labels.shape == (len(split), len(self.classes)) and split.labels.dtype == torch.float32
-            else:
-                assert split.labels.dtype == torch.int64
-                assert split.labels.min() >= 0 and split.labels.max() < len(self.classes)
+            assert len(split) and split.labels.dtype == (torch.float32 if self.is_multilabel else torch.int64)
+            assert split.labels.shape[1:] == ((len(self.classes),) if self.is_multilabel else ())
 
     def without(self, left_out: Mapping[str, Collection[int]]) -> Source:
         """The source without some images; `left_out` has the indices for each split's name.
@@ -148,21 +158,15 @@ class FoundImages:
     """The images that a builder of `data/sources` finds, before images are selected and split.
 
     Attributes:
-        kind: The value of `data.source`.
-        store: The images.
         names: A name for each image, by which it is split. Builders leave the folder of the data out of it, so that
             splits do not depend on it. Absolute paths in a table and a local path in `data.name` (hf) stay in it.
-        classes: Class names in their order.
         labels: int64 (n,), or float32 (n, classes) if an image may have several labels.
         given: Index into SPLITS of each image, uint8 (n,), as the data gives it; 0 if the data gives no splits.
         place: The data's name in messages: `data.root=PATH`.
         title: Start of the description: `folder PATH`.
         note: End of the description.
-        location: See `Source`.
-        warnings: See `Source`.
     """
 
-    kind: str
     store: ImageStore
     names: Collection[str]
     classes: tuple[str, ...]
@@ -178,8 +182,3 @@ class FoundImages:
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Images of each class, int64 (num_classes,); labels as in `Split`."""
     return labels.sum(0).to(torch.int64) if labels.ndim == 2 else labels.bincount(minlength=num_classes)
-
-
-def no_split(count: int) -> Tensor:
-    """`FoundImages.given` for data that gives no splits, uint8 (count,)."""
-    return torch.zeros(count, dtype=torch.uint8)

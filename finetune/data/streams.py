@@ -39,24 +39,20 @@ def mix(stream: str, *parts: int | str) -> int:
 def ranks(stream: str, seed: int, names: Iterable[str]) -> Ranks:
     """`mix(stream, seed, name)` of every name, uint64 (n,). Names are hashed in the Unicode form NFC.
 
-    File systems write an umlaut in different forms; in NFC the splits do not depend on that. The loop repeats `mix`
-    line by line, since a split hashes millions of names.
+    File systems write an umlaut in different forms; in NFC the splits do not depend on that. The loop does the work of
+    `mix` without calling it, since a split hashes millions of names.
     """
     begin = hashlib.blake2b(f"{stream}:{seed}:".encode(), digest_size=8, usedforsecurity=False).copy
     digests = bytearray()
-    for data in names.encoded() if isinstance(names, PackedStrings) else map(_encoded, names):
+    for data in (names if isinstance(names, PackedStrings) else PackedStrings(names)).encoded():
         state = begin()
         state.update(data if data.isascii() else _normal(data))
         digests += state.digest()
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _normal(data: bytes | bytearray) -> bytes:
-    return _encoded(unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape")))
+def _normal(data: bytearray) -> bytes:
+    return unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
@@ -74,21 +70,14 @@ def num_views(augment: AugmentConf | None) -> int:
 
 
 def view_of(epoch: int, augment: AugmentConf | None) -> int:
-    """The view that an epoch shows of its images: the epoch, or the epoch mod `augment.views` if that is above 0.
-
-    Without augmentation it is always 0.
-    """
+    """The view that an epoch shows of its images: the epoch, or the epoch mod `num_views` if that is above 0."""
     views = num_views(augment)
     return epoch % views if views else epoch
 
 
 def augment_generator(seed: int, view: int, sample: int, occurrence: int) -> torch.Generator:
-    """A new CPU generator that draws the augmentation of one image once.
+    """A new CPU generator, from which the augmentation of one image is drawn once.
 
-    Args:
-        seed: The run's `seed`.
-        view: From `view_of`.
-        sample: The image's index in its split.
-        occurrence: How often the epoch has shown the image before.
+    `sample` is the image's index in its split, `occurrence` how often the epoch has shown it before.
     """
     return torch.Generator().manual_seed(mix("augment", seed, view, sample, occurrence))

@@ -16,7 +16,6 @@ import finetune
 from finetune.config import AugmentConf, ModelConf, as_dict
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
-from finetune.data.caches.digest import content_digest
 from finetune.data.split import Split
 
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
@@ -67,7 +66,7 @@ def split_digest(
     chance = {"augment": None} if augment is None else {"augment": as_dict(augment), "seed": seed}
     _add(state, {"preprocess": as_dict(preprocess), **chance, "skip": skip})
     state.update(showings.numpy().data)
-    state.update(content_digest(split))
+    state.update(split.content_digest())
     return state.hexdigest()
 
 

@@ -23,7 +23,7 @@ from finetune.config import AugmentConf, DataConf, OnError, SourceKind
 from finetune.config.words.configuration import compose
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
-from finetune.data.cache_dir import cache_folder
+from finetune.data.caches.entries import cache_folder
 from finetune.data.checks import examine as examine_module
 from finetune.data.checks.contact_sheet import CAPTION, GAP, pixels_of_input, write_contact_sheet
 from finetune.data.checks.examine import examine, find_duplicates

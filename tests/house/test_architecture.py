@@ -26,7 +26,7 @@ LEVELS = {
 }  # fmt: skip
 # Inside `data/` a part imports only from parts on a lower floor, or from itself.
 FLOORS = {
-    "packed": 0, "cache_dir": 0, "streams": 1,
+    "packed": 0, "streams": 1,
     "images": 2,
     "split": 3,
     "selection": 4, "caches": 4,

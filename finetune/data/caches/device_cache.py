@@ -38,10 +38,8 @@ class DeviceCache:
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
             if needed > free:
-                raise UserError(
-                    f"data.cache=device: needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}: use"
-                    " data.cache=ram"
-                )
+                sizes = f"needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}"
+                raise UserError(f"data.cache=device: {sizes}: use data.cache=ram")
         cache = open_cache(split, step, dataclasses.replace(conf, cache=CacheKind.ram))
         images = [cache.load(sample) for sample in range(len(split))]
         self._is_readable = torch.tensor([image is not None for image in images])
@@ -52,21 +50,15 @@ class DeviceCache:
             self._images[start : start + len(part)] = torch.stack(part).to(device)
 
     def take(self, samples: Tensor) -> tuple[Tensor, Tensor, list[ImageError]]:
-        """Return the images of a batch.
+        """Return the readable images of `samples`, int64 (n,), their indices, and an error for each of the others.
 
-        Args:
-            samples: int64 (n,).
-
-        Returns:
-            The readable images, uint8 (m, 3, size, size) on the device; their indices, int64 (m,); and an error for
-            each of the others. An image that could not be read at first stays out for the whole run, also if its file
-            is repaired meanwhile.
+        The images are uint8 (m, 3, size, size) on the device, the indices int64 (m,). An image that could not be read
+        at first stays out for the whole run, also if its file is repaired meanwhile.
         """
         readable = self._is_readable[samples]
         names = [self._split.name_of(sample) for sample in samples[~readable].tolist()]
         errors = [ImageError(name, "it could not be read when the images were put on the device") for name in names]
-        if errors:
-            samples = samples[readable]
+        samples = samples[readable] if errors else samples
         return self._images[sent(samples, self._images.device)], samples, errors
 
 

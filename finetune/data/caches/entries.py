@@ -1,4 +1,4 @@
-"""Cache entries: files under the cache folder that every run may read, made once under a lock and never by two runs.
+"""The cache folder, and its entries: files that every run may read, made once under a lock and never by two runs.
 
     <cache folder>/pixels/<key>/            decoded images        pixel_cache.py
     <cache folder>/activations/<key>/       frozen layers' output prefix/store.py
@@ -34,24 +34,25 @@ NAMES = {
     "shards": r"[0-9a-f]{16}-.+(?<!\.lock)(?<!\.part)(?<!\.tmp)",
 }
 FILES = {"pixels": {"pixels.u8", "index.npy"}, "activations": {"activations", "meta.json"}}
-OLD_MARK = ".used"  # earlier versions put this file into an entry
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One entry of the cache folder.
-
-    Attributes:
-        kind: `pixels`, `activations` or `shards`.
-        path: Its folder, or the file of a shard.
-        num_bytes: Its size.
-        used: When a run last opened it, seconds since 1970.
-    """
+    """One entry of the cache folder; `kind` is a key of NAMES."""
 
     kind: str
-    path: Path
+    path: Path  # its folder, or the file of a shard
     num_bytes: int
-    used: float
+    used: float  # when a run last opened it, seconds since 1970
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return `data.cache_dir`, or without one the `finetune` folder that the XDG base directory specification gives."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says that a relative path in XDG_CACHE_HOME is to be ignored.
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "finetune"
 
 
 def lock_of(entry: Path) -> Path:
@@ -62,10 +63,8 @@ def lock_of(entry: Path) -> Path:
 def made_once(entry: Path, make: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
     """Make the folder `entry` unless it exists. One process makes it; others wait, and say so in the log.
 
-    Args:
-        entry: The folder.
-        make: Writes a folder beside it, named by `beside`, and renames that.
-        check: Called while waiting; what it raises ends the wait.
+    `make` writes the folder `beside(entry)` and renames it. `check` is called while this process waits; what it raises
+    ends the wait.
 
     Raises:
         OSError: The folder of entries cannot be made, written or read.
@@ -85,8 +84,8 @@ def made_once(entry: Path, make: Callable[[], None], check: Callable[[], None] =
             entry.parent.mkdir(parents=True, exist_ok=True)
             lock_of(entry).touch()  # the first thing that a folder without the right to write refuses
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot use {entry.parent}: {reason}; data.cache_dir puts caches elsewhere") from error
+        problem = f"cannot use {entry.parent}: {error.strerror or error}"
+        raise OSError(f"{problem}; data.cache_dir puts caches elsewhere") from error
     if not entry.is_dir():
         with contextlib.ExitStack() as stack:
             with at_once():  # a wait that is broken off loses nothing
@@ -137,7 +136,7 @@ def size_line(cache: Path) -> str | None:
 def remove_entry(entry: CacheEntry) -> bool:
     """Remove an entry and its lock file; False where another run is making or removing it, or the folder refuses.
 
-    A process that has mapped its files still reads them.
+    A process that has mapped the entry's files still reads them.
     """
     gone = beside(entry.path)
     try:
@@ -184,5 +183,5 @@ def _entries_of(kind: str, folder: Path) -> Iterator[CacheEntry]:
                 yield CacheEntry(kind, path, status.st_size, max(status.st_mtime, status.st_atime))
             elif kind != "shards":
                 files = {file.name: file.stat().st_size for file in path.iterdir()}
-                if FILES[kind] <= files.keys() <= FILES[kind] | {OLD_MARK}:
+                if files.keys() - {".used"} == FILES[kind]:  # earlier versions put the file `.used` into an entry
                     yield CacheEntry(kind, path, sum(files.values()), status.st_mtime)

@@ -27,9 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
-from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.digest import content_digest
-from finetune.data.caches.entries import GIB, beside, made_once, size_of
+from finetune.data.caches.entries import GIB, beside, cache_folder, made_once, size_of
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split
@@ -47,15 +45,10 @@ Index = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The part of preprocessing that is done before an image is stored, and the part that is left for later.
+    """The part of preprocessing that is done before an image is stored, and the part that is left for later."""
 
-    Attributes:
-        square: The resize that the transform starts with, or None: whole images are stored.
-        rest: The model's preprocessing for a stored image.
-    """
-
-    square: Preprocess | None
-    rest: Preprocess
+    square: Preprocess | None  # the resize that the transform starts with; None: whole images are stored
+    rest: Preprocess  # the model's preprocessing for a stored image
 
     def __call__(self, image: Tensor) -> Tensor:
         """A decoded image, uint8 (3, height, width) -> the stored image, uint8."""
@@ -63,10 +56,10 @@ class FirstStep:
 
 
 def first_step(preprocess: Preprocess, augment: AugmentConf | None) -> FirstStep:
-    """The resize, where the transform of `augment` starts with it; random crops start from the whole image."""
+    """The resize if the transform of `augment` starts with it; random crops start from the whole image."""
     if augment is not None and augment.recipe not in (Recipe.none, Recipe.light):
         return FirstStep(None, preprocess)
-    # To squash a square of the right size changes nothing.
+    # "squash" leaves a stored square of the right size as it is.
     return FirstStep(preprocess, replace(preprocess, resize="squash"))
 
 
@@ -74,12 +67,9 @@ class PixelCache:
     """The stored images of a split: one block of bytes, and an index that says where in it each image lies."""
 
     def __init__(self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None) -> None:
-        """Read images out of `pixels`, uint8 (n,), or out of the file `path`.
+        """Read images out of the bytes of all images, `pixels`, uint8 (n,), or out of the file `path` that holds them.
 
-        Args:
-            index: Offset, height and width of each image, int64 (images, 3); height 0: it could not be read.
-            pixels: The bytes of all images.
-            path: The file that holds them.
+        `index` has offset, height and width of each image, int64 (images, 3); height 0: it could not be read.
         """
         self._index = index
         self._path = path
@@ -91,8 +81,7 @@ class PixelCache:
         if not height:
             return None
         assert self._pixels is not None
-        flat = self._pixels[offset : offset + height * width * 3]
-        return flat.view(height, width, 3).permute(2, 0, 1)
+        return self._pixels[offset : offset + height * width * 3].view(height, width, 3).permute(2, 0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is not forked: the path of the file in the place of its bytes."""
@@ -130,14 +119,12 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
-    """Write the cache beside its place, then rename it."""
     folder = beside(place)
     folder.mkdir()
     others = size_of(place.parent)
 
     def free() -> int:
-        written = size_of(folder)
-        return min(shutil.disk_usage(folder).free, int(conf.cache_gib * GIB) - others - written)
+        return min(shutil.disk_usage(folder).free, int(conf.cache_gib * GIB) - others - size_of(folder))
 
     try:
         with open(folder / "pixels.u8", "wb") as file:
@@ -176,7 +163,7 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
             if isinstance(made, ImageError):
                 if conf.on_error == OnError.stop:
                     raise made
-                continue  # the loader meets it again, and leaves it out
+                continue  # its row of the index stays 0; the loader meets the error again and leaves the image out
             if sample % CHUNK == 0:
                 _check_room(made.numel() * min(CHUNK, len(split) - sample), free(), conf)
             rows = np.ascontiguousarray(made.permute(1, 2, 0).numpy())
@@ -205,5 +192,5 @@ def _key(split: Split, step: FirstStep) -> str:
     libraries = f"{torch.__version__} {torchvision.__version__} {PIL.__version__}"
     square = None if step.square is None else replace(step.square, mean=(0, 0, 0), std=(1, 1, 1))
     state = hashlib.blake2b(f"{FORMAT} {libraries} {square}".encode(), digest_size=16, usedforsecurity=False)
-    state.update(content_digest(split))
+    state.update(split.content_digest())
     return state.hexdigest()

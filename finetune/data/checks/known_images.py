@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.entries import lock_of
+from finetune.data.caches.entries import cache_folder, lock_of
 from finetune.data.streams import Ranks, mix
 from finetune.system.files import write_atomic
 from finetune.system.locks import file_lock

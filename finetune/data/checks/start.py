@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.config import DataConf, OnError
-from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.entries import size_line
+from finetune.data.caches.entries import cache_folder, size_line
 from finetune.data.checks.examine import DataReport, UnreadableImage, examine
 from finetune.data.checks.known_images import KnownImages
 from finetune.data.checks.summary import duplicate_lines, imbalance, unreadable_lines, write_lines

@@ -27,17 +27,11 @@ CACHED_PIXELS = 2**16
 
 
 class BatchKey(NamedTuple):
-    """Which images a micro-batch holds, and in which view.
+    """Which images a micro-batch holds, and in which view."""
 
-    Attributes:
-        samples: Indices into the split.
-        occurrences: For each, how often this epoch has shown it before.
-        view: From `view_of`.
-    """
-
-    samples: list[int]
-    occurrences: list[int]
-    view: int
+    samples: list[int]  # indices into the split
+    occurrences: list[int]  # for each, how often this epoch has shown it before
+    view: int  # see `view_of`
 
 
 class PixelBatch(NamedTuple):
@@ -71,9 +65,8 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         """Return the micro-batch of `key`, or the error of an image that cannot be read.
 
         The error is returned and not raised, since a worker's exception arrives with a page of traceback. With `skip`
-        an unreadable image is left out, and no other image takes its place. So every other image keeps its batch and
-        its view, for any number of workers and whenever the file became unreadable. If no image of the batch can be
-        read, that is an error also with `skip`.
+        no other image takes the place of an unreadable one. So every other image keeps its batch and its view, for any
+        number of workers and whenever the file became unreadable. A batch without any readable image is an error, too.
         """
         ids: list[int] = []
         left_out: list[ImageError] = []
@@ -85,10 +78,7 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         return PixelBatch(images, self._split.labels[samples], samples, left_out)
 
     def _read(self, key: BatchKey, ids: list[int], left_out: list[ImageError]) -> Iterator[ImageToShow]:
-        """Yield the images one at a time, so that a batch of large images takes the memory of one; note them in `ids`.
-
-        Raises ImageError at an unreadable image without `skip`, and at the end where no image could be read.
-        """
+        """Yield the images one at a time, so that a batch of large ones takes the memory of one; note them in `ids`."""
         for sample, occurrence in zip(key.samples, key.occurrences, strict=True):
             try:
                 image = self._load(sample)

@@ -27,8 +27,6 @@ class Loader:
     """The batches of a split, epoch by epoch, on the device.
 
     Attributes:
-        split: The images.
-        batch_size: Images in a micro-batch.
         num_images: Images that an epoch shows, repeats counted.
         waited_s: Seconds that the iterating code has waited for batches so far.
     """
@@ -46,14 +44,8 @@ class Loader:
     ) -> None:
         """Prepare; workers start with the first epoch.
 
-        Args:
-            split: The images.
-            preprocess: What the model expects.
-            conf: Batch size, workers and cache.
-            augment: For training: shuffled and augmented. None is evaluation: in order and without augmentation.
-            seed: The run's.
-            device: Where batches go.
-            on_skip: Called with the error of each image that a batch leaves out, with `data.on_error=skip`.
+        With `augment` the images are shuffled and augmented. None is evaluation: in order and without augmentation.
+        `on_skip` is called with the error of each image that a batch leaves out, with `data.on_error=skip`.
         """
         self.split = split
         self.batch_size = conf.batch_size
@@ -88,7 +80,7 @@ class Loader:
         """Yield the batches of one epoch.
 
         Args:
-            epoch: From 0; decides order and views where there is augmentation.
+            epoch: From 0; decides order and views in training.
             skip: Micro-batches to leave out at the start; they are not even read. The others stay as they are.
 
         Yields:
@@ -102,13 +94,10 @@ class Loader:
         return self.show(self.showings(epoch).after(skip * self.batch_size), self.view(epoch))
 
     def show(self, showings: Showings, view: int, *, empty: bool = False) -> Iterator[Batch]:
-        """Yield batches as `epoch` does, of any images.
+        """Yield batches as `epoch` does, of any images, all in one view.
 
-        Args:
-            showings: The images, in order.
-            view: The view of all of them.
-            empty: With `data.on_error=skip`: yield a batch of no images where none of a batch can be read, without
-                calling `on_skip`; otherwise such a batch is an error.
+        A batch of which no image can be read is an error. With `empty` and `data.on_error=skip` it is a batch of no
+        images instead, and `on_skip` is not called.
         """
         self._turn += 1
         turn = self._turn
@@ -118,7 +107,8 @@ class Loader:
             if isinstance(batch, ImageError):
                 if not (empty and self._skips):
                     raise batch
-                batch = self._empty_batch()
+                images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+                batch = PixelBatch(images, self.split.labels[:0], torch.empty(0, dtype=torch.int64), [])
             for error in batch.left_out:
                 self._on_skip(error)
             yield self._to_device(batch)
@@ -138,7 +128,7 @@ class Loader:
         return order.repeated(self._repeats)
 
     def most_showings(self) -> Tensor | None:
-        """How often an epoch can show each image at most, int64 (n,); None, without limit, with `data.epoch_images`."""
+        """How often an epoch shows each image at most, int64 (n,); None, without limit, with `data.epoch_images`."""
         if self._drawn:
             return None
         balanced = self._augment is not None and self._conf.balance == Balance.sampling
@@ -149,14 +139,14 @@ class Loader:
         """Whether the next pass may start worker processes."""
         if self._loader is not None or self._conf.cache == CacheKind.device:
             return False
-        # For `auto` the most there can be: how slow images are is measured when the pass begins.
+        # For `auto` this is the largest possible number: the cost of an image is measured when the pass begins.
         return (pick_workers(1.0, self._device) if self._conf.workers == "auto" else int(self._conf.workers)) > 0
 
     def seconds_per_image(self) -> float:
         """Seconds until an image is loaded, with as many workers as there are, by measurement; 0 from the device."""
         if self._conf.cache == CacheKind.device:
             return 0.0
-        # Not stored: none of its workers has started, and `will_fork` looks at whether there is a loader.
+        # A loader that is built here is not stored: its workers have not started, and `will_fork` relies on that.
         workers = (self._loader or self._build()).num_workers
         return self._image_cost() / max(1, workers)
 
@@ -173,7 +163,7 @@ class Loader:
     def _start(self, showings: Showings, view: int) -> None:
         """Begin a pass: make `self._batches` its iterator."""
         self._plan.set(showings, view)
-        self._batches = iter(())  # the iterator of an epoch that was left early goes before the next one comes
+        self._batches = iter(())  # the iterator of an epoch that was left early ends before the next one is made
         if self._conf.cache == CacheKind.device:
             self._batches = self._from_device()
             return
@@ -210,10 +200,6 @@ class Loader:
         for key in self._plan:
             images, ids, left_out = self._device_cache.take(torch.tensor(key.samples, dtype=torch.int64))
             yield PixelBatch(images, self.split.labels[ids], ids, left_out) if len(ids) else left_out[0]
-
-    def _empty_batch(self) -> PixelBatch:
-        images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        return PixelBatch(images, self.split.labels[:0], torch.empty(0, dtype=torch.int64), [])
 
     def _to_device(self, batch: PixelBatch) -> Batch:
         images, labels, ids, _ = batch

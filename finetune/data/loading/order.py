@@ -18,7 +18,7 @@ class Showings(NamedTuple):
 
     Attributes:
         samples: Indices into the split, int64 (n,).
-        occurrences: How often this epoch has shown each before, int64 (n,); the image's view is drawn from it.
+        occurrences: How often this epoch has shown each before, int64 (n,). It decides the augmentation, too.
     """
 
     samples: Tensor
@@ -32,10 +32,8 @@ class Showings(NamedTuple):
         """Each image `times` times, side by side: a batch has several views of it (Hoffer et al., arXiv:1901.09335)."""
         if times == 1:
             return self
-        again = torch.arange(times).repeat(len(self.samples))
-        return Showings(
-            self.samples.repeat_interleave(times), self.occurrences.repeat_interleave(times) * times + again
-        )
+        samples, occurrences = (values.repeat_interleave(times) for values in self)
+        return Showings(samples, occurrences * times + torch.arange(times).repeat(len(self.samples)))
 
 
 def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images: int = 0) -> Showings:
@@ -46,9 +44,8 @@ def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images
         seed: The run's.
         epoch: From 0.
         balanced: False: show every image once. True: as many showings, but every class equally often, to within one
-            image. Images of a rare class come several times, each time in another view; a frequent class shows other
-            images every epoch.
-        images: Above 0: show so many images, each drawn evenly out of all of them, with replacement.
+            image. Images of a rare class come several times; a frequent class shows other images every epoch.
+        images: Above 0: show this number of images, each drawn evenly out of all of them, with replacement.
     """
     if images:
         assert not balanced, "refused by the configuration"
@@ -64,12 +61,9 @@ def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images
 
 
 def most_showings(labels: Tensor, *, balanced: bool, repeats: int) -> Tensor:
-    """How often an epoch can show each image at most, int64 (n,); some epoch does show it so often.
+    """How often an epoch of `epoch_order` with `images=0` shows each image at most, int64 (n,).
 
-    Args:
-        labels: Of the split, see `Split`.
-        balanced: As in `epoch_order`, with `images=0`.
-        repeats: As in `Showings.repeated`.
+    It is the smallest bound: some epoch shows the image that often. `repeats` is that of `Showings.repeated`.
     """
     if not balanced or not len(labels):
         return torch.full((len(labels),), repeats, dtype=torch.int64)

@@ -19,10 +19,8 @@ from finetune.system.signals import STOPPING
 
 MAX_WORKERS = 16
 MEASURED_S = 0.3  # how long `seconds_per_call` measures
-# Images a second that a fast device takes with a small model; it would not wait for more.
-DEVICE_RATE = 4000.0
-# Share of one core below which a process of its own costs more than it gives.
-MIN_SHARE = 0.25
+DEVICE_RATE = 4000.0  # images a second that a fast device takes with a small model; it would not wait for more
+MIN_SHARE = 0.25  # of one core: below it a process of its own costs more than it gives
 
 
 def pick_workers(cost_s: float, device: torch.device) -> int:
@@ -37,13 +35,14 @@ def pick_workers(cost_s: float, device: torch.device) -> int:
 
 
 def seconds_per_call(call: Callable[[int], object], count: int) -> float:
-    """Mean seconds of `call(0)`, `call(1)`, ..., of at most `count` calls in about `MEASURED_S` seconds."""
-    began, done = time.perf_counter(), 0
-    for done in range(1, count + 1):
-        call(done - 1)
-        if time.perf_counter() - began > MEASURED_S:
+    """Mean seconds of `call(0)`, `call(1)`, ...: `count` calls (1 or more), or as many as take `MEASURED_S` seconds."""
+    began = time.perf_counter()
+    for number in range(count):
+        call(number)
+        seconds = time.perf_counter() - began
+        if seconds > MEASURED_S:
             break
-    return (time.perf_counter() - began) / max(1, done)
+    return seconds / (number + 1)
 
 
 def build_data_loader(dataset: Dataset[Any], keys: Sampler[Any], workers: int, device: torch.device) -> DataLoader[Any]:
@@ -56,7 +55,7 @@ def build_data_loader(dataset: Dataset[Any], keys: Sampler[Any], workers: int, d
         collate_fn=_unchanged,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
-        # DataLoader draws a number for its workers' seeds: never out of the training process's generator.
+        # DataLoader draws a seed for its workers, by default out of the training process's generator.
         generator=torch.Generator(),
         persistent_workers=workers > 0,
         # Stated because process pools that run sweeps (loky) put a context of their own in its place.
@@ -72,7 +71,7 @@ def _start_worker(worker: int) -> None:
     """Ignore stop signals, which the training process answers: it saves and then ends its workers.
 
     A terminal or a scheduler signals the whole group of processes, and a run whose workers die first could not save.
-    Freed memory goes back to the system: else each worker would hold as much as the largest image took.
+    Freed memory goes back to the system: else each worker would go on using the memory of the largest image.
     """
     hand_back_freed_memory()
     for number in STOPPING:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.config import DataConf
 from finetune.data.images.decode import Header
-from finetune.data.split import FoundImages, ImageStore, no_split
+from finetune.data.split import FoundImages, ImageStore
 
 
 class DigitStore(ImageStore):
@@ -51,12 +51,11 @@ def find_digits(conf: DataConf) -> FoundImages:
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     store = DigitStore(levels)
     return FoundImages(
-        kind="digits",
         store=store,
         names=[store.name_of(row) for row in range(len(labels))],
         classes=tuple(str(digit) for digit in range(10)),
         labels=labels,
-        given=no_split(len(labels)),
+        given=torch.zeros(len(labels), dtype=torch.uint8),
         place="data=digits",
         title="digits",
         note="; 8x8 pixels, from scikit-learn",

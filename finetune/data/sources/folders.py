@@ -51,7 +51,6 @@ def find_folder(conf: DataConf) -> FoundImages:
             given += bytes([SPLITS.index(split)]) * len(paths_of[name])
     names = PackedStrings(paths)
     return FoundImages(
-        kind="folder",
         store=FileStore(root, names),
         names=names,
         classes=classes,

@@ -66,7 +66,6 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
     store = HuggingFaceStore(name, images)
     sizes = [len(part) for _, part in images]
     return FoundImages(
-        kind="hf",
         store=store,
         names=store.names(),
         classes=classes,

@@ -12,8 +12,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
-from finetune.data.cache_dir import cache_folder
-from finetune.data.caches.entries import size_of
+from finetune.data.caches.entries import cache_folder, size_of
 from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, fetch, length_of
 from finetune.system.errors import UserError
 from finetune.system.signals import at_once

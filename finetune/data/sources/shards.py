@@ -118,7 +118,6 @@ def find_shards(conf: DataConf) -> FoundImages:
     classes, labels = _classes(_class_files(shards[0], conf), index.labels)
     keys = PackedStrings(index.keys)
     return FoundImages(
-        kind="webdataset",
         store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)),
         names=keys,
         classes=classes,

@@ -125,7 +125,6 @@ def find_table(conf: DataConf) -> FoundImages:
     labels = _labels(rows, classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
     return FoundImages(
-        kind="table",
         store=TableStore(root, names, np.array(rows.numbers), os.path.basename(path)),
         names=names,
         classes=classes,

@@ -78,7 +78,6 @@ def find_torchvision(conf: DataConf) -> FoundImages:
     sizes = [len(part) for part in labels]
     given = np.repeat(np.array([SPLITS.index(split) for split in parts], dtype=np.uint8), sizes)
     return FoundImages(
-        kind="torchvision",
         store=store,
         names=store.names(),
         classes=classes,
