@@ -42,8 +42,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of d
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
 
-MISSING = "there is no such file, or it is a broken link"
-
 Levels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
@@ -124,8 +122,6 @@ def _opened_file(path: str) -> Iterator[IO[bytes]]:
             yield file
     except ImageError:
         raise
-    except FileNotFoundError as error:
-        raise ImageError(path, MISSING) from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise ImageError(path, error_words(error)) from error
 
@@ -194,6 +190,8 @@ def _formats() -> tuple[str, ...]:
 
 def error_words(error: Exception) -> str:
     """The message of an exception in one line, without the path."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file, or it is a broken link"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__
 

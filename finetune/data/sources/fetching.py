@@ -36,8 +36,6 @@ CHUNK_BYTES = 2**18
 TEMPORARY_CODES = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
-Check = Callable[[Path], None]
-
 
 class StoppedError(Exception):
     """`Progress.stop` was called during a download."""
@@ -115,14 +113,10 @@ class Progress:
             _kill(process)
 
 
-def fetch(remote: RemoteFile, folder: Path, check: Check, progress: Progress) -> None:
+def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progress: Progress) -> None:
     """Download a file to `remote.path_in(folder)` if it is not there. Of several processes one downloads.
 
-    Args:
-        remote: The file to download.
-        folder: An existing folder.
-        check: Raises UserError if the downloaded file is not what it should be.
-        progress: Counts the bytes; its `stop` ends the download.
+    `check` raises UserError if the downloaded file is not what it should be.
 
     Raises:
         MissingFileError: There is no such file, or this user may not read it.
@@ -144,7 +138,7 @@ def fetch(remote: RemoteFile, folder: Path, check: Check, progress: Progress) ->
             part.unlink(missing_ok=True)
 
 
-def _fetch_with_retries(remote: RemoteFile, part: Path, check: Check, progress: Progress) -> None:
+def _fetch_with_retries(remote: RemoteFile, part: Path, check: Callable[[Path], None], progress: Progress) -> None:
     for number in range(1, TRIES + 1):
         try:
             _fetch_once(remote, part, check, progress)
@@ -157,12 +151,9 @@ def _fetch_with_retries(remote: RemoteFile, part: Path, check: Check, progress: 
         progress.wait(DELAY_S * 2 ** (number - 1))
 
 
-def _fetch_once(remote: RemoteFile, part: Path, check: Check, progress: Progress) -> None:
-    is_length_known = False
-    if remote.is_command:
-        _run_command(remote.address.removeprefix("pipe:"), part, progress)
-    else:
-        is_length_known = _download(remote.address, part, progress)
+def _fetch_once(remote: RemoteFile, part: Path, check: Callable[[Path], None], progress: Progress) -> None:
+    work = _run_command if remote.is_command else _download
+    is_length_known = work(remote.address, part, progress)
     try:
         check(part)
     except UserError as error:
@@ -172,12 +163,12 @@ def _fetch_once(remote: RemoteFile, part: Path, check: Check, progress: Progress
         raise BrokenDownloadError(str(error)) from error
 
 
-def _run_command(command: str, part: Path, progress: Progress) -> None:
-    """Write the output of a shell command to `part`."""
+def _run_command(address: str, part: Path, progress: Progress) -> bool:
+    """Write the output of the shell command after `pipe:` to `part`; False, since its right length is unknown."""
     with tempfile.TemporaryFile() as stderr, open(part, "wb") as stdout:
         # The command comes from the user's own configuration. WebDataset gives it to a shell, too.
         process = subprocess.Popen(
-            command,
+            address.removeprefix("pipe:"),
             shell=True,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -200,6 +191,7 @@ def _run_command(command: str, part: Path, progress: Progress) -> None:
     if process.returncode:
         raise BrokenDownloadError(f"the command ended with exit code {process.returncode}: {message}")
     progress.add(part.stat().st_size)
+    return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -238,7 +230,7 @@ def length_of(remote: RemoteFile) -> int | None:
     """The length in bytes; None for a command, and if the server does not say it or cannot be reached now.
 
     Raises:
-        UserError: The server says that there is no such file or refuses it, or the client for the scheme is missing.
+        UserError: The server has no such file or refuses it, or the client for the scheme is missing.
     """
     if remote.is_command:
         return None
@@ -255,9 +247,7 @@ def length_of(remote: RemoteFile) -> int | None:
 def _open(address: str) -> tuple[IO[bytes], int | None]:
     """The file at a URL, open for reading, and its length in bytes if the server says it.
 
-    Raises:
-        BrokenDownloadError: Another try may succeed.
-        UserError: No other try will succeed.
+    Raises BrokenDownloadError if another try may succeed, and UserError if none will.
     """
     if not address.startswith(("http://", "https://")):
         return _open_with_fsspec(address)

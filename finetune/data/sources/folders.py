@@ -103,10 +103,8 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
             empty.append(name + _brackets(others, "found only"))
         left_out.update(others)
     if empty:
-        raise UserError(
-            f"data.root={place}: no images in class folder {', '.join(empty)}; add some or remove the folder"
-            f" (images end in {' '.join(sorted(EXTENSIONS))})"
-        )
+        how = f"add some or remove the folder (images end in {' '.join(sorted(EXTENSIONS))})"
+        raise UserError(f"data.root={place}: no images in class folder {', '.join(empty)}; {how}")
     if len(classes) == 1:
         raise UserError(f"data.root={place}: only one class, {folders[0]}, so there is nothing to tell apart; {LAYOUT}")
     left_out.update(_kind(file) for file in files)
@@ -139,9 +137,8 @@ def _check_reachable(path: str) -> None:
     try:
         os.stat(path)
     except PermissionError as error:
-        raise UserError(
-            f"{path}: may not be reached (permission denied); change the rights of a folder above, or data.root"
-        ) from error
+        how = "change the rights of a folder above, or data.root"
+        raise UserError(f"{path}: may not be reached (permission denied); {how}") from error
     except OSError:
         return  # the caller finds the same error and names it
 
@@ -155,18 +152,12 @@ def _entries(folder: str) -> tuple[list[str], list[str]]:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in _LITTER:
                     continue
-                # Broken links and pipes count as files: the check of the images names them.
-                (folders if _is_folder(entry) else files).append(entry.name)
+                # Broken links, links to themselves and pipes count as files: the check of the images names them.
+                is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                (folders if is_folder else files).append(entry.name)
     except PermissionError as error:
         raise UserError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
     return sorted(folders, key=natural_key), files
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _check_same_classes(root: str, found: dict[str, dict[str, list[str]]]) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +50,8 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
     for _, part in parts.values():
         for key, column in (("image_column", conf.image_column), ("label_column", conf.label_column)):
             if column not in part.column_names:
-                known = ", ".join(part.column_names)
-                raise UserError(
-                    f"data.{key}={column}: no such column{nearest(column, part.column_names)}; it has {known}"
-                )
+                known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
+                raise UserError(f"data.{key}={column}: no such column{known}")
     first = parts["train"][1]
     if not isinstance(first.features[conf.image_column], datasets.Image):
         raise UserError(f"data.image_column={conf.image_column}: holds {first.features[conf.image_column]}, no images")
@@ -64,13 +61,12 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         for word, part in parts.values()
     ]
     store = HuggingFaceStore(name, images)
-    sizes = [len(part) for _, part in images]
     return FoundImages(
         store=store,
         names=store.names(),
         classes=classes,
         labels=labels,
-        given=torch.from_numpy(np.repeat(np.array([SPLITS.index(split) for split in parts], dtype=np.uint8), sizes)),
+        given=store.given(parts),
         place=f"data.name={name}",
         title=f"hf {name}",
         note=f" [left out: {', '.join(left_out)}]" if left_out else "",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
-from finetune.data.caches.entries import cache_folder, size_of
+from finetune.data.caches.entries import GIB, cache_folder, size_of
 from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, fetch, length_of
 from finetune.system.errors import UserError
 from finetune.system.signals import at_once
@@ -32,7 +32,7 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
         UserError: Shards are missing and `data.download` is false, there is no room for them, or a download failed.
         OSError: The folder of downloaded shards cannot be written.
     """
-    folder = _folder(conf)
+    folder = cache_folder(conf.cache_dir) / "shards"
     missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
     if missing:
         with at_once():  # a stop signal costs nothing but this start: the next one downloads what is still missing
@@ -53,12 +53,8 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
 
 def fetched_class_files(first: RemoteFile, conf: DataConf) -> list[Path]:
     """Lists of class names that were downloaded with the shards; the nearest to the first shard comes first."""
-    places = [remote.path_in(_folder(conf)) for remote in _class_files_near(first)]
-    return [place for place in places if place.exists()]
-
-
-def _folder(conf: DataConf) -> Path:
-    return cache_folder(conf.cache_dir) / "shards"
+    folder = cache_folder(conf.cache_dir) / "shards"
+    return [path for remote in _class_files_near(first) if (path := remote.path_in(folder)).exists()]
 
 
 def _class_files_near(shard: RemoteFile) -> list[RemoteFile]:
@@ -74,7 +70,7 @@ def _class_files_near(shard: RemoteFile) -> list[RemoteFile]:
 
 def _size(missing: Sequence[RemoteFile]) -> tuple[int | None, str]:
     """The total length of some shards in bytes, None if it is unknown; and words for it."""
-    asked = missing[:: max(1, -(-len(missing) // MEASURED))]
+    asked = missing[:: -(-len(missing) // MEASURED)]
     total = 0
     for remote in asked:
         length = length_of(remote)
@@ -82,23 +78,20 @@ def _size(missing: Sequence[RemoteFile]) -> tuple[int | None, str]:
             return None, "of unknown size"
         total += length
     estimate = total * len(missing) // len(asked)
-    return estimate, f"{'about ' if len(asked) < len(missing) else ''}{estimate / 2**30:.2f} GiB"
+    return estimate, f"{'about ' if len(asked) < len(missing) else ''}{estimate / GIB:.2f} GiB"
 
 
 def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> None:
-    """Raises UserError if shards of `num_bytes` fit neither the disk nor `data.cache_gib`."""
-    needed, free = num_bytes / 2**30, shutil.disk_usage(folder).free / 2**30
-    stored = size_of(folder) / 2**30
-    problem = ""
+    """Raises UserError if `num_bytes` more do not fit on the disk or into `data.cache_gib`."""
+    needed, free, stored = (size / GIB for size in (num_bytes, shutil.disk_usage(folder).free, size_of(folder)))
+    problem = f"data.root: the shards need {needed:.2f} GiB more in {folder}"
     if needed > free:
-        problem = f"where {free:.2f} GiB are free: choose another data.cache_dir"
-    elif stored + needed > limit_gib:
-        problem = (
-            f"which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}; raise it, or"
-            " remove shards (finetune cache clear --kind shards)"
+        raise UserError(f"{problem}, where {free:.2f} GiB are free: choose another data.cache_dir")
+    if stored + needed > limit_gib:
+        raise UserError(
+            f"{problem}, which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}; raise"
+            " it, or remove shards (finetune cache clear --kind shards)"
         )
-    if problem:
-        raise UserError(f"data.root: the shards need {needed:.2f} GiB more in {folder}, {problem}")
 
 
 def _fetch_all(
@@ -120,8 +113,9 @@ def _fetch_all(
 
 
 def _check_class_file(path: Path) -> None:
+    # Some servers send a web page in the place of a missing file.
     if path.stat().st_size > CLASS_FILE_BYTES or path.read_bytes().lstrip().startswith(b"<"):
-        raise MissingFileError("it is no list of class names")  # but a web page, which some servers send for anything
+        raise MissingFileError("it is no list of class names")
 
 
 def check_tar(path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images.decode import EXTENSIONS, MISSING, ImageError, natural_key
+from finetune.data.images.decode import EXTENSIONS, ImageError, error_words, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.fetching import RemoteFile, is_remote
 from finetune.data.sources.remote_shards import CLASS_FILES, check_end, fetch_shards, fetched_class_files
@@ -35,18 +35,11 @@ LAYOUT = "expected .tar shards with pairs such as 0001.jpg and 0001.cls (a class
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
-
-    Attributes:
-        path: Where it lies on this machine.
-        name: Its name in messages: the path, or the address that it was downloaded from.
-        split: Index into SPLITS.
-        remote: Where it was downloaded from; None for a local shard.
-    """
+    """A tar file on this machine, which was perhaps downloaded from `remote`."""
 
     path: str
-    name: str
-    split: int = 0
+    name: str  # in messages: the path, or the address that it was downloaded from
+    split: int = 0  # index into SPLITS
     remote: RemoteFile | None = None
 
 
@@ -69,10 +62,8 @@ class ShardStore(ImageStore):
             with open(self._shards[shard], "rb") as file:
                 file.seek(offset)
                 data = file.read(size)
-        except FileNotFoundError as error:
-            raise ImageError(self.name_of(row), MISSING) from error
         except OSError as error:
-            raise ImageError(self.name_of(row), str(error)) from error
+            raise ImageError(self.name_of(row), error_words(error)) from error
         if len(data) != size:
             raise ImageError(self.name_of(row), "the shard ends within the image")
         return data
@@ -83,7 +74,7 @@ class ShardStore(ImageStore):
         try:
             status = os.stat(self._shards[shard])
         except OSError as error:
-            raise ImageError(self.name_of(row), MISSING) from error
+            raise ImageError(self.name_of(row), error_words(error)) from error
         return f"{status.st_size}:{status.st_mtime_ns}:{offset}:{size}:{self._shards[shard]}"
 
     def name_of(self, row: int) -> str:
@@ -91,14 +82,14 @@ class ShardStore(ImageStore):
         return os.path.join(self._folders[int(self._places[row, 0])], self._keys[row])
 
 
-@dataclass
 class _Index:
     """The images of all shards: (shard, offset, size), name, label and split of each, in flat lists."""
 
-    places: array[int] = field(default_factory=lambda: array("q"))
-    keys: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    given: bytearray = field(default_factory=bytearray)
+    def __init__(self) -> None:
+        self.places = array("q")
+        self.keys: list[str] = []
+        self.labels: list[str] = []
+        self.given = bytearray()
 
 
 def find_shards(conf: DataConf) -> FoundImages:
@@ -141,17 +132,16 @@ def _name(part: str) -> str:
 def _list_shards(conf: DataConf) -> list[Shard]:
     """Every shard once, in natural order of the names; downloads those that are not on this machine."""
     found: set[Shard] = set()
-    remotes: list[RemoteFile] = []
+    remotes: dict[RemoteFile, None] = {}  # each once, in this order
     for part in _parts(conf):
         if is_remote(part):
-            remotes += map(RemoteFile, _expand_braces(part))
+            remotes |= dict.fromkeys(map(RemoteFile, _expand_braces(part)))
         elif os.path.isdir(part):
             found |= _in_folder(part)
         else:
             found |= {Shard(path, path) for pattern in _expand_braces(part) for path in glob.glob(pattern)}
-    remotes = list(dict.fromkeys(remotes))
     if remotes:
-        paths = fetch_shards(remotes, conf)
+        paths = fetch_shards(list(remotes), conf)
         found |= {Shard(str(path), remote.name, 0, remote) for path, remote in zip(paths, remotes, strict=True)}
     if not found:
         raise FileNotFoundError(f"data.root={conf.root}: no .tar files there; {LAYOUT}")
@@ -183,7 +173,7 @@ def _tars(folder: str, names: Sequence[str]) -> list[str]:
 def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
     """The shards with the splits that their names give, such as `val/000.tar` or `val-000.tar`.
 
-    Names count only if some shards are named after train and others after val or test. Else all images are cut by seed.
+    Names count only if some shards are named after train and others after val or test. Else the splits are cut by seed.
     """
     if any(shard.split for shard in shards):
         return shards
@@ -219,11 +209,10 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> None:
     """Add the images of a shard to `index`. Files of one sample share the name up to its first dot."""
-    path = shard.path
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(shard.path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
                 folder, _, file = member.name.rpartition("/")
@@ -233,9 +222,8 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
                 key = f"{folder}/{stem}" if folder else stem
                 if f".{ending.lower()}" in EXTENSIONS:
                     if key in images:
-                        raise UserError(
-                            f"data.root: {shard.name}: {images[key][0]} and {member.name} are both the image of {key}"
-                        )
+                        both = f"{images[key][0]} and {member.name}"
+                        raise UserError(f"data.root: {shard.name}: {both} are both the image of {key}")
                     images[key] = (member.name, member.offset_data, member.size)
                 elif ending in ("cls", "json"):
                     content = tar.extractfile(member)
@@ -243,11 +231,12 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
                     label = _label(content.read(), ending, label_key)
                     if label is not None and (ending == "cls" or key not in labels):
                         labels[key] = label
-            check_end(Path(path), tar.offset)
+            check_end(Path(shard.path), tar.offset)
     except PermissionError as error:
-        raise UserError(f"data.root: {path} may not be read (permission denied); change its rights") from error
+        raise UserError(f"data.root: {shard.path} may not be read (permission denied); change its rights") from error
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"data.root: {path} is damaged or no tar file ({error}); make it anew or remove it") from error
+        problem = f"{shard.path} is damaged or no tar file ({error})"
+        raise UserError(f"data.root: {problem}; make it anew or remove it") from error
     without_label = [name for key, (name, _, _) in images.items() if key not in labels]
     if without_label:
         raise UserError(
@@ -264,13 +253,12 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
 def _label(content: bytes, ending: str, label_key: str) -> str | None:
     """The label in a .cls or .json file; None if there is none."""
     try:
-        text = content.decode("utf-8").strip()
-        if ending == "json":
-            value = json.loads(text)
-            text = str(value[label_key]) if isinstance(value, dict) and label_key in value else ""
+        if ending == "cls":
+            return content.decode("utf-8").strip() or None
+        value = json.loads(content)
     except ValueError:
         return None
-    return text or None
+    return str(value[label_key]) or None if isinstance(value, dict) and label_key in value else None
 
 
 def _class_files(first: Shard, conf: DataConf) -> list[Path]:
@@ -293,9 +281,8 @@ def _classes(files: Sequence[Path], labels: Sequence[str]) -> tuple[tuple[str, .
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         highest = max(map(int, labels))
         if highest >= len(names) or len(set(names)) < len(names):
-            raise UserError(
-                f"{path}: has {len(names)} names, expected one for each label up to {highest}, all different"
-            )
+            expected = f"one for each label up to {highest}, all different"
+            raise UserError(f"{path}: has {len(names)} names, expected {expected}")
         return names, torch.tensor([int(label) for label in labels], dtype=torch.int64)
     names = tuple(sorted(set(labels), key=natural_key))
     index = {name: label for label, name in enumerate(names)}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from finetune.data.images.decode import MISSING, Header, ImageError, error_words, read_file, read_header
+from finetune.data.images.decode import Header, ImageError, error_words, read_file, read_header
 from finetune.data.packed import PackedStrings
-from finetune.data.split import ImageStore
+from finetune.data.split import SPLITS, ImageStore
 
 
 class FileStore(ImageStore):
@@ -18,8 +20,7 @@ class FileStore(ImageStore):
 
     def __init__(self, root: str, names: PackedStrings) -> None:
         """Take paths relative to `root`, with `/` between folders. An absolute path stays as it is."""
-        self._root = root
-        self._names = names
+        self._root, self._names = root, names
 
     def header(self, row: int) -> Header:
         """Size and mode, from the first bytes of the file; raises ImageError."""
@@ -34,8 +35,6 @@ class FileStore(ImageStore):
         path = self.name_of(row)
         try:
             status = os.stat(path)
-        except FileNotFoundError as error:
-            raise ImageError(path, MISSING) from error
         except (OSError, ValueError) as error:
             raise ImageError(path, error_words(error)) from error
         return f"{status.st_size}:{status.st_mtime_ns}:{path}"
@@ -64,6 +63,11 @@ class PartsStore(ImageStore):
         """`NAME/word[index]`."""
         word, _, index = self.find(row)
         return f"{self._name}/{word}[{index}]"
+
+    def given(self, splits: Iterable[str]) -> Tensor:
+        """`FoundImages.given`: `splits` has the name of each part's split."""
+        sizes = torch.tensor([len(part) for _, part in self._parts])
+        return torch.tensor([SPLITS.index(name) for name in splits], dtype=torch.uint8).repeat_interleave(sizes)
 
     def names(self) -> list[str]:
         """The name of every image."""

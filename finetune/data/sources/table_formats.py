@@ -19,15 +19,10 @@ ROWS = 16_384  # in a block
 
 
 class ColumnBlock(NamedTuple):
-    """Consecutive rows of a table, column by column.
+    """Consecutive rows of a table, column by column."""
 
-    Attributes:
-        numbers: The row's number in the file, from 1; in a text file the number of its last line.
-        columns: For each wanted column the cells, one a row.
-    """
-
-    numbers: Sequence[int]
-    columns: Sequence[Sequence[Any]]
+    numbers: Sequence[int]  # the row's number in the file, from 1; in a text file the number of its last line
+    columns: Sequence[Sequence[Any]]  # for each wanted column the cells, one a row
 
 
 def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
@@ -69,9 +64,9 @@ def _csv_rows(path: str, file: IO[str], wanted: Sequence[str], separator: str) -
             if len(cells) == len(header):
                 yield (reader.line_num, *wanted_of(cells))
             elif cells:  # an empty line has none
+                difference = f"has {len(cells)} cells where the first line has {len(header)}"
                 raise UserError(
-                    f"data.table={path}: row {reader.line_num} has {len(cells)} cells where the first line has"
-                    f" {len(header)} (a text with a comma needs quotes)"
+                    f"data.table={path}: row {reader.line_num} {difference} (a text with a comma needs quotes)"
                 )
     except csv.Error as error:
         raise UserError(f"data.table={path}: row {reader.line_num}: {error}") from error
@@ -99,9 +94,8 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"data.table={path}: Parquet needs pyarrow: pip install 'finetune[parquet]', or save the table as .csv"
-        ) from error
+        how = "pip install 'finetune[parquet]', or save the table as .csv"
+        raise UserError(f"data.table={path}: Parquet needs pyarrow: {how}") from error
     try:
         with parquet.ParquetFile(path) as file:
             for name in wanted:

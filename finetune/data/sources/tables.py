@@ -6,15 +6,14 @@ import functools
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images.decode import Header, ImageError, decode, natural_key
+from finetune.data.images.decode import ImageError, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
@@ -24,18 +23,19 @@ from finetune.system.errors import UserError
 
 MAX_LISTED = 20  # rows that one message names
 
-Result = TypeVar("Result")
+Numbers = np.ndarray[Any, np.dtype[np.int32]]
 
 
-def _naming_row(method: Callable[[Any, int], Result]) -> Callable[[Any, int], Result]:
+def _naming_row(method: Callable[[Any, int], Any]) -> Any:
     """Let a method of TableStore add the table's name and row number to an ImageError."""
 
     @functools.wraps(method)
-    def wrapper(self: TableStore, row: int) -> Result:
+    def wrapper(self: TableStore, row: int) -> Any:
         try:
             return method(self, row)
         except ImageError as error:
-            reason = f"{error.reason}; {self.table}, row {self.numbers[row]}"
+            note = f"; {self.table}, row {self.numbers[row]}"
+            reason = error.reason.removesuffix(note) + note  # `load` calls `read`, which adds the note as well
             raise ImageError(error.path, reason) from error.__cause__  # checks read the cause
 
     return wrapper
@@ -44,62 +44,33 @@ def _naming_row(method: Callable[[Any, int], Result]) -> Callable[[Any, int], Re
 class TableStore(FileStore):
     """Image files that a table lists. Errors name the row of the table, too."""
 
-    def __init__(
-        self, root: str, names: PackedStrings, numbers: np.ndarray[Any, np.dtype[np.int32]], table: str
-    ) -> None:
+    def __init__(self, root: str, names: PackedStrings, numbers: Numbers, table: str) -> None:
         """Take paths relative to `root`, and the number of each path's row in the file `table`."""
         super().__init__(root, names)
-        self.numbers = numbers
-        self.table = table
+        self.numbers, self.table = numbers, table
 
-    @_naming_row
-    def read(self, row: int) -> bytes:
-        """The bytes of the file; raises ImageError."""
-        return super().read(row)
-
-    @_naming_row
-    def header(self, row: int) -> Header:
-        """Size and mode, from the first bytes of the file; raises ImageError."""
-        return super().header(row)
-
-    @_naming_row
-    def stamp(self, row: int) -> str:
-        """Path, size and time of the last change; raises ImageError if there is no such file."""
-        return super().stamp(row)
-
-    @_naming_row
-    def load(self, row: int) -> Tensor:
-        """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        return decode(super().read(row), self.name_of(row))
+    read = _naming_row(FileStore.read)
+    header = _naming_row(FileStore.header)
+    stamp = _naming_row(FileStore.stamp)
+    load = _naming_row(FileStore.load)
 
 
 class _RowError(Exception):
     """A row of the table cannot be used; the text follows the row's number in the message."""
 
 
-@dataclass
 class _Rows:
-    """The usable rows that were read so far, in flat arrays, which take a few bytes a row.
+    """The usable rows that were read so far, in flat arrays, which take a few bytes a row."""
 
-    Attributes:
-        several: Whether a row may have several labels; None before the first row.
-        numbers: Number of each row in the file, from 1; in a text file its line.
-        label_ids: The labels of all rows, one after the other, as values of `known`.
-        label_counts: How many labels each row has, if it may have several.
-        splits: Index into SPLITS of each row.
-        known: Label -> its id, in the order of reading.
-        problems: The first MAX_LISTED rows that cannot be used, a line each.
-        num_problems: How many rows cannot be used.
-    """
-
-    several: bool | None
-    numbers: array[int] = field(default_factory=lambda: array("i"))
-    label_ids: array[int] = field(default_factory=lambda: array("i"))
-    label_counts: array[int] = field(default_factory=lambda: array("i"))
-    splits: bytearray = field(default_factory=bytearray)
-    known: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    num_problems: int = 0
+    def __init__(self, several: bool | None) -> None:
+        self.several = several  # whether a row may have several labels; None before the first row
+        self.numbers = array("i")  # number of each row in the file, from 1; in a text file its line
+        self.known: dict[str, int] = {}  # label -> its id, in the order of reading
+        self.label_ids = array("i")  # the labels of all rows, one row after the other
+        self.label_counts = array("i")  # how many labels each row has, if it may have several
+        self.splits = bytearray()  # index into SPLITS of each row
+        self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
+        self.num_problems = 0  # how many rows cannot be used
 
 
 def find_table(conf: DataConf) -> FoundImages:
@@ -212,9 +183,7 @@ def _labels(rows: _Rows, classes: Sequence[str]) -> Tensor:
     return table
 
 
-def _check_repeats(
-    path: str, names: PackedStrings, labels: Tensor, numbers: np.ndarray[Any, np.dtype[np.int32]]
-) -> tuple[str, ...]:
+def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Numbers) -> tuple[str, ...]:
     """A warning if paths repeat, since such images count twice.
 
     Raises:
@@ -228,15 +197,12 @@ def _check_repeats(
     first, second = order[same], order[same + 1]
     differ = labels[torch.from_numpy(first)] != labels[torch.from_numpy(second)]
     wrong = np.flatnonzero((differ if differ.ndim == 1 else differ.any(1)).numpy())
-    shown = [
-        f"{names[int(first[i])]} in rows {numbers[first[i]]} and {numbers[second[i]]}"
-        for i in (wrong[:MAX_LISTED] if len(wrong) else [0])
-    ]
+    listed = wrong[:MAX_LISTED] if len(wrong) else [0]
+    shown = [f"{names[int(first[i])]} in rows {numbers[first[i]]} and {numbers[second[i]]}" for i in listed]
     if len(wrong):
         raise UserError(
             f"data.table={path}: {len(wrong):,} paths come again with another label: {'; '.join(shown)}; keep one row"
             " of each (for several labels an image, put them in one cell and set data.label_separator)"
         )
-    return (
-        f"{len(same):,} rows of {path} repeat a path, so these images count twice, perhaps in two splits: {shown[0]}",
-    )
+    repeated = f"{len(same):,} rows of {path} repeat a path"
+    return (f"{repeated}, so these images count twice, perhaps in two splits: {shown[0]}",)

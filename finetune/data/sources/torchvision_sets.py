@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
-from finetune.data.images.decode import Header, ImageError, pixels_of
+from finetune.data.images.decode import Header, ImageError, error_words, pixels_of
 from finetune.data.sources.stores import PartsStore
-from finetune.data.split import SPLITS, FoundImages
+from finetune.data.split import FoundImages
 from finetune.system.errors import UserError
 
 # Values of torchvision's `split=` for each split; the first that a data set accepts is used.
 _SPLIT_WORDS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 # Attributes in which torchvision's data sets store their labels: as a list of labels, or of (path, label).
 _LABEL_NAMES = ("targets", "labels", "_labels", "y", "_samples", "samples")
+Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class TorchvisionStore(PartsStore):
@@ -43,7 +44,7 @@ class TorchvisionStore(PartsStore):
             if isinstance(image, Image.Image):
                 return pixels_of(image)
         except Exception as error:  # torchvision's readers raise any error; the ImageError names the image
-            raise ImageError(self.name_of(row), " ".join(str(error).split()) or type(error).__name__) from error
+            raise ImageError(self.name_of(row), error_words(error)) from error
         raise ImageError(self.name_of(row), f"expected a picture, got {type(image).__name__}")
 
     def header(self, row: int) -> Header:
@@ -73,16 +74,13 @@ def find_torchvision(conf: DataConf) -> FoundImages:
     name, root = conf.name or "", os.path.expanduser(conf.root or "")
     parts = _open_parts(_kind(name), name, root, download=conf.download)
     labels = [_labels(name, part) for _, part in parts.values()]
-    classes = _classes(parts["train"][1], labels)
     store = TorchvisionStore(name, root, list(parts.values()))
-    sizes = [len(part) for part in labels]
-    given = np.repeat(np.array([SPLITS.index(split) for split in parts], dtype=np.uint8), sizes)
     return FoundImages(
         store=store,
         names=store.names(),
-        classes=classes,
+        classes=_classes(parts["train"][1], labels),
         labels=torch.from_numpy(np.concatenate(labels)),
-        given=torch.from_numpy(given),
+        given=store.given(parts),
         place=f"data.name={name}",
         title=f"torchvision {name} in {root}",
         location=os.path.abspath(root),
@@ -94,9 +92,8 @@ def _kind(name: str) -> Callable[..., Any]:
 
     known = [word for word in library.__all__ if inspect.isclass(vars(library).get(word)) and word != "FakeData"]
     if name not in known:
-        raise UserError(
-            f"data.name={name}: torchvision has no such data set{nearest(name, known)}; it has {', '.join(known)}"
-        )
+        instead = f"{nearest(name, known)}; it has {', '.join(known)}"
+        raise UserError(f"data.name={name}: torchvision has no such data set{instead}")
     kind: Callable[..., Any] = vars(library)[name]
     return kind
 
@@ -104,11 +101,8 @@ def _kind(name: str) -> Callable[..., Any]:
 def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: bool) -> dict[str, tuple[str, Any]]:
     """Split -> (torchvision's word for it, data set)."""
     accepted = inspect.signature(kind).parameters
-    required = [
-        word
-        for word, parameter in accepted.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    positional = [item for item in accepted.values() if item.kind is item.POSITIONAL_OR_KEYWORD]
+    required = [item.name for item in positional if item.default is item.empty]
     if required not in (["root"], []) or "root" not in accepted:
         raise UserError(f"data.name={name}: asks for {', '.join(required)}, so it cannot be opened by its name alone")
     options: dict[str, Any] = {"download": download} if "download" in accepted else {}
@@ -132,19 +126,16 @@ def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: boo
             refusals.append(str(error))
         except (RuntimeError, OSError) as error:
             if split == "train":
-                raise UserError(_not_there(name, root, error, download="download" in accepted)) from error
+                how = "data.download=true fetches it" if "download" in accepted else "torchvision does not download it"
+                problem = f"cannot be opened in data.root={root} ({' '.join(str(error).split())[:200]})"
+                raise UserError(f"data.name={name}: {problem}; {how}") from error
             refusals.append(str(error))
     if "train" not in parts:
         raise UserError(f"data.name={name}: has no train split ({'; '.join(refusals)[:300]})")
     return parts
 
 
-def _not_there(name: str, root: str, error: Exception, *, download: bool) -> str:
-    how = "data.download=true fetches it" if download else "torchvision does not download it"
-    return f"data.name={name}: cannot be opened in data.root={root} ({' '.join(str(error).split())[:200]}); {how}"
-
-
-def _labels(name: str, part: Any) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _labels(name: str, part: Any) -> Labels:
     """The label of every image, int64 (n,). Images are decoded only if the data set stores no list of labels."""
     for word in _LABEL_NAMES:
         values = vars(part).get(word)
@@ -160,7 +151,7 @@ def _labels(name: str, part: Any) -> np.ndarray[tuple[int, ...], np.dtype[np.int
     return labels
 
 
-def _as_labels(values: Sequence[Any]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+def _as_labels(values: Sequence[Any]) -> Labels | None:
     try:
         array = np.asarray([int(value) for value in values])
     except (TypeError, ValueError, RuntimeError):
