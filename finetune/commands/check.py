@@ -47,8 +47,7 @@ def check(conf: Conf, folder: Path) -> int:
     """
     from finetune.data import open_source
     from finetune.data.checks.contact_sheet import write_contact_sheet
-    from finetune.data.checks.report import check_source
-    from finetune.data.checks.start import without_images
+    from finetune.data.checks.summary import check_source
     from finetune.models import build_model
 
     source = open_source(conf.data)
@@ -56,7 +55,7 @@ def check(conf: Conf, folder: Path) -> int:
     say(text)
     preprocess = build_model(conf.model, source.classes).preprocess
     sheet = folder / "contact_sheet.png"
-    readable = without_images(source, report.unreadable)
+    readable = source.without(report.unreadable)
     write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
     say(f"\n{sheet}: training images as {conf.model.name} will see them")
     say(f"all of it: {folder}")

@@ -55,6 +55,7 @@ class ImageStore(ABC):
         """The image's name in messages: its path, or the source and the row, such as `digits[17]`."""
 
 
+@dataclass(frozen=True, eq=False)
 class Split:
     """Some images of a store with their labels: the training, validation or test images.
 
@@ -64,12 +65,13 @@ class Split:
         labels: Class index of each image, int64 (n,); with several labels an image float32 (n, classes), 0 or 1.
     """
 
-    def __init__(self, store: ImageStore, rows: Tensor, labels: Tensor) -> None:
-        """Take rows and labels of the same length."""
-        assert rows.ndim == 1 and len(rows) == len(labels) and labels.ndim in (1, 2)
-        self.store = store
-        self.rows = rows
-        self.labels = labels
+    store: ImageStore
+    rows: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the promises of the attributes."""
+        assert self.rows.ndim == 1 and len(self.rows) == len(self.labels) and self.labels.ndim in (1, 2)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -82,12 +84,6 @@ class Split:
     def name_of(self, index: int) -> str:
         """The image's name in messages, see `ImageStore`."""
         return self.store.name_of(int(self.rows[index]))
-
-    def without(self, indices: Collection[int]) -> Split:
-        """The split without the images at `indices`."""
-        keep = torch.ones(len(self), dtype=torch.bool)
-        keep[torch.tensor(sorted(indices), dtype=torch.int64)] = False
-        return Split(self.store, self.rows[keep], self.labels[keep])
 
     def content_digest(self) -> bytes:
         """16 bytes that change when an image of the split changes, or their order; part of the names of caches.
@@ -104,6 +100,16 @@ class Split:
             state.update(len(mark).to_bytes(8, "little"))
             state.update(mark)
         return state.digest()
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """An image that cannot be read: its split, its index there, its name in messages, and the reason in a few words."""
+
+    split: str
+    index: int
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -135,15 +141,18 @@ class Source:
             assert len(split) and split.labels.dtype == (torch.float32 if self.is_multilabel else torch.int64)
             assert split.labels.shape[1:] == ((len(self.classes),) if self.is_multilabel else ())
 
-    def without(self, left_out: Mapping[str, Collection[int]]) -> Source:
-        """The source without some images; `left_out` has the indices for each split's name.
+    def without(self, images: Collection[UnreadableImage]) -> Source:
+        """The source without these images.
 
         Raises:
             UserError: A split would be empty, or a class would have no training image left.
         """
-        splits = {name: split.without(left_out.get(name, ())) for name, split in self.splits.items()}
-        for name, split in splits.items():
-            if not len(split):
+        splits = {}
+        for name, split in self.splits.items():
+            keep = torch.ones(len(split), dtype=torch.bool)
+            keep[torch.tensor([image.index for image in images if image.split == name], dtype=torch.int64)] = False
+            splits[name] = Split(split.store, split.rows[keep], split.labels[keep])
+            if not len(splits[name]):
                 raise UserError(f"no image of the {name} split can be read; see the list of unreadable files")
         lost = class_counts(splits["train"].labels, len(self.classes)) == 0
         lost &= class_counts(self.splits["train"].labels, len(self.classes)) > 0

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import finetune.app.run
-import finetune.data.checks.report  # noqa: F401  (with torch, for the forked children)
+import finetune.data.checks.summary  # noqa: F401  (with torch, for the forked children)
 from finetune.__main__ import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capabilities are those of Linux")

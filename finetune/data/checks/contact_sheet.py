@@ -27,15 +27,9 @@ GAP, CAPTION = 8, 18  # pixels between tiles, and of a line of text
 def write_contact_sheet(
     path: Path, source: Source, preprocess: Preprocess, *, data: DataConf, augment: AugmentConf, seed: int
 ) -> None:
-    """Draw the first images of the first training epoch that these settings give.
+    """Write a PNG of the first images of the first training epoch that these settings give.
 
-    Args:
-        path: The PNG to write.
-        source: Without unreadable images.
-        preprocess: Of the model.
-        data: Order and batches.
-        augment: Views and mixtures.
-        seed: The run's.
+    All images of `source` must be readable.
     """
     wanted = COLUMNS * ROWS
     # Only the training GPU knows what `batch_size=auto` is. Views do not depend on it, mixtures do.
@@ -62,9 +56,8 @@ def _caption(source: Source, label: Tensor) -> str:
     """The class of an image; for a mixed image all its classes with their shares."""
     if label.ndim == 0:
         return source.classes[int(label)]
-    shares = sorted(
-        ((share, name) for share, name in zip(label.tolist(), source.classes, strict=True) if share), reverse=True
-    )
+    pairs = zip(label.tolist(), source.classes, strict=True)
+    shares = sorted(((share, name) for share, name in pairs if share), reverse=True)
     return " + ".join(name if share == 1 else f"{share:.0%} {name}" for share, name in shares) or "no label"
 
 
@@ -86,10 +79,10 @@ def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
 
 
 def _font() -> Any:
-    """The font that matplotlib brings, which has more alphabets than Pillow's."""
+    """Matplotlib's own font, which has more alphabets than Pillow's."""
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
 
 
 def _shortened(text: str, font: Any, width: int) -> str:

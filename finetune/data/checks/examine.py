@@ -17,51 +17,24 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.data.checks.known_images import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, KnownImages, Records
 from finetune.data.images.decode import Header, ImageError, decode, header_of
-from finetune.data.split import SPLITS, ImageStore, Source
+from finetune.data.split import SPLITS, ImageStore, Source, UnreadableImage
 from finetune.data.streams import ranks, shuffled
 from finetune.system.processors import map_in_threads
 
 CHUNK = 4096  # files looked for between two looks at the clock
 PIECE = 8  # images handed to a thread at once: handing over a single one costs as much as reading its header
 MAX_UNREADABLE = 100_000  # after so many the search ends: the folder is the wrong one
-DEPTH_WORDS = {
-    DECODED: "decoded",
-    HEADER: "by their headers only",
-    PRESENT: "only found to be there",
-    UNSEEN: "not looked at",
-}
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """An image that cannot be read.
-
-    Attributes:
-        split: `train`, `val` or `test`.
-        index: Index into the split.
-        name: How messages call the image, such as its path.
-        reason: Why it cannot be read, in a few words.
-    """
-
-    split: str
-    index: int
-    name: str
-    reason: str
+DEPTH_WORDS = {DECODED: "decoded", HEADER: "by their headers only", PRESENT: "only found to be there"}
+DEPTH_WORDS[UNSEEN] = "not looked at"
 
 
 @dataclass
 class DataReport:
-    """What the images of a source turned out to be.
+    """The result of a check of all images of a source."""
 
-    Attributes:
-        records: Of each split one RECORD an image.
-        unreadable: The images that cannot be read, in the order of splits and indices.
-        remembered: How many images were known from an earlier check.
-    """
-
-    records: dict[str, Records]
-    unreadable: list[UnreadableImage] = field(default_factory=list)
-    remembered: int = 0
+    records: dict[str, Records]  # of each split one RECORD an image
+    unreadable: list[UnreadableImage] = field(default_factory=list)  # in the order of splits and indices
+    remembered: int = 0  # how many images were known from an earlier check
 
     @property
     def coverage(self) -> str:
@@ -115,13 +88,13 @@ class _Examination:
     def read(self, look: Callable[[ImageStore, int], Records], deadline: float, *, below: int, title: str) -> None:
         """Call `look` on the images that were examined less closely than `below`, in threads, until the time is up."""
         if self._is_over(deadline):
-            return  # before the shuffle, which takes a second for millions
+            return  # before the shuffle, which takes a second for millions of images
         order = shuffled(len(self.rows), 0, 0).numpy()
         is_bad = self.records["bad"][order] != 0
         todo = order[(self.records["depth"][order] < below) & ~is_bad]
         if below == DECODED:
-            # First of all those that an earlier check could not read, perhaps with an older Pillow or less memory. A
-            # header would not show whether they can be decoded now. Without time for them they stay unreadable.
+            # Images that an earlier check could not read come first: a newer Pillow or more memory may decode them. A
+            # header does not show that, so without time for decoding they stay unreadable.
             todo = np.concatenate([order[is_bad], todo])
 
         def pieces() -> Iterator[list[int]]:
@@ -131,7 +104,13 @@ class _Examination:
                 yield todo[start : start + PIECE].tolist()
 
         def look_at(piece: list[int]) -> list[tuple[int, Records | ImageError]]:
-            return [(position, self._looked(look, position)) for position in piece]
+            results: list[tuple[int, Records | ImageError]] = []
+            for position in piece:
+                try:
+                    results.append((position, look(self.store, int(self.rows[position]))))
+                except ImageError as error:
+                    results.append((position, error))
+            return results
 
         with tqdm(total=len(todo), desc=title, unit=" images", leave=False, disable=None, delay=1) as bar:
             for piece in map_in_threads(look_at, pieces()):
@@ -141,12 +120,6 @@ class _Examination:
 
     def _is_over(self, deadline: float) -> bool:
         return time.monotonic() > deadline or len(self.unreadable) > MAX_UNREADABLE
-
-    def _looked(self, look: Callable[[ImageStore, int], Records], position: int) -> Records | ImageError:
-        try:
-            return look(self.store, int(self.rows[position]))
-        except ImageError as error:
-            return error
 
     def _note(self, position: int, result: Records | ImageError) -> None:
         record = self.records[position]
@@ -167,10 +140,8 @@ class _Examination:
 def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -> DataReport:
     """Examine every image of `source` as closely as the time allows.
 
-    Args:
-        source: The images.
-        known: The memory of earlier checks. New results are added and saved, also when Ctrl-C ends the check.
-        budget_s: Seconds for looking for files and decoding; reading headers may take half as many again.
+    `budget_s` are seconds for looking for files and decoding; reading headers may take half as many again. New results
+    are added to `known` and saved, also when Ctrl-C ends the check.
     """
     began = time.monotonic()
     examination = _Examination(source, known)
@@ -226,8 +197,8 @@ def _record(depth: int, header: Header) -> Records:
 def find_duplicates(source: Source, report: DataReport) -> Iterator[list[tuple[str, int]]]:
     """Yield groups of images with equal bytes, as (split, index), that lie in several splits or under several labels.
 
-    Such a group makes a test that was learned by heart, or one of its labels is wrong. Only images whose bytes were
-    read can be compared.
+    Such a group leaks training images into the test, or one of its labels is wrong. Only images that were decoded can
+    be compared.
     """
     first, second = (np.concatenate([report.records[name][half] for name in SPLITS]) for half in ("first", "second"))
     starts = np.cumsum([0, *(len(report.records[name]) for name in SPLITS)])

@@ -1,4 +1,4 @@
-"""A memory of earlier checks: which images were readable, by path, size and time. So a second start decodes nothing.
+"""A memory of earlier checks: which images were readable, by path, size and time. So a second check decodes nothing.
 
 One file a data set, `checks/<key>.npz` in the cache folder. Where it is damaged or missing, images are read again.
 """
@@ -36,11 +36,9 @@ MODES = tuple(
 
 
 class KnownImages:
-    """What earlier checks of one data set have found.
+    """The results of earlier checks of one data set.
 
-    Attributes:
-        records: One RECORD an image, sorted by key.
-        reasons: Key of each unreadable image -> why it cannot be read.
+    `records` has one RECORD an image, sorted by key; `reasons` the key of each unreadable image -> why.
     """
 
     def __init__(self, cache_dir: str | None, location: str) -> None:
@@ -76,7 +74,7 @@ class KnownImages:
                 write_atomic(self._path, self._write)
 
     def _write(self, path: Path) -> None:
-        text = json.dumps({str(key): reason for key, reason in self.reasons.items()}).encode()
+        text = json.dumps(self.reasons).encode()
         with open(path, "wb") as file:
             np.savez(file, records=self.records, reasons=np.frombuffer(text, dtype=np.uint8))
 

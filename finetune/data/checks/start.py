@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 
 from finetune.config import DataConf, OnError
 from finetune.data.caches.entries import cache_folder, size_line
-from finetune.data.checks.examine import DataReport, UnreadableImage, examine
+from finetune.data.checks.examine import examine
 from finetune.data.checks.known_images import KnownImages
 from finetune.data.checks.summary import duplicate_lines, imbalance, unreadable_lines, write_lines
 from finetune.data.images.decode import ImageError
-from finetune.data.split import Source
+from finetune.data.split import Source, UnreadableImage
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
 from finetune.system.terminal import printable
@@ -27,8 +27,8 @@ MAX_SHOWN = 10  # unreadable images that a message names
 class SkippedList:
     """`skipped.txt` in a run directory: each image that the run leaves out, why, and since when.
 
-    Images that were left out at the first start stay left out when the run is continued, and no others do. So the
-    images and their order are those of an uninterrupted run, whatever became of the files or of `data.on_error`.
+    A continued run leaves out the same images as its first start, and no others. So images and order are those of an
+    uninterrupted run, whatever happened to the files or to `data.on_error` meanwhile.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -38,19 +38,14 @@ class SkippedList:
 
     def start(self, images: Sequence[UnreadableImage]) -> None:
         """Begin the list with the images that the first check could not read."""
-        lines = (_line("start", image.split, image.index, image.name, image.reason) for image in images)
-        write_text(self.path, "".join(lines))
+        write_text(self.path, "".join(_line("start", image) for image in images))
 
     def from_start(self) -> list[UnreadableImage] | None:
         """The images that were left out at the first start; None where the run was not started before."""
         if not self.path.exists():
             return None
         rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return [
-            UnreadableImage(row["split"], row["index"], row["name"], row["reason"])
-            for row in rows
-            if row["when"] == "start"
-        ]
+        return [UnreadableImage(**row) for row in rows if row.pop("when") == "start"]
 
     def add(self, error: ImageError) -> None:
         """Note an image that became unreadable during the run, once; its batch was trained without it."""
@@ -59,12 +54,12 @@ class SkippedList:
         self._later.add(error.path)
         logger.warning("left out: %s", error)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line("later", "", -1, error.path, error.reason))
+            file.write(_line("later", UnreadableImage("", -1, error.path, error.reason)))
 
 
-def _line(when: str, split: str, index: int, name: str, reason: str) -> str:
+def _line(when: str, image: UnreadableImage) -> str:
     # JSON with escapes: a name may hold a line break, or bytes that are no text.
-    return json.dumps({"when": when, "split": split, "index": index, "name": name, "reason": reason}) + "\n"
+    return json.dumps({"when": when, **asdict(image)}) + "\n"
 
 
 def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
@@ -83,34 +78,38 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     logger.info("%s", report.coverage)
     for line in [*source.warnings, *imbalance(source)]:
         logger.warning("%s", line)
-    _warn_of_duplicates(source, report, run_dir)
+    duplicates = duplicate_lines(source, report)
+    if duplicates:
+        path = run_dir / "duplicates.txt"
+        write_lines(path, duplicates)
+        title = "images come more than once, to the last byte, in several splits or classes"
+        logger.warning("%d %s (all in %s): %s", len(duplicates), title, path, _first(duplicates, 3))
     skipped = SkippedList(run_dir)
     earlier = skipped.from_start()
     if conf.on_error == OnError.stop:
         left_out = {(image.split, image.index) for image in earlier or ()}
         new = [image for image in report.unreadable if (image.split, image.index) not in left_out]
         if new:
-            raise UserError(_refusal(new, run_dir))
+            path = run_dir / "unreadable.txt"
+            write_lines(path, unreadable_lines(new))
+            raise UserError(
+                f"{len(new):,} images cannot be read: {_names(new)}. All of them are in {path}. Repair or remove them,"
+                " or train without them by data.on_error=skip"
+            )
     if earlier is None:
         skipped.start(report.unreadable)
         earlier = report.unreadable
-    # In a run that is continued, an image that became unreadable since is left out when its batch is made.
+    # In a continued run an image that became unreadable since its first start is left out when its batch is made.
     return _leave_out(source, earlier, skipped)
 
 
-def _refusal(images: Sequence[UnreadableImage], run_dir: Path) -> str:
-    path = run_dir / "unreadable.txt"
-    write_lines(path, unreadable_lines(images))
-    return (
-        f"{len(images):,} images cannot be read: {_first(images)}. All of them are in {path}. Repair or remove them,"
-        " or train without them by data.on_error=skip"
-    )
+def _first(lines: Sequence[str], most: int) -> str:
+    return "; ".join(lines[:most]) + (f"; and {len(lines) - most:,} more" if len(lines) > most else "")
 
 
-def _first(images: Sequence[UnreadableImage]) -> str:
+def _names(images: Sequence[UnreadableImage]) -> str:
     """Name and reason of the first images, in one line."""
-    shown = printable("; ".join(f"{image.name} ({image.reason})" for image in images[:MAX_SHOWN]))
-    return shown + (f"; and {len(images) - MAX_SHOWN:,} more" if len(images) > MAX_SHOWN else "")
+    return printable(_first([f"{image.name} ({image.reason})" for image in images], MAX_SHOWN))
 
 
 def _leave_out(source: Source, images: Sequence[UnreadableImage], skipped: SkippedList) -> Source:
@@ -124,23 +123,5 @@ def _leave_out(source: Source, images: Sequence[UnreadableImage], skipped: Skipp
             )
     if not images:
         return source
-    logger.warning("%d images are left out (all in %s): %s", len(images), skipped.path, _first(images))
-    return without_images(source, images)
-
-
-def without_images(source: Source, images: Sequence[UnreadableImage]) -> Source:
-    """The source without these images; raises UserError where a split or a class would lose all of its images."""
-    return source.without({name: [image.index for image in images if image.split == name] for name in source.splits})
-
-
-def _warn_of_duplicates(source: Source, report: DataReport, run_dir: Path) -> None:
-    lines = duplicate_lines(source, report)
-    if not lines:
-        return
-    path = run_dir / "duplicates.txt"
-    write_lines(path, lines)
-    more = f"; and {len(lines) - 3:,} more" if len(lines) > 3 else ""
-    logger.warning(
-        "%d images come more than once, to the last byte, in several splits or classes (all in %s): %s%s",
-        len(lines), path, "; ".join(islice(lines, 3)), more,
-    )  # fmt: skip
+    logger.warning("%d images are left out (all in %s): %s", len(images), skipped.path, _names(images))
+    return source.without(images)

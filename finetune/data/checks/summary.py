@@ -1,4 +1,4 @@
-"""What a source holds, in plain text: tables of counts and sizes, and lines of warning."""
+"""What a source holds, in plain text: tables of counts and sizes, warnings, and lists of faulty images."""
 
 from __future__ import annotations
 
@@ -7,22 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data.checks.examine import DataReport, UnreadableImage, find_duplicates
-from finetune.data.checks.known_images import HEADER, MODES, Records
-from finetune.data.split import SPLITS, Source, class_counts
+from finetune.data.checks.examine import DataReport, examine, find_duplicates
+from finetune.data.checks.known_images import HEADER, MODES, KnownImages
+from finetune.data.split import SPLITS, Source, UnreadableImage, class_counts
 from finetune.system.files import write_text
 from finetune.system.tables import table
 from finetune.system.terminal import printable
 
 MAX_CLASSES = 40  # shown; of more, the largest and the smallest
-IMBALANCE = 10.0  # largest class over smallest, from which a warning is due
+IMBALANCE = 10.0  # largest class over smallest, from which on there is a warning
+MAX_DUPLICATES = 20  # groups in the text; all of them are in the file
 
 
-def summary(source: Source, report: DataReport) -> str:
-    """Counts per split and class, sizes, modes and warnings, as lines of text."""
-    lines = [source.description, report.coverage, "", *_classes(source), "", *_sizes(report), *_modes(report)]
-    warnings = [*source.warnings, *imbalance(source)]
-    return "\n".join([*lines, *(f"warning: {line}" for line in warnings)])
+def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[DataReport, str]:
+    """Examine every image of `source`; return what was found, and the same as text for a person.
+
+    Writes `data.txt` into `folder`, and `duplicates.txt` and `unreadable.txt` where there is something to list.
+    """
+    report = examine(source, KnownImages(cache_dir, source.location))
+    lines = [source.description, report.coverage, "", *_classes(source), "", *_sizes_and_modes(report)]
+    text = "\n".join([*lines, *(f"warning: {line}" for line in [*source.warnings, *imbalance(source)])])
+    write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
+    same = "images are the same to the last byte in several splits or classes"
+    text += _write_list(folder / "duplicates.txt", same, duplicate_lines(source, report), most=MAX_DUPLICATES)
+    bad = unreadable_lines(report.unreadable)
+    text += _write_list(folder / "unreadable.txt", "images cannot be read", bad, most=len(bad))
+    return report, text
+
+
+def _write_list(path: Path, title: str, lines: Sequence[str], *, most: int) -> str:
+    """Write `lines` to `path`, if there are any; return their number and at most `most` of them as text."""
+    if not lines:
+        return ""
+    write_lines(path, lines)
+    shown = [f"\n\n{len(lines):,} {title} ({path}):", *(f"  {line}" for line in lines[:most])]
+    shown += [f"  ... and {len(lines) - most:,} more"] * (len(lines) > most)
+    return "\n".join(shown)
 
 
 def imbalance(source: Source) -> list[str]:
@@ -63,42 +83,30 @@ def _label(source: Source, split: str, index: int) -> str:
 
 
 def _classes(source: Source) -> list[str]:
-    counts = np.stack(
-        [class_counts(source.splits[name].labels, len(source.classes)).numpy() for name in SPLITS], axis=1
-    )
-    shown = list(range(len(source.classes)))
-    note = []
-    if len(shown) > MAX_CLASSES:
-        by_size = np.argsort(-counts[:, 0], kind="stable").tolist()
-        shown = by_size[: MAX_CLASSES // 2] + by_size[-MAX_CLASSES // 2 :]
-        note = [f"(the {MAX_CLASSES // 2} largest and smallest of {len(source.classes):,} classes)"]
-    rows = [
-        {"class": source.classes[label], **dict(zip(SPLITS, counts[label].tolist(), strict=True))} for label in shown
+    """The table of images per class and split; of many classes only the largest and smallest."""
+    counts = {name: class_counts(split.labels, len(source.classes)).tolist() for name, split in source.splits.items()}
+    rows: list[dict[str, object]] = [
+        {"class": word, **{name: counts[name][label] for name in SPLITS}} for label, word in enumerate(source.classes)
     ]
+    note = []
+    if len(rows) > MAX_CLASSES:
+        half = MAX_CLASSES // 2
+        rows = [rows[i] for i in np.argsort(-np.array(counts["train"]), kind="stable")]
+        rows = rows[:half] + rows[-half:]
+        note = [f"(the {half} largest and smallest of {len(source.classes):,} classes)"]
     rows.append({"class": "images", **{name: len(split) for name, split in source.splits.items()}})
     return [table(rows, ("class", *SPLITS)), *note]
 
 
-def _sizes(report: DataReport) -> list[str]:
-    known = _with_header(report)
-    if not len(known):
+def _sizes_and_modes(report: DataReport) -> list[str]:
+    records = np.concatenate(list(report.records.values()))
+    records = records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
+    if not len(records):
         return []
     lines = []
-    for word, values in (("width", known["width"]), ("height", known["height"])):
-        low, middle, high = np.percentile(values, (0, 50, 100)).astype(int).tolist()
+    for word in ("width", "height"):
+        low, middle, high = np.percentile(records[word], (0, 50, 100)).astype(int).tolist()
         lines.append(f"{word}: {low:,} to {high:,} pixels, median {middle:,}")
-    return lines
-
-
-def _modes(report: DataReport) -> list[str]:
-    modes, counts = np.unique(_with_header(report)["mode"], return_counts=True)
+    modes, counts = np.unique(records["mode"], return_counts=True)
     order = np.argsort(-counts, kind="stable").tolist()
-    words = ", ".join(f"{counts[place]:,} {MODES[modes[place]]}" for place in order)
-    return [f"modes: {words}"] if words else []
-
-
-def _with_header(report: DataReport) -> Records:
-    """The records of readable images whose size and mode are known."""
-    records: Records = np.concatenate(list(report.records.values()))
-    chosen: Records = records[(records["depth"] >= HEADER) & (records["bad"] == 0)]
-    return chosen
+    return [*lines, f"modes: {', '.join(f'{counts[place]:,} {MODES[modes[place]]}' for place in order)}"]

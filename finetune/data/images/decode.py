@@ -46,18 +46,12 @@ Levels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 class ImageError(UserError):
-    """An image file that cannot be read.
-
-    Attributes:
-        path: The file.
-        reason: Why, in a few words.
-    """
+    """An image that cannot be read."""
 
     def __init__(self, path: str, reason: str) -> None:
-        """Take the file's path, or the name of an image that lies in no file of its own, and the reason."""
+        """Take the path, or the name of an image without a file of its own, and the reason in a few words."""
         super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         """One line: the file, the reason, and how to mend it."""
@@ -71,24 +65,18 @@ def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
 
 
 class Header(NamedTuple):
-    """Size and mode of an image, which stand in the first bytes of its file.
+    """Size and mode of an image, which stand in the first bytes of its file."""
 
-    Attributes:
-        height: Pixels, as stored: before the EXIF tag turns the image.
-        width: Pixels, as stored.
-        mode: Pillow's name, such as `RGB`, `L`, `P`, `CMYK`, `I;16`.
-    """
-
-    height: int
+    height: int  # in pixels, as stored: before the EXIF tag turns the image
     width: int
-    mode: str
+    mode: str  # Pillow's name, such as `RGB`, `L`, `P`, `CMYK`, `I;16`
 
 
 def read_image(path: str) -> Tensor:
-    """Decode a file: turned upright by its EXIF tag, transparency on white, 16 bits scaled to 8, the first frame.
+    """Decode a file to uint8 (3, height, width), RGB; not always contiguous.
 
-    Returns:
-        uint8 (3, height, width), RGB; not always contiguous.
+    The image is turned upright by its EXIF tag. Transparency is put on white, 16 bits are scaled to 8, and of several
+    frames the first counts.
 
     Raises:
         ImageError: The file is missing, damaged, no image, or of a kind whose range of values is unknown.
@@ -136,20 +124,13 @@ def decode(data: bytes, name: str) -> Tensor:
     """Decode the bytes of a file called `name`, as `read_image` does.
 
     torchvision decodes plain JPEGs: with the same library as Pillow, to the same pixels, in two thirds of the time.
-    Pillow decodes everything else, also what torchvision refuses.
-
-    Returns:
-        uint8 (3, height, width), RGB; not always contiguous.
-
-    Raises:
-        ImageError: As `read_image`.
+    Pillow decodes all other images, and those that torchvision refuses.
     """
     with _opened(io.BytesIO(data), name) as image:
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-            turn = _turn(image)
             pixels = _decode_jpeg(data)
             if pixels is not None and pixels.shape[1:] == (image.height, image.width):
-                return pixels if turn is None else _turned(pixels, turn)
+                return _upright(pixels, image)
         return pixels_of(image)
 
 
@@ -157,7 +138,7 @@ def _decode_jpeg(data: bytes) -> Tensor | None:
     if decode_jpeg is None:
         return None
     try:
-        # A bytearray because torch warns of memory that may not be written.
+        # A copy in a bytearray, since torch warns of memory that may not be written.
         pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError:
         return None
@@ -199,10 +180,8 @@ def error_words(error: Exception) -> str:
 def pixels_of(image: Image.Image) -> Tensor:
     """An open Pillow image as uint8 (3, height, width), RGB, by the rules of `read_image`; not always contiguous."""
     _scale_clear_grey(image)
-    image.load()  # before the EXIF tag is read: some formats turn the image, and drop the tag, while they decode
-    turn = _turn(image)
-    pixels = torch.from_numpy(np.array(_to_rgb(image), dtype=np.uint8)).permute(2, 0, 1)
-    return pixels if turn is None else _turned(pixels, turn)
+    image.load()  # before `_upright` reads the EXIF tag: some decoders turn the image themselves and drop the tag
+    return _upright(torch.from_numpy(np.array(_to_rgb(image), dtype=np.uint8)).permute(2, 0, 1), image)
 
 
 def _scale_clear_grey(image: Image.Image) -> None:
@@ -213,14 +192,9 @@ def _scale_clear_grey(image: Image.Image) -> None:
         image.info["transparency"] = clear * (85 if "L;2" in stored else 17 if "L;4" in stored else 1)
 
 
-def _turn(image: Image.Image) -> int | None:
-    """The EXIF orientation, 2 to 8, of an image that is not stored upright; else None."""
-    value = image.getexif().get(_ORIENTATION, 1)
-    return value if value in range(2, 9) else None
-
-
-def _turned(pixels: Tensor, orientation: int) -> Tensor:
-    """The image upright: each EXIF orientation is a transposition and two mirrors, or some of these."""
+def _upright(pixels: Tensor, image: Image.Image) -> Tensor:
+    """The pixels of `image` upright: each EXIF orientation is a transposition and two mirrors, or some of these."""
+    orientation = image.getexif().get(_ORIENTATION, 1)
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     mirrored = [axis for axis, which in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in which]

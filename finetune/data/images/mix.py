@@ -7,6 +7,7 @@ uninterrupted one does, and the host never waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,31 +21,24 @@ from finetune.data.streams import mix
 
 
 class Mixture(NamedTuple):
-    """How one batch is mixed.
-
-    Attributes:
-        shift: Image i is mixed with image (i + shift) mod batch: with itself only in a batch of one.
-        share: Weight of image i, in [0, 1]; the other image has the rest.
-        box: CutMix's rectangle, (top, bottom, left, right) in pixels, which comes from the other image; None: MixUp.
-    """
+    """How one batch is mixed: image i with image (i + shift) mod batch, so with itself only in a batch of one."""
 
     shift: int
-    share: float
-    box: tuple[int, int, int, int] | None
+    share: float  # weight of image i, in [0, 1]; the other image has the rest
+    box: tuple[int, int, int, int] | None  # CutMix takes this (top, bottom, left, right) from the other; None: MixUp
 
 
+@dataclass(frozen=True)
 class Mixer:
     """MixUp (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899), one draw a batch."""
 
-    def __init__(self, augment: AugmentConf, *, num_classes: int, seed: int) -> None:
-        """Mix as `augment` says, under the run's `seed`."""
-        self._augment = augment
-        self._num_classes = num_classes
-        self._seed = seed
+    augment: AugmentConf
+    num_classes: int
+    seed: int  # the run's
 
     def wrap(self, batches: Iterable[Batch], epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch mixed; `batches` begins at micro-batch `skip`. Unchanged if mixing is off."""
-        if not (self._augment.mixup or self._augment.cutmix):
+        if not (self.augment.mixup or self.augment.cutmix):
             yield from batches
             return
         for index, (images, labels, ids) in enumerate(batches, start=skip):
@@ -52,10 +46,10 @@ class Mixer:
 
     def draw(self, epoch: int, index: int, *, batch: int, height: int, width: int) -> Mixture | None:
         """The mixture of micro-batch `index` of an epoch, which has `batch` images; None: it stays unmixed."""
-        # RandomState, since numpy has promised never to change its numbers, those of the Beta distribution included.
-        random = np.random.RandomState(np.random.PCG64(mix("mix", self._seed, epoch, index)))
+        # RandomState, since numpy promises never to change its numbers, also those of the Beta distribution.
+        random = np.random.RandomState(np.random.PCG64(mix("mix", self.seed, epoch, index)))
         mixes, switch, vertical, horizontal = random.random_sample(4)
-        augment = self._augment
+        augment = self.augment
         if mixes >= augment.mix_prob:
             return None
         cuts = bool(augment.cutmix) and (not augment.mixup or switch < augment.mix_switch)
@@ -75,7 +69,7 @@ class Mixer:
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Mixed images, float (batch, 3, height, width), and targets float32 (batch, classes), also if unmixed."""
-        shares = F.one_hot(labels, self._num_classes).to(torch.float32) if labels.ndim == 1 else labels
+        shares = F.one_hot(labels, self.num_classes).to(torch.float32) if labels.ndim == 1 else labels
         height, width = images.shape[-2:]
         mixture = self.draw(epoch, index, batch=len(images), height=height, width=width)
         if mixture is None:

@@ -25,6 +25,7 @@ from finetune.data.images.resize import batch_images, resize
 ImageToShow = tuple[Tensor, Callable[[], torch.Generator]]
 ImageStep = Callable[[Tensor], Tensor]
 Fill = list[int]
+Pair = Sequence[float]
 
 BILINEAR = InterpolationMode.BILINEAR
 
@@ -45,13 +46,9 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CropRecipe:
-    """Crop, mirror, policy, colour jitter and erasing, in this order, one image after the other.
+    """Crop, mirror, policy, colour jitter and erasing, in this order, one image after the other."""
 
-    Attributes:
-        steps: uint8 (3, height, width) -> uint8 (3, size, size), each drawing from torch's global generator.
-    """
-
-    steps: tuple[ImageStep, ...]
+    steps: tuple[ImageStep, ...]  # each draws from torch's global generator
 
     def __call__(self, images: Iterable[ImageToShow], most: int) -> Tensor:
         """Transform at most `most` images, each by its own generator -> uint8 (batch, 3, size, size)."""
@@ -95,18 +92,12 @@ class RandomCrop:
 
     The same bits as torchvision's `v2.RandomResizedCrop` out of the same random numbers, in less time. torchvision
     fails on very thin images, where its box has no width or height; here the box has at least one pixel.
-
-    Attributes:
-        size: Side of the square.
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width over height.
-        interpolation: A name of torchvision's, such as `bicubic`.
     """
 
-    size: int
-    scale: Sequence[float]
-    ratio: Sequence[float]
-    interpolation: str
+    size: int  # side of the square
+    scale: Sequence[float]  # smallest and largest share of the image's area
+    ratio: Sequence[float]  # smallest and largest width over height
+    interpolation: str  # a name of torchvision's, such as `bicubic`
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3, height, width) -> uint8 (3, size, size)."""
@@ -163,18 +154,12 @@ class RandAugment:
     effect of every operation grows with the strength ("inc1"). torchvision's own RandAugment is another recipe:
     fourteen operations, each always applied, at 9 of 30 instead of 9 of 10. timm draws between bilinear and bicubic for
     shears and rotations; here they are bilinear.
-
-    Attributes:
-        ops: Number of operations drawn for an image.
-        magnitude: Mean strength, 0 to 10.
-        std: Standard deviation of the strength.
-        fill: Colour of pixels that come in from outside, (red, green, blue), 0 to 255.
     """
 
-    ops: int
-    magnitude: float
-    std: float
-    fill: Fill
+    ops: int  # operations drawn for an image
+    magnitude: float  # mean strength, 0 to 10
+    std: float  # standard deviation of the strength
+    fill: Fill  # colour of pixels that come in from outside, (red, green, blue), 0 to 255
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3, height, width), the same shape back."""
@@ -191,24 +176,11 @@ class RandAugment:
 Operation = Callable[[Tensor, float, float, Fill], Tensor]
 
 
-def _affine(
-    image: Tensor,
-    fill: Fill,
-    *,
-    angle: float = 0.0,
-    translate: Sequence[float] = (0.0, 0.0),
-    shear: Sequence[float] = (0.0, 0.0),
-) -> Tensor:
+def _affine(image: Tensor, fill: Fill, *, angle: float = 0.0, translate: Pair = (0, 0), shear: Pair = (0, 0)) -> Tensor:
     # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the centre.
+    center = [0.0, 0.0] if any(shear) else None
     moved: Tensor = F.affine(
-        image,
-        angle=angle,
-        translate=list(translate),
-        scale=1.0,
-        shear=list(shear),
-        interpolation=BILINEAR,
-        fill=fill,
-        center=[0.0, 0.0] if any(shear) else None,
+        image, angle, list(translate), 1.0, list(shear), interpolation=BILINEAR, fill=fill, center=center
     )
     return moved
 
@@ -262,15 +234,10 @@ class Erasing:
     Its area is 2 % to a third of the image, its height over width 0.3 to 1/0.3; an image stays as it is where ten
     rectangles did not fit. timm erases after normalising and draws the noise from N(0, 1). This erases before, so the
     noise is scaled, and cut to 0 to 255.
-
-    Attributes:
-        prob: Probability that an image is erased.
-        mean: Of the normalisation, by channel.
-        std: Of the normalisation, by channel.
     """
 
-    prob: float
-    mean: Sequence[float]
+    prob: float  # probability that an image is erased
+    mean: Sequence[float]  # of the normalisation, by channel
     std: Sequence[float]
 
     def __call__(self, image: Tensor) -> Tensor:

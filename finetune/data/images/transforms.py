@@ -23,9 +23,8 @@ from finetune.data.images.resize import batch_images, resize
 # Longest side over shortest, above which an image is cut to its middle before a `crop` resize. Else a 20 x 20,000 image
 # would grow to gigabytes, of which the centre crop shows a thousandth. The crop's pixels stay the same.
 MAX_ASPECT = 8
-
 # Pixels that are warped in one call. A call costs more than 32 x 32 pixels, so small images go together; but no more
-# than the processor's cache holds (at 224 pixels, one image at a time takes three quarters of the time of 64).
+# than fit into the processor's cache (at 224 pixels, one image at a time takes three quarters of the time of 64).
 WARP_PIXELS = 2**16
 
 
@@ -55,21 +54,13 @@ def _centre(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class View(NamedTuple):
-    """How one image is moved around its centre: mirrored, scaled, rotated, then shifted, in this order.
+    """How one image is moved around its centre: mirrored, scaled, rotated, then shifted, in this order."""
 
-    Attributes:
-        angle: Clockwise as seen on the screen, radians.
-        scale: Above 1 the content grows.
-        right: Shift, as a share of half the side.
-        down: Shift, as a share of half the side.
-        mirror: -1.0: left and right change places; 1.0: they do not.
-    """
-
-    angle: float
-    scale: float
-    right: float
+    angle: float  # clockwise as seen on the screen, radians
+    scale: float  # above 1 the content grows
+    right: float  # shifts, as a share of half the side
     down: float
-    mirror: float
+    mirror: float  # -1.0: left and right change places; 1.0: they do not
 
 
 @dataclass(frozen=True)
@@ -77,18 +68,12 @@ class Light:
     """A small random rotation, shift and zoom, and perhaps a mirror image, in one interpolation.
 
     Pixels that come in from outside have the median colour of the image's border: digits stay on black, goods on white.
-
-    Attributes:
-        degrees: Largest rotation either way.
-        translate: Largest shift either way along each axis, as a share of the side.
-        zoom: Largest change of size either way, as a share.
-        flip: Probability of a left-right mirror image.
     """
 
-    degrees: float
-    translate: float
-    zoom: float
-    flip: float
+    degrees: float  # largest rotation either way
+    translate: float  # largest shift either way along each axis, as a share of the side
+    zoom: float  # largest change of size either way, as a share
+    flip: float  # probability of a left-right mirror image
 
     def draw(self, generator: torch.Generator) -> View:
         """Draw a view; takes five numbers from `generator`, whatever the settings are."""
@@ -105,7 +90,7 @@ class Light:
 def warp(images: Tensor, views: Sequence[View]) -> Tensor:
     """Move each image as its view says, bilinear. uint8 (batch, 3, n, n) -> uint8 (batch, 3, n, n).
 
-    An image comes out the same in any batch: every operation is element by element. That is why the grid is computed
+    An image comes out the same in any batch, since every operation is element by element. So the grid is computed
     without a matrix product, whose sums may change with the size of the batch.
     """
     size = images.shape[-1]
@@ -131,12 +116,7 @@ def border_colour(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize each image to the model's square, then augment it lightly or not at all.
-
-    Attributes:
-        preprocess: Says how the model wants images resized.
-        light: The augmentation after that, or None.
-    """
+    """Resize each image to the model's square, then augment it lightly or not at all (None)."""
 
     preprocess: Preprocess
     light: Light | None
@@ -165,9 +145,8 @@ BatchTransform = Callable[[Iterable[ImageToShow], int], Tensor]
 def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> BatchTransform:
     """Build the transform of training (`augment`) or of evaluation (None, or the recipe `none`).
 
-    Returns:
-        A function of images with their generators, and of the largest number of them, that returns uint8
-        (batch, 3, size, size). A `Transform` starts with `fit_square`; a `CropRecipe` starts from the whole image.
+    It is a function of images with their generators, and of the largest number of them. It returns uint8
+    (batch, 3, size, size). A `Transform` starts with `fit_square`; a `CropRecipe` starts from the whole image.
     """
     if augment is None or augment.recipe == Recipe.none:
         return Transform(preprocess, None)

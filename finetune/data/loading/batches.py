@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,16 +51,15 @@ class PixelBatch(NamedTuple):
     left_out: list[ImageError]
 
 
+@dataclass(eq=False)
 class BatchMaker(Dataset["PixelBatch | ImageError"]):
     """A map from keys to micro-batches, as a DataLoader wants it; small to pickle."""
 
-    def __init__(self, split: Split, transform: BatchTransform, seed: int, *, skip: bool = False) -> None:
-        """Show images of `split` by `transform`, under the run's `seed`. `skip`: leave out unreadable images."""
-        self._split = split
-        self._transform = transform
-        self._seed = seed
-        self._skip = skip
-        self._cached: tuple[PixelCache, FirstStep] | None = None
+    split: Split
+    transform: BatchTransform
+    seed: int  # the run's
+    skip: bool = False  # leave out unreadable images
+    cached: tuple[PixelCache, FirstStep] | None = None  # read images from this cache, which stores them after this step
 
     def __getitem__(self, key: BatchKey) -> PixelBatch | ImageError:
         """Return the micro-batch of `key`, or the error of an image that cannot be read.
@@ -71,11 +71,11 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         ids: list[int] = []
         left_out: list[ImageError] = []
         try:
-            images = self._transform(self._read(key, ids, left_out), len(key.samples))
+            images = self.transform(self._read(key, ids, left_out), len(key.samples))
         except ImageError as error:
             return error
         samples = torch.tensor(ids, dtype=torch.int64)
-        return PixelBatch(images, self._split.labels[samples], samples, left_out)
+        return PixelBatch(images, self.split.labels[samples], samples, left_out)
 
     def _read(self, key: BatchKey, ids: list[int], left_out: list[ImageError]) -> Iterator[ImageToShow]:
         """Yield the images one at a time, so that a batch of large ones takes the memory of one; note them in `ids`."""
@@ -83,25 +83,21 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
             try:
                 image = self._load(sample)
             except ImageError as error:
-                if not self._skip:
+                if not self.skip:
                     raise
                 left_out.append(error)
                 continue
             ids.append(sample)
-            yield image, functools.partial(augment_generator, self._seed, key.view, sample, occurrence)
+            yield image, functools.partial(augment_generator, self.seed, key.view, sample, occurrence)
         if not ids:
             raise left_out[0]
 
-    def use_cache(self, cache: PixelCache, step: FirstStep) -> None:
-        """Read images from `cache`, which stores them as they are after `step`."""
-        self._cached = cache, step
-
     def _load(self, sample: int) -> Tensor:
-        if self._cached is None:
-            return self._split.load(sample)
-        cache, step = self._cached
+        if self.cached is None:
+            return self.split.load(sample)
+        cache, step = self.cached
         stored = cache.load(sample)
-        return step(self._split.load(sample)) if stored is None else stored
+        return step(self.split.load(sample)) if stored is None else stored
 
 
 class EpochPlan(Sampler[BatchKey]):

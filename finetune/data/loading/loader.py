@@ -180,7 +180,7 @@ class Loader:
 
     def _build(self) -> DataLoader[PixelBatch | ImageError]:
         if self._has_cache_to_open:
-            self._maker.use_cache(open_cache(self.split, self._step, self._conf), self._step)
+            self._maker.cached = open_cache(self.split, self._step, self._conf), self._step
             self._has_cache_to_open = False  # opened once, also when workers are started again
         is_auto = self._conf.workers == "auto"
         workers = pick_workers(self._image_cost(), self._device) if is_auto else int(self._conf.workers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,27 +13,24 @@ from finetune.data.images.decode import Header
 from finetune.data.split import FoundImages, ImageStore
 
 
+@dataclass(frozen=True, eq=False)
 class DigitStore(ImageStore):
     """Handwritten digits in memory: white ink on black."""
 
+    images: Tensor  # uint8 (n, 8, 8)
     encoded = False
-
-    def __init__(self, images: Tensor) -> None:
-        """Take the digits, uint8 (n, 8, 8)."""
-        self._images = images
 
     def load(self, row: int) -> Tensor:
         """The digit, uint8 (3, 8, 8), the same in all three channels."""
-        return self._images[row].expand(3, -1, -1)
+        return self.images[row].expand(3, -1, -1)
 
     def header(self, row: int) -> Header:
         """Grey, 8 by 8."""
-        height, width = self._images[row].shape
-        return Header(height, width, "L")
+        return Header(8, 8, "L")
 
     def read(self, row: int) -> bytes:
         """The 64 grey levels."""
-        return self._images[row].numpy().tobytes()
+        return self.images[row].numpy().tobytes()
 
     def stamp(self, row: int) -> str:
         """Always empty: a digit in memory is read faster than a remembered check of it."""
@@ -48,14 +47,13 @@ def find_digits(conf: DataConf) -> FoundImages:
 
     bunch = load_digits()
     levels = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))  # the data count ink from 0 to 16
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
     store = DigitStore(levels)
     return FoundImages(
         store=store,
-        names=[store.name_of(row) for row in range(len(labels))],
+        names=[store.name_of(row) for row in range(len(levels))],
         classes=tuple(str(digit) for digit in range(10)),
-        labels=labels,
-        given=torch.zeros(len(labels), dtype=torch.uint8),
+        labels=torch.from_numpy(bunch.target.astype(np.int64)),
+        given=torch.zeros(len(levels), dtype=torch.uint8),
         place="data=digits",
         title="digits",
         note="; 8x8 pixels, from scikit-learn",

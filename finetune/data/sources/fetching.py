@@ -91,9 +91,7 @@ class Progress:
     def __init__(self, bar: Any) -> None:
         """Count the downloaded bytes in `bar`, a tqdm bar."""
         self.commands: set[subprocess.Popen[bytes]] = set()  # those that run now
-        self._bar = bar
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._bar, self._lock, self._stopping = bar, threading.Lock(), threading.Event()
 
     def add(self, count: int) -> None:
         """Advance the bar by `count` bytes; raises StoppedError after `stop`."""
@@ -139,28 +137,20 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
 
 
 def _fetch_with_retries(remote: RemoteFile, part: Path, check: Callable[[Path], None], progress: Progress) -> None:
+    work = _run_command if remote.is_command else _download
     for number in range(1, TRIES + 1):
+        is_length_known = True
         try:
-            _fetch_once(remote, part, check, progress)
+            is_length_known = work(remote.address, part, progress)
+            check(part)
             return
-        except BrokenDownloadError as error:
+        except (BrokenDownloadError, UserError) as error:
+            # A download of unknown length may have been cut short, so another try may be whole.
+            if isinstance(error, UserError) and is_length_known:
+                raise type(error)(f"{remote.name} cannot be fetched: {error}") from error
             if number == TRIES:
                 raise UserError(f"{remote.name} cannot be fetched ({error}), {TRIES} tries in a row") from error
-        except UserError as error:
-            raise type(error)(f"{remote.name} cannot be fetched: {error}") from error
         progress.wait(DELAY_S * 2 ** (number - 1))
-
-
-def _fetch_once(remote: RemoteFile, part: Path, check: Callable[[Path], None], progress: Progress) -> None:
-    work = _run_command if remote.is_command else _download
-    is_length_known = work(remote.address, part, progress)
-    try:
-        check(part)
-    except UserError as error:
-        if is_length_known:
-            raise
-        # A download of unknown length may have been cut short, so another try may be whole.
-        raise BrokenDownloadError(str(error)) from error
 
 
 def _run_command(address: str, part: Path, progress: Progress) -> bool:

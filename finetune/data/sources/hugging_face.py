@@ -56,17 +56,17 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
     if not isinstance(first.features[conf.image_column], datasets.Image):
         raise UserError(f"data.image_column={conf.image_column}: holds {first.features[conf.image_column]}, no images")
     classes, labels = _labels([part for _, part in parts.values()], conf.label_column)
-    images = [
-        (word, part.select_columns([conf.image_column]).cast_column(conf.image_column, datasets.Image(decode=False)))
-        for word, part in parts.values()
-    ]
+    images = {}
+    for split, (word, part) in parts.items():
+        column = part.select_columns([conf.image_column])
+        images[split] = (word, column.cast_column(conf.image_column, datasets.Image(decode=False)))
     store = HuggingFaceStore(name, images)
     return FoundImages(
         store=store,
         names=store.names(),
         classes=classes,
         labels=labels,
-        given=store.given(parts),
+        given=store.given,
         place=f"data.name={name}",
         title=f"hf {name}",
         note=f" [left out: {', '.join(left_out)}]" if left_out else "",
@@ -113,9 +113,9 @@ def _labels(parts: Sequence[Any], column: str) -> tuple[tuple[str, ...], Tensor]
     if several:  # a plain list before version 4 of the library
         feature = feature[0] if isinstance(feature, list) else feature.feature
     cells = [cell for part in parts for cell in part[column]]
-    missing = next((row for row, cell in enumerate(cells) if cell is None), None)
-    if missing is not None:
-        raise UserError(f"data.label_column={column}: row {missing} (from 0, over all splits) has no label")
+    if None in cells:
+        row = cells.index(None)
+        raise UserError(f"data.label_column={column}: row {row} (from 0, over all splits) has no label")
     lists = [list(cell) if several else [cell] for cell in cells]
     if type(feature).__name__ == "ClassLabel":
         names = tuple(feature.names)

@@ -137,7 +137,7 @@ def _list_shards(conf: DataConf) -> list[Shard]:
         if is_remote(part):
             remotes |= dict.fromkeys(map(RemoteFile, _expand_braces(part)))
         elif os.path.isdir(part):
-            found |= _in_folder(part)
+            found |= set(_in_folder(part))
         else:
             found |= {Shard(path, path) for pattern in _expand_braces(part) for path in glob.glob(pattern)}
     if remotes:
@@ -148,26 +148,18 @@ def _list_shards(conf: DataConf) -> list[Shard]:
     return sorted(_with_splits(found), key=lambda shard: (natural_key(shard.name), shard.path))
 
 
-def _in_folder(folder: str) -> set[Shard]:
-    """The shards in a folder, and in its `train/ val/ test/`."""
-    names = _names_in(folder)
-    found = {Shard(path, path) for path in _tars(folder, names)}
-    for name in names:
-        split, inner = SPLIT_WORDS.get(name.lower()), os.path.join(folder, name)
-        if split is not None and os.path.isdir(inner):
-            found |= {Shard(path, path, split) for path in _tars(inner, _names_in(inner))}
-    return found
-
-
-def _names_in(folder: str) -> list[str]:
+def _in_folder(folder: str, split: int | None = None) -> Iterator[Shard]:
+    """The shards in a folder of one split; without `split` also those in its `train/ val/ test/`."""
     try:
-        return sorted(os.listdir(folder))
+        names = sorted(os.listdir(folder))
     except PermissionError as error:  # without this error a split would be missing and nobody would know
         raise UserError(f"data.root: {folder} may not be listed (permission denied); change its rights") from error
-
-
-def _tars(folder: str, names: Sequence[str]) -> list[str]:
-    return [os.path.join(folder, name) for name in names if name.endswith(".tar") and not name.startswith(".")]
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.endswith(".tar") and not name.startswith("."):
+            yield Shard(path, path, split or 0)
+        elif split is None and name.lower() in SPLIT_WORDS and os.path.isdir(path):
+            yield from _in_folder(path, SPLIT_WORDS[name.lower()])
 
 
 def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:

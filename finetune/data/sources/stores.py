@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from finetune.data.images.decode import Header, ImageError, error_words, read_file, read_header
 from finetune.data.packed import PackedStrings
@@ -47,11 +46,14 @@ class FileStore(ImageStore):
 class PartsStore(ImageStore):
     """The splits of a library's data set, numbered as one list."""
 
-    def __init__(self, name: str, parts: Sequence[tuple[str, Any]]) -> None:
-        """Take the data set's name and its splits: the library's word for each, and a sequence of images."""
+    def __init__(self, name: str, parts: Mapping[str, tuple[str, Any]]) -> None:
+        """Take the data set's name; and of each split the library's word for it and its sequence of images."""
         self._name = name
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for _, part in parts])
+        self._parts = list(parts.values())
+        sizes = torch.tensor([len(part) for _, part in self._parts])
+        self._ends = sizes.cumsum(0).numpy()
+        # See `FoundImages.given`.
+        self.given = torch.tensor([SPLITS.index(name) for name in parts], dtype=torch.uint8).repeat_interleave(sizes)
 
     def find(self, row: int) -> tuple[str, Any, int]:
         """The library's word for the split, the split, and the index in it."""
@@ -63,11 +65,6 @@ class PartsStore(ImageStore):
         """`NAME/word[index]`."""
         word, _, index = self.find(row)
         return f"{self._name}/{word}[{index}]"
-
-    def given(self, splits: Iterable[str]) -> Tensor:
-        """`FoundImages.given`: `splits` has the name of each part's split."""
-        sizes = torch.tensor([len(part) for _, part in self._parts])
-        return torch.tensor([SPLITS.index(name) for name in splits], dtype=torch.uint8).repeat_interleave(sizes)
 
     def names(self) -> list[str]:
         """The name of every image."""

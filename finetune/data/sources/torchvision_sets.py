@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -31,8 +31,8 @@ class TorchvisionStore(PartsStore):
 
     encoded = False
 
-    def __init__(self, name: str, root: str, parts: Sequence[tuple[str, Any]]) -> None:
-        """Take the data set `name` in the folder `root`, and pairs of split word and data set."""
+    def __init__(self, name: str, root: str, parts: Mapping[str, tuple[str, Any]]) -> None:
+        """Take the data set `name` in the folder `root`, and its splits."""
         super().__init__(name, parts)
         self._root = os.path.abspath(root)
 
@@ -74,13 +74,13 @@ def find_torchvision(conf: DataConf) -> FoundImages:
     name, root = conf.name or "", os.path.expanduser(conf.root or "")
     parts = _open_parts(_kind(name), name, root, download=conf.download)
     labels = [_labels(name, part) for _, part in parts.values()]
-    store = TorchvisionStore(name, root, list(parts.values()))
+    store = TorchvisionStore(name, root, parts)
     return FoundImages(
         store=store,
         names=store.names(),
         classes=_classes(parts["train"][1], labels),
         labels=torch.from_numpy(np.concatenate(labels)),
-        given=store.given(parts),
+        given=store.given,
         place=f"data.name={name}",
         title=f"torchvision {name} in {root}",
         location=os.path.abspath(root),
@@ -106,7 +106,7 @@ def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: boo
     if required not in (["root"], []) or "root" not in accepted:
         raise UserError(f"data.name={name}: asks for {', '.join(required)}, so it cannot be opened by its name alone")
     options: dict[str, Any] = {"download": download} if "download" in accepted else {}
-    if download and "download" not in accepted:
+    if download and not options:
         raise UserError(f"data.download=true would be ignored: torchvision does not download {name}; put it in {root}")
     tries: list[tuple[str, str, dict[str, Any]]]
     if "split" in accepted:
@@ -126,7 +126,7 @@ def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: boo
             refusals.append(str(error))
         except (RuntimeError, OSError) as error:
             if split == "train":
-                how = "data.download=true fetches it" if "download" in accepted else "torchvision does not download it"
+                how = "data.download=true fetches it" if options else "torchvision does not download it"
                 problem = f"cannot be opened in data.root={root} ({' '.join(str(error).split())[:200]})"
                 raise UserError(f"data.name={name}: {problem}; {how}") from error
             refusals.append(str(error))
