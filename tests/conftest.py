@@ -49,3 +49,12 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             noisy = np.clip(pixels * 200 + random.normal(20, 15, pixels.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).resize((32, 32)).save(root / name / f"{index}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in these rooms' tests draw no pictures, which take a third of a small run; tests/app looks at them."""
+    if request.path.parent.name in ("core", "data", "prefix", "runs"):
+        monkeypatch.setattr("finetune.report.run_figures.plot_rates", lambda run_dir: None)
+        monkeypatch.setattr("finetune.report.run_figures.plot_curves", lambda run_dir: None)
+        monkeypatch.setattr("finetune.report.scores.draw_confusion", lambda path, matrix, classes: None)

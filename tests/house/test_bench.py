@@ -296,6 +296,7 @@ def test_an_imitated_bf16_is_none(monkeypatch: pytest.MonkeyPatch, has_it: bool)
     assert bench_machine.has_bf16("cuda") is has_it
 
 
+@pytest.mark.slow
 def test_the_script_measures_prints_and_draws(tmp_path: Path) -> None:
     """Rows, in a process of its own, as a person types it."""
     words = "--model test_vit --images 6 --val-images 4 --batch-size 4 --epochs 1 --repeats 1 --workers 0"

@@ -116,6 +116,7 @@ def _build(place: Path, built: object) -> None:
     built.put(open_on_disk(place, 4, functools.partial(_fill, pause_s=0.2))[1])  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
     context, place = multiprocessing.get_context("spawn"), tmp_path / "folder" / "block"
     built = context.Queue()
