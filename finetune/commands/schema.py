@@ -63,7 +63,7 @@ def _properties(section: str) -> dict[str, Any]:
 
 def _schema(setting: Setting) -> dict[str, Any]:
     metadata = setting.field.metadata
-    bounds = {word: metadata[name] for name, word in _BOUNDS.items() if metadata[name] is not None}
+    bounds = {word: metadata[name] for name, word in _BOUNDS.items() if name in metadata}
     alternatives = [_kind(setting) | bounds]
     if setting.name in NUMBER_WORDS:
         alternatives.append({"enum": list(NUMBER_WORDS[setting.name])})

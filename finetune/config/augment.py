@@ -27,7 +27,7 @@ class Policy(Choice):
 
 @dataclass
 class AugmentConf:
-    """What happens to a training image before the model sees it. Named mixtures of these lie in `conf/augment/`."""
+    """What happens to a training image before the model sees it; `conf/augment/` has named mixtures of these."""
 
     recipe: Recipe = setting(Recipe.light, "none: resize; light: small shifts and zooms; crop: random resized crop")
     degrees: float = setting(10.0, "light: largest rotation either way, in degrees", ge=0, le=180)
@@ -75,7 +75,5 @@ def augment_problems(augment: AugmentConf) -> list[str]:
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
         low, high = getattr(augment, name)
         if not 0 < low <= high <= most:
-            problems.append(
-                f"augment.{name}=[{low:g}, {high:g}]: expected least, greatest in (0, {most:g}], in this order"
-            )
+            problems.append(f"augment.{name}=[{low:g}, {high:g}]: expected [least, greatest], above 0, up to {most:g}")
     return problems

@@ -1,24 +1,22 @@
-"""`Conf`, every setting of a run, and `find_problems`, the rules that the sections do not know of each other.
+"""`Conf`, every setting of a run, and `find_problems`, which checks the ranges and the rules between settings.
 
 Each section has a file of its own with its defaults, ranges, meanings and rules. The schema owns every default; the
-yaml files under `conf/` hold choices. Standard library only, so that a typing mistake is answered before torch is
-imported.
+yaml files under `conf/` hold choices. Standard library only, so that a typing mistake is answered at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import operator
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from finetune.config.augment import AugmentConf, augment_problems
 from finetune.config.data import DataConf, data_problems, device_cache_problems
-from finetune.config.fields import Choice, nearest, setting
+from finetune.config.fields import BOUNDS, Choice, nearest, setting
 from finetune.config.model import ModelConf, model_problems
 from finetune.config.optim import OptimConf, optim_problems
 from finetune.config.prefix import PrefixConf, prefix_problems
@@ -59,15 +57,8 @@ class Conf:
 
 def as_dict(conf: object) -> dict[str, Any]:
     """A configuration in plain types, as `config.yaml` in a run directory has it: enums as words, tuples as lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value.value if isinstance(value, Enum) else value
-
-    return {key: plain(value) for key, value in dataclasses.asdict(conf).items()}  # type: ignore[call-overload]
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(conf)))  # type: ignore[call-overload]
+    return plain
 
 
 def leaves(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -80,25 +71,16 @@ def leaves(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
             yield f"{prefix}{item.name}", conf, item
 
 
-# Name in a field's metadata, the words for it, the comparison that must be true.
-BOUNDS = (
-    ("gt", "greater than", operator.gt),
-    ("ge", "at least", operator.ge),
-    ("lt", "less than", operator.lt),
-    ("le", "at most", operator.le),
-)
-
-
 def range_in_words(metadata: Any) -> str:
     """`at least 0 and less than 1`; empty for a setting without a range."""
-    return " and ".join(f"{words} {metadata[name]:g}" for name, words, _ in BOUNDS if metadata[name] is not None)
+    return " and ".join(f"{words} {metadata[name]:g}" for name, (words, _) in BOUNDS.items() if name in metadata)
 
 
 def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
     """Why `value` lies outside the range of its setting, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    is_inside = all(holds(value, metadata[name]) for name, _, holds in BOUNDS if metadata[name] is not None)
+    is_inside = all(holds(value, metadata[name]) for name, (_, holds) in BOUNDS.items() if name in metadata)
     if math.isfinite(value) and is_inside:
         return None
     return f"{key}={value}: must be {range_in_words(metadata) or 'a finite number'} ({metadata['help']})"
@@ -107,25 +89,20 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
 def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:
     """Every problem that the configuration alone can show, one line each; an empty list where there is none.
 
-    The model and the files can show more: a `fix_layer` beyond the depth, a missing folder. A run checks those.
-
-    Args:
-        conf: The whole configuration.
-        unread: Sections (`data`, `sched`, ...) of which some value could not be read. Rules that weigh their settings
-            against each other are left out, so that one mistake is not reported twice. A section with a setting outside
-            its range counts as one of them.
+    The model and the files can show more: a `fix_layer` beyond the depth, a missing folder. A run checks those. No rule
+    between settings looks at the sections `unread`, of which some value could not be read, nor at a section with a
+    setting outside its range, so that one mistake is not reported twice.
     """
-    found = {
-        key: _range_problem(key, getattr(section, item.name), item.metadata) for key, section, item in leaves(conf)
-    }
-    outside = {key: problem for key, problem in found.items() if problem}
-    problems = list(outside.values())
+    problems, unread = [], set(unread)
+    for key, section, item in leaves(conf):
+        if problem := _range_problem(key, getattr(section, item.name), item.metadata):
+            problems.append(problem)
+            unread.add(key.partition(".")[0])
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", conf.device):
         words = ["auto", "cpu", "cuda", "cuda:0", "mps"]
         problems.append(f"device={conf.device}: expected auto, cpu, cuda, cuda:N or mps{nearest(conf.device, words)}")
     if conf.resume_force and conf.resume is None:
         problems.append("resume_force=true would be ignored: it goes with resume=PATH, or resume=latest")
-    unread = {*unread, *(key.partition(".")[0] for key in outside)}
     rules: list[tuple[tuple[str, ...], Callable[[], list[str]]]] = [
         (("model",), lambda: model_problems(conf.model)),
         (("data",), lambda: data_problems(conf.data)),

@@ -1,14 +1,11 @@
-"""Every setting of the data: where images come from, which of them are used, and how batches are made.
-
-Standard library only.
-"""
+"""The settings of the data: where images come from, which are used, how batches are made. Standard library only."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
 
-from finetune.config.fields import Choice, changed, ignored, not_read_by, setting
+from finetune.config.fields import Choice, ignored, not_read_by, setting
 
 
 class SourceKind(Choice):
@@ -54,8 +51,7 @@ class DataConf:
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
     )
     root: str | None = setting(
-        None,
-        "folder of images (folder), of the data set (torchvision), of tar shards (also https://, s3://, pipe:COMMAND)",
+        None, "folder of images (folder), a data set (torchvision) or tar shards (also https://, s3://, pipe:COMMAND)"
     )
     table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image")
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
@@ -89,7 +85,7 @@ class DataConf:
 # The start of a place that is not on this machine. A drive letter of Windows (C:) is none.
 REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://")
 
-# The sources that read a setting which not every source reads.
+# The settings that only some sources read, with these sources.
 _READERS: dict[str, tuple[SourceKind, ...]] = {
     "root": (SourceKind.folder, SourceKind.table, SourceKind.torchvision, SourceKind.webdataset),
     "table": (SourceKind.table,),
@@ -113,30 +109,51 @@ _NEEDS: dict[SourceKind, dict[str, str]] = {
         "root": "PATH, the folder that the data set lies in or is downloaded to",
     },
     SourceKind.hf: {"name": "NAME, a data set of the Hugging Face hub or a local path"},
-    SourceKind.webdataset: {
-        "root": "PATH, a folder of .tar shards, a pattern such as shards/train-*.tar, a URL or pipe:COMMAND"
-    },
+    SourceKind.webdataset: {"root": "PATH, a folder of .tar shards, a pattern (train-*.tar), a URL or pipe:COMMAND"},
 }
 
 
 def data_problems(data: DataConf) -> list[str]:
-    """What is wrong with the settings of the data taken together, one line each; settings that would be ignored too."""
-    problems = ignored("data", data, _ignored_reasons(data)) + _source_problems(data) + _selection_problems(data)
+    """What is wrong with the settings of the data beyond their ranges, one line each."""
+    values = asdict(data)
+    given = {name: f"data.{name}={value}" for name, value in values.items()}
+    problems = ignored("data", data, _ignored_reasons(data))
+    for name, meaning in _NEEDS[data.source].items():
+        if not values[name]:
+            problems.append(f"data={data.source} needs data.{name}={meaning}")
+    if data.label_separator == "":
+        problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
+    if data.val_fraction + data.test_fraction >= 1:
+        both = f"{given['val_fraction']} and {given['test_fraction']}"
+        problems.append(f"{both} leave nothing to learn: their sum must be less than 1")
+    if data.folds == 1:
+        problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
+    if 0 < data.folds <= data.fold:
+        problems.append(f"{given['fold']}: expected 0 to {data.folds - 1}, with {given['folds']}")
+    if data.shots and data.fraction != 1:
+        problems.append(f"{given['shots']} and {given['fraction']} exclude each other: keep one")
+    if data.label_separator and data.balance != Balance.none:
+        problems.append(f"{given['balance']} works with one label an image; remove it or data.label_separator")
+    if data.epoch_images and data.balance == Balance.sampling:
+        mend = "keep one (data.balance=weights goes with either)"
+        problems.append(f"{given['epoch_images']} and {given['balance']} both say how often images come: {mend}")
+    if len(data.classes) == 1:
+        problems.append(f"{given['classes']}: one class leaves nothing to tell apart; name two or more")
+    if len(set(data.classes)) < len(data.classes):
+        problems.append(f"{given['classes']}: names a class twice")
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
-        problems.append(f"data.workers={data.workers}: expected auto or a number such as 0 or 8")
+        problems.append(f"{given['workers']}: expected auto or a number such as 0 or 8")
     return problems
 
 
 def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
-    """Why `data.cache=device` cannot work: everything that the host still has to do for each image."""
+    """Why `data.cache=device` cannot work: the host still has to draw a view of each image."""
     if data.cache != CacheKind.device:
         return []
     problems = ignored("data", data, {"workers": "data.cache=device needs no loader processes"})
     if recipe != "none":
-        problems.append(
-            f"data.cache=device with augment={recipe}: the host draws and warps a view of each image, so nothing can be"
-            " fed from the device; use data.cache=ram, or augment=none"
-        )
+        reason = "the host draws and warps a view of each image, so nothing can be fed from the device"
+        problems.append(f"data.cache=device with augment={recipe}: {reason}; use data.cache=ram, or augment=none")
     return problems
 
 
@@ -159,43 +176,6 @@ def _ignored_reasons(data: DataConf) -> dict[str, str]:
         reasons["val_fraction"] = f"data.folds={data.folds} cuts val"
     else:
         reasons["fold"] = "data.folds=0; set data.folds, such as data.folds=5"
-    if not data.shots and not changed(data, "fraction"):
+    if not data.shots and data.fraction == 1:
         reasons["shots_seed"] = "neither data.shots nor data.fraction is set"
     return reasons
-
-
-def _source_problems(data: DataConf) -> list[str]:
-    values, needs = asdict(data), _NEEDS[data.source].items()
-    problems = [f"data={data.source} needs data.{name}={meaning}" for name, meaning in needs if not values[name]]
-    if data.label_separator == "":
-        problems.append("data.label_separator is empty: give what stands between two labels, such as '|', or null")
-    return problems
-
-
-def _selection_problems(data: DataConf) -> list[str]:
-    given = {name: f"data.{name}={value}" for name, value in asdict(data).items()}
-    nothing = "leave nothing to learn: their sum must be less than 1"
-    rules = (
-        (
-            data.val_fraction + data.test_fraction >= 1,
-            f"{given['val_fraction']} and {given['test_fraction']} {nothing}",
-        ),
-        (data.folds == 1, "data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2"),
-        (0 < data.folds <= data.fold, f"{given['fold']}: expected 0 to {data.folds - 1}, with {given['folds']}"),
-        (
-            data.shots and changed(data, "fraction"),
-            f"{given['shots']} and {given['fraction']} exclude each other: keep one",
-        ),
-        (
-            data.label_separator and data.balance != Balance.none,
-            f"{given['balance']} works with one label an image; remove it or data.label_separator",
-        ),
-        (
-            data.epoch_images and data.balance == Balance.sampling,
-            f"{given['epoch_images']} and data.balance=sampling both say how often images come: keep one"
-            " (data.balance=weights goes with either)",
-        ),
-        (len(data.classes) == 1, f"{given['classes']}: one class leaves nothing to tell apart; name two or more"),
-        (len(set(data.classes)) < len(data.classes), f"{given['classes']}: names a class twice"),
-    )
-    return [problem for is_wrong, problem in rules if is_wrong]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -19,26 +20,22 @@ class Choice(str, Enum):
         return str(self.value)
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its range, which `find_problems` checks and `--help-all` shows.
+# The bounds that a setting can have: the words for each, and the comparison that must hold.
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "gt": ("greater than", operator.gt),
+    "ge": ("at least", operator.ge),
+    "lt": ("less than", operator.lt),
+    "le": ("at most", operator.le),
+}
 
-    Args:
-        default: The value where nothing sets it; a list is copied for each instance.
-        help: One line with the unit and what the default means.
-        gt: The value must be greater than this.
-        ge: The value must be greater or equal.
-        lt: The value must be less than this.
-        le: The value must be less or equal.
+
+def setting(default: Any, help: str, **bounds: float) -> Any:
+    """A dataclass field with its range, which `find_problems` checks, and its meaning, which `--help-all` shows.
+
+    `help` is one line, with the unit. `bounds` are any of `BOUNDS`, such as `ge=0`.
     """
-    metadata = {"help": help, "gt": gt, "ge": ge, "lt": lt, "le": le}
+    assert bounds.keys() <= BOUNDS.keys()
+    metadata = {"help": help, **bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,11 +53,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def member_of(kind: type[C], word: str, key: str) -> C:
-    """The member of `kind` that `word` names.
-
-    Raises:
-        UserError: The word is not in the list; the error names the list and the nearest word.
-    """
+    """The member of `kind` that `word` names; a UserError with the list and the nearest word where there is none."""
     words = [member.value for member in kind]
     if word not in words:
         raise UserError(f"{key}={word}: expected one of {', '.join(words)}{nearest(str(word), words)}")
@@ -81,35 +74,22 @@ def show(value: Any) -> str:
 def changed(conf: Any, *names: str) -> dict[str, Any]:
     """Those of the settings `names` of a section that are not at their defaults, with their values, in this order."""
     now, fresh = asdict(conf), asdict(type(conf)())
-    return {name: now[name] for name in names if _plain(now[name]) != _plain(fresh[name])}
-
-
-def _plain(value: object) -> object:
-    """A yaml file gives a pair as a list, the schema as a tuple."""
-    return list(value) if isinstance(value, (list, tuple)) else value
+    return {name: now[name] for name in names if now[name] != fresh[name]}
 
 
 def ignored(section: str, conf: Any, reasons: Mapping[str, str]) -> list[str]:
-    """One line for each setting that was changed although nothing reads it.
+    """One line for each setting of the section `conf` that was changed although nothing reads it.
 
-    Args:
-        section: Name of the section, such as `optim`.
-        conf: The section.
-        reasons: Name of a setting to why nothing reads it, given the other settings.
+    `reasons` has, for each name of a setting that nothing reads, the reason.
     """
-    return [
-        f"{section}.{name}={show(value)} would be ignored: {reasons[name]}"
-        for name, value in changed(conf, *reasons).items()
-    ]
+    found = changed(conf, *reasons)
+    return [f"{section}.{name}={show(value)} would be ignored: {reasons[name]}" for name, value in found.items()]
 
 
 def not_read_by(group: str, chosen: str, readers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """The settings that `group=chosen` does not read, each with the choices that do, as `ignored` takes them.
+    """The settings that `group=chosen` does not read, each with the reason, as `ignored` takes them.
 
-    Args:
-        group: Name of the group, such as `optim`.
-        chosen: The choice that was made.
-        readers: Name of a setting to the choices that read it.
+    `readers` has, for each name of a setting, the choices that read it.
     """
     return {
         name: f"{group}={chosen} does not read it; {' or '.join(f'{group}={kind}' for kind in kinds)} does"

@@ -59,15 +59,14 @@ class ModelConf:
     image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0)
     head: HeadKind = setting(
         HeadKind.auto,
-        "classifier: zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the"
-        " checkpoint's own); auto: zeroshot where there is a text tower",
+        "zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the checkpoint's own);"
+        " auto: zeroshot where there is a text tower",
     )
     templates: list[str] = setting(
         ["default"], "prompts of the zero-shot head, {} is the class name; or sets: default, simple (7), imagenet (80)"
     )
     class_names: str | None = setting(
-        None,
-        "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes' own",
+        None, "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes'"
     )
     drop_path: float = setting(0.0, "ViT: probability of dropping the last block; rises linearly from 0", ge=0, lt=1)
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", ge=0, lt=1)
@@ -80,9 +79,8 @@ def model_problems(model: ModelConf) -> list[str]:
     """What is wrong with the settings of the model beyond their ranges, one line each."""
     problems = _template_problems(model.templates)
     if model.pool == Pool.mean and model.head in (HeadKind.zeroshot, HeadKind.keep):
-        problems.append(
-            f"model.head={model.head} needs the pooling of the weights: use model.head=random or model.pool=auto"
-        )
+        mend = "use model.head=random or model.pool=auto"
+        problems.append(f"model.head={model.head} needs the pooling of the weights: {mend}")
     reasons: dict[str, str] = {}
     if model.family != Family.clip or model.head not in (HeadKind.auto, HeadKind.zeroshot):
         reasons["head_bias"] = "every other head than the zero-shot one has offsets"

@@ -1,7 +1,4 @@
-"""Every setting of the frozen prefix: where its activations are stored between epochs, and in which precision.
-
-Standard library only.
-"""
+"""The settings of the frozen prefix: where its activations are cached, in which precision. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from finetune.config.fields import Choice, ignored, setting
 
 
 class PrefixCache(Choice):
-    """Where the output of the frozen layers is stored, so that they run once and not in every epoch."""
+    """Where the activations of the frozen layers are cached, so that these layers do not run in every epoch."""
 
     auto = "auto"
     none = "none"
@@ -21,7 +18,7 @@ class PrefixCache(Choice):
 
 
 class PrefixDtype(Choice):
-    """The number format of activations between the frozen and the learning layers, stored or not."""
+    """The number format of the activations that the frozen layers pass to the layers that learn, cached or not."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -31,11 +28,11 @@ class PrefixDtype(Choice):
 
 @dataclass
 class PrefixConf:
-    """The frozen layers, run once an image and view instead of once an epoch; see `optim.fix_layer`."""
+    """The frozen layers, which run once for each view of an image where their activations are cached."""
 
-    cache: PrefixCache = setting(PrefixCache.auto, "where to store the frozen layers' output; never changes a bit")
-    dtype: PrefixDtype = setting(PrefixDtype.auto, "of the frozen layers' output; auto: 32 bit in fp32 runs, else 16")
-    max_gib: float = setting(50.0, "activations of all runs may take so much on disk, GiB; see `finetune cache`", gt=0)
+    cache: PrefixCache = setting(PrefixCache.auto, "where to cache the frozen layers' activations; changes no result")
+    dtype: PrefixDtype = setting(PrefixDtype.auto, "of these activations; auto: 32 bit in fp32 runs, else 16")
+    max_gib: float = setting(50.0, "cache=disk: GiB that the cached activations of all runs may take", gt=0)
 
 
 def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:
@@ -45,5 +42,5 @@ def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:
         why = "nothing is frozen; set optim.fix_layer, such as optim.fix_layer=9"
         reasons = {"dtype": why} if prefix.cache == PrefixCache.none else {"cache": why, "dtype": why}
     if fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk):
-        reasons["max_gib"] = "only a cache on disk is bounded by it"
+        reasons["max_gib"] = "it bounds a cache on disk only"
     return ignored("prefix", prefix, reasons)

@@ -54,14 +54,12 @@ class TrainConf:
     metrics: list[str] = setting(["auto"], "metrics of val and test beside loss, top1; auto: all that suit the labels")
     monitor: str = setting(
         "auto",
-        "the validation metric that picks the best epoch, lower is better for loss and ece; auto: val/top1, or val/map"
-        " where images have several labels",
+        "metric that picks the best epoch; for loss and ece the lowest; auto: val/top1, or val/map (multi-label)",
     )
     recompute: bool = setting(False, "gradient checkpointing: less memory, but a second forward pass")
     class_token_only: ClassTokenOnly = setting(
         ClassTokenOnly.auto,
-        "auto: on models that read only the class token, the last block computes it alone, which differs in rounding;"
-        " off: upstream's own bits",
+        "auto: the last block computes only the class token where no other is read (other rounding); off: all tokens",
     )
     compile: CompileMode = setting(CompileMode.none, "torch.compile: takes minutes; max-autotune: CUDA graphs too")
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", ge=0)
@@ -95,15 +93,13 @@ def train_problems(train: TrainConf) -> list[str]:
     measured = ["loss", "top1", *(known if train.metrics == ["auto"] else train.metrics)]
     monitors = dict.fromkeys(["auto", *(f"val/{name}" for name in measured)])
     if train.monitor not in monitors and not problems:
-        problems.append(
-            f"train.monitor={train.monitor}: expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
-        )
+        expected = f"expected one of {', '.join(monitors)}{nearest(train.monitor, monitors)}"
+        problems.append(f"train.monitor={train.monitor}: {expected}")
     if train.compile == CompileMode.max_autotune and train.accumulate > 1:
-        problems.append(
-            f"train.compile=max-autotune with train.accumulate={train.accumulate}: CUDA graphs write the gradients of"
-            " every micro-batch to the same memory, over those that were to be added up; use train.compile=default,"
-            " or train.accumulate=1 with a larger data.batch_size"
-        )
+        reason = "CUDA graphs overwrite the gradients of earlier micro-batches"
+        mend = "use train.compile=default, or train.accumulate=1 with a larger data.batch_size"
+        both = f"train.compile=max-autotune with train.accumulate={train.accumulate}"
+        problems.append(f"{both}: {reason}; {mend}")
     reasons = {}
     if not train.ema:
         reasons["ema_warmup"] = "it needs train.ema, such as train.ema=0.9998"
@@ -117,8 +113,7 @@ def train_problems(train: TrainConf) -> list[str]:
 def measured_metrics(train: TrainConf, *, is_multilabel: bool) -> tuple[tuple[str, ...], str]:
     """The metrics to measure and the one that picks the best epoch, with every `auto` filled in: (names, monitor).
 
-    Raises:
-        UserError: A metric of the other kind of labels.
+    A metric of the other kind of labels is a UserError.
     """
     suitable = MULTILABEL_METRICS if is_multilabel else LABEL_METRICS
     names = suitable if train.metrics == ["auto"] else tuple(train.metrics)

@@ -19,16 +19,10 @@ def metric_text(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is no metric.
-
-    Attributes:
-        bar_name: Its name on the progress bar.
-        line_words: The words behind its value in an epoch's line; empty: the line has a place of its own for it.
-        text: Formats a value.
-    """
+    """A column that is no metric."""
 
     bar_name: str
-    line_words: str
+    line_words: str  # behind its value in an epoch's line; empty where `epoch_line` places the value
     text: Callable[[float], str]
 
 
@@ -42,34 +36,23 @@ COLUMNS = {
 # Names that the bar goes without on a narrow terminal, the least important first.
 DROPPED_FIRST = ("lr", "top1", "cached", "wait")
 # Panels of `curves.png`: name of the y axis, and the columns of the training and the validation curve.
-CURVES = (
-    ("loss (cross-entropy)", "train/loss", "val/loss"),
-    ("top1 accuracy", "train/top1", "val/top1"),
-)
+CURVES = (("loss (cross-entropy)", "train/loss", "val/loss"), ("top1 accuracy", "train/top1", "val/top1"))
 
 
 def bar_texts(values: Mapping[str, float]) -> dict[str, str]:
     """Returns name to text for the progress bar; `values` has the keys of `history.jsonl`, metrics without prefix."""
-    shown = {}
-    for key, value in values.items():
-        column = COLUMNS.get(key)
-        shown[key if column is None else column.bar_name] = (metric_text if column is None else column.text)(value)
-    return shown
+    columns = {key: COLUMNS.get(key, Column(key, "", metric_text)) for key in values}
+    return {column.bar_name: column.text(values[key]) for key, column in columns.items()}
 
 
 def epoch_line(
-    row: Mapping[str, Any],
-    num_epochs: int,
-    *,
-    best: float | None = None,
-    best_epoch: int = 0,
-    monitor: str = "val/top1",
+    row: Mapping[str, Any], epochs: int, *, best: float | None = None, best_epoch: int = 0, monitor: str = "val/top1"
 ) -> str:
     """An epoch in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)  412 img/s`.
 
     Args:
         row: Of `history.jsonl`; the line shows the rate with which the head began the epoch.
-        num_epochs: Epochs of the whole run.
+        epochs: Number of epochs of the whole run.
         best: Best value of `monitor` so far; None: there is none yet.
         best_epoch: The epoch of `best`, from 1.
         monitor: The metric that picks the best epoch; the line has it beside loss and top1.
@@ -77,15 +60,12 @@ def epoch_line(
     head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
     of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema
     metrics = dict.fromkeys(["train/loss", "val/top1", monitor, *([of_average] if of_average in row else [])])
-    parts = [f"epoch {row['epoch']:>{len(str(num_epochs))}}/{num_epochs}", f"lr {COLUMNS['lr'].text(head_rate)}"]
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"lr {COLUMNS['lr'].text(head_rate)}"]
     for name in metrics:
         note = f" (best {metric_text(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {metric_text(row[name])}{note}")
-    shares = [
-        f"{column.text(row[key])} {column.line_words}"
-        for key, column in COLUMNS.items()
-        if column.line_words and row.get(key, 0) >= 0.005
-    ]
+    told = {key: column for key, column in COLUMNS.items() if column.line_words and row.get(key, 0) >= 0.005}
+    shares = [f"{column.text(row[key])} {column.line_words}" for key, column in told.items()]
     speed = f"{row['images_per_s']:,.0f} img/s"
     return "  ".join([*parts, f"{speed} ({', '.join(shares)})" if shares else speed])
 

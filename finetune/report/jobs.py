@@ -27,7 +27,7 @@ class JobResult:
     """The result of one job of a sweep.
 
     Attributes:
-        folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` has it.
+        folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` names it.
         status: finished, failed, diverged, interrupted or at work; refused, where the folder holds another run.
         words: Overrides as typed.
         numbers: Scores (zeroshot/top1, val/top1 of the best epoch, test/top1, ...), `epochs` and `seconds`.
@@ -49,7 +49,7 @@ class JobResult:
 
     @cached_property
     def overrides(self) -> dict[str, str]:
-        """The overrides by key."""
+        """The overrides, by key."""
         return {key_of(word): word.partition("=")[2] for word in self.words}
 
     def number(self, name: str) -> float:
@@ -63,15 +63,10 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobGroup:
-    """Finished jobs with the same overrides of some keys, such as of all keys but the seed.
+    """Finished jobs with the same overrides of some keys, such as of all keys but the seed."""
 
-    Attributes:
-        overrides: These overrides; a key that the jobs do not set is absent.
-        jobs: At least one.
-    """
-
-    overrides: dict[str, str]
-    jobs: list[JobResult]
+    overrides: dict[str, str]  # without the keys that the jobs do not set
+    jobs: list[JobResult]  # at least one
 
     def scores(self, name: str) -> list[float]:
         """The score of this name of each job that has one."""
@@ -98,19 +93,12 @@ class JobGroup:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that was read from its folder.
-
-    Attributes:
-        folder: The sweep's folder.
-        jobs: All jobs.
-        varied: Keys of overrides that differ between jobs.
-        metric: The metric that ranks the jobs, such as top1.
-    """
+    """A sweep that was read from its folder."""
 
     folder: Path
     jobs: list[JobResult]
-    varied: list[str]
-    metric: str
+    varied: list[str]  # keys of overrides that differ between jobs
+    metric: str  # that ranks the jobs, such as top1
 
     @property
     def scored(self) -> list[JobResult]:
@@ -130,17 +118,11 @@ def rank(score: float, metric: str) -> float:
     return -score if metric.endswith(("loss", "ece")) else score
 
 
-def common_metric(jobs: Sequence[JobResult]) -> str:
-    """The metric that ranks finished jobs: the one that picked their best epochs, or top1 where theirs differ."""
-    metrics = {job.metric for job in jobs if job.is_finished}
-    return metrics.pop() if len(metrics) == 1 else "top1"
-
-
 def varied_keys(jobs: Sequence[JobResult]) -> list[str]:
     """Keys of overrides that differ between jobs, in the order typed; all keys where none differs."""
     known = [job.overrides for job in jobs if job.overrides]
     keys = list(dict.fromkeys(key for overrides in known for key in overrides))
-    # A key that one job sets and another does not differs, too.
+    # A key that only some jobs set differs, too.
     return [key for key in keys if len({overrides.get(key) for overrides in known}) > 1] or keys
 
 
@@ -153,9 +135,6 @@ def group_jobs(jobs: Sequence[JobResult], keys: Sequence[str]) -> list[JobGroup]
     return list(groups.values())
 
 
-# --- reading the folders ---------------------------------------------------------------------------------------------
-
-
 class _Record(NamedTuple):
     """An entry of `jobs.jsonl`: a job that began."""
 
@@ -164,16 +143,14 @@ class _Record(NamedTuple):
 
 
 def read_sweep(sweep_dir: Path) -> Sweep:
-    """Returns the sweep in a folder: its jobs, and how they differ."""
+    """Returns the sweep in a folder; its metric is the one that picked the jobs' best epochs, top1 if they differ."""
     jobs = read_jobs(sweep_dir)
-    return Sweep(sweep_dir, jobs, varied_keys(jobs), common_metric(jobs))
+    metrics = {job.metric for job in jobs if job.is_finished}
+    return Sweep(sweep_dir, jobs, varied_keys(jobs), metrics.pop() if len(metrics) == 1 else "top1")
 
 
 def read_jobs(sweep_dir: Path) -> list[JobResult]:
-    """Returns the results of a sweep's jobs, then a row for each job that was refused its folder.
-
-    A folder whose job was refused holds another run, and is no result of this sweep.
-    """
+    """Returns the results of a sweep's jobs, then a row for each job whose folder held another run: it was refused."""
     records = _records(sweep_dir)
     refused = [record for record in records if record.refused is not None]
     foreign = {record.name for record in refused} - {record.name for record in records if record.refused is None}
@@ -187,18 +164,14 @@ def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
     named = [sweep_dir / record.name for record in records if record.refused is None]
     # With `hydra.sweep.subdir='${seed}/${optim.lr}'` a numbered folder may only hold the folders of jobs.
     above = {parent for record in records for parent in (sweep_dir / record.name).parents}
-    numbered = [
-        path
-        for path in sweep_dir.iterdir()
-        if path.name.isascii() and path.name.isdigit() and path.is_dir()
-        if path not in above or (path / "result.json").exists()
-    ]
+    numbered = [path for path in sweep_dir.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+    numbered = [path for path in numbered if path not in above or (path / "result.json").exists()]
     numbered.sort(key=lambda path: (int(path.name), path.name))
     return list(dict.fromkeys([*numbered, *(folder for folder in named if folder.is_dir())]))
 
 
 def _records(sweep_dir: Path) -> list[_Record]:
-    """The entries of `jobs.jsonl`, in order; a line that a killed process left half written is passed over."""
+    """The entries of `jobs.jsonl`, in order, without a line that a killed process left half written."""
     try:
         lines = (sweep_dir / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -218,8 +191,7 @@ def _records(sweep_dir: Path) -> list[_Record]:
 
 def read_job(folder: Path) -> JobResult:
     """Returns a job's result; a job whose `result.json` is missing or damaged is a failed one that says so."""
-    owner = holder(folder)
-    if owner is not None:
+    if owner := holder(folder):
         error = f"process {owner.pid} on {owner.host} is working in it"
         return _as_job(folder, {"status": "at work", "error": error})
     try:
@@ -229,7 +201,7 @@ def read_job(folder: Path) -> JobResult:
     except (OSError, ValueError) as error:
         return _as_job(folder, {"status": "failed", "error": str(error)})
     status = result.get("status")
-    if status == "running":  # the first thing that a run writes; nobody works in the folder, so the run was killed
+    if status == "running":  # a run writes this first; no process works in the folder, so the run was killed
         result |= {"status": "interrupted", "error": "it stopped without a word: killed, or out of memory"}
     elif not isinstance(status, str):
         result |= {"status": "failed", "error": "result.json is damaged: it has no status"}

@@ -11,12 +11,7 @@ from finetune.system.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UserError: The file is damaged, or holds no object.
-    """
+    """Returns the object in a JSON file; a UserError where the file is damaged or holds no object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something that the person at the keyboard can mend; its text says what happened, what was expected, and how.
+    """A mistake that a person can mend; its text says what happened, what was expected, and how to mend it.
 
-    The commands show it as one line and end with exit code 1. Any other exception is a fault of the program, and is
-    shown as one, with the place of its traceback.
+    The commands show it as one line and end with exit code 1.
     """
 
 
@@ -24,24 +23,19 @@ class ConfigError(UserError):
     """
 
     def __init__(self, problems: Sequence[str], code: int = 1) -> None:
-        """Keep the lines and the exit code; the text of the exception is the lines."""
+        """The text of the exception is the lines."""
         super().__init__("\n".join(problems))
         self.problems = list(problems)
         self.code = code
 
 
-# Shown as one line without a traceback: a mistake, a file that cannot be read or written, a run that diverged. A
-# ValueError of torch or numpy is none of them.
+# Shown as one line without a traceback: a mistake, a file that cannot be read or written, a run that diverged. All
+# others, also a ValueError of torch or numpy, are faults of the program and shown as such.
 EXPECTED_ERRORS = (UserError, OSError, FloatingPointError)
 
 
 def fault_line(error: BaseException, how_to_see: str) -> str:
-    """A fault of the program in one line: the error, the line of ours that it came from, and where its traceback is.
-
-    Args:
-        error: Was raised.
-        how_to_see: Where the traceback is, or how to get it.
-    """
+    """A fault of the program in one line: the error, the line of this package that raised it, and `how_to_see` more."""
     package = Path(__file__).resolve().parent.parent
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]

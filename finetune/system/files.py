@@ -13,17 +13,15 @@ from typing import Any
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
-    """Let `write(temporary)` make a file, then put it in the place of `path` in one move.
-
-    A kill, a full disk or an error leaves the old file as it was.
+    """Let `write(temporary)` make a file, then put that file in the place of `path` in one move.
 
     Args:
         path: The file to make or replace.
-        write: Writes the whole content to the path that it is given.
-        aside: Gets the old file once the new file is whole and on the disk.
+        write: Writes the whole content to the path that it gets.
+        aside: The name that the old file gets once the new one is on the disk; None: the old file goes.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written; the old file is untouched.
+        OSError: The disk is full or the folder cannot be written; the old file is untouched, as after a kill.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,10 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | N
 def link_or_copy(source: Path, path: Path) -> None:
     """Give the file `source` the second name `path`, in one move; copy it where the file system has no hard links.
 
-    Both names may share their content, since these files are replaced and never written into.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written; an older file at `path` is untouched.
+    Only for files that are replaced and never written into, since both names may share their content.
     """
     if _second_name(source, path):
         _sync_folder(path.parent)
@@ -68,37 +63,19 @@ def _second_name(path: Path, second: Path) -> bool:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`; call it with the folder's lock held."""
+    """Remove the temporary files that killed processes left in `folder`, whose lock the caller has."""
     for path in folder.glob(".*.tmp"):
-        if path.name.split(".")[-2].isdigit():  # of a process, see `write_atomic`
+        if path.name.split(".")[-2].isdigit():  # the process id, see `write_atomic`
             path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """`write_atomic` of a UTF-8 text."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """`write_atomic` of bytes."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomic(path, write)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: object) -> None:
-    """`write_atomic` of `data` as readable JSON, keys in the order given; see `jsonable`.
-
-    Raises:
-        OSError: The file cannot be written; the old file is untouched.
-        TypeError: `data` holds something that JSON has no form for.
-    """
+    """`write_atomic` of `data` as indented JSON, keys in the order given; see `jsonable`."""
     write_text(path, json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -115,8 +92,8 @@ def jsonable(data: Any) -> Any:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut. Windows cannot open folders; there nothing is done."""
-    if os.name != "posix":
+    """Make a rename survive a power cut."""
+    if os.name != "posix":  # Windows cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

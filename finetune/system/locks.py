@@ -10,10 +10,8 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,11 +27,9 @@ logger = logging.getLogger("finetune")
 
 RUN_LOCK = ".lock"
 RUN_LOCK_HOLDER = ".lock.json"  # names the process; a file of its own, since Windows lets nobody read a locked file
-# `holder` takes a free lock for an instant. A start waits this long, so that this instant does not refuse it.
+# `holder` takes a free lock for an instant. A run that starts in this instant waits so long, and is not refused.
 PATIENCE_S = 0.5
-POLL_S = 0.1
-# Errors of file systems without locks.
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems without locks
 
 
 class InUseError(UserError):
@@ -55,10 +51,7 @@ class Holder:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[Holder | None]:
-    """Hold the lock of a run directory; no other process works there meanwhile.
-
-    Yields:
-        The process that held the lock before and was killed; None where there is none.
+    """Hold the lock of a run directory; yields the process that held it before and was killed, or None.
 
     Raises:
         InUseError: Another process holds the lock.
@@ -79,21 +72,21 @@ def run_lock(run_dir: Path) -> Iterator[Holder | None]:
         try:
             yield killed
         finally:
-            # Before the lock is given back: after it these may be another process's files.
+            # Before the lock is given back: after that these may be another process's files.
             for path in (record, run_dir / RUN_LOCK):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
 def holder(run_dir: Path) -> Holder | None:
-    """The living process that holds the lock of `run_dir`; None where no process does, or where nobody can tell."""
+    """The living process that holds the lock of `run_dir`; None where there is none, or no way to know."""
     found = _read(run_dir / RUN_LOCK_HOLDER)
     if found is None or not (run_dir / RUN_LOCK).exists():
         return None
     try:
         with _lock(run_dir / RUN_LOCK).acquire(timeout=0):
             return None
-    except (Timeout, PermissionError):  # another user's folder may not be locked: then its record has to do
+    except (Timeout, PermissionError):  # in another user's folder, the record alone has to be trusted
         return found
     except OSError:
         return None
@@ -109,36 +102,32 @@ def _read(record: Path) -> Holder | None:
 
 
 @contextmanager
-def file_lock(
-    path: Path, *, timeout_s: float = math.inf, on_wait: Callable[[], object] = lambda: None
-) -> Iterator[None]:
+def file_lock(path: Path, *, timeout_s: float = -1, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the lock file `path`, which is made and stays; only one process holds it at a time.
 
     Args:
         path: The lock file.
-        timeout_s: Wait this long for another process, in seconds.
-        on_wait: Called between two tries, about ten times a second. An error that it raises ends the wait.
+        timeout_s: Wait this long for another process, in seconds; -1: without end.
+        on_wait: Called after each try that failed, about ten times a second. An error that it raises ends the wait.
 
     Raises:
         TimeoutError: Another process held the lock all the time.
         OSError: The file cannot be made.
     """
-    deadline = time.monotonic() + timeout_s
+
+    def is_cancelled() -> bool:
+        on_wait()
+        return False
+
     with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(_lock(path).acquire(timeout=0))
-                break
-            except Timeout:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{path} is locked by another process") from None
-            except OSError as error:
-                if error.errno not in WITHOUT_LOCKS:
-                    raise
-                logger.warning("%s: this file system has no locks, so start nothing else here meanwhile", path)
-                break
-            on_wait()
-            time.sleep(POLL_S)
+        try:
+            stack.enter_context(_lock(path).acquire(timeout_s, poll_interval=0.1, cancel_check=is_cancelled))
+        except Timeout:
+            raise TimeoutError(f"{path} is locked by another process") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            logger.warning("%s: this file system has no locks, so start nothing else here meanwhile", path)
         yield
 
 

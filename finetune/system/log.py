@@ -19,10 +19,9 @@ _state_before: dict[str, Any] = {}  # the logger's level and propagation before 
 
 
 def say(text: str) -> None:
-    """Print lines to stdout, above the progress bars if there are any; control characters but line breaks are escaped.
+    """Print lines to stdout, above the progress bars; control characters, and letters the console lacks, are escaped.
 
-    A letter that the console's encoding lacks is printed as its escape. Once the reader has gone away (`| head`), later
-    lines are dropped without an error: the run goes on, and `run.log` has all of them.
+    Once the reader has gone away (`| head`), later lines are dropped without an error: the run goes on.
     """
     text = printable(text, keep="\n\t")
     encoding = sys.stdout.encoding or "utf-8"
@@ -34,13 +33,13 @@ def say(text: str) -> None:
             print(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # As Python's manual has it: without this, the interpreter's last flush fails too, with exit code 120.
+        # Python's manual: without this, the interpreter's last flush fails too, with exit code 120.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _Console(logging.Handler):
-    """Prints plain lines; a warning or an error starts with that word. Tracebacks go to `run.log` alone."""
+    """Prints lines without time and traceback; a warning or an error starts with that word."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR:
@@ -57,14 +56,9 @@ class _FileFormatter(logging.Formatter):
 
 
 def start_log(run_dir: Path, *, quiet: bool = False) -> None:
-    """Send the logger `finetune` to the console and to `run.log` in `run_dir`; lines are added to an existing file.
+    """Send the logger `finetune` to the end of `run.log` in `run_dir` and, if not `quiet`, to the console.
 
-    `stop_log` removes these handlers again. The jobs of a sweep share a process, and each must write into its own
-    folder and print each line once.
-
-    Args:
-        run_dir: An existing folder.
-        quiet: Print nothing on the console.
+    `stop_log` removes these handlers: the jobs of a sweep share a process, and each has a `run.log` of its own.
 
     Raises:
         OSError: `run.log` cannot be written.
@@ -73,13 +67,12 @@ def start_log(run_dir: Path, *, quiet: bool = False) -> None:
     file = logging.FileHandler(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
     file.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: no stack trace for every line
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
-    file.setLevel(logging.DEBUG)
     _state_before.update(level=LOGGER.level, propagate=LOGGER.propagate)
     LOGGER.addHandler(file)
     if not quiet:
         LOGGER.addHandler(_Console(logging.INFO))
     LOGGER.setLevel(logging.DEBUG)
-    LOGGER.propagate = False  # Hydra puts handlers on the root logger: every line would come twice
+    LOGGER.propagate = False  # Hydra puts handlers on the root logger, which would print every line again
 
 
 def stop_log() -> None:

@@ -1,8 +1,8 @@
-"""Memory of this process: how much may be taken, and whether freed pieces go back to the system.
+"""Memory of this process: how much it may take, and whether the pieces that it frees go back to the system.
 
-Every step on a CPU frees what the next step asks for again: activations and gradients. glibc gives pieces that large
-back to the system at once, and the system must then clear each page anew. That costs 3 % of a ViT-B/32's step on one
-thread, and more on several, since one thread clears for all. Other C libraries are left as they are.
+Every step on a CPU frees activations and gradients of the same sizes as the next step needs. glibc gives such large
+pieces back to the system at once, and the system must clear each page anew: 3 % of a ViT-B/32's step on one thread,
+and more on several, since one thread clears for all. Other C libraries are left as they are.
 """
 
 from __future__ import annotations
@@ -13,30 +13,20 @@ import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Bytes from which on a piece goes back in any case: caches, files.
-RETURNED_BYTES = 2**28
-# glibc's own highest threshold, which it reaches after it has freed a piece of this size. Older versions accept no
-# higher one. Twice as much may lie free at the top of the heap.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+RETURNED_BYTES = 2**28  # larger pieces, such as caches and files, go back in any case
+# The highest threshold that glibc sets by itself, and the highest that its older versions accept.
 DEFAULT_BYTES = 2**25
-MOST = 2**31 - 1
 
 
 def free_memory() -> int | None:
-    """Bytes that may be taken without swapping, by machine and container; None where the system does not tell."""
+    """Bytes that this process can take without swapping, by machine and container; None where that is unknown."""
     if sys.platform != "linux":
         return None
-    known = [number for number in (_free_in_machine(), _free_in_container()) if number is not None]
-    return min(known, default=None)
-
-
-def _free_in_machine() -> int | None:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    in_container = _free_in_container()
+    return min(known if in_container is None else [*known, in_container], default=None)
 
 
 def _free_in_container() -> int | None:
@@ -52,18 +42,18 @@ def _free_in_container() -> int | None:
 
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, until `hand_back_freed_memory` or its end."""
-    _set_thresholds(RETURNED_BYTES, MOST)
+    _set_thresholds(RETURNED_BYTES, 2**31 - 1)
 
 
 def hand_back_freed_memory() -> None:
-    """Return free memory to the system now, and set glibc's own thresholds again."""
+    """Return free memory to the system now, and set glibc's usual thresholds again."""
     libc = _set_thresholds(DEFAULT_BYTES, 2 * DEFAULT_BYTES)
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def _set_thresholds(piece: int, top: int) -> ctypes.CDLL | None:
-    """Set from how many bytes on a piece, and the heap's free top, go back; returns glibc, None for another library."""
+    """Set the bytes above which a piece, and the heap's free top, go back; returns glibc, or None elsewhere."""
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)

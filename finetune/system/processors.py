@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
-
-MAX_THREADS = 16
 
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -25,19 +24,16 @@ def cores() -> int:
 def processor_name() -> str:
     """The processor's name as Linux gives it; elsewhere its architecture, such as `arm64`."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        names = []
-    return names[0] if names else platform.machine()
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def map_in_threads(work: Callable[[_Given], _Made], items: Iterable[_Given]) -> Iterator[_Made]:
-    """`map(work, items)` in a thread a core. Few items are taken ahead, so that `items` may end early."""
-    threads, items = min(MAX_THREADS, cores()), iter(items)
-    if threads == 1:
-        yield from map(work, items)
-        return
+    """`map(work, items)` with a thread for each core; at most two items a thread are taken ahead of the results."""
+    threads, items = min(16, cores()), iter(items)
     with ThreadPoolExecutor(threads) as pool:
         ahead = deque(pool.submit(work, item) for item in islice(items, 2 * threads))
         while ahead:

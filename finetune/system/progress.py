@@ -14,10 +14,8 @@ from finetune.system.terminal import printable
 
 T = TypeVar("T")
 
-# Seconds between two redraws. New numbers must wait for the device, and a person reads no faster.
-REDRAW_S = 0.2
-# Columns that a bar needs beside its title and its numbers.
-LAYOUT_COLUMNS = len(" 100%|#| 1:00:00 left, ")
+REDRAW_S = 0.2  # between two redraws: new numbers stall the device, and a person reads no faster
+LAYOUT_COLUMNS = len(" 100%|#| 1:00:00 left, ")  # that a bar needs beside its title and its numbers
 
 open_bars: list[Bar] = []  # on the screen now; `log.say` must print above them
 
@@ -25,7 +23,7 @@ open_bars: list[Bar] = []  # on the screen now; `log.say` must print above them
 class Bar:
     """A progress bar over the batches of one pass; nothing is drawn where stderr is no terminal.
 
-    Reading a loss from the device stalls it, so the caller hands over numbers only when `due()`:
+    Reading a loss from the device stalls the device, so the caller shows numbers only when they are `due()`:
 
         bar = Bar("train 3/15", total=len(loader), images=loader.num_images)
         for batch in bar.wrap(batches):
@@ -35,14 +33,7 @@ class Bar:
     """
 
     def __init__(self, title: str, *, total: int, images: int, start: int = 0) -> None:
-        """Draw the bar at its start.
-
-        Args:
-            title: Such as `train 3/15`.
-            total: Micro-batches of the whole pass.
-            images: Images of the whole pass.
-            start: Micro-batches that are already done, when an interrupted pass goes on.
-        """
+        """Draw the bar of a pass of `total` micro-batches, of which `start` were done before an interruption."""
         self._images_a_batch = images / max(total, 1)
         self._start = start
         self._began = self._asked = self._drawn = time.monotonic()
@@ -50,17 +41,10 @@ class Bar:
         self._dropped_first: Sequence[str] = ()
         self._bar: Any = None
         if total > 0 and sys.stderr.isatty():
-            # tqdm puts a comma ahead of the postfix.
-            layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
-            self._bar = tqdm(
-                total=total,
-                initial=start,
-                desc=printable(title),
-                leave=False,  # the epoch's line takes its place
-                bar_format=layout,
-                **_terminal_size(),
-                file=sys.stderr,
-            )
+            # tqdm puts a comma ahead of the postfix. The line of the epoch takes the bar's place, so it does not stay.
+            style: dict[str, Any] = {"leave": False, "file": sys.stderr, **_terminal_size()}
+            style["bar_format"] = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
+            self._bar = tqdm(total=total, initial=start, desc=printable(title), **style)
             open_bars.append(self)
 
     def wrap(self, batches: Iterable[T]) -> Iterator[T]:
@@ -80,12 +64,7 @@ class Bar:
         return self._bar is not None and time.monotonic() - self._asked >= REDRAW_S
 
     def show(self, texts: Mapping[str, str], *, dropped_first: Sequence[str] = ()) -> None:
-        """Show numbers beside the images a second.
-
-        Args:
-            texts: Name of each number to its text, in the order shown.
-            dropped_first: Names that a narrow terminal goes without, the least important first.
-        """
+        """Show `texts`, by name, beside the images a second; a narrow terminal goes without `dropped_first`."""
         if self._bar is not None:
             self._asked = time.monotonic()
             self._texts, self._dropped_first = texts, dropped_first
@@ -102,7 +81,7 @@ class Bar:
         shown = {name: f"{name} {text}" for name, text in self._texts.items()}
         if self.images_per_s:
             shown["img/s"] = f"{self.images_per_s:,.0f} img/s"
-        # tqdm would cut a line that is too long off at its end, so whole numbers are left out instead.
+        # tqdm would cut the end off a long line, so whole numbers are left out instead.
         room = (self._bar.format_dict["ncols"] or 80) - len(self._bar.desc) - LAYOUT_COLUMNS
         for name in self._dropped_first:
             if len(" ".join(shown.values())) > room:

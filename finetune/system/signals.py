@@ -6,14 +6,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-# These ask for a stop: Ctrl-C, schedulers' SIGTERM, the warnings ahead of a time limit (SLURM --signal, submitit).
+# These ask for a stop: Ctrl-C, a scheduler's SIGTERM, its warning ahead of a time limit (SIGUSR1, SIGUSR2), and the end
+# of a terminal (SIGHUP).
 STOPPING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
 if sys.platform != "win32":
-    STOPPING += (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # the last: a terminal that was closed
+    STOPPING += (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
@@ -29,8 +30,7 @@ class StopSignals:
     """Within it the signals in `STOPPING` ask for a stop instead of ending the process where it stands.
 
     The first signal decides the exit code. A second Ctrl-C leaves at once, without a save. `pass_on` calls an earlier
-    handler once everything is saved: submitit's, for example, queues the job again. Outside the main thread signals
-    cannot be caught, and nothing changes.
+    handler once everything is saved: submitit's, for example, queues the job again.
     """
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class StopSignals:
         self.signum: int | None = None
         self._frame: FrameType | None = None
         self._before: dict[int, Any] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> StopSignals:
-        """Install the handlers."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in STOPPING:
-                # Under nohup a closed terminal is to be ignored, and so it is.
-                if signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
-                    self._before[signum] = signal.signal(signum, self._handle)
+        """Install the handlers; under nohup, which ignores the end of a terminal, that signal stays ignored."""
+        self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
+        caught = [
+            signum for signum in STOPPING if signum == signal.SIGINT or self._before[signum] is not signal.SIG_IGN
+        ]
+        self._stack.enter_context(_handled_by(self._handle, caught))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Put the earlier handlers back."""
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        self._stack.close()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
@@ -65,16 +65,12 @@ class StopSignals:
         return self.signum is not None
 
     def check(self) -> None:
-        """Leave here if a signal has asked for a stop.
-
-        Raises:
-            Interrupted: With the signal's exit code.
-        """
+        """Raise `Interrupted` if a signal has asked for a stop."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
     def pass_on(self) -> None:
-        """Call the earlier handler of the signal that came, if there was one; that handler may end the program."""
+        """Call the handler that the signal had before, if it had one; that handler may end the program."""
         frame, self._frame = self._frame, None
         if self.signum is None or self.signum == signal.SIGINT:
             return  # Python's own handler of Ctrl-C has nothing to add
@@ -96,7 +92,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it a stop signal ends the work where it stands: for work that takes long and loses nothing by a stop.
+    """Within it a stop signal ends the work at once: for work that takes long and loses nothing by a stop.
 
     Raises:
         Interrupted: With the signal's exit code, after the handler that was there before was called.

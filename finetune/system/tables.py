@@ -9,13 +9,9 @@ from finetune.system.terminal import printable
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
-    """Returns rows as aligned plain text under a heading; columns of numbers are aligned to the right.
+    """Returns rows as aligned plain text under the heading `columns`; columns of numbers are aligned to the right.
 
     Whole numbers get thousands separators and floats four digits; True is `yes`, False is `no`, None is a dash.
-
-    Args:
-        rows: One mapping for each row; it holds every column.
-        columns: Keys to show, in order; they are the heading.
     """
     cells = [[_cell(row[column]) for column in columns] for row in rows]
     lines = [list(columns), *cells]
@@ -23,11 +19,9 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     is_right = [bool(cells) and all(_is_number(line[i]) for line in cells) for i in range(len(columns))]
 
     def aligned(line: Sequence[str]) -> str:
-        padded = []
-        for text, width, right in zip(line, widths, is_right, strict=True):
-            space = " " * (width - _width(text))
-            padded.append(space + text if right else text + space)
-        return "  ".join(padded).rstrip()
+        spaces = [" " * (width - _width(text)) for text, width in zip(line, widths, strict=True)]
+        padded = zip(line, spaces, is_right, strict=True)
+        return "  ".join(space + text if right else text + space for text, space, right in padded).rstrip()
 
     rule = "  ".join(("-" if column else " ") * width for column, width in zip(columns, widths, strict=True))
     return "\n".join([aligned(lines[0]), rule, *map(aligned, cells)])

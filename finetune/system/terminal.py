@@ -17,20 +17,16 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 def printable(text: str, keep: Collection[str] = "") -> str:
     r"""`text` with control characters, text-direction marks and lone surrogates as visible escapes (`\x1b`).
 
-    File and class names come from anywhere: one that holds an escape sequence must not steer the terminal, and one that
-    holds a line break must not forge a line of the log. Letters of all scripts stay.
-
-    Args:
-        text: Anything.
-        keep: Characters that stay as they are, such as a line break in a message of our own.
+    File and class names come from anywhere: an escape sequence in a name must not steer the terminal, and a line break
+    must not forge a line of the log. Letters of all scripts stay, and the characters in `keep`.
     """
-    return "".join(_escape(char) if char not in keep else char for char in text)
+    return "".join(char if char in keep else _escape(char) for char in text)
 
 
 def _escape(char: str) -> str:
-    if char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
-        return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
-    return char
+    if char not in _BIDI and unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp"):
+        return char
+    return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
 
 
 def command(words: Sequence[str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +30,6 @@ from finetune.data.caches.entries import (
     size_of,
 )
 from finetune.data.caches.pixel_cache import first_step, open_cache
-from finetune.system import locks
 from finetune.system.locks import file_lock
 from finetune.system.signals import Interrupted, StopSignals
 
@@ -154,16 +155,17 @@ def test_makers_and_removers_at_once_never_see_half_an_entry(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("when", ["during the wait", "before it"])
 def test_a_wait_for_another_run_is_told_and_can_be_stopped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
     """The signal handler of a run only sets a flag, which no code reads while the run waits for a lock."""
     place, stop = tmp_path / "made", StopSignals()
     caplog.set_level("INFO", "finetune")
-    monkeypatch.setattr(locks.time, "sleep", lambda s: os.kill(os.getpid(), signal.SIGTERM))
-    with stop, file_lock(lock_of(place)):  # a second descriptor, as another process has one
+    with stop, open(lock_of(place), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # by a second descriptor, as another process has one
         if when == "before it":
             os.kill(os.getpid(), signal.SIGTERM)
-            monkeypatch.setattr(locks.time, "sleep", pytest.fail)
+        else:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(Interrupted):
             made_once(place, pytest.fail, stop.check)
     assert stop.is_set and caplog.text.count(f"another run is making {place}: waiting for it") == 1

@@ -83,7 +83,7 @@ def test_a_wait_for_a_lock_ends_by_time_or_by_an_error(tmp_path: Path) -> None:
             file_lock(path, timeout_s=0),
         ):
             pass
-        with pytest.raises(KeyboardInterrupt), file_lock(path, on_wait=give_up):
+        with pytest.raises(KeyboardInterrupt), file_lock(path, timeout_s=60, on_wait=give_up):
             pass
     with file_lock(path, timeout_s=0):
         pass

@@ -1,6 +1,6 @@
-"""From the words `KEY=VALUE` that a person typed to a configuration without mistakes, or to the list of them.
+"""From the words `KEY=VALUE` that a person typed to a configuration without mistakes, or to the list of mistakes.
 
 `settings` knows every key, `quoting` and `overrides` read the words, `choices` finds the yaml files, `composition` lets
-Hydra compose them, `problems` looks at the result. Read `configuration.py` first: it calls them in order. The modules
-that import Hydra are imported by the commands once they need them, so that `--help` does not pay for it.
+Hydra compose them, `problems` checks the result. Read `configuration.py` first: it calls them in order. The commands
+import the modules that need Hydra only when they use them, so that `--help` is quick.
 """

@@ -1,13 +1,11 @@
-"""The folders of yaml files and the choices in them: `model=clip` stands for the file `model/clip.yaml`.
-
-PyYAML only, so that `--help` does not pay for Hydra.
-"""
+"""The yaml files that a choice stands for: `model=clip` is `model/clip.yaml`. No Hydra, so that `--help` is quick."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,36 +17,27 @@ PRIMARY = "config.yaml"
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be: from the current folder where it lies below it."""
+    """A path for a message: relative to the current folder where it lies below that."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def builtin_folder() -> Path:
-    """The configuration of the package itself: `<repository>/conf` in a source tree, `<package>/conf` installed."""
+    """The yaml files of this program: `<repository>/conf` in a source tree, `<package>/conf` installed."""
     package = Path(__file__).resolve().parent.parent.parent
-    source = package.parent / "conf"
-    # A neighbour of site-packages/finetune that happens to be called conf is not ours: look for the mark.
+    source = package.parent / "conf"  # installed, this may be a folder of another package in site-packages
     return source if _is_ours(source / PRIMARY) else package / "conf"
 
 
 def folders(config_dir: str | None = None) -> list[Path]:
-    """The folders that are searched, the first match wins: `--config-dir`, `./conf`, the built-in one.
-
-    Raises:
-        ConfigError: `config_dir` is no folder.
-    """
+    """The folders to search for yaml files, the first match wins: `--config-dir`, `./conf`, the built-in one."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError([f"--config-dir {config_dir}: no such folder"])
-    given = [] if config_dir is None else [Path(config_dir).resolve()]
-    local = [Path("conf").resolve()] if Path("conf").is_dir() else []
-    return list(dict.fromkeys([*given, *local, builtin_folder()]))
+    own = [Path(name).resolve() for name in (config_dir, "conf") if name is not None and Path(name).is_dir()]
+    return list(dict.fromkeys([*own, builtin_folder()]))
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the defaults list of this `config.yaml` names our schema.
-
-    A `./conf/config.yaml` of some other project in the current folder must not replace ours.
-    """
+    """Whether this `config.yaml` names our schema, and so does not belong to some other project."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -57,35 +46,32 @@ def _is_ours(path: Path) -> bool:
 
 
 def primary_file(searched: Sequence[Path]) -> Path:
-    """The `config.yaml` that names the groups and the default choices.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """The `config.yaml` that names the groups and the default choices; a ConfigError where there is none."""
     for folder in searched:
         if _is_ours(folder / PRIMARY):
             return folder / PRIMARY
     raise ConfigError([f"{searched[-1] / PRIMARY} is missing or not ours: install finetune again"])
 
 
-def default_choices(searched: Sequence[Path]) -> dict[str, str | None]:
-    """Every group of the primary file with its default choice; None where there is none.
-
-    Raises:
-        ConfigError: The file is missing or damaged.
-    """
+def read_primary(searched: Sequence[Path]) -> dict[str, Any]:
+    """The content of `primary_file`; a ConfigError where it is missing or damaged."""
     path = primary_file(searched)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError([unreadable(path, error)]) from None
-    entries = [entry for entry in tree["defaults"] if isinstance(entry, dict)]
+    return tree
+
+
+def default_choices(searched: Sequence[Path]) -> dict[str, str | None]:
+    """Every group of the primary file with its default choice; None where there is none."""
+    entries = [entry for entry in read_primary(searched)["defaults"] if isinstance(entry, dict)]
     pairs = [pair for entry in entries for pair in entry.items()]
     return {group: choice for group, choice in pairs if not group.startswith("override ")}
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Why a yaml file cannot be read, in one line, with the line of the file where yaml tells it."""
+    """Why a yaml file cannot be read: one line, with the line number in the file where the parser gives it."""
     where, reason = shown(path), str(error)
     if isinstance(error, yaml.MarkedYAMLError):
         reason = error.problem or error.context or "not yaml"
@@ -108,16 +94,13 @@ def find_option(searched: Sequence[Path], group: str, option: str) -> Path | Non
 
 
 def options(searched: Sequence[Path], group: str) -> dict[str, Path]:
-    """Every choice of a group with the file that wins."""
-    found: dict[str, Path] = {}
-    for folder in searched:
-        for path in sorted((folder / group).glob("*.yaml")):
-            found.setdefault(path.stem, path)
+    """Every choice of a group with its file, in alphabetical order; the folder searched first wins."""
+    found = {path.stem: path for folder in reversed(searched) for path in (folder / group).glob("*.yaml")}
     return dict(sorted(found.items()))
 
 
 def missing_option(searched: Sequence[Path], group: str, option: str) -> str:
-    """Why `group=option` is no choice: the list, the nearest, and how to add one."""
+    """Why `group=option` is no choice, with the list of choices, the nearest one, and how to add one."""
     for folder in searched:
         if (folder / group / f"{option}.yml").is_file():
             return f"{group}={option}: {shown(folder / group / option)}.yml has to end in .yaml"

@@ -1,9 +1,8 @@
-"""Hydra composes the yaml files here.
+"""Hydra composes the yaml files here, from the folders `--config-dir`, `./conf` and the built-in one.
 
-Hydra's search path is `--config-dir`, `./conf`, the built-in folder. The primary configuration is stored under a name
-of our own, read from a `config.yaml` that is known to be ours: a file of that name in some other project's `./conf`
-cannot take its place. The schema's defaults are stored as plain values without types, so that a mistake in a yaml file
-passes through the composition, and `problems.py` finds all of them at once.
+The primary configuration is stored in Hydra under a name of our own, so that a `config.yaml` in some other project's
+`./conf` cannot take its place. The schema's defaults are stored as plain values without types, so that mistakes in yaml
+files pass through the composition, and `problems.py` finds all of them at once.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.conf import Conf, as_dict, find_problems
-from finetune.config.words.choices import (
-    SCHEMA_NAME,
-    builtin_folder,
-    default_choices,
-    find_option,
-    missing_option,
-    primary_file,
-    shown,
-    unreadable,
-)  # fmt: skip
+from finetune.config.words import choices
 from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, Reading, build, path_as_typed, read_tree
 from finetune.system.errors import ConfigError, UserError
 
@@ -48,12 +37,11 @@ VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.star
 
 
 class _Folders(SearchPathPlugin):
-    """Puts the user's folders ahead of the built-in one; completion and --info go through it, too."""
+    """Puts the user's folders ahead of the built-in one, also for completion and `--info`."""
 
     searched: tuple[Path, ...] = ()
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra whenever it makes a search path."""
         for folder in reversed(self.searched):
             search_path.prepend("finetune", f"file://{folder}")
 
@@ -61,57 +49,35 @@ class _Folders(SearchPathPlugin):
 def register(searched: Sequence[Path], base: Conf | None = None) -> None:
     """Tell Hydra the folders, the primary configuration and the values that the yaml files are laid over.
 
-    Args:
-        searched: The folders of yaml files.
-        base: The configuration of a run that is continued: it takes the place of the schema's defaults and of all
-            default choices. None for a new run.
-
-    Raises:
-        ConfigError: The primary configuration is missing or damaged.
+    For a run that is continued, its configuration `base` takes the place of the schema's defaults and of all default
+    choices. A ConfigError where the primary configuration is missing or damaged.
     """
-    path = primary_file(searched)
-    if problem := file_problem(path):
-        raise ConfigError([problem])
-    primary = OmegaConf.load(path)
-    assert isinstance(primary, DictConfig)
+    primary, groups = choices.read_primary(searched), choices.default_choices(searched).keys()
     if base is not None:
-        groups = default_choices(searched).keys()
-        without = [
-            entry if isinstance(entry, str) or not entry.keys() & groups else dict.fromkeys(entry)
-            for entry in primary.defaults
-        ]
-        primary = OmegaConf.create({"defaults": without, "hydra": primary.hydra})
+        entries = primary["defaults"]
+        chosen_none = [dict.fromkeys(e) if isinstance(e, dict) and e.keys() & groups else e for e in entries]
+        primary = {"defaults": chosen_none, "hydra": primary["hydra"]}
     store = ConfigStore.instance()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
-        store.store(name=SCHEMA_NAME, node=as_dict(Conf() if base is None else base))
-        store.store(name=PRIMARY_NAME, node=primary)
-    _Folders.searched = tuple(folder for folder in searched if folder != builtin_folder())
+        store.store(name=choices.SCHEMA_NAME, node=as_dict(Conf() if base is None else base))
+        store.store(name=PRIMARY_NAME, node=OmegaConf.create(primary))
+    _Folders.searched = tuple(folder for folder in searched if folder != choices.builtin_folder())
     Plugins.instance().register(_Folders)
 
 
-@dataclass
 class Composition:
-    """What Hydra makes of the yaml files for one list of overrides; `register` comes first.
+    """The yaml files as Hydra composes them for one list of overrides; `register` comes first.
 
     Attributes:
-        searched: The folders of yaml files.
-        overrides: As Hydra's grammar wants them, without sweeps.
+        overrides: In Hydra's grammar, without sweeps.
         cfg: The composed tree, with Hydra's own settings.
         reading: The settings in it.
     """
 
-    searched: Sequence[Path]
-    overrides: list[str]
-    cfg: DictConfig = field(init=False)
-    reading: Reading = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Compose.
-
-        Raises:
-            ConfigError: Hydra cannot; one line that names the file where it is known.
-        """
+    def __init__(self, searched: Sequence[Path], overrides: list[str]) -> None:
+        """Compose; where Hydra cannot, a ConfigError of one line, with the file where it is known."""
+        self._searched, self.overrides = searched, overrides
         try:
             with _hydra():
                 self.cfg = hydra.compose(PRIMARY_NAME, self.overrides, return_hydra_config=True)
@@ -131,43 +97,43 @@ class Composition:
                 continue
             line = _line_of(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), inside)
             if line is not None:
-                return f"{shown(path)}, line {line}: "
+                return f"{choices.shown(path)}, line {line}: "
         return ""
 
     def _file(self, config_path: str) -> Path | None:
-        """The yaml file that Hydra knows as `data/folder`; None for nodes that no file holds, and Hydra's own."""
+        """The yaml file that Hydra knows as `data/folder`; None for the schema and for Hydra's own nodes."""
         if config_path == PRIMARY_NAME:
-            return primary_file(self.searched)
+            return choices.primary_file(self._searched)
         group, _, option = config_path.rpartition("/")
-        return find_option(self.searched, group, option)
+        return choices.find_option(self._searched, group, option)
 
     def _explained(self, error: BaseException) -> str:
         """An error of the composition in one line, with the file and line of the defaults list that it came from."""
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-            return unreadable(Path(error.problem_mark.name), error)
+            return choices.unreadable(Path(error.problem_mark.name), error)
         if isinstance(error, RecursionError):
             return f"{' '.join(self.overrides)}: a defaults list brings in itself"
         group, _, word = str(getattr(error, "missing_cfg_file", None) or "").rpartition("/")
-        unmatched = re.search(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
-        if unmatched:
+        if unmatched := re.search(r"Could not override '([^']+)'\. No match in the defaults list", str(error)):
             word = unmatched[1]
-            problem = f"override /{word}: no such group, expected one of {', '.join(default_choices(self.searched))}"
+            groups = ", ".join(choices.default_choices(self._searched))
+            problem = f"override /{word}: no such group, expected one of {groups}"
         elif word and not group.startswith("hydra"):
-            problem = missing_option(self.searched, group, word)
+            problem = choices.missing_option(self._searched, group, word)
         else:
             return one_line(error)
-        # Hydra names the file that lacks something, or the primary one; then it is a file that was chosen.
+        # Hydra's message names the file with the bad entry, or the primary one; then it is a file that was chosen.
         named = re.findall(r"^In '([^']+)'", str(error))
         chosen = [override.lstrip("+").replace("'", "").replace("=", "/") for override in self.overrides]
         for path in filter(None, map(self._file, [*named, *chosen])):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
                 if line.lstrip().startswith("-") and word in line:
-                    return f"{shown(path)}, line {number}: {problem}"
+                    return f"{choices.shown(path)}, line {number}: {problem}"
         return problem
 
 
 def _line_of(node: yaml.Node | None, name: str) -> int | None:
-    """The line, from 1, on which a yaml file sets the dotted key `name`; None where it does not."""
+    """The number of the line, from 1, that sets the dotted key `name`; None where none does."""
     if isinstance(node, yaml.MappingNode):
         for key, value in reversed(node.value):
             if key.value == name:
@@ -178,31 +144,26 @@ def _line_of(node: yaml.Node | None, name: str) -> int | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """Why Hydra could not read this yaml file, in one line; None where it can."""
+    """Why Hydra cannot read this yaml file, in one line; None where it can."""
     try:
         tree = OmegaConf.load(path)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
-        return unreadable(path, error)
-    return None if isinstance(tree, DictConfig) else f"{shown(path)}, line 1: expected lines like `key: value`"
+        return choices.unreadable(path, error)
+    return None if isinstance(tree, DictConfig) else f"{choices.shown(path)}, line 1: expected lines like `key: value`"
 
 
 def _hydra() -> AbstractContextManager[None]:
-    return hydra.initialize_config_dir(str(builtin_folder()), job_name="finetune", **VERSION_BASE)
+    return hydra.initialize_config_dir(str(choices.builtin_folder()), job_name="finetune", **VERSION_BASE)
 
 
 def read_composed(cfg: DictConfig) -> Reading:
-    """The settings in a composition of Hydra, references not filled in."""
-    tree = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(tree, dict)
+    """The settings in a composition of Hydra; references such as `${optim.lr}` are not filled in."""
+    tree: Any = OmegaConf.to_container(cfg, resolve=False)
     return read_tree({name: part for name, part in tree.items() if name != "hydra"})
 
 
 def to_conf(cfg: DictConfig) -> Conf:
-    """Hydra's composition as the typed configuration, references filled in, `~` in paths too.
-
-    Raises:
-        ConfigError: It holds values that the schema or the ranges do not allow.
-    """
+    """A composition as the typed configuration, with references and `~` filled in; a ConfigError for bad values."""
     reading = read_composed(cfg)
     for name in reading.references:
         try:
@@ -211,9 +172,7 @@ def to_conf(cfg: DictConfig) -> Conf:
         except OmegaConfBaseException as error:
             reading.problems[name] = f"{name}: {one_line(error)}"
         else:
-            filled = read_tree(value, name)
-            reading.values |= filled.values
-            reading.problems |= filled.problems
+            reading.add(read_tree(value, name))
     values = reading.values
     values |= {name: path_as_typed(values[name]) for name in PATH_SETTINGS if values.get(name) is not None}
     problems = list(reading.problems.values()) or find_problems(build(values))
@@ -223,11 +182,7 @@ def to_conf(cfg: DictConfig) -> Conf:
 
 
 def config_as_yaml(cfg: DictConfig, *, package: str, resolve: bool) -> str:
-    """The text that `--cfg job` prints: the part `package` of a composition, such as `optim`; empty: all but Hydra's.
-
-    Raises:
-        UserError: There is no such part.
-    """
+    """The text of `--cfg job`: the part `package` of a composition, such as `optim`; empty: all but Hydra's own."""
     if not package:
         keys = [str(key) for key in cfg if key != "hydra"]
         return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, keys), resolve=resolve)
@@ -253,7 +208,7 @@ def one_line(error: BaseException) -> str:
     return ": ".join(parts) or type(error).__name__
 
 
-# On odd input Hydra raises whatever its own code runs into, not its own exceptions alone.
+# On odd input, Hydra's code also raises other exceptions than its own.
 ANY_OF_HYDRA = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, ArithmeticError, AssertionError, AttributeError),
     *(LookupError, RecursionError, TypeError, ValueError),

@@ -1,4 +1,4 @@
-"""From a command line to a configuration that is known to be good, or to every reason why it is not."""
+"""From a command line to a configuration without mistakes, or to the list of all mistakes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from finetune.system.errors import ConfigError
 
 @dataclass
 class Prepared:
-    """A command line that is known to be good.
+    """A command line without mistakes.
 
     Attributes:
-        conf: The configuration; of the first job where it is a sweep.
+        conf: The configuration; of the first job in a sweep.
         cfg: The same as Hydra composed it, with Hydra's own settings.
-        overrides: As Hydra's grammar wants them.
+        overrides: In Hydra's grammar.
         first: Those of the first job, without sweeps.
         jobs: The number of runs.
         run_dir: `hydra.run.dir` or, for a sweep, `hydra.sweep.dir`, where the person gave one.
@@ -50,16 +50,11 @@ def read_settings(
     """Check the words of a command line from end to end; writes nothing.
 
     The choices are looked up first, then Hydra composes them, then one pass over the composed tree and the overrides
-    finds every other mistake.
-
-    Args:
-        typed: The words, such as `optim.lr=1e-3`.
-        config_dir: As given with `--config-dir`.
-        multirun: Whether several values are allowed.
-        find_run: Gives the run directory that `resume=WORD` names.
+    finds every other mistake. Several values are allowed in a `multirun` only. `find_run` gives the run directory that
+    `resume=WORD` names.
 
     Raises:
-        ConfigError: With every problem that can be found.
+        ConfigError: With every mistake that can be found.
     """
     overrides, unreadable = parse_overrides(typed, multirun=multirun)
     searched = folders(config_dir)
@@ -72,40 +67,28 @@ def read_settings(
     register(searched, base)
     request = sort_overrides(overrides, searched, multirun=multirun)
     _check_files(request, searched)
-    own = _good_hydra(request, searched)
-    first = check_cells(request, lambda chosen: Composition(searched, [*_words(request, chosen), *own]))
+    first = check_cells(request, lambda chosen: Composition(searched, _words(request, chosen)))
     if unreadable or request.problems or first is None:
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     conf = to_conf(first.cfg)
     if run_dir is not None:
         texts = [override.text for override in overrides if override.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
-    if any(o.key == ("hydra.sweep.dir" if multirun else "hydra.run.dir") for o in overrides):
-        run_dir = _given_folder(first.cfg, multirun=multirun)
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    if any(override.key == key for override in overrides):
+        run_dir = Path(_given_folder(first.cfg, key))
     if request.jobs > 1:
         _refuse_one_folder(first.cfg)
     return Prepared(conf, first.cfg, [o.safe for o in overrides], first.overrides, request.jobs, run_dir)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
-    """The configuration of one run, as the command line would make it.
-
-    Args:
-        overrides: As typed: `["model=vit", "optim.lr=1e-3"]`.
-        config_dir: As given with `--config-dir`.
-
-    Raises:
-        ConfigError: With every problem that can be found.
-    """
+    """The configuration of one run for the words of a command line, such as `["model=vit", "optim.lr=1e-3"]`."""
     return read_settings(overrides, config_dir=config_dir).conf
 
 
 def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) -> list[Override]:
-    """The overrides beside `resume=word`; they are laid over the configuration of that run.
-
-    Raises:
-        ConfigError: Some have no place there.
-    """
+    """The overrides beside `resume=word`, which change the configuration of that run; a ConfigError for bad ones."""
     beside = [override for override in overrides if override.key != "resume"]
     problems = [f"{o.text}: has no place beside resume={word}, which says the folder" for o in beside if o.is_hydra]
     if multirun:
@@ -133,29 +116,16 @@ def _words(request: Request, chosen: dict[str, list[str]]) -> list[str]:
     return choices + [override.first for override in request.settings]
 
 
-def _good_hydra(request: Request, searched: Sequence[Path]) -> list[str]:
-    """The overrides of Hydra's own settings, or none where Hydra refuses them, which becomes a problem."""
-    own = [override.safe for override in request.hydra]
-    if own:
-        try:
-            Composition(searched, own)
-        except ConfigError as error:
-            request.add(*error.problems)
-            return []
-    return own
-
-
-def _given_folder(cfg: DictConfig, *, multirun: bool) -> Path:
-    key, typed = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if multirun else ("hydra.run.dir", cfg.hydra.run.dir)
+def _given_folder(cfg: DictConfig, key: str) -> str:
+    typed = OmegaConf.select(cfg, key)
     if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
         raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
-    return Path(str(typed))
+    return str(typed)
 
 
 def _refuse_one_folder(cfg: DictConfig) -> None:
     """Refuse a `hydra.sweep.subdir` that is the same for every job: it would put them all into one folder."""
     subdir = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
     if "${" not in str(subdir):
-        mend = "write hydra.sweep.subdir='${hydra.job.num}', the default, or something else of the job's"
-        shown = f"hydra.sweep.subdir={subdir or ''}"
-        raise ConfigError([f"{shown}: every job of a sweep needs a folder of its own; {mend}"])
+        mend = "every job of a sweep needs a folder of its own, such as hydra.sweep.subdir='${hydra.job.num}'"
+        raise ConfigError([f"hydra.sweep.subdir={subdir or ''}: {mend}"])

@@ -26,7 +26,7 @@ class Override:
 
     Attributes:
         text: As typed.
-        safe: As Hydra's grammar wants it: paths in quotes.
+        safe: The same in Hydra's grammar: paths in quotes.
         key: Dotted key or group.
         sign: Empty, `+`, `++` or `~`.
         values: The value; several for a sweep; the ends of an interval; none for a glob, or a range that does not end.
@@ -49,7 +49,7 @@ class Override:
 
     @property
     def first(self) -> str:
-        """The override with the first value of its sweep; empty for a glob, whose values depend on the files."""
+        """The override with the first value of its sweep; empty where there is none, as for a glob."""
         if not self.sweep or not self.values:
             return "" if self.sweep else self.safe
         value = quote(self.values[0]) if isinstance(self.values[0], str) else show(self.values[0])
@@ -57,7 +57,7 @@ class Override:
 
 
 def parse_overrides(typed: Sequence[str], *, multirun: bool) -> tuple[list[Override], list[str]]:
-    """Every override that Hydra's grammar can read, and one line for every other."""
+    """Every override that Hydra's grammar can read, and one line for every other word."""
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in typed:
         try:
@@ -68,7 +68,6 @@ def parse_overrides(typed: Sequence[str], *, multirun: bool) -> tuple[list[Overr
 
 
 def _parse(parser: OverridesParser, text: str, safe: str) -> Override:
-    """One override; HydraException, ValueError or ArithmeticError where it cannot be read."""
     parsed = parser.parse_override(safe)
     if not parsed.key_or_group:
         raise ValueError

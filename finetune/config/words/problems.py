@@ -1,4 +1,4 @@
-"""Every mistake of a command line and its yaml files, in one line each, in every cell of a sweep, before any work.
+"""Every mistake of a command line and its yaml files, one line each, in every job of a sweep, before any work.
 
 `sort_overrides` looks at the command line before Hydra composes the yaml files, `check_cells` at the composed settings.
 """
@@ -16,19 +16,11 @@ from finetune.config.conf import find_problems
 from finetune.config.words.choices import default_choices, find_option, missing_option, options
 from finetune.config.words.composition import Composition
 from finetune.config.words.overrides import MAX_JOBS, Override
-from finetune.config.words.settings import (
-    SECTIONS,
-    SETTINGS,
-    Reading,
-    build,
-    is_interpolation,
-    nearest_setting,
-    read_tree,
-)  # fmt: skip
+from finetune.config.words.settings import SECTIONS, SETTINGS, Reading, build, nearest_setting, read_tree
 from finetune.system.errors import ConfigError
 
-MAX_CELLS = 2_000  # up to which every combination of values is checked; beyond it, every value alone
-MAX_COMPOSED = 50  # up to which every combination of choices is composed, at a quarter of a second each
+# Up to so many combinations, each is checked; beyond, every value alone. Composing one takes a quarter of a second.
+MAX_CELLS, MAX_COMPOSED = 2_000, 50
 
 
 @dataclass
@@ -36,10 +28,9 @@ class Request:
     """The overrides of a command line, sorted.
 
     Attributes:
-        choices: Group, with the sign as typed, to every alternative: a list of options, for `experiment=[a,b]` two.
+        choices: Group, with the sign as typed, to its alternatives, each a list of options; `experiment=[a,b]` has two.
         values: Dotted key to every value.
-        settings: The overrides of settings that hold no mistake.
-        hydra: The overrides of Hydra's own settings that hold no mistake.
+        settings: The overrides of settings, also Hydra's own, without the wrong ones.
         problems: One line each, without repetition.
         unread: Sections of which a choice or value could not be read.
     """
@@ -47,7 +38,6 @@ class Request:
     choices: dict[str, list[list[str]]] = field(default_factory=dict)
     values: dict[str, list[Any]] = field(default_factory=dict)
     settings: list[Override] = field(default_factory=list)
-    hydra: list[Override] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
 
@@ -62,13 +52,7 @@ class Request:
 
 
 def sort_overrides(overrides: Sequence[Override], searched: Sequence[Path], *, multirun: bool) -> Request:
-    """Look up the choices and read the values of a command line.
-
-    Args:
-        overrides: The command line.
-        searched: The folders of yaml files.
-        multirun: Whether several values are allowed.
-    """
+    """Look up the choices and read the values of a command line, with several values only in a `multirun`."""
     request, groups = Request(), list(default_choices(searched))
     free_sweeper = any(override.key == "hydra/sweeper" for override in overrides)
     for override in overrides:
@@ -89,7 +73,7 @@ def sort_overrides(overrides: Sequence[Override], searched: Sequence[Path], *, m
         if found:
             request.unread.add(name.partition(".")[0])
         elif not is_choice:
-            (request.hydra if override.is_hydra else request.settings).append(override)
+            request.settings.append(override)
     if request.jobs > MAX_JOBS:
         request.add(f"this sweep has {request.jobs:,} jobs; at most {MAX_JOBS:,} are run at once")
     return request
@@ -106,7 +90,7 @@ def _needs_multirun(override: Override) -> str:
 
 
 def _hydra_problems(override: Override, *, multirun: bool) -> list[str]:
-    """Those of Hydra's own settings that Hydra would accept and then ignore; Hydra checks the others."""
+    """Why a setting of Hydra's own would be ignored; all its other mistakes Hydra finds itself."""
     ignored = {
         "hydra.run.dir": "would be ignored, a sweep goes to hydra.sweep.dir=PATH" if multirun else "",
         "hydra.sweep.dir": "" if multirun else "would be ignored, a single run goes to hydra.run.dir=PATH",
@@ -117,7 +101,7 @@ def _hydra_problems(override: Override, *, multirun: bool) -> list[str]:
 
 
 def _misplaced(override: Override, groups: Sequence[str], *, is_own: bool, free_sweeper: bool) -> str:
-    """Why this override cannot stand on a command line, whatever its value; empty where it can."""
+    """Why this key, sign or sweep is wrong, whatever the value; empty where it is right."""
     name, text, sign = override.key, override.text, override.sign
     is_group = name in groups or is_own
     if not (is_group or name in SETTINGS or name in SECTIONS):
@@ -130,9 +114,8 @@ def _misplaced(override: Override, groups: Sequence[str], *, is_own: bool, free_
     if (sign == "+" and not is_own) or (sign == "++" and is_group):
         return f"{text}: {name} is there already; write it without the {sign}: {text.lstrip('+')}"
     if override.sweep == "interval" and not free_sweeper:
-        listed = f"{name}=A,B,C or {name}=range(A,B,STEP)"
-        drawn = "interval(...) is for sweepers that draw values (hydra/sweeper=...)"
-        return f"{text}: {drawn}; the basic one needs them listed, {listed}"
+        listed = f"list the values, {name}=A,B,C or {name}=range(A,B,STEP)"
+        return f"{text}: interval(...) is for sweepers that draw values (hydra/sweeper=...); else {listed}"
     if override.sweep == "range" and not override.values:
         return f"{text}: range(START,STOP,STEP) has to end, after 1 to {MAX_JOBS:,} values"
     if override.sweep == "glob" and not is_group:
@@ -141,7 +124,7 @@ def _misplaced(override: Override, groups: Sequence[str], *, is_own: bool, free_
 
 
 def _take_choice(request: Request, override: Override, searched: Sequence[Path]) -> list[str]:
-    """Look up `model=clip`, `model=clip,vit`, `model=glob(*)` or `experiment=[a,b]`; the problems."""
+    """Look up `model=clip`, `model=clip,vit`, `model=glob(*)` or `experiment=[a,b]`; returns the problems."""
     group, names, good, problems = override.key, list(options(searched, override.key)), [], []
     values = override.values if override.glob is None else override.glob.filter(names)
     if not values:
@@ -149,7 +132,7 @@ def _take_choice(request: Request, override: Override, searched: Sequence[Path])
     for value in values:
         chosen = [str(option) for option in value] if isinstance(value, list) else [str(value)]
         lost = [option for option in chosen if find_option(searched, group, option) is None]
-        if is_interpolation(value):
+        if "${" in str(value):  # a reference, which Hydra fills in
             continue
         if value is None:
             problems.append(f"{group}=null: a group is chosen or left out; one of {', '.join(names)}")
@@ -165,7 +148,7 @@ def _take_choice(request: Request, override: Override, searched: Sequence[Path])
 
 
 def _take_values(request: Request, override: Override) -> list[str]:
-    """Read `optim.lr=1e-3`, `optim.lr=1e-3,1e-4` or `optim={lr: 1e-3}`; the problems."""
+    """Read `optim.lr=1e-3`, `optim.lr=1e-3,1e-4` or `optim={lr: 1e-3}`; returns the problems."""
     found: dict[str, list[Any]] = {}
     problems: list[str] = []
     for value in override.values:
@@ -181,14 +164,10 @@ def _take_values(request: Request, override: Override) -> list[str]:
 
 
 def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Composition]) -> Composition | None:
-    """Check the settings of every combination of choices and values; adds what is wrong to `request.problems`.
+    """Check the settings of every combination of choices and values, and add the mistakes to `request.problems`.
 
     Beyond MAX_COMPOSED combinations of choices, or MAX_CELLS in all, every choice or value is checked alone, beside the
-    first of the others.
-
-    Args:
-        request: The command line.
-        compose: Composes one combination of choices (group to options) with the good overrides; may raise ConfigError.
+    first of the others. `compose` composes one combination (group to options); it may raise a ConfigError.
 
     Returns:
         The first job's composition; None where it failed.

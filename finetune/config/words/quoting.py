@@ -6,7 +6,7 @@ import re
 
 from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, path_as_typed
 
-# What Hydra reads as a sweep, and so is never taken for a path or a text.
+# Values that Hydra reads as a sweep; no path or text may look like one without quotes.
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 # Letters that stand for themselves in Hydra's grammar.
@@ -14,29 +14,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9_/\-+.$%*@?|: ]*")
 
 
 def quote(text: str) -> str:
-    """`text` as a quoted value of Hydra's grammar: backslashes are doubled only where they stand ahead of a quote."""
+    """`text` as a quoted value of Hydra's grammar, which doubles backslashes only ahead of a quote."""
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
 
 
 def _split_values(text: str) -> list[str]:
-    """`text` at its commas, but for those in a quoted value."""
-    values, rest = [], text
-    while True:
-        quoted = _QUOTED.match(rest)
-        if quoted and (quoted.end() == len(rest) or rest[quoted.end()] == ","):
-            end = quoted.end()
-        else:
-            end = rest.find(",") if "," in rest else len(rest)
-        values.append(rest[:end])
-        if end == len(rest):
-            return values
-        rest = rest[end + 1 :]
+    """Split `text` at its commas, but not at those in a quoted value."""
+    return re.findall(rf"((?:{_QUOTED.pattern})(?=,)|[^,]*),", f"{text},", re.DOTALL)
 
 
 def _quote_value(text: str, *, path: bool) -> str:
-    """One value quoted where that is needed: a path always, another text where the grammar would refuse it."""
+    """One value, quoted where it is a path, or a text that the grammar would refuse."""
     if _QUOTED.fullmatch(text) or text == "null":
         return text
     if path:
@@ -45,10 +35,10 @@ def _quote_value(text: str, *, path: bool) -> str:
 
 
 def quote_override(text: str, *, multirun: bool) -> str:
-    """An override as Hydra's grammar wants it: paths and texts work as people type them.
+    """An override in Hydra's grammar, with paths and texts quoted, so that they work as people type them.
 
-    Values already in quotes, sweeps (`choice(...)`) and all keys that hold no single text stay as they are. In a
-    multirun a comma separates values, so a path that holds one needs quotes there.
+    Values already in quotes, sweeps (`choice(...)`) and settings that are no text stay as they are. In a multirun a
+    comma separates values, so a path with a comma needs quotes there.
     """
     key, equals, value = text.partition("=")
     name = key.lstrip("+")

@@ -1,7 +1,4 @@
-"""Every setting by its dotted key: its type, the conversion of a typed value, and the nearest valid key.
-
-Derived from the dataclasses in `finetune/config`; standard library only.
-"""
+"""Every setting by its dotted key, out of the dataclasses in `finetune/config`; the conversion of typed values."""
 
 from __future__ import annotations
 
@@ -19,8 +16,7 @@ from finetune.config.conf import Conf, leaves
 from finetune.config.fields import nearest, show
 from finetune.system.errors import UserError
 
-TRUE_WORDS = ("true", "yes", "on", "y", "1")
-FALSE_WORDS = ("false", "no", "off", "n", "0")
+BOOLS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,6 @@ class Setting:
         kind: Its type without the `| None`: int, float, bool, str, an Enum class, `list[str]` or a tuple of floats.
         optional: Whether `null` is a value.
         field: The dataclass field, whose metadata holds meaning and range.
-        default: The value where nothing sets it.
     """
 
     name: str
@@ -43,12 +38,12 @@ class Setting:
 
     @property
     def meaning(self) -> str:
-        """One line for a person, from the schema."""
+        """One line for a person."""
         return str(self.field.metadata["help"])
 
     @property
     def words(self) -> list[str]:
-        """The valid words of a setting that takes one out of a list; empty for any other."""
+        """The valid words where the setting takes one out of a list; empty for any other."""
         is_enum = isinstance(self.kind, type) and issubclass(self.kind, Enum)
         return [str(member.value) for member in self.kind] if is_enum else []
 
@@ -64,7 +59,7 @@ def _setting(name: str, section: object, item: dataclasses.Field[Any]) -> Settin
 SETTINGS: dict[str, Setting] = {name: _setting(name, section, item) for name, section, item in leaves(Conf())}
 SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name.partition(".")[0] for name in SETTINGS if "." in name))
 
-# Settings that are paths. What a person types there is never read as a number, a list or a sweep (but see the comma).
+# Settings that are paths, whose values are never read as a number or a list.
 PATH_SETTINGS = (
     *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
@@ -76,29 +71,23 @@ NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
 def describe_kind(setting: Setting) -> str:
     """The values that may stand behind the `=`, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if setting.kind in names:
-        words = names[setting.kind]
-    elif setting.words:
+    if setting.words:
         words = "one of " + ", ".join(setting.words)
     elif typing.get_origin(setting.kind) is tuple:
         shown = ",".join(f"{part:g}" for part in setting.default)
-        words = f"a list of {len(typing.get_args(setting.kind))} numbers, such as [{shown}]"
+        words = f"a list of {len(setting.default)} numbers, such as [{shown}]"
     else:
-        words = "a list of texts, such as ['a','b']"
+        words = names.get(setting.kind, "a list of texts, such as ['a','b']")
     return f"{words} or null" if setting.optional else words
 
 
 def is_interpolation(value: Any) -> bool:
-    """Whether OmegaConf fills this in later (`${...}`, also inside a list), so that it cannot be checked yet."""
+    """Whether this is a reference `${...}`, or a list with one, which OmegaConf fills in later."""
     return "${" in value if isinstance(value, str) else isinstance(value, list) and any(map(is_interpolation, value))
 
 
 def convert(setting: Setting, value: Any) -> Any:
-    """The value that a run gets for `value`, as a yaml file or the command line gave it.
-
-    Raises:
-        UserError: It is not of the setting's type; one line that says what was expected.
-    """
+    """`value`, from a yaml file or the command line, in the setting's type; a UserError where it does not fit."""
     if value is None and setting.optional:
         return None
     if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
@@ -108,7 +97,7 @@ def convert(setting: Setting, value: Any) -> Any:
     try:
         return _read(setting.kind, value)
     except (ValueError, TypeError, OverflowError):
-        pass  # answered below, with what was expected
+        pass  # the error below says what was expected
     close = nearest(str(value), setting.words)
     if value is False and "off" in setting.words:
         close = " (yaml reads a bare off as false: write 'off')"
@@ -118,11 +107,13 @@ def convert(setting: Setting, value: Any) -> Any:
 
 def _read(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; any of ValueError, TypeError, OverflowError where it is none."""
-    if kind is bool:
-        return _read_bool(value)
-    if value is None or (isinstance(value, bool) and kind is not str) or (kind is int and isinstance(value, float)):
+    if kind is bool and isinstance(value, (bool, int)):
+        return bool(value)
+    if kind is bool and isinstance(value, str) and value.lower() in BOOLS:
+        return BOOLS[value.lower()]
+    if value is None or kind is bool or (isinstance(value, bool) and kind is not str):
         raise TypeError
-    if kind is str and not isinstance(value, (str, int, float)):
+    if (kind is int and isinstance(value, float)) or (kind is str and not isinstance(value, (str, int, float))):
         raise TypeError
     if isinstance(kind, type) and not typing.get_args(kind):  # int, float, str or an Enum
         return kind(value)
@@ -134,22 +125,13 @@ def _read(kind: Any, value: Any) -> Any:
     return [_read(parts[0], item) for item in value]
 
 
-def _read_bool(value: Any) -> bool:
-    if isinstance(value, (bool, int)):
-        return bool(value)
-    word = str(value).lower()
-    if isinstance(value, str) and word in TRUE_WORDS + FALSE_WORDS:
-        return word in TRUE_WORDS
-    raise TypeError
-
-
 @dataclass
 class Reading:
     """The settings in a tree of values, read as far as possible.
 
     Attributes:
         values: Dotted key to converted value.
-        problems: Dotted key to what is wrong there, in one line.
+        problems: Dotted key to what is wrong with its value, in one line.
         references: Keys whose value is a `${...}` that is not filled in yet.
     """
 
@@ -162,13 +144,17 @@ class Reading:
         """Sections of which some value is not known."""
         return {name.partition(".")[0] for name in (*self.problems, *self.references)}
 
+    def add(self, other: Reading) -> None:
+        """Add the settings of another tree."""
+        self.values |= other.values
+        self.problems |= other.problems
+        self.references |= other.references
+
 
 def read_tree(tree: Any, name: str = "") -> Reading:
     """Convert every setting in nested dictionaries, as a yaml file or `optim={lr: 1e-3}` gives them.
 
-    Args:
-        tree: The dictionaries, or a single value.
-        name: Dotted key of `tree`; empty for a whole configuration.
+    `name` is the dotted key of `tree`, which may be a single value; empty for a whole configuration.
     """
     reading = Reading()
     if name in SETTINGS:
@@ -185,9 +171,7 @@ def read_tree(tree: Any, name: str = "") -> Reading:
             if "." in str(word):
                 nested = f"write `{str(word).partition('.')[0]}:` and the rest indented below it"
                 inner = Reading(problems={f"{name}.{word}": f"{word}: dots work on the command line only; {nested}"})
-            reading.values |= inner.values
-            reading.problems |= inner.problems
-            reading.references |= inner.references
+            reading.add(inner)
     elif name in SECTIONS:
         example = next(setting for setting in SETTINGS.values() if setting.name.startswith(f"{name}."))
         shown = f"such as {example.name}={show(example.default)}"
@@ -207,13 +191,10 @@ def build(values: dict[str, Any]) -> Conf:
 
 
 def nearest_setting(name: str, groups: Iterable[str] = ()) -> str:
-    """The setting or group that was most likely meant, as ` (did you mean 'x'?)`, or nothing.
-
-    `layer_decay` finds `optim.layer_decay`: a name without its section is the commonest mistake.
-    """
+    """The setting or group most like a mistyped name, as ` (did you mean 'x'?)`, or nothing."""
     last = name.rpartition(".")[2]
-    same = [key for key in SETTINGS if key.rpartition(".")[2] == last]
-    if same:
+    # `layer_decay` finds `optim.layer_decay`: a name without its section is the commonest mistake.
+    if same := [key for key in SETTINGS if key.rpartition(".")[2] == last]:
         return f" (did you mean {' or '.join(repr(key) for key in same)}?)"
     section = name.partition(".")[0]
     if section in SECTIONS and section != name:
