@@ -1,6 +1,6 @@
 """The entry, `finetune` and `python -m finetune`: the first word may name a command; without one it trains.
 
-This is the one place that turns an exception into an exit code and a line on stderr.
+Here an exception becomes an exit code and a line on stderr.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ SHOW_TRACEBACK = "FINETUNE_TRACEBACK"  # environment variable: 1 prints the trac
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Returns:
-        The exit code: 0; 1 where something failed; 2 for an unusable command line; 130 after Ctrl-C.
-    """
+    """Run a command line; the exit code: 0; 1 after a failure; 2 for an unusable command line; 130 after Ctrl-C."""
     try:
         with exit_codes():
             return _run_command(list(sys.argv[1:] if argv is None else argv))

@@ -1,7 +1,7 @@
-"""The commands: a file each, which reads its part of the command line, calls the rooms below, and prints.
+"""The commands: each has a file, which reads its part of the command line, calls the rooms below, and prints.
 
 This room may know every other room. A command imports torch only once its command line is known to be good, so that
-`--help` and a typing mistake are answered at once. Read `train.py` first: it is what `finetune` does without a command.
+`--help` and a typing mistake are answered at once. Read `train.py` first: `finetune` without a command runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ COMMANDS: dict[str, str] = {
     "train": "fine-tune a model; the command may be left out",
     "describe": "every layer with its rate, memory, work and schedule; loads no data and no weights",
     "check": "look at the data before training: counts, damaged files, duplicates, a contact sheet",
-    "cache": "list what runs have stored to save time (decoded images, activations, fetched shards), or clear it",
+    "cache": "list the decoded images, activations and fetched shards that runs have cached, or clear them",
     "report": "draw the pictures of a run, or the summary of a sweep, again",
     "replay": "compute a step that was not finite again: which layer, which image",
     "schema": "print the settings as a JSON schema, with which editors complete and check yaml files",

@@ -1,4 +1,4 @@
-"""`finetune cache` lists what runs have stored to save time; `finetune cache clear` removes it."""
+"""`finetune cache` lists what runs have cached; `finetune cache clear` removes it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,23 @@ from datetime import datetime
 from finetune.system.log import say
 from finetune.system.terminal import printable
 
-DAY_S = 86_400
 KINDS = ("pixels", "activations", "shards")
 EPILOG = (
     "pixels: decoded images (data.cache=disk); activations: the output of frozen layers (prefix.cache=disk); shards:"
-    " tar files fetched from elsewhere. A run that wants pixels or activations makes them again, shards are fetched"
-    " again. Only what finetune itself stored is removed. Do not clear while a run that uses the cache is starting."
+    " tar files fetched from elsewhere. A run makes again, or fetches again, the entries that it needs. Nothing else in"
+    " the folder is removed. Do not clear while a run that uses the cache is starting."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the entries of the cache folder, or remove them; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="finetune cache", description="List what runs have stored to save time, or remove it.", epilog=EPILOG
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="clear | data.cache_dir=PATH",
-        help="clear: remove the entries; data.cache_dir: the folder of runs with that setting",
-    )  # fmt: skip
+    description = "List what runs have cached, or remove it."
+    parser = argparse.ArgumentParser(prog="finetune cache", description=description, epilog=EPILOG)
+    words = "clear: remove the entries; data.cache_dir: the folder of runs with that setting"
+    parser.add_argument("words", nargs="*", metavar="clear | data.cache_dir=PATH", help=words)
     parser.add_argument("--kind", choices=KINDS, help="only entries of this kind")
-    parser.add_argument(
-        "--older-than", type=float, metavar="DAYS", default=0.0, help="only entries that no run used for so long"
-    )
+    older = "only entries that no run used for so many days"
+    parser.add_argument("--older-than", type=float, metavar="DAYS", default=0.0, help=older)
     flags = parser.parse_intermixed_args(arguments)
     cache_dir, is_clear = None, False
     for word in flags.words:
@@ -45,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from finetune.data.caches.entries import cache_folder, find_entries, remove_abandoned, remove_entry
 
     cache = cache_folder(cache_dir)
-    limit = time.time() - flags.older_than * DAY_S
+    limit = time.time() - flags.older_than * 86_400
     entries = [item for item in find_entries(cache) if flags.kind in (None, item.kind) and item.used <= limit]
     if is_clear:
         for kind in [flags.kind] if flags.kind else KINDS:
@@ -57,5 +52,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = sum(item.num_bytes for item in shown)
     say(f"{'removed' if is_clear else 'total':<11}  {total / 2**20:>12,.1f} MiB  {len(shown):,} entries in {cache}")
     if len(shown) < len(entries):
-        say(f"{len(entries) - len(shown):,} entries stay: another run holds them, or their folder cannot be written")
+        say(f"{len(entries) - len(shown):,} entries stay: a run is using them, or their folder cannot be written")
     return 0

@@ -1,8 +1,7 @@
-"""Look at the data before training: `finetune check data=folder data.root=PATH`.
+"""`finetune check`: decode every image, print counts and faults, and draw training images as the model will see them.
 
-Takes the same settings as `finetune`. Decodes every image, prints what there is and what is wrong, and draws training
-images exactly as the model will see them. Leaves `data.txt`, `contact_sheet.png` and, where there is something to
-list, `unreadable.txt` and `duplicates.txt` in `outputs/<date>/<time>/` or `hydra.run.dir`.
+It leaves `data.txt`, `contact_sheet.png` and, where there is something to list, `unreadable.txt` and `duplicates.txt`
+in `outputs/<date>/<time>/` or `hydra.run.dir`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,12 @@ from finetune.system.log import say
 
 USAGE = """usage: finetune check [GROUP=CHOICE ...] [KEY=VALUE ...]
 
-Decodes every image of data=... and says what is there and what is wrong with it; takes the same settings as finetune,
-such as data=folder data.root=PATH augment=clip. Exit code 1 where images cannot be read and data.on_error=stop."""
+Decodes every image of data=... and prints counts and faults; takes the same settings as finetune, such as data=folder
+data.root=PATH augment=clip. Exit code 1 where images cannot be read and data.on_error=stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Returns:
-        The exit code: 0; 1 for images that cannot be read.
-    """
+    """Run a command line; the exit code is 1 for images that cannot be read."""
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
     if "--help" in line.flags:
         print(USAGE)
@@ -40,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(conf: Conf, folder: Path) -> int:
-    """Check the data of `conf`, print what was found, and write it into `folder`; return the exit code.
-
-    Raises:
-        UserError: The data or the model cannot be opened.
-    """
+    """Check the data of `conf`, print the findings, and write them into `folder`; return the exit code."""
     from finetune.data import open_source
     from finetune.data.checks.contact_sheet import write_contact_sheet
     from finetune.data.checks.summary import check_source

@@ -1,7 +1,4 @@
-"""`finetune describe`: prints what a run will be, before it starts. It loads no weights and trains nothing.
-
-finetune describe [--json] [--plot FILE] [--classes N] [--images N] [KEY=VALUE ...]
-"""
+"""`finetune describe`: prints layers, rates, memory and work of a run before it starts. It loads no weights."""
 
 from __future__ import annotations
 
@@ -43,14 +40,7 @@ COLUMNS |= {"rate at start": "rate_start", "peak rate": "rate_peak", "weight dec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UserError: Something is wrong with the command line, the configuration or a file.
-    """
+    """Run a command line; the exit code, 0."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
         print(HELP)
@@ -67,18 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ours: one line instead of the usage page."""
+    """Raises a mistake as one line, where argparse prints the usage page."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message.removeprefix("argument ")], code=2)
 
 
 def take_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns this command's own flags (`json`, `plot`, `classes`, `images`), and all other words in their order.
-
-    Raises:
-        ConfigError: A flag lacks its value, or has a bad one.
-    """
+    """Returns this command's own flags (`json`, `plot`, `classes`, `images`), and all other words in their order."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=lambda text: Path(text).expanduser())
@@ -97,11 +83,7 @@ def _count(text: str) -> int:
 
 
 def _conf(words: Sequence[str]) -> Conf:
-    """Reads the settings as `finetune train` would.
-
-    Raises:
-        ConfigError: They are wrong, or there is a flag that belongs to another command.
-    """
+    """Reads the settings as `finetune train` would; a flag of another command is a ConfigError."""
     line = parse_command_line(words)
     foreign = [name for name in line.flags if name != "--config-dir"]
     foreign += [word for word in words if any(problem.startswith(f"{word}: no such flag") for problem in line.problems)]
@@ -120,9 +102,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [
         f"{model['name']} (model={model['family']}), weights {model['pretrained']},"
         f" images of {model['image_size']} pixels a side; {found['assumed']}",
-        "",
-        table(rows, columns=list(COLUMNS)),
-        "",
+        f"\n{table(rows, columns=list(COLUMNS))}\n",
         f"parameters  {totals['parameters']:,}, of which {totals['learning']:,} learn"
         f" ({100 * totals['learning_share']:.3g} %) in {totals['groups']} groups;"
         f" weight decay reaches {totals['decayed']:,}",

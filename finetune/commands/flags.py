@@ -17,23 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flag:
-    """A word that starts with a dash.
+    """A word that starts with a dash."""
 
-    Attributes:
-        names: All its spellings, the long one first.
-        help: One line for `--help`; empty: not shown there.
-        value: What follows it, as `--help` shows it; empty: nothing does.
-        words: The valid values; empty: any.
-        optional: Whether the value may be left out.
-    """
-
-    names: tuple[str, ...]
-    help: str
-    value: str = ""
-    words: tuple[str, ...] = ()
-    optional: bool = False
+    names: tuple[str, ...]  # all its spellings, the long one first
+    help: str  # one line for `--help`; empty: not shown there
+    value: str = ""  # the name of its value in `--help`; empty: it takes none
+    words: tuple[str, ...] = ()  # the valid values; empty: any
+    optional: bool = False  # whether the value may be left out
 
 
+INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 FLAGS = (
     Flag(("--help", "-h"), "this page"),
     Flag(("--help-all",), "every setting with its default, meaning and range"),
@@ -44,35 +37,25 @@ FLAGS = (
     Flag(("--config-dir", "-cd"), "search DIR for yaml files ahead of ./conf and the built-in ones", "DIR"),
     Flag(("--version",), "the version of finetune"),
     Flag(("--hydra-help",), "what Hydra itself understands"),
-    Flag(
-        ("--info", "-i"),
-        "how the configuration was found and put together",
-        "WHAT",
-        ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-        optional=True,
-    ),
+    Flag(("--info", "-i"), "how the configuration was found and put together", "WHAT", INFOS, optional=True),
     Flag(("--shell-completion", "-sc"), ""),
     Flag(("--run", "-r"), ""),
 )
 _BY_NAME = {name: flag for flag in FLAGS for name in flag.names}
-# Flags of Hydra that would replace the primary configuration, with what serves instead.
-_REFUSED = {
-    "--config-name": "write conf/experiment/NAME.yaml and experiment=NAME",
-    "-cn": "write conf/experiment/NAME.yaml and experiment=NAME",
-    "--config-path": "use --config-dir DIR",
-    "-cp": "use --config-dir DIR",
-    "--experimental-rerun": "give the overrides of that run's result.json again",
-}
+# Flags of Hydra that would replace the primary configuration, with the way to do the same here.
+_REFUSED = dict.fromkeys(("--config-name", "-cn"), "write conf/experiment/NAME.yaml and experiment=NAME")
+_REFUSED |= dict.fromkeys(("--config-path", "-cp"), "use --config-dir DIR")
+_REFUSED["--experimental-rerun"] = "give the overrides of that run's result.json again"
 
 
 @dataclass
 class CommandLine:
-    """A command line taken apart.
+    """A command line, sorted.
 
     Attributes:
         flags: Long name of each flag given, to its value (empty where it takes none).
-        overrides: Everything else, as typed, in order.
-        problems: What cannot be read, one line each; then nothing may be started.
+        overrides: All other words, as typed, in order.
+        problems: Words that cannot be used, one line each; with any, no command may start.
     """
 
     flags: dict[str, str] = field(default_factory=dict)
@@ -92,18 +75,14 @@ class CommandLine:
 
 
 def hydra_flags(line: CommandLine) -> list[str]:
-    """The flags that Hydra answers itself, as its own parser wants them; `--config-dir` is ours."""
-    found: list[str] = []
-    for name, value in line.flags.items():
-        if name not in ("--config-dir", "--multirun", "--run"):
-            found += [name, value] if value else [name]
-    return found
+    """The flags that Hydra answers itself, in the order typed."""
+    pairs = [pair for pair in line.flags.items() if pair[0] not in ("--config-dir", "--multirun", "--run")]
+    return [word for pair in pairs for word in pair if word]
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Sort words into flags and overrides, wherever they stand; reports, never raises."""
-    line = CommandLine()
-    words = list(argv)
+    """Sort words into flags and overrides, wherever they stand; mistakes become `problems`."""
+    line, words = CommandLine(), list(argv)
     while words:
         word = words.pop(0)
         if word == "--":
@@ -136,10 +115,8 @@ def _take_flag(line: CommandLine, flag: Flag, value: str | None, words: list[str
             line.problems.append(f"{name}={value}: {name} takes no value")
         line.flags[name] = ""
         return
-    if value is None and words and not words[0].startswith("-"):
-        usable = words[0] in flag.words if flag.words else True
-        if usable or not flag.optional:
-            value = words.pop(0)
+    if value is None and words and not words[0].startswith("-") and (not flag.optional or words[0] in flag.words):
+        value = words.pop(0)
     if value is None and flag.optional:
         value = flag.words[0]
     if value is None:
@@ -163,11 +140,7 @@ def _unknown_flag(word: str, name: str) -> str:
 
 
 def configure(line: CommandLine) -> Prepared:
-    """The configuration that a command line asks for; `resume=` finds its run.
-
-    Raises:
-        ConfigError: With every mistake of the line.
-    """
+    """The configuration that a command line asks for; a ConfigError with every mistake of the line."""
     from finetune.config.words.configuration import read_settings  # only now: it imports Hydra
 
     try:

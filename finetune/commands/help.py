@@ -36,14 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_page(searched: Sequence[Path]) -> str:
-    """The page of `--help`.
-
-    Args:
-        searched: The folders of yaml files; choices of the user's own are marked.
-
-    Raises:
-        UserError: The built-in configuration is missing.
-    """
+    """The page of `--help`; choices that are not built in are marked, with the folders `searched`."""
     lines = [
         "finetune: fine-tune CLIP or a ViT on a folder of images, with every learning rate accounted for.",
         "",
@@ -98,7 +91,7 @@ def _groups(searched: Sequence[Path]) -> list[str]:
 
 
 def _wrapped(setting: Setting, text: str) -> list[str]:
-    """`key=default` and a text beside it, as long as the terminal of a person is wide."""
+    """`key=default` and a text beside it, in lines of at most WIDTH letters."""
     start = f"  {f'{setting.name}={show(setting.default)}':<26}"
     start += " " * (not start.endswith(" "))
     return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 28, break_long_words=False)

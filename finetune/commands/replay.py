@@ -11,11 +11,9 @@ from finetune.system.log import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 if the step is not finite again, 1 if it is finite this time."""
-    parser = argparse.ArgumentParser(
-        prog="finetune replay",
-        description="A step that was not finite, computed again: which layer, and which image, gave the first NaN.",
-    )
+    """Run a command line; 0 if the step is not finite again, 1 if it is finite this time."""
+    text = "Compute a step that was not finite again: which layer, and which image, gave the first NaN."
+    parser = argparse.ArgumentParser(prog="finetune replay", description=text)
     parser.add_argument("run_dir", type=Path, help="a run directory that holds bad_batch/")
     parser.add_argument("--step", type=int, help="which step; by default the first one stored")
     given = parser.parse_args(argv)

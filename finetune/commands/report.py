@@ -14,37 +14,23 @@ from finetune.system.terminal import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Redraw the pictures of a run, or sum up a sweep again.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        FileNotFoundError: The folder does not exist, or holds neither a run nor a sweep.
-        UserError: A file in it is damaged.
-    """
-    parser = argparse.ArgumentParser(
-        prog="finetune report",
-        description="Redraw lr.png and curves.png of a run, or the summary of a sweep.",
-    )
+    """Redraw the pictures of a run, or sum up a sweep again; the exit code, 0."""
+    text = "Redraw lr.png and curves.png of a run, or the summary of a sweep."
+    parser = argparse.ArgumentParser(prog="finetune report", description=text)
     parser.add_argument("folder", type=Path, help="a run directory, or the folder of a sweep")
     folder: Path = parser.parse_args(arguments).folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
-    if (folder / "rates.json").exists() or (folder / "history.jsonl").exists():
-        _redraw(folder)
+    has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()
+    if has_rates:
+        plot_rates(folder)
+        say(str(folder / "lr.png"))
+    if has_history:
+        plot_curves(folder)
+        say(str(folder / "curves.png"))
+    if has_rates or has_history:
         return 0
     if not read_jobs(folder):
         raise FileNotFoundError(f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)")
     summarize(folder)
     return 0
-
-
-def _redraw(run_dir: Path) -> None:
-    """Draw each picture whose file is there."""
-    if (run_dir / "rates.json").exists():
-        plot_rates(run_dir)
-        say(str(run_dir / "lr.png"))
-    if (run_dir / "history.jsonl").exists():
-        plot_curves(run_dir)
-        say(str(run_dir / "curves.png"))

@@ -22,37 +22,29 @@ _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the schema; the exit code, 0."""
     parser = argparse.ArgumentParser(prog="finetune schema", description="Print the settings as a JSON schema.")
-    parser.add_argument(
-        "--section",
-        choices=SECTIONS,
-        help="for a file of this group, such as conf/optim/mine.yaml, which has the settings of the group at its top;"
-        " without it: for conf/experiment/mine.yaml and conf/config.yaml",
-    )
+    files = "for a file of this group, such as conf/optim/mine.yaml; without it: for an experiment or conf/config.yaml"
+    parser.add_argument("--section", choices=SECTIONS, help=files)
     section: str | None = parser.parse_args(argv).section
     print(json.dumps(json_schema(section), indent=2, ensure_ascii=False))
     return 0
 
 
 def json_schema(section: str | None = None) -> dict[str, Any]:
-    """The settings as a JSON schema, draft 2020-12.
-
-    Args:
-        section: Of this section alone, as a file of its group holds it; None: of a whole configuration.
-    """
+    """The settings of a section, or of a whole configuration, as a JSON schema, draft 2020-12."""
     properties = _properties(section or "")
     if section is None:
-        properties |= {name: _closed({"properties": _properties(name)}) for name in SECTIONS}
+        properties |= {name: _closed(_properties(name)) for name in SECTIONS}
         properties["hydra"] = {"type": "object", "description": "Hydra's own settings"}
     defaults = {"type": "array", "description": "the choices and files that this file builds on"}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"finetune: {section or 'all settings'}",
-        **_closed({"properties": {"defaults": defaults, **properties}}),
+        **_closed({"defaults": defaults, **properties}),
     }
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, **schema}
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def _properties(section: str) -> dict[str, Any]:
@@ -76,7 +68,6 @@ def _schema(setting: Setting) -> dict[str, Any]:
 
 
 def _kind(setting: Setting) -> dict[str, Any]:
-    """The schema of a setting's type."""
     if setting.words:
         return {"enum": setting.words}
     if setting.kind in _TYPES:

@@ -1,4 +1,4 @@
-"""`finetune [train] ...`: check the command line, then run it, or every job of a sweep; torch is imported last."""
+"""`finetune [train]`: check the command line, then run it, or every job of a sweep."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code, 0, or 1 where a run failed.
-
-    Raises:
-        ConfigError: With every mistake of the command line.
-    """
+    """Run a command line; the exit code, 0, or 1 where a run failed; a ConfigError has every mistake of the line."""
     line = parse_command_line(sys.argv[1:] if argv is None else argv)
     if "--version" in line.flags:
         print(f"finetune {finetune.__version__}")
@@ -65,7 +61,7 @@ def _nothing(cfg: DictConfig) -> None:
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:
-    """One run; what goes wrong in it is one line and exit code 1."""
+    """One run; its exit code."""
     from finetune.app.launchers import launch
 
     if prepared.conf.resume is not None and prepared.run_dir is not None:
@@ -78,7 +74,7 @@ def _single(line: CommandLine, prepared: Prepared) -> int:
 
 
 def _sweep(line: CommandLine, prepared: Prepared) -> int:
-    """Every cell, one after the other; a failed job does not end it. Then the table, also after Ctrl-C."""
+    """Every job, one after the other, also after one that failed; then the table, also after Ctrl-C; the exit code."""
     from finetune.app.launchers import launch
     from finetune.prefix.sweep_memory import shared_between_runs
 
@@ -93,19 +89,15 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
             from finetune.report.sweep import summarize
 
             failed = summarize(folder)
-    # What a launcher ran in other processes only its record tells; else what earlier sweeps left there does not count.
+    # Jobs that a launcher ran in other processes are known by their files alone, beside those of earlier sweeps.
     return int(any(codes) if len(codes) == prepared.jobs else failed > 0)
 
 
 def _job(cfg: DictConfig, codes: list[int]) -> float | None:
-    """One job inside Hydra's launcher; whether it failed is on record in its folder.
+    """One job inside Hydra's launcher; its folder tells whether it failed.
 
-    Args:
-        cfg: As Hydra has composed it.
-        codes: Gets the job's exit code; a launcher with processes of its own fills a copy.
-
-    Returns:
-        The best epoch's validation score by `train.monitor`, for sweepers that search for it; None if it failed.
+    `codes` gets its exit code, but not from a launcher with other processes. Returns the best epoch's validation score
+    by `train.monitor`, for sweepers that search; None if the job failed.
     """
     from finetune.app.launchers import current_job
     from finetune.config.words.composition import to_conf
@@ -132,14 +124,14 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
 
 
 def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float | None]:
-    """Run to the end in `folder`; 0, or 1 if it failed, which is on record there; and its validation score.
+    """Run to the end in `folder`; returns 0, or 1 if the run failed, and its validation score.
 
     Raises:
-        RefusedError: The folder holds another run; nothing is put on record there.
+        RefusedError: The folder holds another run; nothing is written there.
     """
     try:
-        # Torch's CPU threads spin while they wait for each other, by default so long that, where others want the cores
-        # too, all starve: 10 images/s instead of 90 on two busy cores. Short spins cost nothing on quiet ones.
+        # Torch's CPU threads spin while they wait for each other, by default so long that on busy cores all starve: 10
+        # images/s instead of 90 on two. Short spins cost nothing on quiet cores.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         from finetune.app.run import run  # only now: it imports torch
         from finetune.report.reading import number
@@ -147,7 +139,7 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
         result = run(conf, folder, overrides)
     except RefusedError:
         raise
-    except InUseError as error:  # this very run, at work elsewhere: what becomes of it is that one's to tell
+    except InUseError as error:  # another process does this very run, and writes its result
         complain(str(error))
         return 1, None
     except Exception as error:  # a mistake, or a fault of the program: a sweep goes on after either

@@ -1,7 +1,4 @@
-"""The look that all pictures of runs and sweeps share: size, colours, axes, headlines, and how a file is written.
-
-matplotlib is imported only when a picture is drawn.
-"""
+"""The look that all pictures of runs and sweeps share: size, colours, axes, headlines, and how a file is written."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from typing import Any
 from finetune.system.files import write_atomic
 
 SIZE_INCHES = (12.0, 7.0)
-DPI = 100
 
 # Colours of text and frames; then four that people with any common colour blindness can tell apart (Okabe and Ito).
 INK = "#222222"
@@ -24,14 +20,14 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a05195"
 
 
 def new_figure(height: float = SIZE_INCHES[1]) -> Any:
-    """An empty white figure that draws without a display; 1200 pixels wide, `height` in inches of 100 pixels."""
+    """An empty white figure, 12 inches wide and `height` inches high, of 100 pixels an inch; it needs no display."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(SIZE_INCHES[0], height), dpi=DPI, facecolor="white")
+    return Figure(figsize=(SIZE_INCHES[0], height), dpi=100, facecolor="white")
 
 
 def clean_axes(axes: Any) -> None:
-    """Give axes a quiet frame: two spines, and a faint grid behind the data."""
+    """Leave two spines of axes, and draw a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
@@ -43,28 +39,25 @@ def clean_axes(axes: Any) -> None:
 
 def label_axes(axes: Any, *, x: str = "", y: str = "") -> None:
     """Name the axes; an empty name leaves an axis as it is."""
-    style: dict[str, Any] = {"fontsize": 12, "color": INK, "labelpad": 8, "parse_math": False}
-    if x:
-        axes.set_xlabel(x, **style)
-    if y:
-        axes.set_ylabel(y, **style)
+    for text, name in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+        if text:
+            name(text, fontsize=12, color=INK, labelpad=8, parse_math=False)
 
 
 def side_legend(axes: Any) -> None:
     """A legend without a frame at the right of the axes."""
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
     axes.legend(frameon=False, fontsize=11, handletextpad=0.4, **place)
 
 
 def write_cells(
     axes: Any, texts: Sequence[Sequence[str]], is_dark: Sequence[Sequence[bool]], *, fontsize: float
 ) -> None:
-    """Write a text into each cell of a heat map, white where the cell is dark; an empty text writes nothing."""
+    """Write a text into each cell of a heat map, white where the cell is dark."""
     for y, row in enumerate(texts):
         for x, text in enumerate(row):
-            if text:
-                colour = "white" if is_dark[y][x] else INK
-                axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
+            colour = "white" if is_dark[y][x] else INK
+            axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
 
 
 def headline(figure: Any, title: str, subtitle: str) -> None:
@@ -76,13 +69,9 @@ def headline(figure: Any, title: str, subtitle: str) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG whole or not at all.
-
-    Raises:
-        OSError: It could not be written; an earlier picture is untouched.
-    """
+    """Write a PNG whole or not at all; after an OSError, an earlier picture is untouched."""
     with warnings.catch_warnings():
-        # A letter that the font lacks is drawn as a box; no reason to write on the console of a training run.
+        # A letter that the font lacks is drawn as a box, which is no reason to warn on the console of a training run.
         warnings.filterwarnings("ignore", message="Glyph")
         write_atomic(path, lambda beside: figure.savefig(beside, format="png"))
 
@@ -90,8 +79,9 @@ def save_figure(figure: Any, path: Path) -> None:
 def spread(positions: Sequence[float], gap: float) -> list[float]:
     """Positions of labels, moved as little as possible so that they are `gap` apart; their order stays."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
-    # Least squares by pooling: labels that would overlap move as one block around their common middle.
-    blocks: list[list[float]] = []  # [sum of the wanted positions of the block's bottom, labels in it]
+    # Least squares by pooling: labels that would overlap move as one block around their common middle. A block is the
+    # sum of the positions that its labels want for its bottom, and their number.
+    blocks: list[list[float]] = []
     for rank, index in enumerate(order):
         blocks.append([positions[index] - rank * gap, 1])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
@@ -114,8 +104,7 @@ def short(rate: float) -> str:
 
 
 def ramp(count: int) -> list[Any]:
-    """Colours for layers from the stem up, dark to bright: lightness alone shows the order, also in black and white."""
+    """Colours for layers from the stem up, dark to bright, so that lightness alone shows the order."""
     from matplotlib import colormaps
 
-    shades = colormaps["plasma"]
-    return [shades(0.06 + 0.76 * (i / (count - 1) if count > 1 else 1)) for i in range(count)]
+    return [colormaps["plasma"](0.06 + 0.76 * (i / (count - 1) if count > 1 else 1)) for i in range(count)]

@@ -16,18 +16,11 @@ from finetune.system.errors import UserError
 
 @dataclass(frozen=True)
 class RateLine:
-    """Neighbouring layers with the same rate, drawn as one line.
+    """Neighbouring layers with the same rate, drawn as one line."""
 
-    Attributes:
-        label: `block.3`, `readout + head`, `stem ... block.4`.
-        planned: A rate for each x of `rates.json`.
-        measured: (finished epochs, rate of the optimizer) at the start of each epoch.
-        is_frozen: Whether the layers are frozen.
-    """
-
-    label: str
-    planned: list[float]
-    measured: list[tuple[float, float]]
+    label: str  # `block.3`, `readout + head`, `stem ... block.4`
+    planned: list[float]  # a rate for each x of `rates.json`
+    measured: list[tuple[float, float]]  # (finished epochs, the optimizer's rate) at the start of each epoch
     is_frozen: bool
 
     @property
@@ -52,7 +45,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
     figure = look.new_figure()
     place = {"left": 0.085, "right": 0.985, "top": 0.82, "bottom": 0.11, "wspace": 0.28}
     curves, ladder = figure.subplots(1, 2, width_ratios=(2.5, 1), gridspec_kw=place)
-    is_stepwise = plan["interval"] == "epoch"
+    is_stepwise = plan["interval"] == "epoch"  # then the rate stays the same for a whole epoch
     _draw_curves(curves, lines, x, is_stepwise=is_stepwise)
     if "before" in plan:
         _draw_before(curves, plan["before"], is_stepwise=is_stepwise)
@@ -62,11 +55,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[list[RateLine], list[float]]:
-    """Returns lines from the stem up, one for each layer or merged neighbours; and the x of planned rates, in epochs.
-
-    Raises:
-        UserError: See `rates_figure`.
-    """
+    """Returns lines from the stem up, for layers or merged neighbours, and the x of planned rates, in epochs."""
     for key in ("interval", "x", "layers", "frozen"):
         if key not in plan:
             raise UserError(f"rates.json is damaged: it lacks '{key}'")
@@ -94,12 +83,11 @@ def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[li
 
 
 def _label(names: Sequence[str]) -> str:
-    """The name of merged neighbours: `stem`, `readout + head`, `stem ... block.4`."""
     return names[0] if len(names) == 1 else f"{names[0]} {'+' if len(names) == 2 else '...'} {names[-1]}"
 
 
 def _is_same(one: RateLine, other: RateLine) -> bool:
-    """Whether two layers can share a line: equal planned rates, and equal measured ones."""
+    """Whether two layers share a line: both frozen, or equal in their planned and measured rates."""
     if one.is_frozen or other.is_frozen:
         return one.is_frozen and other.is_frozen
     mine, others = ([*line.planned, *(value for point in line.measured for value in point)] for line in (one, other))
@@ -109,7 +97,7 @@ def _is_same(one: RateLine, other: RateLine) -> bool:
 
 
 def _rates_subtitle(learning: Sequence[RateLine], x: Sequence[float]) -> str:
-    """The highest peak in words, and the factor from layer to layer where it is the same for all."""
+    """The highest peak in words, and the factor from layer to layer where all have the same."""
     peaks = [line.peak for line in learning]
     if not peaks or peaks[-1] == 0:
         return "nothing learns"
@@ -152,9 +140,10 @@ def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is
     for line in lines:
         if line.is_frozen:
             axes.plot([0, end], [0, 0], color=look.FAINT, linewidth=2.2, label=line.label, zorder=2)
+    width = 2.2 if len(learning) <= 16 else 1.2
     for line, colour in zip(learning, look.ramp(len(learning)), strict=True):
-        style: dict[str, Any] = {"color": colour, "linewidth": 2.2 if len(learning) <= 16 else 1.2, "label": line.label}
-        _plot_plan(axes, x, line.planned, is_stepwise=is_stepwise, zorder=3, **style)
+        style = {"color": colour, "linewidth": width, "label": line.label, "zorder": 3}
+        _plot_plan(axes, x, line.planned, is_stepwise=is_stepwise, **style)
         num_dots = len(learning) * len(line.measured)
         size = 36 if num_dots <= 250 else 20 if num_dots <= 700 else 8
         points = {"s": size, "color": [colour], "edgecolors": "white", "linewidths": 0.8 if size > 8 else 0.3}
@@ -172,23 +161,20 @@ def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> Non
     x = [number(value) for value in before["x"]]
     if not rates or len(rates) != len(x):
         raise UserError("rates.json is damaged: `before` needs a rate for every x")
-    style: dict[str, Any] = {"color": look.INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
+    style = {"color": look.INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
     _plot_plan(axes, x, rates, is_stepwise=is_stepwise, **style)
-    place: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
-    note = f" as planned for {before['epochs']} epochs"
-    axes.annotate(note, (x[-1] + is_stepwise, rates[-1]), fontsize=10, color=look.INK, **place)
+    place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right", "fontsize": 10, "color": look.INK}
+    axes.annotate(f" as planned for {before['epochs']} epochs", (x[-1] + is_stepwise, rates[-1]), **place)
 
 
 def _plot_plan(axes: Any, x: Sequence[float], rates: Sequence[float], *, is_stepwise: bool, **style: Any) -> None:
-    """Plot planned rates; a schedule that steps once an epoch keeps a rate for a whole epoch: a staircase."""
+    """Plot planned rates: as a staircase where the scheduler steps once an epoch, else as a curve."""
     if is_stepwise and x:
-        axes.plot([*x, x[-1] + 1], [*rates, rates[-1]], drawstyle="steps-post", **style)
-    else:
-        axes.plot(x, rates, **style)
+        x, rates, style["drawstyle"] = [*x, x[-1] + 1], [*rates, rates[-1]], "steps-post"
+    axes.plot(x, rates, **style)
 
 
 def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: float) -> None:
-    """Shade the warmup and mark where cycles end."""
     warmup_end, ends = turning_points(rates)
     note = {"fontsize": 10.5, "color": "#555b66", "va": "top"}
     if warmup_end:
@@ -206,7 +192,7 @@ def _explain_marks(axes: Any, *, is_measured: bool) -> None:
     if is_measured:
         dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
         marks.append(Line2D([], [], color=look.INK, label="the optimizer's rate at the start of each epoch", **dot))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
     axes.legend(handles=marks, ncols=2, frameon=False, fontsize=10.5, **place)
 
 
@@ -219,11 +205,9 @@ def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:
     fontsize = max(6.5, min(11.0, 0.72 * row_points))
     every = math.ceil(1.15 * fontsize / row_points)  # many layers: only every second (third, ...) gets its name
     for row, line in enumerate(lines):
-        is_named = (len(lines) - 1 - row) % every == 0 or line.is_frozen
-        colour = look.FAINT if line.is_frozen else next(colours)
-        axes.barh(row, line.peak, height=0.62, color=colour, zorder=3)
-        text = "frozen: rate 0" if line.is_frozen else look.short(line.peak)
-        if is_named:
+        axes.barh(row, line.peak, height=0.62, color=look.FAINT if line.is_frozen else next(colours), zorder=3)
+        if (len(lines) - 1 - row) % every == 0 or line.is_frozen:
+            text = "frozen: rate 0" if line.is_frozen else look.short(line.peak)
             style = {"fontsize": fontsize, "color": look.FAINT if line.is_frozen else look.INK, "va": "center"}
             axes.text(line.peak + 0.02 * top, row, text, **style)
             axes.text(-0.03 * top, row, line.label, ha="right", **style)

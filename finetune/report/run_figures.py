@@ -1,9 +1,4 @@
-"""The pictures of a run, drawn from the files in its folder: `lr.png` (rates) and `curves.png` (learning curves).
-
-No torch: the pictures of a finished run can be drawn on any machine.
-
-    finetune report outputs/2026-01-31/12-00-00-123456
-"""
+"""The pictures of a run, drawn from the files in its folder: `lr.png` (rates) and `curves.png` (learning curves)."""
 
 from __future__ import annotations
 
@@ -26,33 +21,22 @@ def plot_rates(run_dir: Path) -> None:
     """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch).
 
     Raises:
-        FileNotFoundError: There is no `rates.json`.
         UserError: A file is damaged.
-        OSError: `lr.png` could not be written.
+        OSError: `rates.json` is missing, or `lr.png` could not be written.
     """
     plan = read_json(run_dir / "rates.json")
     look.save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
 
 
 def plot_curves(run_dir: Path) -> None:
-    """Draw `curves.png` from `history.jsonl`, and from `result.json` the scores of zero-shot and test.
-
-    Raises:
-        UserError: A file is damaged.
-        OSError: `curves.png` could not be written.
-    """
+    """Draw `curves.png` from `history.jsonl`, with the scores of zero-shot and test in `result.json`."""
     path = run_dir / "result.json"
     result = read_json(path) if path.exists() else {}
     look.save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
 
 
 def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
-    """Returns loss and accuracy over the epochs as a matplotlib figure.
-
-    Args:
-        rows: Of `history.jsonl`; none, one, or with null for NaN.
-        result: `result.json`, or empty.
-    """
+    """Returns loss and accuracy over the epochs as a matplotlib figure, from `history.jsonl` and `result.json`."""
     figure = look.new_figure()
     place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
     panels = figure.subplots(1, len(CURVES), gridspec_kw=place)
@@ -82,8 +66,8 @@ def _draw_series(axes: Any, epochs: Sequence[float], shown: Sequence[Series], ex
         labels[name] = (next(value for value in reversed(values) if math.isfinite(value)), colour)
     labels |= extra
     if not labels:
-        middle: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "fontsize": 12}
-        axes.text(0.5, 0.5, "no epoch has finished", color=look.FAINT, **middle)
+        middle = {"transform": axes.transAxes, "ha": "center", "fontsize": 12, "color": look.FAINT}
+        axes.text(0.5, 0.5, "no epoch has finished", **middle)
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
@@ -107,11 +91,9 @@ def _reference_scores(axes: Any, epochs: Sequence[float], scores: Sequence[float
     if best is not None and math.isfinite(scores[best]):
         ring = {"s": 190, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
         axes.scatter([epochs[best]], [scores[best]], zorder=5, clip_on=False, **ring)
-        halo = [withStroke(linewidth=3, foreground="white")]
-        place: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top"}
-        text = f"best, epoch {epochs[best]:.0f}"
-        spot = (epochs[best], scores[best])
-        axes.annotate(text, spot, fontsize=10.5, color=look.INK, zorder=4, path_effects=halo, **place)
+        place = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top", "zorder": 4}
+        style = {"fontsize": 10.5, "color": look.INK, "path_effects": [withStroke(linewidth=3, foreground="white")]}
+        axes.annotate(f"best, epoch {epochs[best]:.0f}", (epochs[best], scores[best]), **place, **style)
     if math.isfinite(test) and epochs:
         diamond = {"s": 110, "marker": "D", "color": look.GREEN, "edgecolors": "white", "linewidths": 1.2}
         axes.scatter([max(epochs)], [test], zorder=6, clip_on=False, label="test", **diamond)
@@ -129,7 +111,7 @@ def best_epoch(epochs: Sequence[float], scores: Sequence[float], result: dict[st
 
 
 def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequence[float]]) -> None:
-    """Draw a cross at the top for each epoch with a NaN or infinite value: a gap in the line is easily overlooked."""
+    """Draw a cross at the top for each epoch with a NaN or infinite value, since a gap in a line is hard to see."""
     bad = [epoch for i, epoch in enumerate(epochs) if not all(math.isfinite(values[i]) for values in series)]
     if bad:
         above = axes.get_xaxis_transform()
@@ -138,7 +120,7 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
 
 
 def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:
-    """The run's scores in one line; for a run that did not finish, why and after how many epochs it ended."""
+    """The run's scores in one line; for a run that did not finish, also its status and its number of epochs."""
     status = result.get("status")
     parts = [f"{status} after {len(epochs)} epochs"] if status in ("failed", "diverged", "interrupted") else []
     best = best_epoch(epochs, scores, result)

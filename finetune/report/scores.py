@@ -20,19 +20,19 @@ PAIRS = 25
 def write_scores(
     run_dir: Path, split: str, scores: Mapping[str, float], *, details: Mapping[str, Any], classes: Sequence[str]
 ) -> None:
-    """Write one split's scores into `metrics.json` and its confusion matrix into a CSV file; draw that of the test.
+    """Write a split's scores into `metrics.json` and its confusion matrix into a CSV file; draw the matrix of the test.
 
     Args:
         run_dir: Folder of the run; the scores of other splits in `metrics.json` stay.
         split: `val` (the best epoch) or `test`.
         scores: Metrics by name.
-        details: As `finetune.core.metrics.Meter.details` returns them.
+        details: From `finetune.core.metrics.Meter.details`.
         classes: Names, in the order of the labels.
     """
     path = run_dir / "metrics.json"
     known = read_json(path) if path.exists() else {}
     extra = {name: value for name, value in details.items() if name not in ("classes", "confusion")}
-    of_class = {name: row for name, row in zip(classes, details["classes"], strict=True)}
+    of_class = dict(zip(classes, details["classes"], strict=True))
     write_json(path, {**known, split: {**scores, **extra, "classes": of_class}})
     matrix = details.get("confusion")
     if matrix is None:
@@ -50,7 +50,7 @@ def chosen_threshold(run_dir: Path) -> float | None:
 
 
 def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """One line for each true class, one column for each predicted class."""
+    """A confusion matrix with one line for each true class, one column for each predicted class."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["true \\ predicted", *classes])
@@ -59,20 +59,13 @@ def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Draw the confusion matrix of the test images, or with many classes the pairs that are most often confused.
-
-    Raises:
-        OSError: The picture could not be written.
-    """
-    total = sum(map(sum, matrix))
+    """Draw the confusion matrix of the test images, or with many classes the pairs that are most often confused."""
     right = sum(row[label] for label, row in enumerate(matrix))
-    subtitle = f"{right:,} of {total:,} test images right; rows are true classes, columns are predicted ones"
     if len(classes) <= MATRIX_CLASSES:
-        figure = _draw_matrix(matrix, classes)
+        figure, shown = _draw_matrix(matrix, classes), "rows are true classes, columns are predicted ones"
     else:
-        figure = _draw_pairs(matrix, classes)
-        subtitle = f"{right:,} of {total:,} test images right; the pairs of classes most often confused"
-    look.headline(figure, "Confusion", subtitle)
+        figure, shown = _draw_pairs(matrix, classes), "the pairs of classes most often confused"
+    look.headline(figure, "Confusion", f"{right:,} of {sum(map(sum, matrix)):,} test images right; {shown}")
     look.save_figure(figure, path)
 
 
@@ -90,7 +83,7 @@ def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any
     left = max(2.4, 6 - side / 2)
     axes = figure.add_axes((left / 12, (height - 1.2 - side) / height, side / 12, side / height))
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
-    # The square root makes rare confusions visible: one in a hundred would be white else.
+    # The square root makes rare confusions visible; without it, one in a hundred would be white.
     axes.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=1, aspect="equal")
     size = 9 if count > 25 else 11
     axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size, parse_math=False)
@@ -98,12 +91,9 @@ def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any
     axes.tick_params(colors=look.INK, length=0, pad=6)
     axes.spines[:].set_color(look.FAINT)
     look.label_axes(axes, x="predicted", y="true")
-    look.write_cells(
-        axes,
-        [[f"{value}" if value else "" for value in row] for row in matrix],
-        [[share**0.5 > 0.55 for share in row] for row in shares],
-        fontsize=size - 2 if max(map(max, matrix)) > 999 or count > 25 else size,
-    )
+    texts = [[f"{value}" if value else "" for value in row] for row in matrix]
+    is_dark = [[share**0.5 > 0.55 for share in row] for row in shares]
+    look.write_cells(axes, texts, is_dark, fontsize=size - 2 if max(map(max, matrix)) > 999 or count > 25 else size)
     return figure
 
 

@@ -1,7 +1,4 @@
-"""Sums up a sweep: the tables, `summary.csv`, `sweep.png`, and which setting is best on validation.
-
-No torch: a finished sweep can be summed up on any machine, also one in which jobs failed.
-"""
+"""Sums up a sweep: the tables, `summary.csv`, `sweep.png`, and which setting is best on validation."""
 
 from __future__ import annotations
 
@@ -19,23 +16,15 @@ from finetune.system.log import say
 from finetune.system.tables import table
 from finetune.system.terminal import command, printable
 
-# Longest error shown on the console; `run.log` of the job has all of it.
-ERROR_CHARS = 300
+ERROR_CHARS = 300  # the longest error shown on the console; `run.log` of the job has all of it
 
 
 def summarize(sweep_dir: Path) -> int:
-    """Write `summary.csv` and `sweep.png`, print the tables and the answer.
-
-    Args:
-        sweep_dir: Holds a folder for each job; other folders are left alone.
+    """Write `summary.csv` and `sweep.png` into the folder of a sweep, print the tables and the answer.
 
     Returns:
-        How many jobs did not finish. A job without a `result.json`, or with a damaged one, is among them, and one that
-        was refused because another run is in its folder.
-
-    Raises:
-        FileNotFoundError: `sweep_dir` is no folder.
-        OSError: A file could not be written.
+        The number of jobs that did not finish. A job without a `result.json`, or with a damaged one, is among them, and
+        one that was refused because another run is in its folder.
     """
     if not sweep_dir.is_dir():
         raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
@@ -48,11 +37,8 @@ def summarize(sweep_dir: Path) -> int:
     return sum(not job.is_finished for job in sweep.jobs)
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
 def _tables(sweep: Sweep) -> list[str]:
-    """The lines ahead of the answer: all jobs, means over seeds where there are several, failed jobs and errors."""
+    """The lines ahead of the answer: all jobs, means over seeds where there are several, and failed jobs."""
     failed = [job for job in sweep.jobs if not job.is_finished]
     lines = ["", f"sweep {sweep.folder}: {len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} jobs finished"]
     if sweep.jobs:
@@ -129,9 +115,6 @@ def _write_csv(sweep: Sweep) -> None:
 def _csv_cells(texts: Iterable[str]) -> list[str]:
     """Cells that a spreadsheet shows and never runs: a leading = + - @ gets an apostrophe, unless it is a number."""
     return [f"'{text}" if text[:1] in tuple("=+-@") and not is_number(text) else text for text in map(printable, texts)]
-
-
-# --- the answer ------------------------------------------------------------------------------------------------------
 
 
 def _answer(sweep: Sweep) -> list[str]:

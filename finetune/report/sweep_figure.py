@@ -10,10 +10,7 @@ from finetune.report import look
 from finetune.report.jobs import JobGroup, Sweep, group_jobs, rank
 from finetune.system.terminal import printable
 
-# Rows of a ranking: the best ones; more would be too small to read.
-MAX_ROWS = 30
-# A grid needs scores for at least this share of the combinations of its two keys.
-MIN_FILLED = 0.5
+MAX_ROWS = 30  # of a ranking; more would be too small to read
 # Split, colour and marker of each series of points.
 SERIES = (("val", look.BLUE, "o"), ("test", look.GREEN, "D"))
 
@@ -74,23 +71,14 @@ def is_number(text: str) -> bool:
 
 
 def positions(values: Sequence[str]) -> tuple[list[float], str]:
-    """Positions of values on an axis, and its scale: `linear`, `log` where numbers span decades, or `even` steps.
-
-    Args:
-        values: As `levels` returns them.
-    """
-    if not all(map(is_number, values)):
-        return [float(i) for i in range(len(values))], "even"
-    numbers = [float(value) for value in values]
+    """Positions of `levels` on an axis, and its scale: `linear`, `log` where numbers span decades, or `even` steps."""
+    numbers = [float(value) for value in values] if all(map(is_number, values)) else []
     positive = [value for value in numbers if value > 0]
-    if len(positive) < 2 or max(positive) / min(positive) < 20:
+    if numbers and (len(positive) < 2 or max(positive) / min(positive) < 20):
         return numbers, "linear"
-    if len(positive) == len(numbers):
+    if numbers and len(positive) == len(numbers):
         return numbers, "log"
-    return [float(i) for i in range(len(values))], "even"  # 0 and decades: neither scale shows both
-
-
-# --- one key ---------------------------------------------------------------------------------------------------------
+    return [float(i) for i in range(len(values))], "even"  # words; or 0 and decades, which neither scale shows
 
 
 def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -> None:
@@ -102,9 +90,7 @@ def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -
     xs, scale = positions(names)
     x_of = dict(zip(names, xs, strict=True))
     groups = sorted(groups, key=lambda group: x_of[group.value(key)])
-    style: dict[str, Any] = {"linestyle": "", "markersize": 11}
-    if all(map(is_number, names)):
-        style = {"linewidth": 2.2}
+    style = {"linewidth": 2.2} if all(map(is_number, names)) else {"linestyle": "", "markersize": 11}
     for split, colour, marker in SERIES:
         found = [(x_of[group.value(key)], group.scores(f"{split}/{metric}")) for group in groups]
         points = [(x, score) for x, scores in found for score in scores]
@@ -115,7 +101,7 @@ def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -
         mean_style = {"color": colour, "marker": marker, "markeredgecolor": "white", "label": split, "zorder": 4}
         axes.plot(*zip(*means, strict=True), **mean_style, **style)
     best = _best(groups, metric)
-    ring: dict[str, Any] = {"s": 230, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
+    ring = {"s": 230, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
     axes.scatter([x_of[best.value(key)]], [best.mean(f"val/{metric}")], zorder=5, label="best val", **ring)
     _name_ticks(axes, names, xs, scale)
     look.side_legend(axes)
@@ -144,13 +130,10 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-# --- two keys --------------------------------------------------------------------------------------------------------
-
-
 def _is_grid(groups: Sequence[JobGroup], keys: Sequence[str]) -> bool:
-    """Whether both keys have several values, and most combinations of them a score."""
+    """Whether both keys have several values, and at least half of the combinations of values have a score."""
     columns, rows = ({group.value(key) for group in groups} for key in keys)
-    return min(len(rows), len(columns)) > 1 and len(groups) >= MIN_FILLED * len(rows) * len(columns)
+    return min(len(rows), len(columns)) > 1 and len(groups) >= 0.5 * len(rows) * len(columns)
 
 
 def _draw_grid(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], metric: str) -> None:
@@ -180,12 +163,9 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
     colours = "cividis_r" if bright_is_low else "cividis"
     axes.imshow(cells, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), aspect="auto", origin="lower")
-    look.write_cells(
-        axes,
-        [[f"{value:.3f}" if math.isfinite(value) else "" for value in row] for row in cells],
-        [[(value < (low + high) / 2) != bright_is_low for value in row] for row in cells],
-        fontsize=max(6.0, min(12.0, 88.0 / max(len(cells), len(cells[0])))),
-    )
+    texts = [[f"{value:.3f}" if math.isfinite(value) else "" for value in row] for row in cells]
+    is_dark = [[(value < (low + high) / 2) != bright_is_low for value in row] for row in cells]
+    look.write_cells(axes, texts, is_dark, fontsize=max(6.0, min(12.0, 88.0 / max(len(cells), len(cells[0])))))
     gaps = [(x, y) for y, row in enumerate(cells) for x, value in enumerate(row) if not math.isfinite(value)]
     for x, y in gaps:
         gap = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f4f5f7", edgecolor="#cfd3da", hatch="///")
@@ -196,19 +176,14 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
     axes.tick_params(colors=look.INK, labelsize=11, length=0, pad=6)
 
 
-# --- anything else ---------------------------------------------------------------------------------------------------
-
-
 def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], metric: str) -> None:
     """Groups by mean validation score, best on top: a small dot for each seed, a large one for the mean."""
     ranked = sorted(groups, key=lambda group: rank(group.mean(f"val/{metric}"), metric), reverse=True)[:MAX_ROWS]
     # The last part of a key is enough to tell keys apart, unless two end alike.
     ends = [key.rpartition(".")[2] for key in keys]
     shown = dict(zip(keys, ends if len(set(ends)) == len(ends) else keys, strict=True))
-    labels = [
-        _shortened("  ".join(f"{name}={group.value(key)}" for key, name in shown.items()), 64) or "the job"
-        for group in ranked
-    ]
+    named = ["  ".join(f"{name}={group.value(key)}" for key, name in shown.items()) for group in ranked]
+    labels = [_shortened(text, 64) or "the job" for text in named]
     row_points = 0.72 * look.SIZE_INCHES[1] * 72 / max(len(ranked), 8)
     fontsize = max(7.0, min(11.0, 0.72 * row_points))
     left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * look.SIZE_INCHES[0]))
@@ -219,12 +194,11 @@ def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], 
         scores = [group.scores(f"{split}/{metric}") for group in ranked]
         points = [(score, row) for row, values in enumerate(scores) for score in values if len(values) > 1]
         means = [(sum(values) / len(values), row) for row, values in enumerate(scores) if values]
-        style: dict[str, Any] = {"color": colour, "marker": marker}
-        if points:
-            axes.scatter(*zip(*points, strict=True), s=30, alpha=0.4, linewidths=0, zorder=3, **style)
-        if means:
-            large = {"s": 85, "edgecolors": "white", "linewidths": 1, "zorder": 4, "label": split}
-            axes.scatter(*zip(*means, strict=True), **large, **style)
+        small = {"s": 30, "alpha": 0.4, "linewidths": 0, "zorder": 3}
+        large = {"s": 85, "edgecolors": "white", "linewidths": 1, "zorder": 4, "label": split}
+        for dots, style in ((points, small), (means, large)):
+            if dots:
+                axes.scatter(*zip(*dots, strict=True), color=colour, marker=marker, **style)
     spare = max(8 - len(ranked), 0) / 2
     axes.set_ylim(len(ranked) - 0.4 + spare, -0.6 - spare)
     axes.set_yticks(range(len(ranked)), labels, parse_math=False, fontsize=fontsize)
