@@ -18,16 +18,16 @@ EPILOG = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """List the entries of the cache folder, or remove them; the exit code."""
     description = "List what runs have cached, or remove it."
     parser = argparse.ArgumentParser(prog="finetune cache", description=description, epilog=EPILOG)
-    words = "clear: remove the entries; data.cache_dir: the folder of runs with that setting"
-    parser.add_argument("words", nargs="*", metavar="clear | data.cache_dir=PATH", help=words)
+    what = "clear: remove the entries; data.cache_dir: the folder of runs with that setting"
+    parser.add_argument("words", nargs="*", metavar="clear | data.cache_dir=PATH", help=what)
     parser.add_argument("--kind", choices=KINDS, help="only entries of this kind")
     older = "only entries that no run used for so many days"
     parser.add_argument("--older-than", type=float, metavar="DAYS", default=0.0, help=older)
-    flags = parser.parse_intermixed_args(arguments)
+    flags = parser.parse_intermixed_args(words)
     cache_dir, is_clear = None, False
     for word in flags.words:
         if word == "clear":

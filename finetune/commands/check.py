@@ -6,7 +6,6 @@ in `outputs/<date>/<time>/` or `hydra.run.dir`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +20,9 @@ Decodes every image of data=... and prints counts and faults; takes the same set
 data.root=PATH augment=clip. Exit code 1 where images cannot be read and data.on_error=stop."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run a command line; the exit code is 1 for images that cannot be read."""
-    line = parse_command_line(sys.argv[1:] if argv is None else argv)
+    line = parse_command_line(words)
     if "--help" in line.flags:
         print(USAGE)
         return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,9 +38,8 @@ COLUMNS = {"id": "id", "layer": "layer", "parameters": "parameters", "state": "s
 COLUMNS |= {"rate at start": "rate_start", "peak rate": "rate_peak", "weight decay": "weight_decay"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run a command line; the exit code, 0."""
-    words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h"} & set(words):
         print(HELP)
         return 0
@@ -133,8 +131,9 @@ def _schedule_line(schedule: dict[str, Any]) -> str:
     warmup = f", {schedule['warmup']:,} {unit}s of warmup" if schedule["warmup"] else ""
     if warmup and unit == "step":
         warmup += f" ({schedule['warmup_epochs']:.3g} epochs)"
-    past = f"; a cycle has {schedule['cycle']:,} {unit}s, then {schedule['past_cycle']}"
-    past = past if schedule["cycle"] < schedule["units"] else ""
+    past = ""
+    if schedule["cycle"] < schedule["units"]:
+        past = f"; a cycle has {schedule['cycle']:,} {unit}s, then {schedule['past_cycle']}"
     return (
         f"schedule    {schedule['mode']} by {unit}: {schedule['epochs']} epochs, {schedule['steps']:,} steps of"
         f" {schedule['batch']:,} images{warmup}{past}; the head's rate {schedule['lr_start']:.3g} at the start,"

@@ -50,17 +50,11 @@ _REFUSED["--experimental-rerun"] = "give the overrides of that run's result.json
 
 @dataclass
 class CommandLine:
-    """A command line, sorted.
+    """A command line, sorted."""
 
-    Attributes:
-        flags: Long name of each flag given, to its value (empty where it takes none).
-        overrides: All other words, as typed, in order.
-        problems: Words that cannot be used, one line each; with any, no command may start.
-    """
-
-    flags: dict[str, str] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    flags: dict[str, str] = field(default_factory=dict)  # long name to value, which is empty where it takes none
+    overrides: list[str] = field(default_factory=list)  # all other words, as typed
+    problems: list[str] = field(default_factory=list)  # one line each; with any, no command may start
 
     @property
     def multirun(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +26,9 @@ EXAMPLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Print the short page, or every setting for `all` or `--help-all`; the exit code, 0."""
-    line = parse_command_line(sys.argv[1:] if argv is None else argv)
+    line = parse_command_line(words)
     is_all = "--help-all" in line.flags or "all" in line.overrides
     print(all_settings() if is_all else help_page(folders(line.config_dir)))
     return 0
@@ -78,14 +77,13 @@ def all_settings() -> str:
 
 
 def _groups(searched: Sequence[Path]) -> list[str]:
-    lines, is_own_marked = [], False
+    lines: list[str] = []
     for group, default in default_choices(searched).items():
         found = options(searched, group)
-        names = [name for name in found if name == default] + [name for name in found if name != default]
+        names = sorted(found, key=lambda name: name != default)  # the default first, the others as they are
         marked = [name if found[name].parent.parent == builtin_folder() else f"{name}*" for name in names]
-        is_own_marked |= any(name.endswith("*") for name in marked)
         lines += textwrap.wrap(f"  {group + '=':<13}{', '.join(marked)}", WIDTH, subsequent_indent=" " * 15)
-    if is_own_marked:
+    if any("*" in line for line in lines):
         lines.append(f"  * from {', '.join(shown(folder) for folder in searched if folder != builtin_folder())}")
     return lines
 

@@ -13,12 +13,12 @@ from finetune.system.log import say
 from finetune.system.terminal import printable
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Redraw the pictures of a run, or sum up a sweep again; the exit code, 0."""
     text = "Redraw lr.png and curves.png of a run, or the summary of a sweep."
     parser = argparse.ArgumentParser(prog="finetune report", description=text)
     parser.add_argument("folder", type=Path, help="a run directory, or the folder of a sweep")
-    folder: Path = parser.parse_args(arguments).folder
+    folder: Path = parser.parse_args(words).folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
     has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()

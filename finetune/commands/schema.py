@@ -19,12 +19,12 @@ _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", 
 _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Print the schema; the exit code, 0."""
     parser = argparse.ArgumentParser(prog="finetune schema", description="Print the settings as a JSON schema.")
     files = "for a file of this group, such as conf/optim/mine.yaml; without it: for an experiment or conf/config.yaml"
     parser.add_argument("--section", choices=SECTIONS, help=files)
-    section: str | None = parser.parse_args(argv).section
+    section: str | None = parser.parse_args(words).section
     print(json.dumps(json_schema(section), indent=2, ensure_ascii=False))
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,24 +25,20 @@ if TYPE_CHECKING:
     from finetune.config import Conf
     from finetune.config.words.configuration import Prepared
 
-# Flags that Hydra answers by itself; nothing is run.
-HYDRA_COMMANDS = ("--hydra-help", "--info", "--shell-completion")
 
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str]) -> int:
     """Run a command line; the exit code, 0, or 1 where a run failed; a ConfigError has every mistake of the line."""
-    line = parse_command_line(sys.argv[1:] if argv is None else argv)
+    line = parse_command_line(words)
     if "--version" in line.flags:
         print(f"finetune {finetune.__version__}")
         return 0
     if line.flags.keys() & {"--help", "--help-all"}:
-        return help_command(argv)
+        return help_command(words)
     from finetune.app.launchers import launch
     from finetune.config.words.composition import config_as_yaml
 
-    asked = [name for name in HYDRA_COMMANDS if name in line.flags]
-    if asked and not line.problems:
-        launch(_nothing, hydra_flags(line) + line.overrides, folders(line.config_dir))
+    if line.flags.keys() & {"--hydra-help", "--info", "--shell-completion"} and not line.problems:
+        launch(lambda cfg: None, hydra_flags(line) + line.overrides, folders(line.config_dir))  # Hydra answers itself
         return 0
     prepared = configure(line)
     if line.flags.get("--cfg") == "job":
@@ -51,13 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(config_as_yaml(prepared.cfg, package=package, resolve=resolve), end="")
         return 0
     if "--cfg" in line.flags:
-        launch(_nothing, hydra_flags(line) + prepared.first, folders(line.config_dir))
+        launch(lambda cfg: None, hydra_flags(line) + prepared.first, folders(line.config_dir))
         return 0
     return (_sweep if line.multirun else _single)(line, prepared)
-
-
-def _nothing(cfg: DictConfig) -> None:
-    """For commands that Hydra answers itself."""
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:

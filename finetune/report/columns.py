@@ -48,7 +48,7 @@ def bar_texts(values: Mapping[str, float]) -> dict[str, str]:
 def epoch_line(
     row: Mapping[str, Any], epochs: int, *, best: float | None = None, best_epoch: int = 0, monitor: str = "val/top1"
 ) -> str:
-    """An epoch in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)  412 img/s`.
+    """A row of the history in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)`.
 
     Args:
         row: Of `history.jsonl`; the line shows the rate with which the head began the epoch.

@@ -24,23 +24,14 @@ LENGTHS = ("epochs", "seconds")
 
 @dataclass(frozen=True)
 class JobResult:
-    """The result of one job of a sweep.
+    """The result of one job of a sweep."""
 
-    Attributes:
-        folder: `<sweep>/<number>`, or as `hydra.sweep.subdir` names it.
-        status: finished, failed, diverged, interrupted or at work; refused, where the folder holds another run.
-        words: Overrides as typed.
-        numbers: Scores (zeroshot/top1, val/top1 of the best epoch, test/top1, ...), `epochs` and `seconds`.
-        metric: The metric that picked the best epoch, such as top1 or map.
-        error: Why the job did not finish, in one line; empty for a finished job.
-    """
-
-    folder: Path
-    status: str
-    words: list[str]
-    numbers: dict[str, float]
-    metric: str = "top1"
-    error: str = ""
+    folder: Path  # `<sweep>/<number>`, or as `hydra.sweep.subdir` names it
+    status: str  # finished, failed, diverged, interrupted or at work; refused, where the folder holds another run
+    words: list[str]  # overrides as typed
+    numbers: dict[str, float]  # scores (val/top1 of the best epoch, test/top1, ...), `epochs` and `seconds`
+    metric: str = "top1"  # that picked the best epoch
+    error: str = ""  # why the job did not finish, in one line
 
     @property
     def is_finished(self) -> bool:
@@ -83,7 +74,7 @@ class JobGroup:
         return statistics.stdev(scores) if len(scores) > 1 else None
 
     def value(self, key: str) -> str:
-        """The override of `key`; `default` where the jobs do not set it."""
+        """The override of `key`; the word `default` where the jobs do not set it."""
         return self.overrides.get(key, "default")
 
     def best_job(self, metric: str) -> JobResult:

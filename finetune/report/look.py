@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.files import write_atomic
+from finetune.system.terminal import printable
 
 SIZE_INCHES = (12.0, 7.0)
 
@@ -93,6 +94,12 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     for rank, index in enumerate(order):
         placed[index] = bottoms[rank] + rank * gap
     return placed
+
+
+def shortened(text: str, length: int) -> str:
+    """`text` on one line, cut to `length` letters."""
+    text = printable(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def short(rate: float) -> str:

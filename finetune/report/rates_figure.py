@@ -35,7 +35,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
     Args:
         plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
             `frozen` (names); `before` (`epochs`, `x`, `layers`) is the earlier plan of a run that was made longer.
-        rows: Of `history.jsonl`.
+        rows: The rows of `history.jsonl`.
 
     Raises:
         UserError: `plan` lacks a key, or its lists differ in length.

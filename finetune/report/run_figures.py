@@ -18,12 +18,7 @@ Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
 
 
 def plot_rates(run_dir: Path) -> None:
-    """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch).
-
-    Raises:
-        UserError: A file is damaged.
-        OSError: `rates.json` is missing, or `lr.png` could not be written.
-    """
+    """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch)."""
     plan = read_json(run_dir / "rates.json")
     look.save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
 

@@ -13,8 +13,8 @@ from finetune.report.reading import read_json
 from finetune.system.files import write_json, write_text
 
 # With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
-MATRIX_CLASSES = 40
-PAIRS = 25
+MATRIX_CLASSES, PAIRS = 40, 25
+NAME_CHARS = 22  # of a class in a picture
 
 
 def write_scores(
@@ -22,12 +22,8 @@ def write_scores(
 ) -> None:
     """Write a split's scores into `metrics.json` and its confusion matrix into a CSV file; draw the matrix of the test.
 
-    Args:
-        run_dir: Folder of the run; the scores of other splits in `metrics.json` stay.
-        split: `val` (the best epoch) or `test`.
-        scores: Metrics by name.
-        details: From `finetune.core.metrics.Meter.details`.
-        classes: Names, in the order of the labels.
+    `split` is `val` (the best epoch) or `test`; the other's scores in `metrics.json` stay. `details` come from
+    `finetune.core.metrics.Meter.details`.
     """
     path = run_dir / "metrics.json"
     known = read_json(path) if path.exists() else {}
@@ -69,13 +65,9 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     look.save_figure(figure, path)
 
 
-def _short_name(name: str, length: int = 22) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
 def _draw_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
     count = len(classes)
-    names = [_short_name(name) for name in classes]
+    names = [look.shortened(name, NAME_CHARS) for name in classes]
     upright = max(map(len, names)) <= 3
     side = min(8.8, 2.5 + 0.4 * count)  # inches; the figure is 12 wide and the names need up to 2.2
     height = 1.2 + side + (0.9 if upright else 2.4)
@@ -109,7 +101,8 @@ def _draw_pairs(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
     look.clean_axes(axes)
     look.label_axes(axes, x="share of the true class's test images")
     axes.grid(visible=False, axis="y")
-    labels = [f"{_short_name(classes[y])} taken for {_short_name(classes[x])}" for _, y, x in shown]
+    names = [look.shortened(name, NAME_CHARS) for name in classes]
+    labels = [f"{names[y]} taken for {names[x]}" for _, y, x in shown]
     axes.set_yticks(range(len(shown)), labels, parse_math=False)
     for place, (share, (value, _, _)) in enumerate(zip(shares, shown, strict=True)):
         axes.text(share, place, f"  {value}", va="center", fontsize=10, color=look.INK)

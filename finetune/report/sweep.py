@@ -26,8 +26,6 @@ def summarize(sweep_dir: Path) -> int:
         The number of jobs that did not finish. A job without a `result.json`, or with a damaged one, is among them, and
         one that was refused because another run is in its folder.
     """
-    if not sweep_dir.is_dir():
-        raise FileNotFoundError(f"{printable(str(sweep_dir))} is no folder: give the folder of a sweep")
     sweep = read_sweep(sweep_dir)
     _write_csv(sweep)
     say("\n".join(_tables(sweep)))

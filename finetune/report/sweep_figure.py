@@ -122,12 +122,7 @@ def _name_ticks(axes: Any, names: Sequence[str], xs: Sequence[float], scale: str
 def _label_ticks(axes: Any, xs: Sequence[float], names: Sequence[str], *, length: int, max_letters: int) -> None:
     """Names below the x axis, shortened to `length`, and turned where they have more than `max_letters` together."""
     turned = {"rotation": 30, "ha": "right"} if sum(map(len, names)) > max_letters else {}
-    axes.set_xticks(xs, [_shortened(name, length) for name in names], parse_math=False, **turned)
-
-
-def _shortened(text: str, length: int) -> str:
-    text = printable(text)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    axes.set_xticks(xs, [look.shortened(name, length) for name in names], parse_math=False, **turned)
 
 
 def _is_grid(groups: Sequence[JobGroup], keys: Sequence[str]) -> bool:
@@ -150,7 +145,7 @@ def _draw_grid(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], met
         axes.set_title(name, fontsize=12, color=look.INK, loc="left", pad=8)
         look.label_axes(axes, x=printable(keys[0]))
         _label_ticks(axes, range(len(columns)), columns, length=16, max_letters=45)
-        axes.set_yticks(range(len(rows)), [_shortened(row, 16) for row in rows], parse_math=False)
+        axes.set_yticks(range(len(rows)), [look.shortened(row, 16) for row in rows], parse_math=False)
     both[1].tick_params(labelleft=False)
     look.label_axes(both[0], y=printable(keys[1]))
 
@@ -183,7 +178,7 @@ def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], 
     ends = [key.rpartition(".")[2] for key in keys]
     shown = dict(zip(keys, ends if len(set(ends)) == len(ends) else keys, strict=True))
     named = ["  ".join(f"{name}={group.value(key)}" for key, name in shown.items()) for group in ranked]
-    labels = [_shortened(text, 64) or "the job" for text in named]
+    labels = [look.shortened(text, 64) or "the job" for text in named]
     row_points = 0.72 * look.SIZE_INCHES[1] * 72 / max(len(ranked), 8)
     fontsize = max(7.0, min(11.0, 0.72 * row_points))
     left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * look.SIZE_INCHES[0]))

@@ -105,10 +105,8 @@ def _read(record: Path) -> Holder | None:
 def file_lock(path: Path, *, timeout_s: float = -1, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the lock file `path`, which is made and stays; only one process holds it at a time.
 
-    Args:
-        path: The lock file.
-        timeout_s: Wait this long for another process, in seconds; -1: without end.
-        on_wait: Called after each try that failed, about ten times a second. An error that it raises ends the wait.
+    It waits `timeout_s` seconds for another process, -1 without end, and calls `on_wait` about ten times a second; an
+    error of `on_wait` ends the wait.
 
     Raises:
         TimeoutError: Another process held the lock all the time.

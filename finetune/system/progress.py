@@ -23,13 +23,7 @@ open_bars: list[Bar] = []  # on the screen now; `log.say` must print above them
 class Bar:
     """A progress bar over the batches of one pass; nothing is drawn where stderr is no terminal.
 
-    Reading a loss from the device stalls the device, so the caller shows numbers only when they are `due()`:
-
-        bar = Bar("train 3/15", total=len(loader), images=loader.num_images)
-        for batch in bar.wrap(batches):
-            ...
-            if bar.due():
-                bar.show({"loss": "0.412", "lr": "9.1e-05"})
+    Reading a loss from the device stalls the device, so the caller should `show` numbers only when they are `due`.
     """
 
     def __init__(self, title: str, *, total: int, images: int, start: int = 0) -> None:

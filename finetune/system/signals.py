@@ -92,11 +92,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it a stop signal ends the work at once: for work that takes long and loses nothing by a stop.
-
-    Raises:
-        Interrupted: With the signal's exit code, after the handler that was there before was called.
-    """
+    """Within it a stop signal calls its earlier handler and raises `Interrupted`: for work that loses nothing by it."""
     before = {signum: signal.getsignal(signum) for signum in STOPPING}
 
     def leave(signum: int, frame: FrameType | None) -> None:

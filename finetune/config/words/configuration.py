@@ -21,23 +21,14 @@ from finetune.system.errors import ConfigError
 
 @dataclass
 class Prepared:
-    """A command line without mistakes.
+    """A command line without mistakes."""
 
-    Attributes:
-        conf: The configuration; of the first job in a sweep.
-        cfg: The same as Hydra composed it, with Hydra's own settings.
-        overrides: In Hydra's grammar.
-        first: Those of the first job, without sweeps.
-        jobs: The number of runs.
-        run_dir: `hydra.run.dir` or, for a sweep, `hydra.sweep.dir`, where the person gave one.
-    """
-
-    conf: Conf
-    cfg: DictConfig
-    overrides: list[str]
-    first: list[str]
-    jobs: int
-    run_dir: Path | None
+    conf: Conf  # of the first job in a sweep
+    cfg: DictConfig  # the same as Hydra composed it, with Hydra's own settings
+    overrides: list[str]  # in Hydra's grammar
+    first: list[str]  # those of the first job, without sweeps
+    jobs: int  # the number of runs
+    run_dir: Path | None  # `hydra.run.dir` or, for a sweep, `hydra.sweep.dir`, where the person gave one
 
 
 def read_settings(

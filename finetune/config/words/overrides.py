@@ -22,25 +22,16 @@ _SWEEPS = {ChoiceSweep: "choice", RangeSweep: "range", IntervalSweep: "interval"
 
 @dataclass(frozen=True)
 class Override:
-    """One setting or choice from the command line.
+    """One setting or choice from the command line."""
 
-    Attributes:
-        text: As typed.
-        safe: The same in Hydra's grammar: paths in quotes.
-        key: Dotted key or group.
-        sign: Empty, `+`, `++` or `~`.
-        values: The value; several for a sweep; the ends of an interval; none for a glob, or a range that does not end.
-        sweep: Empty, or the kind of sweep: choice, range, interval or glob.
-        glob: Picks the options of a group that match, for `GROUP=glob(...)`.
-    """
-
-    text: str
-    safe: str
-    key: str
-    sign: str = ""
-    values: tuple[Any, ...] = ()
-    sweep: str = ""
-    glob: Glob | None = None
+    text: str  # as typed
+    safe: str  # the same in Hydra's grammar: paths in quotes
+    key: str  # dotted key or group
+    sign: str  # empty, `+`, `++` or `~`
+    # The value; several for a sweep; the ends of an interval; none for a glob, or a range that does not end.
+    values: tuple[Any, ...]
+    sweep: str  # empty, or the kind of sweep: choice, range, interval or glob
+    glob: Glob | None  # picks the options of a group that match, for `GROUP=glob(...)`
 
     @property
     def is_hydra(self) -> bool:

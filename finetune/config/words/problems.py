@@ -25,21 +25,14 @@ MAX_CELLS, MAX_COMPOSED = 2_000, 50
 
 @dataclass
 class Request:
-    """The overrides of a command line, sorted.
+    """The overrides of a command line, sorted."""
 
-    Attributes:
-        choices: Group, with the sign as typed, to its alternatives, each a list of options; `experiment=[a,b]` has two.
-        values: Dotted key to every value.
-        settings: The overrides of settings, also Hydra's own, without the wrong ones.
-        problems: One line each, without repetition.
-        unread: Sections of which a choice or value could not be read.
-    """
-
+    # Group, with the sign as typed, to its alternatives, each a list of options; that of `experiment=[a,b]` has two.
     choices: dict[str, list[list[str]]] = field(default_factory=dict)
-    values: dict[str, list[Any]] = field(default_factory=dict)
-    settings: list[Override] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    unread: set[str] = field(default_factory=set)
+    values: dict[str, list[Any]] = field(default_factory=dict)  # dotted key to every value
+    settings: list[Override] = field(default_factory=list)  # also Hydra's own, without the wrong ones
+    problems: list[str] = field(default_factory=list)  # one line each, without repetition
+    unread: set[str] = field(default_factory=set)  # sections of which a choice or value could not be read
 
     @property
     def jobs(self) -> int:

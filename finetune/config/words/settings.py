@@ -21,19 +21,12 @@ BOOLS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("f
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the schema.
+    """One setting of the schema."""
 
-    Attributes:
-        name: Dotted, as typed: `optim.layer_decay`.
-        kind: Its type without the `| None`: int, float, bool, str, an Enum class, `list[str]` or a tuple of floats.
-        optional: Whether `null` is a value.
-        field: The dataclass field, whose metadata holds meaning and range.
-    """
-
-    name: str
-    kind: Any
-    optional: bool
-    field: dataclasses.Field[Any]
+    name: str  # dotted, as typed: `optim.layer_decay`
+    kind: Any  # its type without the `| None`: int, float, bool, str, an Enum class, `list[str]` or a tuple of floats
+    optional: bool  # whether `null` is a value
+    field: dataclasses.Field[Any]  # its metadata holds meaning and range
     default: Any
 
     @property
@@ -127,17 +120,11 @@ def _read(kind: Any, value: Any) -> Any:
 
 @dataclass
 class Reading:
-    """The settings in a tree of values, read as far as possible.
+    """The settings in a tree of values, read as far as possible."""
 
-    Attributes:
-        values: Dotted key to converted value.
-        problems: Dotted key to what is wrong with its value, in one line.
-        references: Keys whose value is a `${...}` that is not filled in yet.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    references: set[str] = field(default_factory=set)
+    values: dict[str, Any] = field(default_factory=dict)  # dotted key to converted value
+    problems: dict[str, str] = field(default_factory=dict)  # dotted key to the mistake in its value, in one line
+    references: set[str] = field(default_factory=set)  # keys whose value is a `${...}` that is not filled in yet
 
     @property
     def unread(self) -> set[str]:
