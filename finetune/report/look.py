@@ -54,11 +54,12 @@ def side_legend(axes: Any) -> None:
 def write_cells(
     axes: Any, texts: Sequence[Sequence[str]], is_dark: Sequence[Sequence[bool]], *, fontsize: float
 ) -> None:
-    """Write a text into each cell of a heat map, white where the cell is dark."""
+    """Write a text into each cell of a heat map, white where the cell is dark; an empty text draws nothing."""
     for y, row in enumerate(texts):
         for x, text in enumerate(row):
-            colour = "white" if is_dark[y][x] else INK
-            axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
+            if text:
+                colour = "white" if is_dark[y][x] else INK
+                axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
 
 
 def headline(figure: Any, title: str, subtitle: str) -> None:
