@@ -57,4 +57,3 @@ def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.path.parent.name in ("core", "data", "prefix", "runs"):
         monkeypatch.setattr("finetune.report.run_figures.plot_rates", lambda run_dir: None)
         monkeypatch.setattr("finetune.report.run_figures.plot_curves", lambda run_dir: None)
-        monkeypatch.setattr("finetune.report.scores.draw_confusion", lambda path, matrix, classes: None)
