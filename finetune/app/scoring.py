@@ -13,8 +13,9 @@ from finetune.core.fit import validate
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import Batch, TrainState
 from finetune.core.metrics import Meter
+from finetune.models.heads.head import find_head
 from finetune.models.heads.offsets import set_offsets
-from finetune.models.heads.probe import features_of_split, linear_probe, set_head
+from finetune.models.heads.probe import features_of_split, linear_probe
 from finetune.prefix import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts
@@ -80,7 +81,7 @@ def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
         train.close()
         val.close()
     probe = linear_probe(*features[0], *features[1], num_classes=len(run.source.classes))
-    set_head(run.model, probe)
+    find_head(run.model.net).set(probe.weight, probe.bias)
     result["probe/top1"] = probe.val_top1
     logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
 

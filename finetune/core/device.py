@@ -51,9 +51,7 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
         on_cpu = device.type == "cpu" and is_wide and cpu_has_bf16()
         return torch.bfloat16 if on_cpu or (device.type == "cuda" and _gpu_has_bf16(device)) else torch.float32
     if word in (Precision.fp16, Precision.tf32) and device.type != "cuda":
-        raise UserError(
-            f"precision={word} needs a CUDA GPU, and this run is on {device.type}; use precision=bf16 or fp32"
-        )
+        raise UserError(f"precision={word} needs a CUDA GPU, not {device.type}; use precision=bf16 or fp32")
     return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(word, torch.float32)
 
 

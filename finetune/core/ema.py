@@ -26,7 +26,7 @@ class Ema:
     def __init__(self, model: LayeredModel, decay: float, *, warmup: bool = True) -> None:
         """Start at the present weights. Freeze the model and move it to its device before.
 
-        `decay` is in (0, 1): the average remembers about 1 / (1 - decay) steps. For `warmup` see `decay_at`.
+        `decay` is in (0, 1): the average remembers about 1 / (1 - decay) steps. For `warmup` see `update`.
         """
         if not 0 < decay < 1:
             raise UserError(f"train.ema={decay}: must be greater than 0 and less than 1; 0.9998 is usual")
@@ -35,18 +35,14 @@ class Ema:
         self._weights = _moving_tensors(model)
         self._averages = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
 
-    def decay_at(self, step: int) -> float:
-        """The decay of optimizer step `step`, from 1.
-
-        With `warmup` it is min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it with
-        `num_updates`: the average then forgets the untrained head within some steps, not within 1 / (1 - decay).
-        """
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the weights after optimizer step `step`. Does not wait for the device."""
-        weight = 1 - self.decay_at(step)
+        """Move the averages towards the weights after optimizer step `step`, from 1. Does not wait for the device.
+
+        With `warmup` the decay is min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it
+        with `num_updates`: the average then forgets the untrained head within some steps, not 1 / (1 - decay).
+        """
+        weight = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
         torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), weight)
 
     @contextmanager

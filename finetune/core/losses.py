@@ -40,7 +40,7 @@ def binary_cross_entropy(
 
     Shares lie in [0, 1] and need not add up to 1. Smoothing and `class_weights` are those of `cross_entropy`.
     """
-    shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
+    shares = _shares(targets, logits.shape[1], label_smoothing)
     return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights, reduction="none").mean(dim=1)
 
 
@@ -62,7 +62,7 @@ def asymmetric_loss(
     1 - y times the second. Smoothing and `class_weights` are those of `cross_entropy`.
     """
     logits = logits.float()
-    shares = _smoothed(_shares(targets, logits.shape[1]), label_smoothing)
+    shares = _shares(targets, logits.shape[1], label_smoothing)
     present = torch.sigmoid(-logits).clamp(min=1e-30).pow(gamma_pos) * F.logsigmoid(logits)
     shifted = (torch.sigmoid(logits) - shift).clamp(min=0)
     # Without a shift the logarithm comes from the logit itself: 1 - p rounds to 0 in fp32 from a logit of 17 on.
@@ -73,13 +73,9 @@ def asymmetric_loss(
     return (terms if class_weights is None else terms * class_weights).mean(dim=1)
 
 
-def _shares(targets: Tensor, num_classes: int) -> Tensor:
-    """Targets as float32 (batch, classes)."""
-    return F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
-
-
-def _smoothed(shares: Tensor, label_smoothing: float) -> Tensor:
-    """Each row keeps its sum; for one label a row this is what `cross_entropy` learns from."""
+def _shares(targets: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
+    """Targets as float32 (batch, classes), smoothed as in `cross_entropy`: each row keeps its sum."""
+    shares = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets.float()
     return shares if label_smoothing == 0 else torch.lerp(shares, shares.mean(dim=1, keepdim=True), label_smoothing)
 
 
@@ -93,9 +89,7 @@ def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weigh
     if kind == Loss.auto:
         kind = Loss.bce if is_multilabel else Loss.ce
     if kind == Loss.ce and is_multilabel:
-        raise UserError(
-            "train.loss=ce needs exactly one label an image, and these images have several: use train.loss=bce or asl"
-        )
+        raise UserError("train.loss=ce needs exactly one label an image, these have several: use train.loss=bce or asl")
     if kind == Loss.asl:
         loss = partial(asymmetric_loss, gamma_pos=conf.asl_gamma_pos, gamma_neg=conf.asl_gamma_neg)
         return partial(loss, shift=conf.asl_shift, class_weights=class_weights)

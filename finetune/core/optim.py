@@ -69,17 +69,10 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
 
 
 def _group(model: LayeredModel, row: GroupRate, param_names: Sequence[str], name: str, *, rule: str) -> Group:
-    return {
-        "name": name,
-        "layer": row.layer,
-        "layer_id": row.layer_id,
-        "scale": row.scale,
-        "lr": row.peak,
-        "weight_decay": row.weight_decay,
-        "optimizer": rule,
-        "params": [model.net.get_parameter(param_name) for param_name in param_names],
-        "param_names": list(param_names),
-    }
+    facts = {"name": name, "layer": row.layer, "layer_id": row.layer_id, "scale": row.scale, "optimizer": rule}
+    params = [model.net.get_parameter(param_name) for param_name in param_names]
+    rates = {"lr": row.peak, "weight_decay": row.weight_decay}
+    return {**facts, **rates, "params": params, "param_names": list(param_names)}
 
 
 def build_optimizer(model: LayeredModel, conf: OptimConf) -> Optimizer:

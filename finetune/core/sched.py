@@ -101,9 +101,8 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
         raise UserError(f"{given}: only a run knows its steps an epoch; give `warmup` in {cfg.interval}s")
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
-        raise UserError(
-            f"sched.warmup={cfg.warmup}: needs 0 or more, less than the length of the curve, {length} {cfg.interval}s"
-        )
+        curve = f"the length of the curve, {length} {cfg.interval}s"
+        raise UserError(f"sched.warmup={cfg.warmup}: needs 0 or more, less than {curve}")
     for group in optimizer.param_groups:
         if "lr_scale" in group:
             group["lr"] *= group.pop("lr_scale")  # removed, so that no second scheduler folds it again

@@ -45,8 +45,7 @@ def spared_globs(model: LayeredModel, conf: OptimConf) -> list[str]:
     names = [name for name, _ in model.net.named_parameters()]
     for glob in conf.no_weight_decay:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise UserError(
-                f"optim.no_weight_decay: '{glob}' matches no parameter; names look like {names[0]}, {names[-1]}"
-            )
+            examples = f"{names[0]}, {names[-1]}"
+            raise UserError(f"optim.no_weight_decay: '{glob}' matches no parameter; names look like {examples}")
     upstream = [glob for glob in model.no_weight_decay if not (conf.decay_embeddings and is_embedding(glob))]
     return [*conf.no_weight_decay, *upstream]

@@ -30,34 +30,22 @@ LAYERS = {Library.open_clip: open_clip_layers, Library.timm: timm_layers, Librar
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model ready to fine-tune.
+    """A model ready to fine-tune."""
 
-    Attributes:
-        model: In training mode, nothing frozen.
-        preprocess: How its weights expect their images.
-        description: The line about the model with which a run starts.
-        has_zeroshot: Whether the head was made from class names, and so classifies before any training.
-    """
-
-    model: LayeredModel
-    preprocess: Preprocess
-    description: str
-    has_zeroshot: bool
+    model: LayeredModel  # in training mode, nothing frozen
+    preprocess: Preprocess  # how its weights expect their images
+    description: str  # the line about the model with which a run starts
+    has_zeroshot: bool  # whether the head was made from class names, and so classifies before any training
 
 
 def build_model(
     conf: ModelConf, classes: Sequence[str], *, load: bool = True, device: torch.device | str = "cpu"
 ) -> BuiltModel:
-    """The model of a run, in training mode, with a classifier for `classes`.
+    """The model of a run, in training mode, with a classifier for `classes`, the names in the order of the labels.
 
     Random values, the head's above all, come from torch's global generator: seed it first. A head of `linear_probe`
-    starts at random too; fit it with `finetune.models.heads.probe`.
-
-    Args:
-        conf: The model's settings.
-        classes: Class names in the order of the labels.
-        load: False leaves weights and head random and reads no file: for a checkpoint that is loaded later.
-        device: The model's device; `meta` builds without memory or weights, for looking at a model.
+    starts at random too; fit it with `finetune.models.heads.probe`. Without `load` weights and head stay random and no
+    file is read: for a checkpoint that is loaded later. The device `meta` builds without memory or weights.
 
     Raises:
         UserError: A name, tag or setting that does not exist or does not fit; weights of another model.
@@ -88,19 +76,12 @@ def build_model(
 
 
 def library_of(conf: ModelConf) -> Library:
-    """The library whose model `conf.name` is.
-
-    Raises:
-        UserError: Two libraries know the name and `model.library` is `auto`; or `model.library` contradicts the name
-            or the family; or the name is one of torchvision's older models, which finetune does not build.
-    """
+    """The library whose model `conf.name` is; a UserError where it is unclear, or contradicts `library` or `family`."""
     library, family = Library(conf.library), Family(conf.family)
     fits = LIBRARIES[family]
     if library not in (Library.auto, *fits):
-        raise UserError(
-            f"model.library={library} does not go with model={family}: expected {' or '.join(fits)},"
-            f" or model={'clip' if library == Library.open_clip else 'vit'}"
-        )
+        words = f"{' or '.join(fits)}, or model={'clip' if library == Library.open_clip else 'vit'}"
+        raise UserError(f"model.library={library} does not go with model={family}: expected {words}")
     if family == Family.clip or conf.name == glyphs.VIT or conf.name.startswith((*HUB, FOLDER)):
         return fits[0]
     import timm
@@ -111,14 +92,12 @@ def library_of(conf: ModelConf) -> Library:
         from_torchvision.check_name(conf.name)
     if library == Library.auto:
         if len(known) == 2:
-            raise UserError(
-                f"model.name={conf.name} is known to timm and to torchvision: say model.library=timm or torchvision"
-            )
+            words = "model.library=timm or torchvision"
+            raise UserError(f"model.name={conf.name} is known to timm and to torchvision: say {words}")
         return known[0] if known else Library.timm  # whose error lists the nearest names
     if known and library not in known:
-        raise UserError(
-            f"model.name={conf.name}: {library} knows no such model, {known[0]} does: leave model.library out"
-        )
+        known_by = f"{library} knows no such model, {known[0]} does"
+        raise UserError(f"model.name={conf.name}: {known_by}: leave model.library out")
     return library
 
 
@@ -154,9 +133,8 @@ def _with_classifier(upstream: Upstream, conf: ModelConf, classes: Sequence[str]
     if keep:
         names = upstream.classifiers(net)
         if len(names) != 1:
-            raise UserError(
-                f"model.head=keep: {conf.name} has {len(names)} classifiers, not one; use model.head=random"
-            )
+            found = f"{conf.name} has {len(names)} classifiers, not one"
+            raise UserError(f"model.head=keep: {found}; use model.head=random")
         keep_head(net, names[0], classes, dropout=conf.head_dropout, known=upstream.classes)
         return net
     if isinstance(net, Resettable):

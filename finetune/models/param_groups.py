@@ -90,10 +90,8 @@ def _as_layered(model: nn.Module) -> tuple[LayeredModel, str, int]:
     if isinstance(model, LayeredModel):
         return model, f"{prefix}net.", len(model.layers) - 1
     if "visual" in children and children.keys() & {"transformer", "text"}:
-        raise UserError(
-            f"{type(model).__name__} holds two towers: pass its image tower, model.visual;"
-            " the blocks directly under it are those of the text tower"
-        )
+        text = "the blocks directly under it are those of the text tower"
+        raise UserError(f"{type(model).__name__} holds two towers: pass its image tower, model.visual; {text}")
     layers = _layers_of(model)
     if layers[-1].name != "head":
         layers = [*layers, Layer("head", (), None)]
@@ -103,13 +101,11 @@ def _as_layered(model: nn.Module) -> tuple[LayeredModel, str, int]:
 
 def _layers_of(model: nn.Module) -> list[Layer]:
     """The layers of a bare tower, by the library whose class it is or descends from."""
-    homes = {kind.__module__.partition(".")[0]: kind for kind in reversed(type(model).__mro__)}
-    if "timm" in homes:
-        return timm_layers(model)
-    if "torchvision" in homes:
-        return torchvision_layers(model)
-    if "open_clip" in homes or "clip" in homes:
-        return open_clip_layers(model)
+    homes = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+    finders = {"timm": timm_layers, "torchvision": torchvision_layers, "open_clip": open_clip_layers}
+    for home, find in (*finders.items(), ("clip", open_clip_layers)):
+        if home in homes:
+            return find(model)
     raise UserError(
         f"{type(model).__module__}.{type(model).__name__} is no image tower that finetune can cut into layers:"
         " pass one of open_clip, timm or torchvision, or a LayeredModel"

@@ -28,18 +28,10 @@ class PatchProduct(nn.Conv2d):
 def patches_as_products(net: nn.Module) -> None:
     """Turn every convolution of `net` without overlap, padding and groups into a `PatchProduct`, in place."""
     for module in net.modules():
-        if type(module) is nn.Conv2d and _cuts_patches(module):
+        if type(module) is not nn.Conv2d or module.dilation != (1, 1) or module.groups != 1:
+            continue
+        if module.kernel_size == module.stride and module.kernel_size[0] > 1 and module.padding in ((0, 0), "valid"):
             module.__class__ = PatchProduct
-
-
-def _cuts_patches(conv: nn.Conv2d) -> bool:
-    return (
-        conv.kernel_size == conv.stride
-        and conv.kernel_size[0] > 1
-        and conv.padding in ((0, 0), "valid")
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-    )
 
 
 def products_dominate(net: nn.Module, width: int) -> bool:
@@ -47,9 +39,8 @@ def products_dominate(net: nn.Module, width: int) -> bool:
 
     Tables of embeddings do not count. bfloat16 pays on a CPU for such networks only.
     """
-    matrices = [
-        p for name, p in net.named_parameters() if p.ndim == 2 and not name.endswith(("_embed", "_embedding", "_table"))
-    ]
+    tables = ("_embed", "_embedding", "_table")
+    matrices = [p for name, p in net.named_parameters() if p.ndim == 2 and not name.endswith(tables)]
     kernels = sum(p.numel() for p in net.parameters() if p.ndim > 2)
     if not matrices or sum(p.numel() for p in matrices) <= kernels:
         return False

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from finetune.config import Conf, Family, HeadKind, ModelConf, find_problems
 from finetune.models import build_model
-from finetune.models.heads.head import Head, TowerWithHead
-from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe, set_head
+from finetune.models.heads.head import Head, TowerWithHead, find_head
+from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe
 from finetune.models.heads.zeroshot import (
     class_prompts,
     expand_templates,
@@ -302,7 +302,7 @@ def test_a_fitted_head_gives_the_probes_logits(conf: ModelConf) -> None:
     labels = torch.arange(12) % 3
     features = features_of(model, images)
     probe = linear_probe(features, labels, features, labels, 3)
-    set_head(model, probe)
+    find_head(model.net).set(probe.weight, probe.bias)
     with torch.no_grad():
         torch.testing.assert_close(model(images), features @ probe.weight.T + probe.bias, rtol=1e-3, atol=1e-3)
     assert probe.val_top1 == 1.0

@@ -7,6 +7,7 @@ A random head draws its first values from torch's global generator. `app` seeds 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,15 @@ from finetune.system.errors import UserError
 
 
 class Head(nn.Linear):
-    """A linear classifier over image features; its tensors are `weight` and, where it has one, `bias`.
-
-    Attributes:
-        normalize: Whether features are scaled to length 1 first, as CLIP scores them.
-        dropout: Probability of dropping a feature while training.
-    """
+    """A linear classifier over image features; its tensors are `weight` and, where it has one, `bias`."""
 
     def __init__(
         self, in_features: int, num_classes: int, *, bias: bool = True, normalize: bool = False, dropout: float = 0.0
     ) -> None:
         """Make a random head: weights from a normal of standard deviation 0.02, cut at 2 (ViT's own); bias 0.
 
-        Args:
-            in_features: Length of a feature vector.
-            num_classes: Number of logits.
-            bias: Whether each class has a bias; a zero-shot head has none.
-            normalize: See the class.
-            dropout: See the class; in [0, 1).
+        With `normalize` features are scaled to length 1 first, as CLIP scores them. `dropout` is the probability, in
+        [0, 1), of dropping a feature while training.
         """
         super().__init__(in_features, num_classes, bias=bias)
         self.normalize = normalize
@@ -60,11 +52,7 @@ class Head(nn.Linear):
 
     @torch.no_grad()
     def set(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Copy a classifier's tensors into this head. (classes, in_features), (classes,) or None.
-
-        Raises:
-            AssertionError: The shapes differ, or only one of the two has a bias.
-        """
+        """Copy a classifier's tensors into this head, which must have the same: (classes, in_features), (classes,)."""
         assert self.weight.shape == weight.shape, f"weight {tuple(weight.shape)} for {tuple(self.weight.shape)}"
         assert (self.bias is None) == (bias is None), "a bias on one side only"
         self.weight.copy_(weight)
@@ -82,21 +70,18 @@ def mean_over_positions(features: Tensor) -> Tensor:
 class TowerWithHead(nn.Module):
     """An image tower and a classifier over its features. The keys under `visual.` are those of a whole CLIP.
 
-    Attributes:
-        visual: The image tower of an open_clip model, or an encoder of timm that has no classifier.
-        head: The classifier.
+    The tower is that of an open_clip model, or an encoder of timm that has no classifier.
     """
 
     def __init__(self, visual: nn.Module, head: Head) -> None:
-        """Take ownership of both parts."""
+        """Put `head` on top of `visual`."""
         super().__init__()
         self.visual = visual
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits. (batch, 3, height, width) -> (batch, classes)."""
-        logits: Tensor = self.head(self.visual(images))
-        return logits
+        return self.head(self.visual(images))  # type: ignore[no-any-return]
 
 
 def find_head(net: nn.Module) -> Head:
@@ -107,10 +92,9 @@ def find_head(net: nn.Module) -> Head:
     """
     heads = [module for module in net.modules() if isinstance(module, Head)]
     if len(heads) != 1:
-        raise UserError(
-            f"{type(net).__name__} has {len(heads) or 'no'} linear classifier{'s' * (len(heads) != 1)}, not one:"
-            " model.head=linear_probe needs exactly one; use model.head=random"
-        )
+        found = f"{len(heads) or 'no'} linear classifier{'s' * (len(heads) != 1)}"
+        mend = "model.head=linear_probe needs exactly one; use model.head=random"
+        raise UserError(f"{type(net).__name__} has {found}, not one: {mend}")
     return heads[0]
 
 
@@ -130,15 +114,12 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
         reads_names = has_text and conf.pretrained != "none" and conf.pool == Pool.auto
         return HeadKind.zeroshot if reads_names else HeadKind.random
     if conf.head == HeadKind.zeroshot and not has_text:
-        raise UserError(
-            f"model.head=zeroshot needs a text tower, and {conf.name} has none:"
-            " use model.head=random, or a CLIP (model=clip)"
-        )
+        mend = "use model.head=random, or a CLIP (model=clip)"
+        raise UserError(f"model.head=zeroshot needs a text tower, and {conf.name} has none: {mend}")
     if conf.head == HeadKind.keep and (has_text or conf.pretrained == "none"):
         why = "a CLIP" if has_text else "a model without weights"
-        raise UserError(
-            f"model.head=keep: {why} has no classifier to keep; use model.head=random{' or zeroshot' * has_text}"
-        )
+        mend = f"use model.head=random{' or zeroshot' * has_text}"
+        raise UserError(f"model.head=keep: {why} has no classifier to keep; {mend}")
     return HeadKind(conf.head)
 
 
@@ -166,34 +147,24 @@ def keep_head(
 ) -> None:
     """Turn the module `name`, which gives the logits, into a `Head` with the same weights.
 
-    Args:
-        net: The network with its weights.
-        name: The module that gives the logits.
-        classes: Class names in the order of the labels.
-        dropout: Probability of dropping a feature while training.
-        known: The class names that the weights were trained with; None where the file does not say them.
+    `known` are the class names that the weights were trained with; None where the file does not say them.
 
     Raises:
-        UserError: The classifier has other classes, or another number of them, or is not linear.
+        UserError: The classifier has other classes than `classes`, or another number of them, or is not linear.
     """
-    old = net.get_submodule(name)
+    old: Any = net.get_submodule(name)
+    problem = None
     if type(old) is nn.Identity:
-        raise UserError("model.head=keep: the weights have no classifier to keep; use model.head=random")
-    if type(old) is not nn.Linear:
-        raise UserError(
-            f"model.head=keep: the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
-        )
-    if old.out_features != len(classes):
-        raise UserError(
-            f"model.head=keep: the weights classify into {old.out_features} classes and the data has {len(classes)};"
-            " use model.head=random"
-        )
-    if known is not None and list(known) != list(classes):
+        problem = "the weights have no classifier to keep"
+    elif type(old) is not nn.Linear:
+        problem = f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
+    elif old.out_features != len(classes):
+        problem = f"the weights classify into {old.out_features} classes and the data has {len(classes)}"
+    elif known is not None and list(known) != list(classes):
         theirs, ours = next(pair for pair in zip(known, classes, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"model.head=keep: the weights know other classes than the data, such as '{theirs}' for '{ours}';"
-            " use model.head=random"
-        )
+        problem = f"the weights know other classes than the data, such as '{theirs}' for '{ours}'"
+    if problem is not None:
+        raise UserError(f"model.head=keep: {problem}; use model.head=random")
     head = Head(old.in_features, len(classes), bias=old.bias is not None, dropout=dropout)
     head.set(old.weight, old.bias)
     net.set_submodule(name, head)

@@ -1,10 +1,9 @@
-"""The first bias of a classifier that gives several labels an image.
+"""The first bias of a classifier that gives several labels an image: each class is then a yes-or-no question.
 
-With several labels, each class is a yes-or-no question and its logit goes through a sigmoid. A zero-shot head gives
-logits of 15 to 30 for every image, so every sigmoid is 1, and the first gradients of binary cross entropy would spoil
-the whole network only to lower the logits. A bias for each class prevents that: the mean sigmoid of a class starts at
-the share of training images that have its label. The bias does not change the order of images within a class, and so
-leaves average precision as it is.
+A zero-shot head gives logits of 15 to 30 for every image, so every sigmoid is 1, and the first gradients of binary
+cross entropy would spoil the whole network only to lower the logits. A bias for each class prevents that: the mean
+sigmoid of a class starts at the share of training images that have its label. The order of images within a class, and
+so average precision, stays as it is.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def set_offsets(
 ) -> None:
     """Set the head's bias so that each class's mean sigmoid equals its share of the training labels.
 
-    Does nothing where the model has no `Head` with a bias, or two.
+    Does nothing where the model has no `Head` with a bias, or two. Leaves the model in training mode.
 
     Args:
-        model: Changed in place; in training mode afterwards.
+        model: Changed in place.
         batches: Training batches, of which the inputs are read: at least `IMAGES` images, or all.
         labels: All training labels, (n, classes), 0 or 1.
         autocast: Context of the forward pass.
@@ -67,11 +66,8 @@ def set_offsets(
 def offsets(logits: Tensor, labels: Tensor) -> Tensor:
     """The number to add to each class's logits so that their mean sigmoid is the class's share. float64 (classes,).
 
-    The share is (images with the label + 1) / (images + 2), so it is never 0 or 1.
-
-    Args:
-        logits: float64 (n, classes).
-        labels: (m, classes), 0 or 1.
+    `logits` are float64 (n, classes), `labels` 0 or 1, (m, classes). The share is (images with the label + 1) /
+    (images + 2), so it is never 0 or 1.
     """
     wanted = (labels.double().sum(dim=0) + 1) / (len(labels) + 2)
     low, high = -logits.amax(dim=0) - 50, -logits.amin(dim=0) + 50

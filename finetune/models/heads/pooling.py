@@ -17,53 +17,40 @@ from finetune.system.errors import UserError
 TIMM_KINDS = ("VisionTransformer", "Eva", "Beit")
 
 
-def mean_pool_open_clip(visual: nn.Module, name: str) -> int:
-    """Make an image tower of open_clip pool by the mean; return the length of its features.
+def mean_pool_open_clip(visual: Any, name: str) -> int:
+    """Make an image tower of open_clip pool by the mean, in place; return the length of its features.
 
-    The new norm is called `ln_post` like the old one; `proj` is removed.
-
-    Args:
-        visual: The image tower, changed in place.
-        name: The model's name, for the error.
+    The new norm is called `ln_post` like the old one; `proj` is removed. `name` is the model's, for the error.
 
     Raises:
         UserError: The tower is not a plain VisionTransformer.
     """
-    tower: Any = visual
-    if type(visual).__name__ != "VisionTransformer" or tower.attn_pool is not None:
-        raise UserError(
-            f"model.pool=mean needs a plain ViT, and the image tower of {name} is none: use model.pool=auto"
-        )
-    width = tower.conv1.out_channels
-    tower.pool_type, tower.final_ln_after_pool = "avg", True
-    tower.ln_post = _fresh(tower.ln_post, width)
-    tower.proj = None
-    tower.output_dim = width
+    if type(visual).__name__ != "VisionTransformer" or visual.attn_pool is not None:
+        raise UserError(f"model.pool=mean needs a plain ViT, and {name} has none: use model.pool=auto")
+    width = visual.conv1.out_channels
+    visual.pool_type, visual.final_ln_after_pool = "avg", True
+    visual.ln_post = _fresh(visual.ln_post, width)
+    visual.proj = None
+    visual.output_dim = width
     return int(width)
 
 
-def mean_pool_timm(net: nn.Module, name: str) -> None:
-    """Make a timm network pool by the mean: a new `fc_norm` behind the pool, no `norm` ahead of it.
+def mean_pool_timm(net: Any, name: str) -> None:
+    """Make a timm network pool by the mean, in place: a new `fc_norm` behind the pool, no `norm` ahead of it.
 
-    That is the network that timm builds with `global_pool='avg'`.
-
-    Args:
-        net: The network, changed in place.
-        name: The model's name, for the error.
+    That is the network that timm builds with `global_pool='avg'`. `name` is the model's, for the error.
 
     Raises:
         UserError: The network does not pool tokens.
     """
-    tower: Any = net
     if type(net).__name__ not in TIMM_KINDS or "attn_pool" in dict(net.named_children()):
         raise UserError(f"model.pool=mean needs a plain ViT, BEiT or EVA, and {name} is none: use model.pool=auto")
-    old = tower.norm if isinstance(tower.fc_norm, nn.Identity) else tower.fc_norm
-    tower.fc_norm = _fresh(old, tower.num_features)
-    tower.norm = nn.Identity()
-    tower.global_pool = "avg"
+    old = net.norm if isinstance(net.fc_norm, nn.Identity) else net.fc_norm
+    net.fc_norm = _fresh(old, net.num_features)
+    net.norm = nn.Identity()
+    net.global_pool = "avg"
 
 
-def _fresh(norm: nn.Module, width: int) -> nn.Module:
+def _fresh(norm: Any, width: int) -> nn.Module:
     """A new norm of the same class and epsilon: weight 1, bias 0."""
-    old: Any = norm
-    return type(norm)(width, eps=old.eps)
+    return type(norm)(width, eps=norm.eps)  # type: ignore[no-any-return]

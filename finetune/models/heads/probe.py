@@ -1,7 +1,6 @@
 """A linear probe: a regularised logistic regression on frozen features. Fine-tuning can start from it (LP-FT).
 
-Kumar et al., arXiv:2202.10054: the first gradients of a random head distort good features; those of a fitted head do
-not.
+A random head's first gradients distort good features, a fitted head's do not: Kumar et al., arXiv:2202.10054.
 """
 
 from __future__ import annotations
@@ -25,49 +24,33 @@ ITERATIONS = 200
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted linear classifier; it takes features as the model gives them, not standardised.
+    """A fitted linear classifier; it takes features as the model gives them, not standardised."""
 
-    Attributes:
-        weight: (classes, features).
-        bias: (classes,).
-        strength: The penalty on squared weights with the best validation accuracy.
-        val_top1: Share of validation images that the classifier labels correctly.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    strength: float
-    val_top1: float
+    weight: Tensor  # (classes, features)
+    bias: Tensor  # (classes,)
+    strength: float  # the penalty on squared weights with the best validation accuracy
+    val_top1: float  # share of validation images that the classifier labels correctly
 
 
 def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, num_classes: int) -> Probe:
     """Multinomial logistic regression with a squared penalty, fitted by L-BFGS.
 
-    Minimises mean cross-entropy + strength / 2 * |W|^2 over features standardised by the training set, for each
-    strength in `STRENGTHS`; the bias has no penalty. Returns the fit with the best validation accuracy, and of equal
-    accuracies the one with the lowest validation loss.
-
-    Args:
-        features: Features of the training images, (n, features).
-        labels: (n,), int64.
-        val_features: Features of the validation images, (m, features).
-        val_labels: (m,), int64.
-        num_classes: Number of logits.
+    Features are (images, features), labels int64 (images,). Minimises mean cross-entropy + strength / 2 * |W|^2 over
+    features standardised by the training set, for each strength in `STRENGTHS`; the bias has no penalty. Returns the
+    fit with the best validation accuracy, and of equal accuracies the one with the lowest validation loss.
 
     Raises:
         UserError: There are no features, or some are not finite.
     """
     if not len(features) or not len(val_features):
-        raise UserError(
-            f"a linear probe needs images: got {len(features)} to train on and {len(val_features)} to validate"
-        )
+        sizes = f"{len(features)} to train on and {len(val_features)} to validate"
+        raise UserError(f"a linear probe needs images: got {sizes}")
     if not (features.isfinite().all() and val_features.isfinite().all()):
         raise UserError("a linear probe needs finite features: the frozen model gives NaN or infinity")
     features, val_features = features.float(), val_features.float()
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-6)
     x, val_x = (features - mean) / deviation, (val_features - mean) / deviation
-    weight = x.new_zeros(num_classes, x.shape[1])
-    bias = x.new_zeros(num_classes)
+    weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
     found: list[tuple[float, float, float, Tensor, Tensor]] = []
     for strength in STRENGTHS:
         weight, bias = _fit(x, labels, weight, bias, strength)
@@ -115,11 +98,6 @@ def features_of(model: LayeredModel, images: Tensor) -> Tensor:
         handle.remove()
     features = mean_over_positions(inputs[0].float())
     return F.normalize(features, dim=-1) if head.normalize else features
-
-
-def set_head(model: LayeredModel, probe: Probe) -> None:
-    """Copy the probe's weight and bias into the model's head, which must have a bias and the same shapes."""
-    find_head(model.net).set(probe.weight, probe.bias)
 
 
 def features_of_split(

@@ -14,10 +14,8 @@ from finetune.config import TemplateSet, nearest
 from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
 
-# The prompts of `model.templates=[default]`.
-DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")
-# How many prompts the text tower reads at once. Bounds the memory; the features do not depend on it.
-PROMPTS_AT_ONCE = 256
+DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")  # the prompts of `model.templates=[default]`
+PROMPTS_AT_ONCE = 256  # read by the text tower; bounds the memory, and the features do not depend on it
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -38,12 +36,10 @@ def expand_templates(templates: Sequence[str]) -> list[str]:
 
 
 def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
-    """The names that prompts use for the classes: the data's own names, or those in a file.
+    """The names that prompts use for `classes`: the data's own names in the order of the labels, or those in a file.
 
-    Args:
-        path: A text file, UTF-8, or None. Each line holds either a name, in the order of the classes, or
-            `CLASS<tab>NAME`, in any order; a class without such a line keeps its own name.
-        classes: The data's own names in the order of the labels.
+    A line of the text file, UTF-8, holds either a name, in the order of the classes, or `CLASS<tab>NAME`, in any order;
+    a class without such a line keeps its own name.
 
     Raises:
         FileNotFoundError: No such file.
@@ -58,15 +54,13 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
         named = dict(line.split("\t", 1) for line in lines)
         unknown = [name for name in named if name not in classes]
         if unknown:
-            raise UserError(
-                f"model.class_names={path} names {unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
-            )
+            problem = f"{unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
+            raise UserError(f"model.class_names={path} names {problem}")
         return [named.get(name, name) for name in classes]
     if len(lines) != len(classes):
-        raise UserError(
-            f"model.class_names={path} holds {len(lines)} names and the data has {len(classes)} classes:"
-            " give one name a line in class order, or CLASS<tab>NAME for some"
-        )
+        problem = f"holds {len(lines)} names and the data has {len(classes)} classes"
+        mend = "give one name a line in class order, or CLASS<tab>NAME for some"
+        raise UserError(f"model.class_names={path} {problem}: {mend}")
     return lines
 
 
@@ -87,17 +81,12 @@ def class_prompts(classes: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Classifier weights from CLIP's text tower. -> (classes, embedding), float32.
+    """Classifier weights from the text tower of a whole open_clip model. -> (classes, embedding), float32.
 
     For each class: the mean over templates of normalised text features, normalised again, times the logit scale
     (Radford et al., arXiv:2103.00020, section 3.1.4). Without the scale the logits of a normalised image would be
-    about 100 times too small to train.
-
-    Args:
-        clip: A whole open_clip model, with `encode_text` and `logit_scale`.
-        tokenizer: The tokenizer of that model.
-        classes: Class names in the order of the labels.
-        templates: Prompts, each with `{}` in the place of the class name, or names of sets of prompts.
+    about 100 times too small to train. Templates are prompts, each with `{}` in the place of the class name, or names
+    of sets of prompts.
 
     Raises:
         UserError: Class names that a text tower cannot tell apart.
@@ -111,18 +100,13 @@ def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str
         for i in range(0, len(prompts), PROMPTS_AT_ONCE)
     ]
     means = torch.cat(features).float().reshape(len(classes), len(templates), -1).mean(dim=1)
-    scale = clip.logit_scale.float().exp()  # type: ignore[operator]
-    weight: Tensor = F.normalize(means, dim=-1) * scale
-    return weight.cpu()
+    return (F.normalize(means, dim=-1) * clip.logit_scale.float().exp()).cpu()  # type: ignore[operator]
 
 
 def zeroshot_head(weight: Tensor, *, dropout: float = 0.0, bias: bool = False) -> Head:
     """A head that scores images as CLIP does and can be trained on: it normalises features first.
 
-    Args:
-        weight: From `zeroshot_weight`, (classes, embedding).
-        dropout: Probability of dropping a feature while training.
-        bias: Whether each class has a bias that learns, 0 at first.
+    `weight` comes from `zeroshot_weight`; a `bias` learns, from 0 on.
     """
     head = Head(weight.shape[1], weight.shape[0], bias=bias, normalize=True, dropout=dropout)
     head.set(weight, torch.zeros(len(weight)) if bias else None)

@@ -1,27 +1,10 @@
 """A shorter last block for networks that classify the class token alone: `train.class_token_only`.
 
-In a ViT that is read out at its class token, nothing reads the other tokens behind the last block. So the last block
-need not compute them. With `x` all tokens (n of them, the class token first), a block computes
-
-    y = x + attention(norm1(x)),    out = y + mlp(norm2(y)),
-
-and in attention the first output is `softmax(q[0] @ k.T) @ v`: it depends on the query of the class token and on the
-keys and values of all tokens. Norms, projection, MLP and residual sums treat each token by itself. The shorter run
-therefore computes keys and values for all n tokens, and everything else for the class token only. A whole block costs
-12 width^2 multiplications a token (3 for query, key and value, 1 for the projection, 8 for the MLP); the shorter run
-costs 2 width^2 for each token but the first.
-
-Logits and gradients are those of the whole block in exact arithmetic. In floating point they differ by rounding: matrix
-products of other shapes add the same numbers in another order.
-
-Two cases run the whole block instead, bit for bit:
-
-* Dropout is active in the block. It draws a number for every token, so the shorter run would use other random numbers.
-  Drop path draws one number for each image, so it may be active.
-* The block has another class than when the model was built: a wrapper (sharding) must see its forward call.
-
-A network has no shorter run at all where the readout reads patch tokens, or where a part of the last block or of the
-readout has a class that is not listed here as treating each token by itself.
+Nothing reads the other tokens behind the last block, and only attention mixes tokens. So the shorter run computes keys
+and values for all tokens, and everything else for the class token: 2 of a block's 12 width^2 multiplications a token.
+Logits and gradients differ from those of the whole block by rounding alone. The whole block runs instead, bit for bit,
+where dropout is active in it (it draws a number for every token, drop path one for each image), and where its class is
+another than when the model was built: a wrapper (sharding) must see its forward call.
 """
 
 from __future__ import annotations
@@ -70,10 +53,7 @@ def with_class_token_run(
 ) -> list[Layer]:
     """The same layers, the last block with its `run_class_token` where this network can have one.
 
-    Args:
-        net: A network of timm, open_clip (the image tower) or torchvision.
-        layers: Its layers, with the functions that run them.
-        build: `build(net, block)` gives the shorter run of the last block, or None: one of the functions below.
+    `build(net, block)` gives the shorter run of the last block, or None: one of the functions below.
     """
     last = [layer.name for layer in layers].index("readout") - 1
     whole = layers[last].run
@@ -141,8 +121,7 @@ def _timm_block_run(net: Any, block: Any, tokens: int) -> RunBlock | None:
 
 def _run_timm_block(net: Any, block: Any, h: Tensor, *, tokens: int) -> Tensor:
     x = h[:, :tokens] + block.drop_path1(block.ls1(_timm_attention(block.attn, block.norm1(h), tokens)))
-    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return out
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
 
 def timm_eva(net: Any, block: Any) -> RunBlock | None:
@@ -170,16 +149,10 @@ def _has_known_parts(attention: nn.Module) -> bool:
 
 
 def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = None) -> Tensor:
-    """The output of timm's `Attention`, `EvaAttention` and `AttentionRope` at the first tokens only.
+    """The output of timm's `Attention`, `EvaAttention` and `AttentionRope` at the first tokens, (batch, tokens, width).
 
-    Args:
-        attn: The module; its dropout must not be active.
-        h: All tokens behind the first norm, (batch, length, width).
-        tokens: How many outputs to compute. These tokens must be prefix tokens, which `rope` does not rotate.
-        rope: Rotary embedding of the patch tokens.
-
-    Returns:
-        (batch, tokens, width).
+    `h` are all tokens behind the first norm, (batch, length, width), and `rope` the rotary embedding of the patch
+    tokens. The first `tokens` must be prefix tokens, which `rope` does not rotate; dropout must not be active.
     """
     batch, width = len(h), attn.proj.in_features
     few = h[:, :tokens]
@@ -200,8 +173,7 @@ def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = Non
         out = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, width))
     gate = dict(attn.named_children()).get("gate")
-    found: Tensor = attn.proj_drop(attn.proj(out if gate is None else out * gate(few).sigmoid()))
-    return found
+    return attn.proj_drop(attn.proj(out if gate is None else out * gate(few).sigmoid()))  # type: ignore[no-any-return]
 
 
 def _project(attn: Any, h: Tensor, few: Tensor, width: int) -> Iterator[Tensor]:
@@ -241,8 +213,7 @@ def open_clip_vision_transformer(net: Any, block: Any) -> RunBlock | None:
 def _run_open_clip_block(net: Any, block: Any, h: Tensor) -> Tensor:
     y = block.ln_1(h)
     x = h[:, :1] + block.ls_1(block.attention(q_x=y[:, :1], k_x=y, v_x=y))
-    out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return out
+    return x + block.ls_2(block.mlp(block.ln_2(x)))  # type: ignore[no-any-return]
 
 
 def torchvision_vision_transformer(net: Any, block: Any) -> RunBlock | None:
@@ -255,5 +226,4 @@ def torchvision_vision_transformer(net: Any, block: Any) -> RunBlock | None:
 def _run_torchvision_block(net: Any, block: Any, h: Tensor) -> Tensor:
     y = block.ln_1(h)
     x = block.dropout(block.self_attention(y[:, :1], y, y, need_weights=False)[0]) + h[:, :1]
-    out: Tensor = x + block.mlp(block.ln_2(x))
-    return out
+    return x + block.mlp(block.ln_2(x))  # type: ignore[no-any-return]

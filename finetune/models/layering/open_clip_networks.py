@@ -47,9 +47,8 @@ def modified_resnet(net: Any, with_head: bool) -> list[Run]:
 def timm_model(trunk: Sequence[Layer]) -> list[Run]:
     """The functions of stem, blocks and readout of open_clip's wrapper around a timm trunk that is a chain.
 
-    Args:
-        trunk: The layers of `visual.trunk`. Its readout, its head (where the trunk itself projects) and the wrapper's
-            own `head` (pooling and projection) run together as the readout.
+    The readout of `trunk`, its head (where the trunk itself projects) and the wrapper's own `head` (pooling and
+    projection) run together as the readout.
     """
     runs = [layer.run for layer in trunk if layer.run is not None]
     end = [layer.name for layer in trunk].index("readout")
@@ -59,5 +58,4 @@ def timm_model(trunk: Sequence[Layer]) -> list[Run]:
 def _timm_readout(net: Any, h: Tensor, *, parts: tuple[Run, ...]) -> Tensor:
     for run in parts:
         h = run(net.trunk, h)
-    features: Tensor = net.head(h)
-    return features
+    return net.head(h)  # type: ignore[no-any-return]

@@ -1,9 +1,8 @@
 """Sort the names of a network's parameters and modules into layers: stem, blocks, readout, head.
 
 timm's networks publish a `group_matcher`: expressions that sort parameter names into groups, from the input to the
-output. `timm_networks.py` uses it and corrects it where it does not follow the forward pass. torchvision and open_clip
-publish nothing like it, so their rules stand in `torchvision_networks.py` and `open_clip_networks.py`. A parameter that
-no expression names is an error; there is no default layer.
+output. `timm_networks.py` corrects it where it does not follow the forward pass. torchvision and open_clip publish
+none, so their modules hold all rules. A parameter that no expression names is an error; there is no default layer.
 """
 
 from __future__ import annotations
@@ -37,20 +36,13 @@ class Rule:
     """Regular expressions that sort names into layers.
 
     An expression must match from the start of a name. `head` is tried first, then `stem`, `readout` and `matcher`.
-
-    Attributes:
-        matcher: The stem (the first group) and the blocks, in timm's format.
-        head: The classifier.
-        readout: The parts between the last block and the classifier: final norm, pooling, projections.
-        stem: Parts of the stem that the matcher puts elsewhere or leaves out.
-        below: Parameters of the readout that timm trains at the last block's rate.
     """
 
-    matcher: Matcher
-    head: str = NOTHING
-    readout: str = NOTHING
-    stem: str = NOTHING
-    below: str = NOTHING
+    matcher: Matcher  # the stem (the first group) and the blocks, in timm's format
+    head: str = NOTHING  # the classifier
+    readout: str = NOTHING  # the parts between the last block and the classifier: final norm, pooling, projections
+    stem: str = NOTHING  # parts of the stem that the matcher puts elsewhere or leaves out
+    below: str = NOTHING  # parameters of the readout that timm trains at the last block's rate
 
 
 STEM: GroupKey = (-math.inf,)
@@ -68,10 +60,8 @@ def group_key(name: str, matcher: Matcher) -> GroupKey | None:
         key = tuple(found) if isinstance(found, tuple) else (float(found),)
         return None if key in ((), (math.inf,)) else key
     for ordinal, spec in enumerate(matcher.values()):
-        pairs = [(spec, None)] if isinstance(spec, str) else spec or []
-        for expression, suffix in pairs:
-            match = re.match(expression, name)
-            if match:
+        for expression, suffix in [(spec, None)] if isinstance(spec, str) else spec or []:
+            if match := re.match(expression, name):
                 return (ordinal, *(int(number) for number in match.groups() if number is not None), *(suffix or ()))
     return None
 
@@ -97,8 +87,7 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
     Raises:
         UserError: The rule matches no layer to a parameter or buffer.
     """
-    keys = _keys(net, rule)
-    tensors = {name for name, _ in named_tensors(net)}
+    keys, tensors = _keys(net, rule), {name for name, _ in named_tensors(net)}
     blocks = block_numbers(key for name, key in keys.items() if name in tensors)
     top = max(blocks.values(), default=0) + 1
     ids: dict[str, int] = {}
@@ -120,10 +109,10 @@ def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
     return layers
 
 
-def named_tensors(net: nn.Module) -> Iterator[tuple[str, Any]]:
+def named_tensors(net: nn.Module, prefix: str = "", *, recurse: bool = True) -> Iterator[tuple[str, Any]]:
     """Parameters, then buffers; a tensor with two names comes once."""
-    yield from net.named_parameters()
-    yield from net.named_buffers()
+    yield from net.named_parameters(prefix, recurse)
+    yield from net.named_buffers(prefix, recurse)
 
 
 def _keys(net: nn.Module, rule: Rule) -> dict[str, GroupKey]:
@@ -133,8 +122,7 @@ def _keys(net: nn.Module, rule: Rule) -> dict[str, GroupKey]:
     unplaced: list[str] = []
     previous = STEM
     for path, module in net.named_modules():
-        own = [name for name, _ in module.named_parameters(path, recurse=False)]
-        own += [name for name, _ in module.named_buffers(path, recurse=False)]
+        own = [name for name, _ in named_tensors(module, path, recurse=False)]
         for name in own:
             if name not in tensors:
                 continue  # the same tensor already has an earlier name

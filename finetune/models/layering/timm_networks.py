@@ -2,9 +2,8 @@
 
 Each function calls upstream's own modules and methods in upstream's own order, so that a network gives the same bits
 whole and in slices, in eval mode and, from one state of the random generator, in train mode. One tensor goes from layer
-to layer. timm computes some values once for all blocks: a rotary embedding, a shared table of relative positions. Here
-each block computes them again. They depend on the grid of patches alone, cost little beside the block, and a cache need
-not store them beside the activations.
+to layer. Values that timm computes once for all blocks (a rotary embedding, a shared table of relative positions) are
+computed again in each block: they depend on the grid of patches alone and cost little beside the block.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.core.layers import Layer
 from finetune.core.ownership import assign_layers
-from finetune.models.layering.rules import WITH_PREVIOUS, GroupKey, Matcher, Rule, group_key
+from finetune.models.layering.rules import NOTHING, WITH_PREVIOUS, GroupKey, Matcher, Rule, group_key
 from finetune.models.layering.running import Run, in_blocks, in_residual_stages, through
 from finetune.system.errors import UserError
 
@@ -68,18 +66,15 @@ MIXED_HEADS = {"EfficientViM", "EfficientViMDistilled"}
 
 
 def rule_of(net: nn.Module, kinds: set[str]) -> Rule:
-    """Which name of a timm network belongs to which layer.
-
-    Args:
-        net: The network.
-        kinds: The names of its class and of the classes above it.
+    """Which name of a timm network belongs to which layer; `kinds` are the names of its class and its base classes.
 
     Raises:
         UserError: The network has no `group_matcher`.
     """
+    classifiers = "|".join(rf"{re.escape(name)}(\.|$)" for name in classifier_names(net)) or NOTHING
     return Rule(
         matcher=next((MATCHERS[kind] for kind in kinds if kind in MATCHERS), None) or _own_matcher(net),
-        head=_exactly(classifier_names(net)) + (r"|weights(_dist)?$" if kinds & MIXED_HEADS else ""),
+        head=classifiers + (r"|weights(_dist)?$" if kinds & MIXED_HEADS else ""),
         readout=r"global_pool(\.|$)" if kinds & HEAD_IS_BLOCK else READOUT,
         stem=STEM + (NORM_PRE if kinds & PRE_NORM else ""),
     )
@@ -97,10 +92,6 @@ def classifier_names(net: nn.Module) -> list[str]:
     # Not every configuration lists the classifier of the distillation token.
     names += [re.sub(r"\bhead\b(?!.*\bhead\b)", "head_dist", name) for name in names]
     return [name for name in dict.fromkeys(names) if name in modules]
-
-
-def _exactly(names: Sequence[str]) -> str:
-    return rf"({'|'.join(re.escape(name) for name in names)})(\.|$)" if names else r"(?!)"
 
 
 def _own_matcher(net: Any) -> Matcher:
@@ -128,8 +119,7 @@ def with_timm_steps(net: nn.Module, layers: list[Layer], kinds: set[str]) -> lis
     for found_key in sorted({key for key in keys.values() if key is not None}):
         number = max(groups.values(), default=-1)
         groups[found_key] = number if found_key[-1] == WITH_PREVIOUS and number >= 0 else number + 1
-    has_top = layers[-1].name != "head" or None in keys.values()
-    top = max(groups.values()) + has_top
+    top = max(groups.values()) + (layers[-1].name != "head" or None in keys.values())
     ours = assign_layers(net, layers)
     last = sum(layer.name.startswith("block.") for layer in layers) + 1
     found: list[dict[str, int]] = [{} for _ in layers]
@@ -158,8 +148,7 @@ def _blocks(net: Any) -> list[Run]:
 
 
 def _pooled(net: Any, h: Tensor) -> Tensor:
-    features: Tensor = net.forward_head(net.norm(h), pre_logits=True)
-    return features
+    return net.forward_head(net.norm(h), pre_logits=True)  # type: ignore[no-any-return]
 
 
 def distilled(net: Any, with_head: bool) -> list[Run]:
@@ -175,8 +164,7 @@ def _two_tokens(net: Any, h: Tensor) -> Tensor:
 
 def _two_heads(net: Any, h: Tensor) -> Tensor:
     # timm averages too, except in its own distillation training, where it returns both.
-    logits: Tensor = (net.head(h[:, 0]) + net.head_dist(h[:, 1])) / 2
-    return logits
+    return (net.head(h[:, 0]) + net.head_dist(h[:, 1])) / 2  # type: ignore[no-any-return]
 
 
 def eva(net: Any, with_head: bool) -> list[Run] | None:
@@ -195,13 +183,11 @@ def _eva_stem(net: Any, h: Tensor) -> Tensor:
             f"images of {h.shape[-1]} x {h.shape[-2]} pixels: with rotary positions and a free image size, layers run"
             " one by one see only the number of tokens, so images must be square"
         )
-    tokens: Tensor = net.norm_pre(net._pos_embed(net.patch_embed(h))[0])
-    return tokens
+    return net.norm_pre(net._pos_embed(net.patch_embed(h))[0])  # type: ignore[no-any-return]
 
 
 def _eva_block(net: Any, h: Tensor, *, index: int) -> Tensor:
-    tokens: Tensor = net.blocks[index](h, rope=rotary(net, h, index))
-    return tokens
+    return net.blocks[index](h, rope=rotary(net, h, index))  # type: ignore[no-any-return]
 
 
 def rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
@@ -215,8 +201,7 @@ def rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
         embed = net.rope.get_embed(shape=net.patch_embed.grid_size)
     else:
         embed = net.rope.get_embed()
-    found: Tensor = embed[index] if net.rope_mixed else embed
-    return found
+    return embed[index] if net.rope_mixed else embed  # type: ignore[no-any-return]
 
 
 def beit(net: Any, with_head: bool) -> list[Run]:
@@ -230,14 +215,12 @@ def _beit_stem(net: Any, h: Tensor) -> Tensor:
     h = torch.cat((net.cls_token.expand(h.shape[0], -1, -1), h), dim=1)
     if net.pos_embed is not None:
         h = h + net.pos_embed
-    tokens: Tensor = net.pos_drop(h)
-    return tokens
+    return net.pos_drop(h)  # type: ignore[no-any-return]
 
 
 def _beit_block(net: Any, h: Tensor, *, index: int) -> Tensor:
     shared = None if net.rel_pos_bias is None else net.rel_pos_bias()
-    tokens: Tensor = net.blocks[index](h, shared_rel_pos_bias=shared)
-    return tokens
+    return net.blocks[index](h, shared_rel_pos_bias=shared)  # type: ignore[no-any-return]
 
 
 def convnext(net: Any, with_head: bool) -> list[Run] | None:
@@ -255,8 +238,7 @@ def convnext(net: Any, with_head: bool) -> list[Run] | None:
 
 
 def _convnext_readout(net: Any, h: Tensor) -> Tensor:
-    features: Tensor = net.forward_head(net.norm_pre(h), pre_logits=True)
-    return features
+    return net.forward_head(net.norm_pre(h), pre_logits=True)  # type: ignore[no-any-return]
 
 
 def resnet(net: Any, with_head: bool) -> list[Run] | None:
@@ -268,7 +250,5 @@ def resnet(net: Any, with_head: bool) -> list[Run] | None:
 
 
 def _resnet_head(net: Any, h: Tensor) -> Tensor:
-    if net.drop_rate:
-        h = F.dropout(h, p=float(net.drop_rate), training=net.training)
-    logits: Tensor = net.fc(h)
+    logits: Tensor = net.fc(F.dropout(h, float(net.drop_rate), net.training) if net.drop_rate else h)
     return logits

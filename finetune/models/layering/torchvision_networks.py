@@ -62,14 +62,12 @@ def vision_transformer(net: Any, with_head: bool) -> list[Run]:
 def _vit_stem(net: Any, h: Tensor) -> Tensor:
     h = net._process_input(h)
     h = torch.cat([net.class_token.expand(h.shape[0], -1, -1), h], dim=1)
-    tokens: Tensor = net.encoder.dropout(h + net.encoder.pos_embedding)
-    return tokens
+    return net.encoder.dropout(h + net.encoder.pos_embedding)  # type: ignore[no-any-return]
 
 
 def _vit_readout(net: Any, h: Tensor) -> Tensor:
     # `heads` ends with the classifier; a network made for training from scratch has a hidden layer ahead of it.
-    features: Tensor = net.heads[:-1](net.encoder.ln(h)[:, 0])
-    return features
+    return net.heads[:-1](net.encoder.ln(h)[:, 0])  # type: ignore[no-any-return]
 
 
 def resnet(net: Any, with_head: bool) -> list[Run]:

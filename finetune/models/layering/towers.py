@@ -8,7 +8,7 @@ of this package and add its line to `CHAINS`; `tests/models` then asks for a sma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,19 @@ from torch import nn
 from finetune.core.layers import Layer
 from finetune.models.layering import class_token, open_clip_networks, timm_networks, torchvision_networks
 from finetune.models.layering.class_token import RunBlock, with_class_token_run
-from finetune.models.layering.rules import ordered_layers
+from finetune.models.layering.rules import Rule, ordered_layers
 from finetune.models.layering.running import Run, class_name, layers_inside, through, with_runs
 from finetune.system.errors import UserError
 
 
 @dataclass(frozen=True)
 class Chain:
-    """How the networks of one class run layer by layer.
+    """How the networks of one class run layer by layer."""
 
-    Attributes:
-        runs: `runs(net, with_head)` gives the functions of stem, blocks, readout and, `with_head`, head; None where
-            this network of the class is no plain chain.
-        class_token: `class_token(net, block)` gives the shorter run of the last block, or None: see `class_token.py`.
-    """
-
+    # `runs(net, with_head)` gives the functions of stem, blocks, readout and, `with_head`, head; None where this
+    # network of the class is no plain chain.
     runs: Callable[[Any, bool], list[Run] | None]
+    # `class_token(net, block)` gives the shorter run of the last block, or None: see `class_token.py`.
     class_token: Callable[[Any, Any], RunBlock | None] | None = None
 
 
@@ -76,16 +73,10 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
     Raises:
         UserError: A tower of another kind, or the whole CLIP instead of its image tower.
     """
-    kinds, rules = _kinds(visual), open_clip_networks.RULES
-    if "TimmModel" in kinds:
+    if "TimmModel" in _kinds(visual):
         return _timm_model_layers(visual)
-    rule = next((rules[kind] for kind in rules if kind in kinds), None)
-    if rule is None:
-        raise UserError(
-            f"{type(visual).__name__} is no image tower of open_clip: expected model.visual,"
-            " a VisionTransformer, ModifiedResNet or TimmModel"
-        )
-    return _with_chain(visual, ordered_layers(visual, rule))
+    wanted = "image tower of open_clip: expected model.visual, a VisionTransformer, ModifiedResNet or TimmModel"
+    return _with_chain(visual, ordered_layers(visual, _rule_of(visual, open_clip_networks.RULES, wanted)))
 
 
 def torchvision_layers(net: nn.Module) -> list[Layer]:
@@ -94,14 +85,9 @@ def torchvision_layers(net: nn.Module) -> list[Layer]:
     Raises:
         UserError: A network that is none of them.
     """
-    kinds, rules = _kinds(net), torchvision_networks.RULES
-    rule = next((rules[kind] for kind in rules if kind in kinds), None)
-    if rule is None:
-        raise UserError(
-            f"{type(net).__name__} is no classification model of torchvision that can be cut into layers: expected one"
-            f" of {', '.join(rules)}, or a model of timm"
-        )
-    return _with_chain(net, ordered_layers(net, rule))
+    rules = torchvision_networks.RULES
+    wanted = f"classification model of torchvision that can be cut into layers: expected one of {', '.join(rules)}"
+    return _with_chain(net, ordered_layers(net, _rule_of(net, rules, f"{wanted}, or a model of timm")))
 
 
 def tower_with_head_layers(tower_layers: list[Layer]) -> list[Layer]:
@@ -113,6 +99,14 @@ def tower_with_head_layers(tower_layers: list[Layer]) -> list[Layer]:
 def _kinds(net: nn.Module) -> set[str]:
     """The names of a network's class and of the classes above it: a subclass has the parameter names of its parent."""
     return {kind.__name__ for kind in type(net).__mro__}
+
+
+def _rule_of(net: nn.Module, rules: Mapping[str, Rule], wanted: str) -> Rule:
+    kinds = _kinds(net)
+    for kind, rule in rules.items():
+        if kind in kinds:
+            return rule
+    raise UserError(f"{type(net).__name__} is no {wanted}")
 
 
 def _with_chain(net: nn.Module, layers: list[Layer]) -> list[Layer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,18 @@ HUB_CONFIG = "open_clip_config.json"
 
 @dataclass(frozen=True)
 class ClipSource:
-    """The configuration of an open_clip model, and the file of its weights.
+    """The configuration of an open_clip model, and the file of its weights."""
 
-    Attributes:
-        name: The model's name as the user wrote it.
-        model_cfg: open_clip's configuration of both towers.
-        preprocess_cfg: How the weights expect their images, in open_clip's words; may lack keys.
-        weights: The file, or None for random weights.
-        label: The name of the weights in messages.
-        tokenizer: Makes the tokenizer.
-    """
-
-    name: str
-    model_cfg: dict[str, Any]
-    preprocess_cfg: dict[str, Any]
-    weights: Path | None
-    label: str
-    tokenizer: Callable[[], Tokenizer]
+    name: str  # as the user wrote it
+    model_cfg: dict[str, Any]  # open_clip's configuration of both towers
+    preprocess_cfg: dict[str, Any]  # how the weights expect their images, in open_clip's words; may lack keys
+    weights: Path | None  # None for random weights
+    label: str  # the name of the weights in messages
+    tokenizer: Callable[[], Tokenizer]  # makes the tokenizer, so that only a zero-shot head needs its package
 
 
 def locate(conf: ModelConf, *, load: bool) -> ClipSource:
-    """Find configuration and weights of `conf.name` and `conf.pretrained`; download them if no cache has them.
-
-    Args:
-        conf: The model's settings.
-        load: Whether the weights are needed; the configuration is found in any case.
+    """Find the configuration of `conf.name` and, if `load`, its weights; download what no cache has.
 
     Raises:
         UserError: A name or tag that open_clip does not know; the error says which ones it knows.
@@ -54,19 +42,15 @@ def locate(conf: ModelConf, *, load: bool) -> ClipSource:
         return _bundled(conf, load=load)
     if conf.name.startswith(HUB):
         return _from_hub(conf, load=load)
-    if conf.name.startswith(FOLDER):
-        return _from_folder(conf, load=load)
-    return _built_in(conf, load=load)
+    return _from_folder(conf, load=load) if conf.name.startswith(FOLDER) else _built_in(conf, load=load)
 
 
 def _bundled(conf: ModelConf, *, load: bool) -> ClipSource:
     bundle = glyphs.read_bundle(glyphs.CLIP)
     cfg = bundle.config["model_cfg"]
     path = bundle.weights_for(conf, load=load)
-    length = cfg["text_cfg"]["context_length"]
-    label = str(path or "random")
-    preprocess_cfg = bundle.config["preprocess_cfg"]
-    return ClipSource(conf.name, cfg, preprocess_cfg, path, label, lambda: glyphs.clip_tokenizer(length))
+    tokenizer = partial(glyphs.clip_tokenizer, cfg["text_cfg"]["context_length"])
+    return ClipSource(conf.name, cfg, bundle.config["preprocess_cfg"], path, str(path or "random"), tokenizer)
 
 
 def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -97,12 +81,11 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
         path = weight_files.path_of(conf.pretrained) if load else None
         if path is not None and weight_files.is_torchscript(path) and not cfg.get("quick_gelu", False):
             # An error, and no silent change: a resumed run may no longer have the file, only the name.
-            raise UserError(
-                f"{path} is one of OpenAI's own archives, whose models use the quick GELU: model.name={name}-quickgelu"
-            )
+            mend = f"model.name={name}-quickgelu"
+            raise UserError(f"{path} is one of OpenAI's own archives, whose models use the quick GELU: {mend}")
     else:
         raise UserError(unknown_tag(conf, conf.pretrained, [*tags, "hf-hub:OWNER/NAME"]))
-    return ClipSource(conf.name, cfg, preprocess, path, label, _tokenizer_of(name))
+    return ClipSource(conf.name, cfg, preprocess, path, label, partial(_tokenizer, name))
 
 
 def _from_hub(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -115,11 +98,10 @@ def _from_hub(conf: ModelConf, *, load: bool) -> ClipSource:
     elif weight_files.is_path(conf.pretrained):
         path, label = weight_files.path_of(conf.pretrained) if load else None, conf.pretrained
     elif conf.pretrained != "none":
-        raise UserError(
-            f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights;"
-            " leave it out, or use none or a path"
-        )
-    return _from_config(conf, config, path, label, f"hf-hub:{repository}")
+        problem = f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights"
+        raise UserError(f"{problem}; leave it out, or use none or a path")
+    tokenizer = partial(_tokenizer, f"hf-hub:{repository}")
+    return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, tokenizer)
 
 
 def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -127,9 +109,8 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
 
     folder = Path(conf.name.partition(":")[2]).expanduser()
     if not (folder / HUB_CONFIG).is_file():
-        raise FileNotFoundError(
-            f"model.name={conf.name}: {folder / HUB_CONFIG} not found; such a folder holds it and the weights"
-        )
+        missing = f"{folder / HUB_CONFIG} not found; such a folder holds it and the weights"
+        raise FileNotFoundError(f"model.name={conf.name}: {missing}")
     config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
     path = None
     if load and weight_files.is_path(conf.pretrained):
@@ -140,12 +121,8 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
         if found is None:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
-    return _from_config(conf, config, path, str(path or "random"), f"{FOLDER}{folder}")
-
-
-def _from_config(conf: ModelConf, config: dict[str, Any], path: Path | None, label: str, home: str) -> ClipSource:
-    """A model as its `open_clip_config.json` describes it; `home` is where open_clip finds the tokenizer."""
-    return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, _tokenizer_of(home))
+    tokenizer = partial(_tokenizer, f"{FOLDER}{folder}")
+    return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, str(path or "random"), tokenizer)
 
 
 def _hub_weights(repository: str) -> Path:
@@ -166,23 +143,16 @@ def _read_hub_config(repository: str) -> dict[str, Any]:
     return {"preprocess_cfg": {}, **config}
 
 
-def _tokenizer_of(name: str) -> Callable[[], Tokenizer]:
-    """A function that makes the tokenizer, so that only a zero-shot head needs it."""
+def _tokenizer(name: str) -> Tokenizer:
+    import open_clip
 
-    def make() -> Tokenizer:
-        import open_clip
-
-        try:
-            with downloads(f"the tokenizer of {name}"):
-                tokenizer: Tokenizer = open_clip.get_tokenizer(name)
-        except ImportError as error:
-            raise UserError(
-                f"{name} reads text with a Hugging Face tokenizer, which needs the package transformers:"
-                " pip install 'finetune[transformers]', or use model.head=random"
-            ) from error
-        return tokenizer
-
-    return make
+    try:
+        with downloads(f"the tokenizer of {name}"):
+            return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+    except ImportError as error:
+        problem = f"{name} reads text with a Hugging Face tokenizer, which needs the package transformers"
+        mend = "pip install 'finetune[transformers]', or use model.head=random"
+        raise UserError(f"{problem}: {mend}") from error
 
 
 def _unknown_name(name: str, names: list[str]) -> str:
@@ -191,6 +161,5 @@ def _unknown_name(name: str, names: list[str]) -> str:
     if name == glyphs.VIT or timm.is_model(name.partition(".")[0]):
         return f"model.name={name} is a timm model, not a CLIP: use model=vit model.name={name}"
     families = f"{', '.join(names[:6])}, ... ({len(names)} in all: open_clip.list_models())"
-    return (
-        f"model.name={name}: open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}; it knows {families}"
-    )
+    problem = f"open_clip knows no such model{nearest(name, [*names, glyphs.CLIP])}"
+    return f"model.name={name}: {problem}; it knows {families}"

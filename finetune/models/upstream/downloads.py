@@ -34,11 +34,8 @@ def downloads(what: str, *, url: str | None = None) -> Iterator[None]:
     """Surround code that may fetch files: without a network it reads the caches only, and its failure is explained.
 
     Hub clients retry for a minute before they read their own cache. So one quick connection first finds out whether
-    the hub can be reached.
-
-    Args:
-        what: The thing to fetch, for the error: `weights 'openai' of ViT-B-16`.
-        url: The address of a file for torch hub; None for the Hugging Face hub.
+    the hub can be reached. `what` names the thing to fetch, for the error: `weights 'openai' of ViT-B-16`. `url` is
+    the address of a file for torch hub; None means the Hugging Face hub.
 
     Raises:
         FileNotFoundError: The file is not in the cache and cannot be fetched.

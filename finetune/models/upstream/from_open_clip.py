@@ -16,28 +16,24 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConf
 from finetune.core.preprocess import Preprocess
-from finetune.models.upstream import glyphs, weight_files
+from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.clip_source import ClipSource
 from finetune.models.upstream.downloads import quiet_upstream
-from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, side_of
+from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.system.errors import UserError
 
-RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-
 
 def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) -> Upstream:
-    """An open_clip model with the weights of its source.
+    """An open_clip model with the weights of `source`, or random ones unless `load`.
 
-    Args:
-        conf: The model's settings.
-        source: The model's configuration, and the file of its weights.
-        load: Whether to read the file; else the weights are random.
-        with_text: Whether to build the text tower too. Else `net` holds the image tower alone, as `visual`.
+    Without `with_text` only the image tower is built; `net` holds it as `visual`.
 
     Raises:
         UserError: A setting that does not fit this model, or weights that do not.
     """
+    from open_clip.timm_model import TimmModel
+
     path = source.weights if load else None
     is_jax = path is not None and path.suffix in (".npz", ".npy")
     # A file replaces every value, except a JAX archive: that is read without a check for missing names.
@@ -46,28 +42,27 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         # open_clip's reader of a JAX archive fills both towers.
         clip = _construct(cfg, conf.image_size, whole=with_text or is_jax)
     if path is not None:
-        (_load_jax if is_jax else _load)(clip, path, source)
-    _set_size(clip, conf.image_size)
+        if is_jax:
+            _load_jax(clip, path, source)
+        else:
+            state = _as_open_clip(clip, weight_files.read_state_dict(path), source.label)
+            weight_files.load_strictly(clip, state, source=source.label)
+    if conf.image_size and isinstance(clip.visual, TimmModel):
+        clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
     preprocess = _preprocess(source, conf)
-    text = describe(source.name, "an image tower of open_clip", source.label, preprocess)
+    text = network.describe(source.name, "an image tower of open_clip", source.label, preprocess)
     if source.weights is not None and source.weights.parent == glyphs.FOLDER and source.name == glyphs.CLIP:
         text = glyphs.read_bundle(glyphs.CLIP).description
     return Upstream(clip, preprocess, text)
 
 
 def _with_drop_path(cfg: dict[str, Any], conf: ModelConf) -> dict[str, Any]:
-    """The configuration of a model with `model.drop_path` in it.
-
-    Raises:
-        UserError: An image tower of open_clip's own; only those from timm, SigLIP's for example, have drop path.
-    """
+    """The configuration with `model.drop_path` in it; only image towers from timm, SigLIP's for example, have it."""
     if not conf.drop_path:
         return cfg
     if "timm_model_name" not in cfg["vision_cfg"]:
-        raise UserError(
-            f"model.drop_path={conf.drop_path} would be ignored: the image tower of {conf.name} is open_clip's own and"
-            " has no drop path; leave it 0"
-        )
+        problem = f"the image tower of {conf.name} is open_clip's own and has no drop path; leave it 0"
+        raise UserError(f"model.drop_path={conf.drop_path} would be ignored: {problem}")
     return {**cfg, "vision_cfg": {**cfg["vision_cfg"], "timm_drop_path": conf.drop_path}}
 
 
@@ -80,9 +75,9 @@ def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool) -> nn.Modul
     vision = CLIPVisionCfg(**cfg["vision_cfg"])
     if image_size:
         if not vision.timm_model_name and isinstance(vision.layers, int):
-            check_patches(image_size, vision.patch_size)
+            network.check_patches(image_size, vision.patch_size)
         vision.image_size = cfg["vision_cfg"]["image_size"] = image_size
-    side_of(vision.image_size, "this model")
+    network.side_of(vision.image_size, "this model")
     vision.output_tokens = cfg["vision_cfg"]["output_tokens"] = False  # else CoCa's image tower returns a tuple
     custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     if not whole:
@@ -104,12 +99,6 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
         load_big_vision_weights(clip, str(path))
     except (KeyError, ValueError, OSError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
         raise UserError(f"{source.label} is no big_vision archive of {source.name}: {error}") from error
-
-
-def _load(clip: nn.Module, path: Path, source: ClipSource) -> None:
-    """Read the weights; their names and shapes must be exactly those of the model."""
-    state = _as_open_clip(clip, weight_files.read_state_dict(path), source.label)
-    weight_files.load_strictly(clip, state, source=source.label)
 
 
 def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
@@ -165,23 +154,15 @@ def _resize_attention_pool(state: dict[str, Tensor], clip: nn.Module) -> None:
         state[name] = torch.cat([mean, resized.flatten(2)[0].T])
 
 
-def _set_size(clip: nn.Module, image_size: int) -> None:
-    """Set the image size of a tower from timm, which resizes its position embeddings itself once it has weights."""
-    from open_clip.timm_model import TimmModel
-
-    if image_size and isinstance(clip.visual, TimmModel):
-        clip.visual.set_input_size(image_size)
-
-
 def _preprocess(source: ClipSource, conf: ModelConf) -> Preprocess:
     from open_clip.model import CLIPVisionCfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     saved = weight_files.read_metadata(source.weights).preprocess
-    size = conf.image_size or side_of(CLIPVisionCfg(**source.model_cfg["vision_cfg"]).image_size, conf.name)
+    size = conf.image_size or network.side_of(CLIPVisionCfg(**source.model_cfg["vision_cfg"]).image_size, conf.name)
     if saved is not None:
         return dataclasses.replace(saved, size=size)
     cfg = merge_preprocess_dict(PreprocessCfg(), source.preprocess_cfg)
     mean, std = (tuple(float(value) for value in cfg[key]) for key in ("mean", "std"))
-    interpolation = interpolation_of(cfg["interpolation"])
-    return Preprocess(size, mean, std, interpolation, RESIZE[cfg["resize_mode"]])  # type: ignore[arg-type]
+    interpolation = network.interpolation_of(cfg["interpolation"])
+    return Preprocess(size, mean, std, interpolation, network.RESIZE[cfg["resize_mode"]])  # type: ignore[arg-type]

@@ -20,16 +20,9 @@ from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolatio
 from finetune.models.upstream.skip_init import built_from_weights
 from finetune.system.errors import UserError
 
-RESIZE = {"center": "crop", "border": "pad", "squash": "squash"}
-BUNDLED_RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
-    """A timm model with its own classifier.
-
-    Args:
-        conf: The model's settings.
-        load: Whether to read the weights; else they are random.
+    """A timm model with its own classifier, and random weights unless `load`.
 
     Raises:
         UserError: A setting that does not fit this model, or weights that do not.
@@ -57,7 +50,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     if conf.pretrained == "bundled":
         saved = weight_files.SavedWeights(None, list(bundle.config["classes"]))
     cfg = bundle.config["preprocess_cfg"]
-    resize = BUNDLED_RESIZE[cfg["resize_mode"]]
+    resize = network.RESIZE[cfg["resize_mode"]]
     own = Preprocess(args["img_size"], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
     preprocess = dataclasses.replace(saved.preprocess or own, size=args["img_size"])
     text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
@@ -98,28 +91,19 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
     elif path is not None:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
-        text += (
-            "; the file does not say its preprocessing, so that of the architecture's own weights is used"
-            f" (mean {mean})"
-        )
+        own = f"that of the architecture's own weights is used (mean {mean})"
+        text += f"; the file does not say its preprocessing, so {own}"
     return Upstream(net, preprocess, text, classifier_names, saved.classes)
 
 
 def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
-    """Timm's name of the model, with the tag of its weights where it has one, and the file where a file is named.
-
-    Raises:
-        UserError: A name or tag that timm does not know; the error says which ones it knows.
-        FileNotFoundError: No such file.
-    """
+    """Timm's name of the model, with the tag of its weights where it has one, and the file where a file is named."""
     import timm
 
     if conf.name.startswith((*HUB, FOLDER)):
         if conf.pretrained not in ("bundled", "none"):
-            raise UserError(
-                f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights;"
-                " leave it out, or use none"
-            )
+            problem = f"model.pretrained={conf.pretrained} would be ignored"
+            raise UserError(f"{problem}: model.name={conf.name} brings its own weights; leave it out, or use none")
         return conf.name.replace("hf_hub:", "hf-hub:"), None
     name, _, tag = conf.name.partition(".")
     if not timm.is_model(name):
@@ -148,10 +132,9 @@ def _unknown_name(name: str) -> str:
     if name == glyphs.CLIP or open_clip.get_model_config(name.replace("/", "-")) is not None:
         return f"model.name={name} is a CLIP: use model=clip model.name={name}"
     names = timm.list_models()
-    return (
-        f"model.name={name}: neither timm nor torchvision knows such a model{nearest(name, [*names, glyphs.VIT])};"
-        f" timm knows {len(names)}, which timm.list_models('vit*') and the like list"
-    )
+    problem = f"neither timm nor torchvision knows such a model{nearest(name, [*names, glyphs.VIT])}"
+    listed = f"timm knows {len(names)}, which timm.list_models('vit*') and the like list"
+    return f"model.name={name}: {problem}; {listed}"
 
 
 def _size_args(name: str, image_size: int) -> dict[str, Any]:
@@ -186,7 +169,7 @@ def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:
     resolve: Callable[[nn.Module], dict[str, Any]] = data_config.resolve_model_data_config
     config = resolve(net)
     size = conf.image_size or network.side_of(config["input_size"][1:], conf.name)
-    resize = RESIZE[config["crop_mode"]]
+    resize = network.RESIZE[config["crop_mode"]]
     crop_fraction = float(config["crop_pct"]) if resize == "crop" else 1.0
     interpolation = interpolation_of(config["interpolation"])
     return Preprocess(size, tuple(config["mean"]), tuple(config["std"]), interpolation, resize, crop_fraction)

@@ -39,27 +39,18 @@ def names() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Check that a name is not one of the models that are left to timm.
-
-    Raises:
-        UserError: It is; the error names timm's nearest model.
-    """
+    """Raise a UserError for the name of a model that is left to timm; it names timm's nearest model."""
     import timm
     from torchvision import models
 
     if name in models.list_models(module=models) and name not in names():
-        raise UserError(
-            f"model.name={name}: finetune has no layers for this older model of torchvision; use one of timm's with"
-            f" model.library=timm{nearest(name, timm.list_models())}"
-        )
+        problem = "finetune has no layers for this older model of torchvision"
+        mend = f"use one of timm's with model.library=timm{nearest(name, timm.list_models())}"
+        raise UserError(f"model.name={name}: {problem}; {mend}")
 
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
-    """A torchvision model with its own classifier.
-
-    Args:
-        conf: The model's settings.
-        load: Whether to read the weights; else they are random.
+    """A torchvision model with its own classifier, and random weights unless `load`.
 
     Raises:
         UserError: A setting that does not fit this model, or weights that do not.
@@ -68,9 +59,8 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     from torchvision.models import get_model_weights
 
     if conf.drop_path:
-        raise UserError(
-            f"model.drop_path={conf.drop_path} would be ignored: torchvision's {conf.name} sets its own; use timm's"
-        )
+        problem = f"torchvision's {conf.name} sets its own; use timm's"
+        raise UserError(f"model.drop_path={conf.drop_path} would be ignored: {problem}")
     options = get_model_weights(conf.name)
     tags = [*(member.name for member in options), "DEFAULT"]
     path = None
@@ -101,14 +91,7 @@ class _NumbersOnCpu(TorchFunctionMode):
 
 
 def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> nn.Module:
-    """The network with its weights and its own classifier.
-
-    Args:
-        conf: The model's settings.
-        chosen: torchvision's description of its own weights; None for a file's or random ones.
-        path: The file of the weights, or None.
-        load: Whether to read the weights.
-    """
+    """The network with its own classifier and, if `load`, torchvision's own weights `chosen` or those of a file."""
     from torchvision.models import MaxVit, VisionTransformer, get_model
     from torchvision.models.vision_transformer import interpolate_embeddings
 

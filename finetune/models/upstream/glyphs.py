@@ -24,17 +24,11 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundled model.
+    """A bundled model."""
 
-    Attributes:
-        name: `glyph_clip` or `glyph_vit`.
-        config: The content of the model's json file: arguments of the network, preprocessing, class names.
-        weights: The file of the weights: half-precision tensors under upstream's names.
-    """
-
-    name: str
-    config: dict[str, Any]
-    weights: Path
+    name: str  # `glyph_clip` or `glyph_vit`
+    config: dict[str, Any]  # the content of its json file: arguments of the network, preprocessing, class names
+    weights: Path  # half-precision tensors under upstream's names
 
     @property
     def description(self) -> str:
@@ -71,9 +65,7 @@ def read_bundle(name: str) -> Bundle:
     """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: this installation lacks its bundled weights; install finetune again"
-        )
+        raise FileNotFoundError(f"{path} is missing: this installation lacks its weights; install finetune again")
     return Bundle(name, json.loads(path.read_text(encoding="utf-8")), FOLDER / f"{name}.safetensors")
 
 

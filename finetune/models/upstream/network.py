@@ -15,25 +15,20 @@ from finetune.system.errors import UserError
 # How the names of models on the Hugging Face hub and in a local folder begin.
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"
+# The libraries' words for a resize (open_clip's, then timm's) as `Preprocess` has them.
+RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash", "center": "crop", "border": "pad"}
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """A network of one of the libraries with its weights and its own classifier.
+    """A network of one of the libraries with its weights and its own classifier."""
 
-    Attributes:
-        net: The network. From open_clip it is the whole CLIP, or a module whose `visual` is the image tower.
-        preprocess: How the weights expect their images.
-        description: The line about the model with which a run starts.
-        classifiers: `classifiers(net)` gives the names of the modules that give logits.
-        classes: The class names that the weights were trained with; None where they are not known.
-    """
-
-    net: nn.Module
-    preprocess: Preprocess
-    description: str
+    net: nn.Module  # from open_clip the whole CLIP, or a module whose `visual` is the image tower
+    preprocess: Preprocess  # how the weights expect their images
+    description: str  # the line about the model with which a run starts
+    # `classifiers(net)` gives the names of the modules that give logits.
     classifiers: Callable[[nn.Module], Sequence[str]] = lambda net: ()
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | None = None  # the class names that the weights were trained with, where they are known
 
 
 def describe(name: str, kind: str, weights: object, preprocess: Preprocess) -> str:
@@ -43,11 +38,10 @@ def describe(name: str, kind: str, weights: object, preprocess: Preprocess) -> s
 
 def unknown_tag(conf: ModelConf, wanted: str, options: Sequence[str]) -> str:
     """The error text for weights that a model does not have."""
+    problem = f"model.pretrained={wanted}: {conf.name} has no such weights{nearest(wanted, options)}"
     if wanted == "bundled":
-        bundled = f"{glyphs.CLIP} and {glyphs.VIT}"
-        problem = f"model.pretrained=bundled: only {bundled} are bundled, so say which weights of {conf.name}"
-    else:
-        problem = f"model.pretrained={wanted}: {conf.name} has no such weights{nearest(wanted, options)}"
+        bundled = f"only {glyphs.CLIP} and {glyphs.VIT} are bundled, so say which weights of {conf.name}"
+        problem = f"model.pretrained=bundled: {bundled}"
     return f"{problem}; expected {', '.join([*options, 'none (random)'])} or a path"
 
 
@@ -58,10 +52,8 @@ def check_patches(image_size: int, patch_size: int) -> None:
         UserError: `image_size` is not a multiple of `patch_size`, so pixels at the edges would be ignored.
     """
     if image_size % patch_size:
-        fitting = image_size // patch_size * patch_size or patch_size
-        raise UserError(
-            f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}: {fitting} is"
-        )
+        given = f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}"
+        raise UserError(f"{given}: {image_size // patch_size * patch_size or patch_size} is")
 
 
 def side_of(size: Sequence[int] | int, name: str) -> int:
@@ -72,9 +64,8 @@ def side_of(size: Sequence[int] | int, name: str) -> int:
     """
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise UserError(
-            f"{name} takes images of {tuple(sides)} pixels; finetune feeds square images, so set model.image_size"
-        )
+        mend = "finetune feeds square images, so set model.image_size"
+        raise UserError(f"{name} takes images of {tuple(sides)} pixels; {mend}")
     return sides.pop()
 
 

@@ -35,10 +35,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 # Numbers that OpenAI's archives store beside the weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # The exceptions that torch's reader raises on damaged files.
-UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
-    struct.error,
-)
+UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 # An error lists at most this many names of each kind.
 NAMES_SHOWN = 5
 
@@ -53,29 +50,27 @@ def read_state_dict(path: Path) -> StateDict:
         FileNotFoundError: No such file.
         UserError: The file is damaged, holds no weights, or is a pickle that would run code.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"model.pretrained={path}: no such file; expected .safetensors, .pt, .pth, .bin or .npz"
-        )
+    path = path_of(str(path))
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from"
-        )
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is a web page, not weights: the download gave an error page; fetch it again")
-    if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80\x02")):
-        raise UserError(f"{path} was written by torch.save, whatever its name says: rename it to end with .pt")
+    is_named_so = path.suffix == ".safetensors"
     # A safetensors file starts with eight bytes, the length of its JSON header, and then that header.
-    if path.suffix != ".safetensors" and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
-        raise UserError(f"{path} is a safetensors file, whatever its name says: rename it to end with .safetensors")
-    if path.suffix == ".safetensors":
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
+    problem = ""
+    if start.startswith(b"version https://git-lfs"):
+        problem = "is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from"
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        problem = "is a web page, not weights: the download gave an error page; fetch it again"
+    elif is_named_so and not is_safetensors and start.startswith((b"PK", b"\x80\x02")):
+        problem = "was written by torch.save, whatever its name says: rename it to end with .pt"
+    elif is_safetensors and not is_named_so:
+        problem = "is a safetensors file, whatever its name says: rename it to end with .safetensors"
+    elif start and not is_named_so and not start.startswith((b"PK", b"\x80")):
+        problem = "is no weights file: expected what torch.save or safetensors wrote; it may be a damaged download"
+    if problem:
+        raise UserError(f"{path} {problem}")
+    if is_named_so:
         return _clean(_read_safetensors(path), path)
-    if start and not start.startswith((b"PK", b"\x80")):
-        raise UserError(
-            f"{path} is no weights file: expected what torch.save or safetensors wrote; it may be a damaged download"
-        )
     return _clean(_read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
 
 
@@ -86,7 +81,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}): fetch it again") from error
+        raise _damaged(path, error) from error
 
 
 def is_torchscript(path: Path) -> bool:
@@ -105,7 +100,7 @@ def _read_torchscript(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, but OpenAI's archives remain
             tensors = load(str(path), map_location="cpu").state_dict()
     except RuntimeError as error:
-        raise UserError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+        raise _damaged(path, error) from error
     return {name: tensor for name, tensor in tensors.items() if name not in OPENAI_EXTRAS}
 
 
@@ -116,13 +111,13 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise UserError(f"{path} is damaged, or no weights file that torch can read: fetch it again") from error
+            raise _damaged(path, error) from error
         raise UserError(
             f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any"
             " program; save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
         ) from error
-    except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+    except (*UNREADABLE, struct.error) as error:
+        raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
     return content
@@ -169,29 +164,27 @@ def check_npz(path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
-    except (*UNREADABLE, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or incomplete ({_first_line(error)}): fetch it again") from error
+    except (*UNREADABLE, struct.error, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
     if not names:
         raise UserError(f"{path} holds no arrays")
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Iterable[str] = ()) -> None:
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...] = ()
+) -> None:
     """Copy the tensors in `state` into `model`, whose names and shapes must be the same.
 
-    Args:
-        model: Changed in place.
-        state: Tensors by name.
-        source: The path or tag of the weights, for the error.
-        optional: Prefixes of names (the classifier's) that may be missing, left over or of another shape.
+    `source` is the path or tag of the weights, for the error. Names that begin with a prefix of `optional` (the
+    classifier's) may be missing, left over or of another shape.
 
     Raises:
         UserError: Names that are missing, left over, or of another shape; the error lists them.
     """
     mine = model.state_dict()
-    free = tuple(optional)
 
     def strict(names: Iterable[str]) -> list[str]:
-        return sorted(name for name in names if not (free and name.startswith(free)))
+        return sorted(name for name in names if not name.startswith(optional))
 
     missing, unexpected = strict(mine.keys() - state.keys()), strict(state.keys() - mine.keys())
     both = mine.keys() & state.keys()
@@ -200,35 +193,30 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str,
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     listed = [f"{len(names)} {word}: {_shown(names)}" for word, names in faults if names]
     if listed:
-        raise UserError(
-            f"{source} holds the weights of another model than {type(model).__name__} built here ({'; '.join(listed)});"
-            " check model.name"
-        )
+        problem = f"holds the weights of another model than {type(model).__name__} built here"
+        raise UserError(f"{source} {problem} ({'; '.join(listed)}); check model.name")
     model.load_state_dict({name: state[name] for name in fitting}, strict=False)
 
 
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+def _shown(names: list[str], at_most: int = NAMES_SHOWN) -> str:
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
 def misfit_of(error: BaseException) -> str:
     """The error of torch's `load_state_dict` in one line: the names that are missing, unexpected or misshapen."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    shapes = [line.rstrip(".") for line in lines if line.startswith("size mismatch for ")]
     found = []
-    for line in lines:
-        names = re.findall(r'"([^"]+)"', line)
-        if names and line.startswith(("Missing key", "Unexpected key")):
-            found.append(f"{len(names)} {line.partition(' ')[0].lower()}: {_shown(names)}")
-    if shapes:
-        more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
-        found.append(f"{len(shapes)} of another shape: {shapes[0].removeprefix('size mismatch for ')}{more}")
-    return "; ".join(found) or " ".join(lines) or type(error).__name__
+    for word in ("missing", "unexpected"):
+        if line := re.search(rf"{word} key\(s\).*", str(error), re.IGNORECASE):
+            names = re.findall(r'"([^"]+)"', line[0])
+            found.append(f"{len(names)} {word}: {_shown(names)}")
+    if shapes := re.findall(r"size mismatch for (.+?)\.?$", str(error), re.MULTILINE):
+        found.append(f"{len(shapes)} of another shape: {_shown(shapes, at_most=1)}")
+    return "; ".join(found) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _damaged(path: Path, error: Exception) -> UserError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path} is damaged or incomplete ({first_line}): fetch it again")
 
 
 def is_path(text: str) -> bool:
@@ -245,21 +233,17 @@ def path_of(text: str) -> Path:
     """
     path = Path(text).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"model.pretrained={text}: no such file")
+        formats = ".safetensors, .pt, .pth, .bin or .npz"
+        raise FileNotFoundError(f"model.pretrained={text}: no such file; expected {formats}")
     return path
 
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """The metadata in a weights file that finetune wrote; empty for other files.
+    """The metadata in a weights file that finetune wrote; empty for other files."""
 
-    Attributes:
-        preprocess: How the model expects its images.
-        classes: Class names in the order of the logits.
-    """
-
-    preprocess: Preprocess | None = None
-    classes: list[str] | None = None
+    preprocess: Preprocess | None = None  # how the model expects its images
+    classes: list[str] | None = None  # class names in the order of the logits
 
 
 def read_metadata(path: Path | None) -> SavedWeights:
