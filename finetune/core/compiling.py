@@ -32,10 +32,8 @@ def compiled(
         return None
     wanted = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not (shutil.which(wanted) or shutil.which("clang++")):
-        raise UserError(
-            f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: install one (such as the"
-            " package g++), set CXX, or use train.compile=none"
-        )
+        mend = "install one (such as the package g++), set CXX, or use train.compile=none"
+        raise UserError(f"train.compile={mode} on a CPU needs a C++ compiler, and there is no {wanted}: {mend}")
     # Torch compiles at most eight variants of a function and then runs it uncompiled without a word. Without a reset
     # the ninth job of a sweep would train uncompiled.
     torch.compiler.reset()

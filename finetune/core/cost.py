@@ -22,8 +22,6 @@ from finetune.core.layers import LayeredModel
 from finetune.core.optim import build_optimizer
 
 FP32_BYTES = 4
-# In bitsandbytes a tensor of fewer than 4,096 numbers keeps fp32 moments; blocks of 256 8-bit ones share an fp32 scale.
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ class _ItemsAreHalf(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _adamw8bit_bytes(size: int) -> int:
-    """Both moments of a tensor of `size` numbers: 8-bit, or fp32 where it is small."""
-    return 2 * (FP32_BYTES * size if size < SMALLEST_8BIT else size + FP32_BYTES * -(-size // BLOCK_8BIT))
+    """Both moments of a tensor of `size` numbers in bitsandbytes: 8-bit ones, 256 with an fp32 scale, or small fp32."""
+    return 2 * (FP32_BYTES * size if size < 4096 else size + FP32_BYTES * -(-size // 256))
 
 
 def _saved_bytes(model: LayeredModel, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:

@@ -23,18 +23,15 @@ def pick_device(word: str) -> torch.device:
     Raises:
         UserError: This machine has no such device.
     """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if word == "auto":
-        has_mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
     device = torch.device(word)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise UserError(f"device={word}: torch sees no CUDA GPU on this machine; use device=cpu, or device=auto")
-        if device.index is not None and device.index >= count:
-            raise UserError(f"device={word}: this machine has cuda:0 to cuda:{count - 1}")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: torch sees no Apple GPU on this machine; use device=cpu, or device=auto")
+    if (device.type == "cuda" and not has_cuda) or (device.type == "mps" and not has_mps):
+        kind = "CUDA" if device.type == "cuda" else "Apple"
+        raise UserError(f"device={word}: torch sees no {kind} GPU on this machine; use device=cpu, or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={word}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

@@ -53,7 +53,8 @@ def fit(
         NotFiniteError: See `train_one_epoch`.
         UserError: `validation.monitor` is no metric of this validation.
     """
-    while state.epoch < conf.epochs and not _is_patience_over(state, conf.patience):
+    # Early stopping: `patience` epochs in a row were no better than the best one; 0 never stops.
+    while state.epoch < conf.epochs and not 0 < conf.patience <= state.epoch - state.best_epoch:
         began = time.perf_counter()
         images_before = state.sums.count if state.batch else 0
         finished = train_one_epoch(state, train_batches(state.epoch, state.batch), conf, on_step_end=on_step_end)
@@ -159,8 +160,3 @@ def _note_best(state: TrainState, row: Row, monitor: str) -> None:
             raise UserError(f"train.monitor={monitor}: validation gives {names}")
         if is_better(score, state.best_score, monitor):
             state.best_score, state.best_epoch, state.best_is_ema = score, state.epoch, name != monitor
-
-
-def _is_patience_over(state: TrainState, patience: int) -> bool:
-    """Early stopping: `train.patience` epochs in a row were no better than the best one; 0 never stops."""
-    return patience > 0 and state.epoch > 0 and state.epoch - state.best_epoch >= patience

@@ -16,10 +16,9 @@ def set_up_layers(model: LayeredModel, optim: OptimConf, *, train: TrainConf) ->
         UserError: `optim.fix_layer` is out of range, or `train.recompute` would be ignored.
     """
     if train.recompute and not model.is_chain:
-        raise UserError(
-            f"train.recompute=true would be ignored: {type(model.net).__name__} is no plain chain of layers and runs"
-            " only whole; leave it out, and take a smaller data.batch_size with train.accumulate"
-        )
+        why = f"{type(model.net).__name__} is no plain chain of layers and runs only whole"
+        mend = "leave it out, and take a smaller data.batch_size with train.accumulate"
+        raise UserError(f"train.recompute=true would be ignored: {why}; {mend}")
     model.recompute = train.recompute
     has_shorter_run = any(layer.run_class_token is not None for layer in model.layers)
     model.class_token_only = train.class_token_only == ClassTokenOnly.auto and has_shorter_run

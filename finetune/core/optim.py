@@ -61,10 +61,8 @@ def param_groups(model: LayeredModel, conf: OptimConf) -> list[Group]:
             groups.append({**_group(model, row, others, row.name, rule="adamw"), "use_fallback": True})
     # Without this check a linear probe with muon would silently be a run of AdamW.
     if all(group["optimizer"] == "adamw" for group in groups):
-        raise UserError(
-            f"optim={conf.name} would be ignored: no matrix between stem and head learns, and it moves nothing else;"
-            " use optim=adamw, or a lower optim.fix_layer"
-        )
+        why = "no matrix between stem and head learns, and it moves nothing else"
+        raise UserError(f"optim={conf.name} would be ignored: {why}; use optim=adamw, or a lower optim.fix_layer")
     return groups
 
 
@@ -133,10 +131,9 @@ def _timm_optimizer(groups: list[Group], conf: OptimConf) -> Optimizer:
     registry: Any = timm.optim
     names: list[str] = registry.list_optimizers()
     if conf.name not in names:
-        raise UserError(
-            f"optim.name={conf.name}: no optimizer has that name{nearest(conf.name, [*OPTIMIZERS, *names])}; known are"
-            f" {', '.join(OPTIMIZERS)}, and of timm {', '.join(names)}"
-        )
+        close = nearest(conf.name, [*OPTIMIZERS, *names])
+        known = f"{', '.join(OPTIMIZERS)}, and of timm {', '.join(names)}"
+        raise UserError(f"optim.name={conf.name}: no optimizer has that name{close}; known are {known}")
     info = registry.get_optimizer_info(conf.name)
     # A second-order optimizer needs a graph of the gradients, which costs the memory of a second backward pass.
     if info.second_order:

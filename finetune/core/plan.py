@@ -47,8 +47,7 @@ def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[LayerRow
 def planned_rates(layers: Sequence[LayerRow], curve: Curve) -> dict[str, Any]:
     """Every layer's rate over the run, as `rates.json` holds it and `lr.png` draws it.
 
-    Returns:
-        `unit` (of x), `interval` (of the scheduler), `x` (epochs), `layers` (name to rates at x) and `frozen` (names).
+    Keys: `unit` (of x), `interval` (of the scheduler), `x` (epochs), `layers` (name to rates at x), `frozen` (names).
     """
     times = range(0, curve.num_units, max(1, curve.num_units // MAX_POINTS))
     factors = curve.factors()[:: times.step]

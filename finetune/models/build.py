@@ -17,15 +17,18 @@ from finetune.core.preprocess import Preprocess
 from finetune.models.heads.head import Head, TowerWithHead, head_kind, keep_head, put_head, scale_head
 from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
 from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
-from finetune.models.layering.model import layered
-from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers, tower_with_head_layers
+from finetune.models.layering import towers
 from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
 from finetune.models.upstream.network import FOLDER, HUB, Upstream
 from finetune.system.errors import UserError
 
 LIBRARIES = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}
 READERS = {Library.timm: from_timm.read, Library.torchvision: from_torchvision.read}
-LAYERS = {Library.open_clip: open_clip_layers, Library.timm: timm_layers, Library.torchvision: torchvision_layers}
+LAYERS = {
+    Library.open_clip: towers.open_clip_layers,
+    Library.timm: towers.timm_layers,
+    Library.torchvision: towers.torchvision_layers,
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def build_model(
             upstream = READERS[library](conf, load=load)
             net = _with_classifier(upstream, conf, classes, keep=kind == HeadKind.keep and load)
     find = LAYERS[library]
-    layers = tower_with_head_layers(find(net.visual)) if isinstance(net, TowerWithHead) else find(net)
-    model = layered(net, layers).to(target)
+    layers = towers.tower_with_head_layers(find(net.visual)) if isinstance(net, TowerWithHead) else find(net)
+    model = towers.layered(net, layers).to(target)
     if conf.head_scale != 1:
         scale_head(model, conf.head_scale)
     return BuiltModel(model.train(), upstream.preprocess, upstream.description, has_zeroshot)

@@ -19,8 +19,7 @@ from finetune.config import OptimConf
 from finetune.core.layers import Layer, LayeredModel
 from finetune.core.optim import Group
 from finetune.core.rates import rate_table
-from finetune.models.layering.model import spared_names
-from finetune.models.layering.towers import open_clip_layers, timm_layers, torchvision_layers
+from finetune.models.layering.towers import open_clip_layers, spared_names, timm_layers, torchvision_layers
 from finetune.system.errors import UserError
 
 # What DDP and torch.compile put ahead of every name.
@@ -106,7 +105,6 @@ def _layers_of(model: nn.Module) -> list[Layer]:
     for home, find in (*finders.items(), ("clip", open_clip_layers)):
         if home in homes:
             return find(model)
-    raise UserError(
-        f"{type(model).__module__}.{type(model).__name__} is no image tower that finetune can cut into layers:"
-        " pass one of open_clip, timm or torchvision, or a LayeredModel"
-    )
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    mend = "pass one of open_clip, timm or torchvision, or a LayeredModel"
+    raise UserError(f"{name} is no image tower that finetune can cut into layers: {mend}")

@@ -15,8 +15,7 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.models import build_model
 from finetune.models.heads.head import Head, TowerWithHead
-from finetune.models.layering.model import layered
-from finetune.models.layering.towers import open_clip_layers, timm_layers, tower_with_head_layers
+from finetune.models.layering.towers import layered, open_clip_layers, timm_layers, tower_with_head_layers
 
 CLASSES = [str(digit) for digit in range(10)]
 

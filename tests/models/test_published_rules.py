@@ -21,8 +21,7 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.optim import param_groups
 from finetune.models.heads.head import Head, TowerWithHead
-from finetune.models.layering.model import spared_names
-from finetune.models.layering.towers import open_clip_layers, timm_layers, tower_with_head_layers
+from finetune.models.layering.towers import open_clip_layers, spared_names, timm_layers, tower_with_head_layers
 
 warnings.filterwarnings("ignore")
 

@@ -24,7 +24,7 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 class Meter(ABC):
     """Metrics of one pass over a split."""
 
-    def __init__(self, losses: Losses, names: Collection[str]) -> None:
+    def __init__(self, losses: Losses, names: Collection[str] = ("top5",)) -> None:
         """Measure `losses`, top1, and the metrics `names`."""
         self._losses = losses
         self._names = frozenset(names)
@@ -63,10 +63,6 @@ class LabelMeter(Meter):
     or are predicted; scikit-learn leaves absent classes out in the same way. `ece`: see `classes.Calibration`.
     """
 
-    def __init__(self, losses: Losses, names: Collection[str] = ("top5",)) -> None:
-        """See `Meter`."""
-        super().__init__(losses, names)
-
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Take one batch: (batch, classes) and int64 (batch,)."""
         if self._sums is None:
@@ -96,7 +92,6 @@ class LabelMeter(Meter):
 
     def details(self) -> dict[str, Any]:
         """`classes`: images, accuracy, precision and F1 of each; `confusion`: rows true, columns predicted, or None."""
-        assert self._sums is not None, "no batch was added"
         matrix = None if self._counts.matrix is None else self._counts.matrix.tolist()
         return {"classes": _rows(self._counts.present, self._counts.by_class()), "confusion": matrix}
 
@@ -110,7 +105,7 @@ class MultilabelMeter(Meter):
     makes its F1 a little too good; the test must be given it.
     """
 
-    def __init__(self, losses: Losses, names: Collection[str] = ("map",), *, threshold: float | None = None) -> None:
+    def __init__(self, losses: Losses, names: Collection[str], *, threshold: float | None = None) -> None:
         """Measure `losses`, top1, and the metrics `names`; F1 at `threshold`."""
         super().__init__(losses, names)
         self._threshold = threshold
@@ -151,7 +146,6 @@ class MultilabelMeter(Meter):
 
     def details(self) -> dict[str, Any]:
         """`threshold`; `classes`: images with each label, F1 at the threshold and average precision if measured."""
-        assert self._sums is not None, "no batch was added"
         threshold, _, by_class = self._curve.at_best(self._threshold)
         columns = {"f1": by_class}
         if "map" in self._names:
@@ -160,13 +154,10 @@ class MultilabelMeter(Meter):
 
     def threshold(self) -> float | None:
         """See `Meter`."""
-        assert self._sums is not None, "no batch was added"
         return self._curve.at_best(self._threshold)[0]
 
     def _average_precision(self) -> Tensor:
-        if len(self._scores) > 1:  # joined once, so that a second call copies nothing
-            self._scores, self._labels = [torch.cat(self._scores)], [torch.cat(self._labels)]
-        return average_precision(self._scores[0], self._labels[0])
+        return average_precision(torch.cat(self._scores), torch.cat(self._labels))
 
 
 def build_meter(

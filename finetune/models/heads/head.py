@@ -85,11 +85,7 @@ class TowerWithHead(nn.Module):
 
 
 def find_head(net: nn.Module) -> Head:
-    """The only `Head` in a network.
-
-    Raises:
-        UserError: The classifier is not a linear layer, or there are two (a distilled ViT).
-    """
+    """The only `Head` in a network; a UserError where the classifier is not linear, or there are two, as in DeiT."""
     heads = [module for module in net.modules() if isinstance(module, Head)]
     if len(heads) != 1:
         found = f"{len(heads) or 'no'} linear classifier{'s' * (len(heads) != 1)}"
@@ -99,11 +95,7 @@ def find_head(net: nn.Module) -> Head:
 
 
 def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
-    """The kind of head that `model.head` asks for, `auto` resolved.
-
-    Args:
-        conf: The model's settings.
-        has_text: Whether the model has a text tower, which can read class names.
+    """The kind of head that `model.head` asks for, `auto` resolved; a text tower can read class names.
 
     Raises:
         UserError: A zero-shot head without a text tower, or `keep` where the weights have no classifier.
@@ -124,11 +116,7 @@ def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
 
 
 def put_head(net: nn.Module, name: str, num_classes: int, *, dropout: float) -> None:
-    """Replace the module `name`, which gives the logits, by a new random classifier.
-
-    Raises:
-        UserError: That module is neither linear nor a 1 x 1 convolution, or `dropout` would be ignored.
-    """
+    """Replace the module `name`, a linear layer or 1 x 1 convolution that gives the logits, by a new random one."""
     old = net.get_submodule(name)
     if isinstance(old, nn.Linear):
         net.set_submodule(name, Head(old.in_features, num_classes, dropout=dropout))
@@ -147,10 +135,8 @@ def keep_head(
 ) -> None:
     """Turn the module `name`, which gives the logits, into a `Head` with the same weights.
 
-    `known` are the class names that the weights were trained with; None where the file does not say them.
-
-    Raises:
-        UserError: The classifier has other classes than `classes`, or another number of them, or is not linear.
+    `known` are the class names that the weights were trained with; None where the file does not say them. Other
+    `classes`, and a classifier that is not linear, are a UserError.
     """
     old: Any = net.get_submodule(name)
     problem = None

@@ -39,14 +39,9 @@ def set_offsets(
 ) -> None:
     """Set the head's bias so that each class's mean sigmoid equals its share of the training labels.
 
-    Does nothing where the model has no `Head` with a bias, or two. Leaves the model in training mode.
-
-    Args:
-        model: Changed in place.
-        batches: Training batches, of which the inputs are read: at least `IMAGES` images, or all.
-        labels: All training labels, (n, classes), 0 or 1.
-        autocast: Context of the forward pass.
-        start: Id of the first layer to run: `batches` hold the activations of the layers below it.
+    Does nothing where the model has no `Head` with a bias, or two. `labels` are all training labels, 0 or 1, (images,
+    classes). Of `batches`, which hold the activations of the layers below `start`, the inputs of `IMAGES` images or all
+    are read. Leaves the model in training mode.
     """
     heads = [module for module in model.net.modules() if isinstance(module, Head) and module.bias is not None]
     if len(heads) != 1:

@@ -18,12 +18,9 @@ TIMM_KINDS = ("VisionTransformer", "Eva", "Beit")
 
 
 def mean_pool_open_clip(visual: Any, name: str) -> int:
-    """Make an image tower of open_clip pool by the mean, in place; return the length of its features.
+    """Make a VisionTransformer of open_clip pool by the mean, in place; return the length of its features.
 
     The new norm is called `ln_post` like the old one; `proj` is removed. `name` is the model's, for the error.
-
-    Raises:
-        UserError: The tower is not a plain VisionTransformer.
     """
     if type(visual).__name__ != "VisionTransformer" or visual.attn_pool is not None:
         raise UserError(f"model.pool=mean needs a plain ViT, and {name} has none: use model.pool=auto")
@@ -36,12 +33,9 @@ def mean_pool_open_clip(visual: Any, name: str) -> int:
 
 
 def mean_pool_timm(net: Any, name: str) -> None:
-    """Make a timm network pool by the mean, in place: a new `fc_norm` behind the pool, no `norm` ahead of it.
+    """Make a timm network that pools tokens pool by the mean, in place, as timm builds it with `global_pool='avg'`.
 
-    That is the network that timm builds with `global_pool='avg'`. `name` is the model's, for the error.
-
-    Raises:
-        UserError: The network does not pool tokens.
+    It gets a new `fc_norm` behind the pool, and no `norm` ahead of it. `name` is the model's, for the error.
     """
     if type(net).__name__ not in TIMM_KINDS or "attn_pool" in dict(net.named_children()):
         raise UserError(f"model.pool=mean needs a plain ViT, BEiT or EVA, and {name} is none: use model.pool=auto")

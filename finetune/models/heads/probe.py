@@ -82,12 +82,9 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
 
 @torch.no_grad()
 def features_of(model: LayeredModel, images: Tensor) -> Tensor:
-    """The features that the classifier multiplies with its weights. (batch, 3, height, width) -> (batch, n), float32.
+    """The features that the only linear classifier reads. (batch, 3, height, width) -> (batch, n), float32.
 
-    Works on every architecture with one linear classifier. Put the model in eval mode first.
-
-    Raises:
-        UserError: The model has no linear classifier, or two.
+    Put the model in eval mode first.
     """
     head = find_head(model.net)
     inputs: list[Tensor] = []

@@ -67,8 +67,7 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
 def class_prompts(classes: Sequence[str]) -> list[str]:
     """Class names as a sentence holds them: underscores of folder names become spaces.
 
-    Raises:
-        UserError: Two names become the same, or one is empty; a text tower cannot tell such classes apart.
+    Two equal names, or an empty one, are a UserError: a text tower cannot tell such classes apart.
     """
     names = [" ".join(name.replace("_", " ").split()) for name in classes]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)

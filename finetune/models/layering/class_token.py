@@ -87,13 +87,9 @@ def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str],
 
     A subclass of a listed class is not known: its forward pass may be another.
     """
-    others = {*block.modules()} - {block, attention}
-    others |= {module for part in readout for module in part.modules()}
-    return (
-        class_name(block) == kind
-        and class_name(attention) in kinds
-        and all(class_name(module) in TOKENWISE for module in others)
-    )
+    others = {*block.modules()} - {block, attention} | {module for part in readout for module in part.modules()}
+    is_known_kind = class_name(block) == kind and class_name(attention) in kinds
+    return is_known_kind and all(class_name(module) in TOKENWISE for module in others)
 
 
 # timm

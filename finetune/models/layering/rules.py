@@ -82,11 +82,7 @@ def layer_key(name: str, rule: Rule) -> GroupKey | None:
 
 
 def ordered_layers(net: nn.Module, rule: Rule) -> list[Layer]:
-    """Stem, blocks, readout and, where the network has a classifier, head, without the functions that run them.
-
-    Raises:
-        UserError: The rule matches no layer to a parameter or buffer.
-    """
+    """Stem, blocks, readout and, where the network has a classifier, head, without the functions that run them."""
     keys, tensors = _keys(net, rule), {name for name, _ in named_tensors(net)}
     blocks = block_numbers(key for name, key in keys.items() if name in tensors)
     top = max(blocks.values(), default=0) + 1

@@ -59,23 +59,17 @@ MATCHERS: dict[str, Matcher] = {
 }
 # Networks whose `norm_pre` runs ahead of the blocks, as in CLIP. In ConvNeXt that name is the norm behind the blocks.
 PRE_NORM = {"VisionTransformer", "VisionTransformerDistilled", "VisionTransformerSAM", "NaFlexVit", "Eva"}
-# Networks whose `head` is the last block of convolutions, and whose classifier is `fc`.
-HEAD_IS_BLOCK = {"SelecSls"}
-# Networks with several classifiers and learned weights that mix their logits; these weights belong to the head.
-MIXED_HEADS = {"EfficientViM", "EfficientViMDistilled"}
 
 
 def rule_of(net: nn.Module, kinds: set[str]) -> Rule:
-    """Which name of a timm network belongs to which layer; `kinds` are the names of its class and its base classes.
-
-    Raises:
-        UserError: The network has no `group_matcher`.
-    """
+    """Which name of a timm network belongs to which layer; `kinds` are the names of its class and its base classes."""
     classifiers = "|".join(rf"{re.escape(name)}(\.|$)" for name in classifier_names(net)) or NOTHING
     return Rule(
         matcher=next((MATCHERS[kind] for kind in kinds if kind in MATCHERS), None) or _own_matcher(net),
-        head=classifiers + (r"|weights(_dist)?$" if kinds & MIXED_HEADS else ""),
-        readout=r"global_pool(\.|$)" if kinds & HEAD_IS_BLOCK else READOUT,
+        # These have several classifiers and learned weights that mix their logits; the weights belong to the head.
+        head=classifiers + (r"|weights(_dist)?$" if kinds & {"EfficientViM", "EfficientViMDistilled"} else ""),
+        # In SelecSls `head` is the last block of convolutions, and the classifier is `fc`.
+        readout=r"global_pool(\.|$)" if "SelecSls" in kinds else READOUT,
         stem=STEM + (NORM_PRE if kinds & PRE_NORM else ""),
     )
 
@@ -96,13 +90,11 @@ def classifier_names(net: nn.Module) -> list[str]:
 
 def _own_matcher(net: Any) -> Matcher:
     try:
-        matcher: Matcher = net.group_matcher(coarse=False)
+        return net.group_matcher(coarse=False)  # type: ignore[no-any-return]
     except AttributeError as error:
-        raise UserError(
-            f"{type(net).__name__} has no group_matcher, which says the order of its layers,"
-            " and MATCHERS in finetune/models/layering/timm_networks.py has no rule for it"
-        ) from error
-    return matcher
+        problem = f"{type(net).__name__} has no group_matcher, which says the order of its layers"
+        place = "MATCHERS in finetune/models/layering/timm_networks.py"
+        raise UserError(f"{problem}, and {place} has no rule for it") from error
 
 
 def with_timm_steps(net: nn.Module, layers: list[Layer], kinds: set[str]) -> list[Layer]:
@@ -133,18 +125,13 @@ def with_timm_steps(net: nn.Module, layers: list[Layer], kinds: set[str]) -> lis
 # The functions of each family, in the order of its layers: stem, blocks, readout and, `with_head`, the classifier. A
 # bare tower has an Identity in the place of its classifier, and so the whole end of the network is its readout.
 
-
 _TOKENS = through("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
 _END = through("norm", "forward_head")
 
 
 def vision_transformer(net: Any, with_head: bool) -> list[Run]:
     """ViT."""
-    return [_TOKENS, *_blocks(net), *([_pooled, through("head")] if with_head else [_END])]
-
-
-def _blocks(net: Any) -> list[Run]:
-    return in_blocks("blocks.{}", len(net.blocks))
+    return [_TOKENS, *in_blocks("blocks.{}", len(net.blocks)), *([_pooled, through("head")] if with_head else [_END])]
 
 
 def _pooled(net: Any, h: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ def _pooled(net: Any, h: Tensor) -> Tensor:
 
 def distilled(net: Any, with_head: bool) -> list[Run]:
     """Distilled ViT (DeiT): two tokens, each with a classifier of its own; the logits are averaged."""
-    return [_TOKENS, *_blocks(net), *([_two_tokens, _two_heads] if with_head else [_END])]
+    return [_TOKENS, *in_blocks("blocks.{}", len(net.blocks)), *([_two_tokens, _two_heads] if with_head else [_END])]
 
 
 def _two_tokens(net: Any, h: Tensor) -> Tensor:
@@ -180,8 +167,8 @@ def eva(net: Any, with_head: bool) -> list[Run] | None:
 def _eva_stem(net: Any, h: Tensor) -> Tensor:
     if net.rope is not None and net.dynamic_img_size and h.shape[-1] != h.shape[-2]:
         raise UserError(
-            f"images of {h.shape[-1]} x {h.shape[-2]} pixels: with rotary positions and a free image size, layers run"
-            " one by one see only the number of tokens, so images must be square"
+            f"images of {h.shape[-1]} x {h.shape[-2]} pixels must be square: with rotary positions and a free image"
+            " size, layers that run one by one see only the number of tokens"
         )
     return net.norm_pre(net._pos_embed(net.patch_embed(h))[0])  # type: ignore[no-any-return]
 
@@ -194,13 +181,13 @@ def rotary(net: Any, h: Tensor, index: int) -> Tensor | None:
     """The rotary embedding for block `index` of an Eva, as its `_pos_embed` computes it for all blocks."""
     if net.rope is None:
         return None
+    shape = {}
     if net.dynamic_img_size:
         side = math.isqrt(h.shape[1] - net.num_prefix_tokens)
-        embed = net.rope.get_embed(shape=(side, side))
+        shape = {"shape": (side, side)}
     elif type(net.rope).__name__ == "RotaryEmbeddingMRope":  # alone among timm's, it does not store its grid
-        embed = net.rope.get_embed(shape=net.patch_embed.grid_size)
-    else:
-        embed = net.rope.get_embed()
+        shape = {"shape": net.patch_embed.grid_size}
+    embed = net.rope.get_embed(**shape)
     return embed[index] if net.rope_mixed else embed  # type: ignore[no-any-return]
 
 
@@ -250,5 +237,5 @@ def resnet(net: Any, with_head: bool) -> list[Run] | None:
 
 
 def _resnet_head(net: Any, h: Tensor) -> Tensor:
-    logits: Tensor = net.fc(F.dropout(h, float(net.drop_rate), net.training) if net.drop_rate else h)
-    return logits
+    features = F.dropout(h, float(net.drop_rate), net.training) if net.drop_rate else h
+    return net.fc(features)  # type: ignore[no-any-return]

@@ -1,20 +1,21 @@
 """The layers of any image network: `timm_layers`, `open_clip_layers`, `torchvision_layers`.
 
 Each returns an exact list, in which every parameter belongs to one layer, so freezing and layer decay work on every
-network. A network whose class is in `CHAINS` also runs layer by layer. To add a family, write its functions in a module
-of this package and add its line to `CHAINS`; `tests/models` then asks for a small network of it and tests that one.
+network; a network of another kind, or a parameter that no rule names, is a UserError. A network whose class is in
+`CHAINS` also runs layer by layer. To add a family, write its functions in a module of this package and add its line to
+`CHAINS`; `tests/models` then asks for a small network of it and tests that one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from finetune.core.layers import Layer
+from finetune.core.layers import Layer, LayeredModel
 from finetune.models.layering import class_token, open_clip_networks, timm_networks, torchvision_networks
 from finetune.models.layering.class_token import RunBlock, with_class_token_run
 from finetune.models.layering.rules import Rule, ordered_layers
@@ -57,22 +58,14 @@ CHAINS: dict[str, Chain] = {
 
 
 def timm_layers(net: nn.Module) -> list[Layer]:
-    """Stem, blocks, readout of a timm network, and head where it has a classifier (`num_classes` above 0).
-
-    Raises:
-        UserError: A parameter that no rule names, or a network that timm has no matcher for.
-    """
+    """Stem, blocks, readout of a timm network, and head where it has a classifier (`num_classes` above 0)."""
     kinds = _kinds(net)
     layers = ordered_layers(net, timm_networks.rule_of(net, kinds))
     return _with_chain(net, timm_networks.with_timm_steps(net, layers, kinds))
 
 
 def open_clip_layers(visual: nn.Module) -> list[Layer]:
-    """Stem, blocks and readout of the image tower of an open_clip model (`model.visual`): it has no classifier.
-
-    Raises:
-        UserError: A tower of another kind, or the whole CLIP instead of its image tower.
-    """
+    """Stem, blocks and readout of the image tower of an open_clip model (`model.visual`): it has no classifier."""
     if "TimmModel" in _kinds(visual):
         return _timm_model_layers(visual)
     wanted = "image tower of open_clip: expected model.visual, a VisionTransformer, ModifiedResNet or TimmModel"
@@ -80,11 +73,7 @@ def open_clip_layers(visual: nn.Module) -> list[Layer]:
 
 
 def torchvision_layers(net: nn.Module) -> list[Layer]:
-    """Stem, blocks, readout and head of one of torchvision's classification models.
-
-    Raises:
-        UserError: A network that is none of them.
-    """
+    """Stem, blocks, readout and head of one of torchvision's classification models."""
     rules = torchvision_networks.RULES
     wanted = f"classification model of torchvision that can be cut into layers: expected one of {', '.join(rules)}"
     return _with_chain(net, ordered_layers(net, _rule_of(net, rules, f"{wanted}, or a model of timm")))
@@ -94,6 +83,36 @@ def tower_with_head_layers(tower_layers: list[Layer]) -> list[Layer]:
     """The layers of a `TowerWithHead` whose tower has these layers."""
     head = Layer("head", ("head",), None if tower_layers[-1].run is None else through("head"))
     return [*layers_inside("visual", tower_layers), head]
+
+
+@runtime_checkable
+class SparesWeightDecay(Protocol):
+    """An upstream module that names its parameters that should get no weight decay."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names relative to the module."""
+
+
+def spared_names(net: nn.Module) -> frozenset[str]:
+    """The parameters that `net`, or a module in it, spares from weight decay, by their names in `net`."""
+    existing = {name for name, _ in net.named_parameters()}
+    spared = set()
+    for path, module in net.named_modules():
+        if isinstance(module, SparesWeightDecay):
+            spared |= {f"{path}.{name}" if path else name for name in module.no_weight_decay()}
+    return frozenset(spared & existing)
+
+
+def layered(net: nn.Module, layers: Sequence[Layer]) -> LayeredModel:
+    """A `LayeredModel` that spares the parameters that upstream spares, and never trains those that upstream fixes."""
+    for module in list(net.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                # Fixed sine position embeddings, for example. As a buffer it keeps its name, and `freeze` never makes
+                # it learn.
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+    return LayeredModel(net, layers, no_weight_decay=spared_names(net))
 
 
 def _kinds(net: nn.Module) -> set[str]:

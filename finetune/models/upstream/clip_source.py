@@ -34,9 +34,7 @@ class ClipSource:
 def locate(conf: ModelConf, *, load: bool) -> ClipSource:
     """Find the configuration of `conf.name` and, if `load`, its weights; download what no cache has.
 
-    Raises:
-        UserError: A name or tag that open_clip does not know; the error says which ones it knows.
-        FileNotFoundError: A file that does not exist or cannot be downloaded.
+    An unknown name or tag is a UserError that says the known ones; a file that cannot be had is a FileNotFoundError.
     """
     if conf.name == glyphs.CLIP:
         return _bundled(conf, load=load)

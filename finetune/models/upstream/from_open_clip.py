@@ -25,12 +25,9 @@ from finetune.system.errors import UserError
 
 
 def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) -> Upstream:
-    """An open_clip model with the weights of `source`, or random ones unless `load`.
+    """An open_clip model with the weights of `source`, or random ones unless `load`; see `build_model` for the errors.
 
     Without `with_text` only the image tower is built; `net` holds it as `visual`.
-
-    Raises:
-        UserError: A setting that does not fit this model, or weights that do not.
     """
     from open_clip.timm_model import TimmModel
 
@@ -138,10 +135,7 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
 
 
 def _resize_attention_pool(state: dict[str, Tensor], clip: nn.Module) -> None:
-    """Resize the position embeddings in the pooling of CLIP's ResNets, in place, which open_clip does not do.
-
-    Bicubic, as open_clip resizes those of ViTs.
-    """
+    """Resize the position embeddings in the pooling of CLIP's ResNets, in place; bicubic, as open_clip does in ViTs."""
     name = "visual.attnpool.positional_embedding"
     wanted = dict(clip.named_parameters()).get(name)
     if wanted is None or name not in state or state[name].shape[1:] != wanted.shape[1:]:

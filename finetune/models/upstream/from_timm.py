@@ -22,12 +22,7 @@ from finetune.system.errors import UserError
 
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
-    """A timm model with its own classifier, and random weights unless `load`.
-
-    Raises:
-        UserError: A setting that does not fit this model, or weights that do not.
-        FileNotFoundError: Weights that are not found.
-    """
+    """A timm model with its own classifier, and random weights unless `load`; see `build_model` for the errors."""
     return _bundled(conf, load=load) if conf.name == glyphs.VIT else _from_registry(conf, load=load)
 
 
@@ -66,12 +61,13 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     name, path = _locate(conf, load=load)
     wants_weights = load and conf.pretrained != "none"
     source = str(path) if path else name if wants_weights else "random"
+    config = timm.get_pretrained_cfg(name)
     args: dict[str, Any] = {"drop_path_rate": conf.drop_path} if conf.drop_path else {}
-    if conf.image_size:
-        args |= _size_args(name, conf.image_size)
+    if conf.image_size and (config is None or config.fixed_input_size):  # others have no position embeddings
+        args["img_size"] = conf.image_size
     settings = ", ".join(args)
     if wants_weights and path is not None:
-        args |= _file_args(name, path)
+        args |= _file_args(config, path)
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
         with downloads(f"weights of {source}") if fetches else quiet_upstream():
@@ -137,19 +133,8 @@ def _unknown_name(name: str) -> str:
     return f"model.name={name}: {problem}; {listed}"
 
 
-def _size_args(name: str, image_size: int) -> dict[str, Any]:
-    """The arguments with which timm builds for this image size; networks without position embeddings need none."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    return {"img_size": image_size} if config is None or config.fixed_input_size else {}
-
-
-def _file_args(name: str, path: Path) -> dict[str, Any]:
+def _file_args(config: Any, path: Path) -> dict[str, Any]:
     """The arguments with which timm loads a file instead of a hub's, with its own conversions and as strictly."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
     if path.suffix in (".npz", ".npy"):
         weight_files.check_npz(path)
         return {"pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}

@@ -50,12 +50,7 @@ def check_name(name: str) -> None:
 
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
-    """A torchvision model with its own classifier, and random weights unless `load`.
-
-    Raises:
-        UserError: A setting that does not fit this model, or weights that do not.
-        FileNotFoundError: Weights that are not found.
-    """
+    """Torchvision's model with its own classifier, random weights unless `load`; see `build_model` for the errors."""
     from torchvision.models import get_model_weights
 
     if conf.drop_path:

@@ -42,9 +42,7 @@ class Bundle:
     def weights_for(self, conf: ModelConf, *, load: bool) -> Path | None:
         """The file that `model.pretrained` names; None for random weights or, unless `load`, for a person's file.
 
-        Raises:
-            UserError: A tag; the bundled model has no other weights.
-            FileNotFoundError: No such file.
+        A tag is a UserError, and a missing file a FileNotFoundError.
         """
         if conf.pretrained in ("bundled", "none"):
             return self.weights if conf.pretrained == "bundled" else None
@@ -58,11 +56,7 @@ class Bundle:
 
 
 def read_bundle(name: str) -> Bundle:
-    """The bundled model of this name.
-
-    Raises:
-        FileNotFoundError: The package was installed without its data files.
-    """
+    """The bundled model of this name; a FileNotFoundError where the package was installed without its data files."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: this installation lacks its weights; install finetune again")

@@ -46,22 +46,14 @@ def unknown_tag(conf: ModelConf, wanted: str, options: Sequence[str]) -> str:
 
 
 def check_patches(image_size: int, patch_size: int) -> None:
-    """Check that patches cover the whole image.
-
-    Raises:
-        UserError: `image_size` is not a multiple of `patch_size`, so pixels at the edges would be ignored.
-    """
+    """Raise a UserError if `image_size` is no multiple of `patch_size`: pixels at the edges would be ignored."""
     if image_size % patch_size:
         given = f"model.image_size={image_size} must be a multiple of the patch size, {patch_size}"
         raise UserError(f"{given}: {image_size // patch_size * patch_size or patch_size} is")
 
 
 def side_of(size: Sequence[int] | int, name: str) -> int:
-    """Pixels a side of square images.
-
-    Raises:
-        UserError: The model takes images whose height and width differ.
-    """
+    """Pixels a side of square images; a UserError where height and width differ."""
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         mend = "finetune feeds square images, so set model.image_size"

@@ -140,11 +140,8 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
             return _clean(inner, path)
     # Position embeddings are resized later, which a CPU can do in single precision only.
-    tensors = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     if not tensors:
         keys = ", ".join(str(key) for key in list(content)[:NAMES_SHOWN]) or "nothing"
         raise UserError(f"{path} holds no weights: expected tensors by name, found {keys}")
@@ -154,11 +151,7 @@ def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
 
 
 def check_npz(path: Path) -> None:
-    """Check that NumPy can open a `.npz` file, without reading pickled arrays.
-
-    Raises:
-        UserError: The file is damaged, or not an archive of arrays.
-    """
+    """Raise a UserError for a `.npz` file that is damaged or holds no arrays; pickled arrays are not read."""
     import numpy as np
 
     try:
@@ -173,13 +166,10 @@ def check_npz(path: Path) -> None:
 def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...] = ()
 ) -> None:
-    """Copy the tensors in `state` into `model`, whose names and shapes must be the same.
+    """Copy the tensors in `state` into `model`; a UserError lists names that are missing, left over or misshapen.
 
     `source` is the path or tag of the weights, for the error. Names that begin with a prefix of `optional` (the
     classifier's) may be missing, left over or of another shape.
-
-    Raises:
-        UserError: Names that are missing, left over, or of another shape; the error lists them.
     """
     mine = model.state_dict()
 
@@ -226,11 +216,7 @@ def is_path(text: str) -> bool:
 
 
 def path_of(text: str) -> Path:
-    """The file that `model.pretrained` names.
-
-    Raises:
-        FileNotFoundError: No such file.
-    """
+    """The file that `model.pretrained` names; a FileNotFoundError where there is none."""
     path = Path(text).expanduser()
     if not path.is_file():
         formats = ".safetensors, .pt, .pth, .bin or .npz"
