@@ -23,10 +23,8 @@ def compiled(
     """The function of `train.compile` that runs the model in training steps; None for `none`.
 
     Batches of `batch_size` images run compiled, and a short last batch uncompiled: another size would be compiled anew,
-    which takes a minute. On CUDA `max-autotune` also records CUDA graphs. Freeze the model first.
-
-    Raises:
-        UserError: There is no C++ compiler, which code for a CPU needs.
+    which takes a minute. On CUDA `max-autotune` also records CUDA graphs. Freeze the model first. Code for a CPU needs
+    a C++ compiler; without one there is a UserError.
     """
     if mode == CompileMode.none:
         return None

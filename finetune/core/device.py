@@ -18,17 +18,15 @@ WIDE = 256
 
 
 def pick_device(word: str) -> torch.device:
-    """The device that `device=` names; `auto` takes CUDA, else MPS, else the CPU.
-
-    Raises:
-        UserError: This machine has no such device.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    """The device that `device=` names; `auto` takes CUDA, else MPS, else the CPU. A missing one is a UserError."""
     if word == "auto":
-        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(word)
-    if (device.type == "cuda" and not has_cuda) or (device.type == "mps" and not has_mps):
-        kind = "CUDA" if device.type == "cuda" else "Apple"
+    lacks_cuda = device.type == "cuda" and not torch.cuda.is_available()
+    if lacks_cuda or (device.type == "mps" and not torch.backends.mps.is_available()):
+        kind = "CUDA" if lacks_cuda else "Apple"
         raise UserError(f"device={word}: torch sees no {kind} GPU on this machine; use device=cpu, or device=auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={word}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
@@ -39,14 +37,15 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
     """The dtype of the forward and backward pass for `precision=word`: torch.float32, bfloat16 or float16.
 
     `is_wide` says whether most matrices of the model are at least `WIDE` wide: on a CPU, narrower ones lose more time
-    by the casts to bfloat16 than they gain.
-
-    Raises:
-        UserError: fp16 or tf32 on another device than CUDA.
+    by the casts to bfloat16 than they gain. fp16 and tf32 on another device than CUDA are a UserError.
     """
     if word == Precision.auto:
-        on_cpu = device.type == "cpu" and is_wide and cpu_has_bf16()
-        return torch.bfloat16 if on_cpu or (device.type == "cuda" and _gpu_has_bf16(device)) else torch.float32
+        has_bf16 = device.type == "cpu" and is_wide and cpu_has_bf16()
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # torch answers for the current GPU
+                # Older GPUs (T4, V100) only emulate bfloat16, slower than float32.
+                has_bf16 = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.bfloat16 if has_bf16 else torch.float32
     if word in (Precision.fp16, Precision.tf32) and device.type != "cuda":
         raise UserError(f"precision={word} needs a CUDA GPU, not {device.type}; use precision=bf16 or fp32")
     return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(word, torch.float32)
@@ -55,12 +54,6 @@ def pick_precision(word: Precision, device: torch.device, *, is_wide: bool) -> t
 def computed_in(word: Precision, dtype: torch.dtype) -> str:
     """The number format of matrix products: float32, tf32, bfloat16 or float16; `dtype` is that of `pick_precision`."""
     return str(word) if word == Precision.tf32 else str(dtype).removeprefix("torch.")
-
-
-def _gpu_has_bf16(device: torch.device) -> bool:
-    # Older GPUs (T4, V100) only emulate bfloat16, slower than float32. Torch answers for the current GPU.
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:

@@ -38,30 +38,21 @@ class Layer:
 
 
 class LayeredModel(nn.Module):
-    """An upstream network seen as an ordered list of layers.
-
-    Attributes:
-        net: The upstream network with its classifier, the only child: `model.net.state_dict()` has upstream's keys.
-        layers: Stem, blocks, readout, head; the index is the layer id.
-        layer_ids: Name of each parameter and buffer of `net` to the id of the layer that owns it.
-        no_weight_decay: Parameter names that upstream spares from weight decay.
-        num_frozen: How many layers, counted from the stem, do not learn. `freezing.freeze` sets it.
-        recompute: Gradient checkpointing: a second forward pass instead of the memory of activations.
-        class_token_only: The last block runs by its `run_class_token`. False: bit-equal to upstream.
-    """
+    """An upstream network with its classifier, seen as an ordered list of layers: stem, blocks, readout, head."""
 
     def __init__(
         self, net: nn.Module, layers: Sequence[Layer], *, no_weight_decay: frozenset[str] = frozenset()
     ) -> None:
         """Take `net` as it is, without a copy; see `assign_layers` for the errors."""
         super().__init__()
-        self.net = net
+        self.net = net  # the only child: `model.net.state_dict()` has upstream's keys
         self.layers = tuple(layers)  # the index is the layer id: freezing and rates count on this order
-        self.no_weight_decay = no_weight_decay
-        self.num_frozen = 0
-        self.recompute = False  # True saves memory and costs about a third more time
-        self.class_token_only = False
-        # Refuse an unknown name here: in a default layer it would silently learn at a wrong rate.
+        self.no_weight_decay = no_weight_decay  # parameter names that upstream spares from weight decay
+        self.num_frozen = 0  # layers, counted from the stem, that do not learn; `freezing.freeze` sets it
+        self.recompute = False  # gradient checkpointing: saves memory and costs about a third more time
+        self.class_token_only = False  # True: the last block runs by `run_class_token`; False: bit-equal to upstream
+        # The id of the layer that owns each parameter and buffer, by its name in `net`. Refuse an unknown name here: in
+        # a default layer it would silently learn at a wrong rate.
         self.layer_ids = assign_layers(net, self.layers)
 
     @property

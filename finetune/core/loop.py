@@ -34,17 +34,13 @@ class FiniteGuard:
 
     Reading a verdict after every step would make the host wait for the device. So verdicts stay on the device, as a
     mask that fused kernels read, and `look` reads those of many steps at once.
-
-    Attributes:
-        limit: How many bad steps are skipped; the next one ends the run, and no step after it is applied.
-        total: Bad steps of the whole run that the host knows of.
-        mask: float32 () on the device: 1.0 where the optimizer must leave weights and moments alone.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """Guard the weights and running statistics of `model`, which is on `device`."""
-        self.limit, self.total = 0, 0
-        self.mask = torch.zeros((), device=device)
+        self.limit = 0  # bad steps that are skipped; the next one ends the run, and no step after it is applied
+        self.total = 0  # bad steps of the whole run that the host knows of
+        self.mask = torch.zeros((), device=device)  # 1.0 where the optimizer must leave weights and moments alone
         self._unread_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._unread: list[tuple[StepRecord, Tensor]] = []
         self._found: list[StepRecord] = []
