@@ -101,10 +101,12 @@ def _as_layered(model: nn.Module) -> tuple[LayeredModel, str, int]:
 def _layers_of(model: nn.Module) -> list[Layer]:
     """The layers of a bare tower, by the library whose class it is or descends from."""
     homes = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
-    finders = {"timm": timm_layers, "torchvision": torchvision_layers, "open_clip": open_clip_layers}
-    for home, find in (*finders.items(), ("clip", open_clip_layers)):
-        if home in homes:
-            return find(model)
+    if "timm" in homes:
+        return timm_layers(model)
+    if "torchvision" in homes:
+        return torchvision_layers(model)
+    if homes & {"open_clip", "clip"}:
+        return open_clip_layers(model)
     name = f"{type(model).__module__}.{type(model).__name__}"
     mend = "pass one of open_clip, timm or torchvision, or a LayeredModel"
     raise UserError(f"{name} is no image tower that finetune can cut into layers: {mend}")

@@ -116,6 +116,16 @@ def test_what_is_no_weights_file_is_named(content: bytes, words: str, tmp_path: 
         read_state_dict(tmp_path / "w.pt")
 
 
+def test_a_safetensors_file_may_begin_with_the_bytes_of_a_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    for length in range(480, 640):  # a header of 640 bytes: the file begins with 0x80 0x02
+        save_file({"weight": torch.ones(2)}, path, metadata={"note": "x" * length})
+        if path.read_bytes().startswith(b"\x80\x02"):
+            break
+    assert path.read_bytes().startswith(b"\x80\x02")
+    assert read_state_dict(path)["weight"].tolist() == [1, 1]
+
+
 def test_a_wrong_ending_is_named(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"is a safetensors file.*\.safetensors"):

@@ -53,7 +53,7 @@ def read_state_dict(path: Path) -> StateDict:
     path = path_of(str(path))
     with path.open("rb") as file:
         start = file.read(64)
-    is_named_so = path.suffix == ".safetensors"
+    claims_safetensors = path.suffix == ".safetensors"
     # A safetensors file starts with eight bytes, the length of its JSON header, and then that header.
     is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
     problem = ""
@@ -61,15 +61,15 @@ def read_state_dict(path: Path) -> StateDict:
         problem = "is a Git LFS pointer, not the weights themselves: run `git lfs pull` where it came from"
     elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         problem = "is a web page, not weights: the download gave an error page; fetch it again"
-    elif is_named_so and not is_safetensors and start.startswith((b"PK", b"\x80\x02")):
+    elif claims_safetensors and not is_safetensors and start.startswith((b"PK", b"\x80\x02")):
         problem = "was written by torch.save, whatever its name says: rename it to end with .pt"
-    elif is_safetensors and not is_named_so:
+    elif is_safetensors and not claims_safetensors:
         problem = "is a safetensors file, whatever its name says: rename it to end with .safetensors"
-    elif start and not is_named_so and not start.startswith((b"PK", b"\x80")):
+    elif start and not claims_safetensors and not start.startswith((b"PK", b"\x80")):
         problem = "is no weights file: expected what torch.save or safetensors wrote; it may be a damaged download"
     if problem:
         raise UserError(f"{path} {problem}")
-    if is_named_so:
+    if claims_safetensors:
         return _clean(_read_safetensors(path), path)
     return _clean(_read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
 
