@@ -14,8 +14,8 @@ from finetune.core.freezing import freeze
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
-from finetune.runs.checkpoint import read_state, restore, restore_frozen, snapshot, write_state
-from finetune.runs.weights import checksum, copied_weights, frozen_weights, write_weights
+from finetune.runs.checkpoint import read_state, restore, snapshot, write_state
+from finetune.runs.weights import checksum, copied_weights, frozen_weights, restore_frozen, write_weights
 
 SIZES = [8, 8, 8, 3]  # images of the micro-batches of an epoch
 
@@ -69,5 +69,5 @@ def save_state(path: Path, state: TrainState) -> None:
 
 def load_state(path: Path, state: TrainState) -> None:
     content = read_state(path)
-    restore_frozen(content, state.model, path)
+    restore_frozen(state.model, content["frozen"], path)
     restore(content, state, str(path))

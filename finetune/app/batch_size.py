@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from finetune.app.build import Run
-from finetune.app.recipe import peak_optim
+from finetune.app.rate_plan import peak_optim
 from finetune.config import Conf, PrefixCache
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import train_step
@@ -19,11 +19,9 @@ from finetune.system.errors import UserError
 
 logger = logging.getLogger("finetune")
 
-# Images in an optimizer step where the recipe does not say: the default of `data.batch_size`.
-DEFAULT_BATCH = 64
+DEFAULT_BATCH = 64  # of `data.batch_size`; images in an optimizer step where no recipe says how many
 TRIAL_STEPS = 2  # the first step creates the optimizer's moments, so only the second one reaches the peak
-# Share of the memory left free in the trial, for fragmentation, larger images and the loader.
-SPARE = 0.08
+SPARE = 0.08  # share of the memory left free in the trial, for fragmentation, larger images and the loader
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -43,45 +41,37 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def target_images_per_step(conf: Conf) -> int:
-    """Images in an optimizer step with `data.batch_size=auto`: the recipe's, or the default times accumulation."""
+def _target_images_per_step(conf: Conf) -> int:
     return conf.optim.recipe_batch or DEFAULT_BATCH * conf.train.accumulate
 
 
 def with_batch(conf: Conf, size: int) -> Conf:
     """`conf` with micro-batches of `size` images, accumulated to as many images a step as before."""
     data = dataclasses.replace(conf.data, batch_size=size)
-    train = dataclasses.replace(conf.train, accumulate=target_images_per_step(conf) // size)
+    train = dataclasses.replace(conf.train, accumulate=_target_images_per_step(conf) // size)
     return dataclasses.replace(conf, data=data, train=train)
 
 
-def choose_batch(run: Run, fits: Callable[[int], bool] | None = None) -> int:
+def choose_batch(run: Run) -> int:
     """The micro-batch of `data.batch_size=auto`: the largest divisor of the images in a step that fits the GPU.
 
     A divisor, so that each step learns from exactly the same images as with one large batch. On other devices than
     CUDA memory cannot be measured, and the largest divisor up to the default is taken.
 
-    `fits` says whether a size fits; by default two steps on made-up images are tried.
-
     Raises:
         UserError: Not even one image fits.
     """
-    sizes = divisors(target_images_per_step(run.conf))
-    if run.device.type != "cuda" and fits is None:
+    sizes = divisors(_target_images_per_step(run.conf))
+    if run.device.type != "cuda":
         size = next(size for size in reversed(sizes) if size <= DEFAULT_BATCH)
         logger.warning("data.batch_size=auto: memory cannot be measured on %s, taking %d", run.device.type, size)
         return size
-    found = largest_fitting(sizes, fits or (lambda size: _fits(run, size)))
+    found = largest_fitting(sizes, lambda size: _fits(run, size))
     if found is None:
-        raise UserError(
-            f"data.batch_size=auto: not even one image fits. {_advice(with_batch(run.conf, 1), is_auto=True)}"
-        )
-    logger.info(
-        "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step",
-        found,
-        sizes[-1] // found,
-        sizes[-1],
-    )
+        advice = _advice(with_batch(run.conf, 1), is_auto=True)
+        raise UserError(f"data.batch_size=auto: not even one image fits. {advice}")
+    text = "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step"
+    logger.info(text, found, sizes[-1] // found, sizes[-1])
     return found
 
 
@@ -136,17 +126,15 @@ def out_of_memory(run: Run, *, step: int | None = None) -> str:
 def _advice(conf: Conf, *, is_auto: bool) -> str:
     size, accumulate = conf.data.batch_size, conf.train.accumulate
     half = max(1, size // 2)
+    smaller = f"data.batch_size={half} train.accumulate={-(-size * accumulate // half)}"
+    is_in_memory = conf.prefix.cache in (PrefixCache.ram, PrefixCache.device)
     # Each possible change, and whether it would help this run.
     changes = {
-        f"data.batch_size={half} train.accumulate={-(-size * accumulate // half)} learns from as many images a step": (
-            size > 1
-        ),
+        f"{smaller} learns from as many images a step": size > 1,
         "train.recompute=true computes activations twice instead of storing them": not conf.train.recompute,
         "precision=bf16 halves the activations": conf.precision == "fp32",
         "optim.fix_layer=N stores no activations of the layers that it freezes": conf.optim.fix_layer < 0,
-        "prefix.cache=disk or none takes the frozen layers' activations out of memory": (
-            conf.prefix.cache in (PrefixCache.ram, PrefixCache.device)
-        ),
+        "prefix.cache=disk or none takes the frozen layers' activations out of memory": is_in_memory,
         "data.batch_size=auto finds what fits": not is_auto,
         "or take a smaller model or model.image_size": True,
     }

@@ -29,35 +29,22 @@ from finetune.models.patches import patches_as_products, products_dominate
 from finetune.runs.weights import weights_metadata
 from finetune.system.memory import keep_freed_memory
 
-# A fingerprint hashes at most this many names of a split: of two million, every second one. A million take a second.
-MOST_NAMES = 1_000_000
+MOST_NAMES = 1_000_000  # of a split that a fingerprint hashes: of two million images every second; takes a second
 
 
 @dataclass
 class Run:
-    """Everything that a run is built of. Only this room takes it; other rooms take what they need of it.
-
-    Attributes:
-        conf: The settings.
-        folder: The run directory.
-        source: Images and labels.
-        built: The model, its preprocessing and its description.
-        device: Where the model computes.
-        dtype: What forward passes compute in.
-        metrics: Names of the metrics that are measured.
-        monitor: The metric that picks the best epoch with `train.monitor=auto`.
-        is_auto_batch: Whether `data.batch_size=auto` was asked for, whatever number `conf` has by now.
-    """
+    """Everything that a run is built of. Only this room takes it; other rooms take what they need of it."""
 
     conf: Conf
-    folder: Path
+    folder: Path  # the run directory
     source: Source
     built: BuiltModel
     device: torch.device
-    dtype: torch.dtype
-    metrics: tuple[str, ...]
-    monitor: str
-    is_auto_batch: bool = False
+    dtype: torch.dtype  # that forward passes compute in
+    metrics: tuple[str, ...]  # names of the metrics that are measured
+    monitor: str  # the metric that picks the best epoch
+    is_auto_batch: bool = False  # whether the user asked for `data.batch_size=auto`; `conf` may have the number by now
 
     @property
     def model(self) -> LayeredModel:
@@ -97,11 +84,8 @@ class Run:
     def criterion(self) -> Criterion:
         """The training loss, with class weights on the device of the model."""
         weights = self.source.class_weights
-        return build_criterion(
-            self.conf.train,
-            is_multilabel=self.source.is_multilabel,
-            class_weights=None if weights is None else weights.to(self.device),
-        )
+        weights = None if weights is None else weights.to(self.device)
+        return build_criterion(self.conf.train, is_multilabel=self.source.is_multilabel, class_weights=weights)
 
     def built_again(self, device: str) -> LayeredModel:
         """The model as it was before training, with the same layers frozen; on the device `meta` it takes no memory."""
@@ -143,11 +127,9 @@ class Run:
         return Mixer(self.conf.augment, num_classes=len(self.source.classes), seed=self.conf.seed)
 
     def window(self, epoch: int, batch: int) -> list[Batch]:
-        """The micro-batches of one step, made again with the same bits.
+        """The micro-batches of the step that begins with micro-batch `batch` of `epoch`; made again, bit for bit.
 
-        Args:
-            epoch: From 0.
-            batch: The step's first micro-batch, counted in the epoch from 0.
+        Both count from 0.
         """
         data = dataclasses.replace(self.conf.data, workers="0")
         loader = dataclasses.replace(self, conf=dataclasses.replace(self.conf, data=data)).loader("train", train=True)
@@ -168,12 +150,8 @@ class Run:
 
     def metadata(self) -> dict[str, str]:
         """Classes, preprocessing and model settings, as they are stored beside the weights."""
-        return weights_metadata(
-            self.source.classes,
-            self.built.preprocess,
-            as_dict(self.model_conf),
-            is_multilabel=self.source.is_multilabel,
-        )
+        classes, model, is_multilabel = self.source.classes, as_dict(self.model_conf), self.source.is_multilabel
+        return weights_metadata(classes, self.built.preprocess, model, is_multilabel=is_multilabel)
 
 
 def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:

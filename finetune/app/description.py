@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from finetune.app.recipe import batch_notice, images_per_step, peak_optim, run_curve
+from finetune.app.rate_plan import batch_notice, images_per_step, peak_optim, run_curve
 from finetune.config import Conf, Precision, PrefixCache, SourceKind
 from finetune.core.cost import Flops, count_flops, estimate_memory
 from finetune.core.device import WIDE, pick_precision
@@ -40,7 +39,7 @@ def describe(
     Args:
         conf: The run's settings.
         num_classes: Classes of the data; None: those of data=digits, else those of ImageNet-1k.
-        num_images: Training images; None: those of data=digits, else those of ImageNet-1k.
+        num_images: Training images; None: the same.
 
     Raises:
         UserError: A model, a setting or a frozen layer that does not exist.
@@ -51,50 +50,34 @@ def describe(
             "data.batch_size=auto is found by trying sizes on the device, and finetune describe tries nothing:"
             " give a number, such as data.batch_size=64"
         )
-    data = _data_sizes(conf, num_classes, num_images)
-    built = build_model(conf.model, [f"class {index}" for index in range(data.classes)], device="meta")
+    classes, images, assumed = _data_sizes(conf, num_classes, num_images)
+    epoch_images = (conf.data.epoch_images or images) * conf.augment.repeats
+    built = build_model(conf.model, [f"class {index}" for index in range(classes)], device="meta")
     model, size = built.model, built.preprocess.size
     set_up_layers(model, conf.optim, train=conf.train)
-    curve = run_curve(conf, -(-data.epoch_images // conf.data.batch_size))
+    curve = run_curve(conf, -(-epoch_images // conf.data.batch_size))
     optim = peak_optim(conf)
     plan = layer_rows(model, rate_table(model, optim))
     layers = [{**row, "rate_start": row["rate_peak"] * curve.factors()[0]} for row in plan]
+    words = {name: str(getattr(conf.model, name)) for name in ("family", "name", "pretrained", "head")}
     found = {
-        "model": {
-            "family": str(conf.model.family),
-            "name": conf.model.name,
-            "pretrained": conf.model.pretrained,
-            "head": str(conf.model.head),
-            "image_size": size,
-        },
-        "assumed": data.note,
+        "model": {**words, "image_size": size},
+        "assumed": assumed,
         "layers": layers,
         "totals": _totals(layers),
         "memory": _memory(model, conf, size),
-        "compute": _compute(model, conf, size, data.epoch_images),
+        "compute": _compute(model, conf, size, epoch_images),
         "schedule": _schedule(conf, curve, optim.lr),
         "notice": batch_notice(conf),
     }
     return found, planned_rates(plan, curve)
 
 
-@dataclass(frozen=True)
-class DataSizes:
-    """Sizes of the training data.
+def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> tuple[int, int, str]:
+    """Numbers of classes and of training images, and both in words with where they come from.
 
-    Attributes:
-        classes: Number of classes.
-        epoch_images: Images that an epoch shows, repeats included.
-        note: Both numbers of the data in words, and where they come from.
+    Counts data=digits, which costs nothing; for other data it takes the given numbers, or those of ImageNet-1k.
     """
-
-    classes: int
-    epoch_images: int
-    note: str
-
-
-def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> DataSizes:
-    """Counts data=digits, which costs nothing; for other data it takes the given numbers, or those of ImageNet-1k."""
     notes = []
     if conf.data.source == SourceKind.digits and None in (classes, images):
         source = open_source(conf.data)
@@ -107,34 +90,21 @@ def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> DataSize
     if images is None:
         images = IMAGENET_IMAGES
         notes.append("ImageNet-1k's number of images assumed (--images N)")
-    note = f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
-    return DataSizes(classes, (conf.data.epoch_images or images) * conf.augment.repeats, note)
+    return classes, images, f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
 
 
 def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    parameters = sum(row["parameters"] for row in rows)
+    sums = {name: sum(row[name] for row in rows) for name in ("parameters", "decayed", "groups")}
     learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
-    return {
-        "parameters": parameters,
-        "learning": learning,
-        "learning_share": learning / parameters,
-        "decayed": sum(row["decayed"] for row in rows),
-        "groups": sum(row["groups"] for row in rows),
-    }
+    return {**sums, "learning": learning, "learning_share": learning / sums["parameters"]}
 
 
 def _memory(model: LayeredModel, conf: Conf, image_size: int) -> dict[str, Any]:
-    is_wide = products_dominate(model.net, WIDE)
+    is_wide, batch_size = products_dominate(model.net, WIDE), conf.data.batch_size
     dtype, precision = forward_precision(conf, cuda=torch.cuda.is_available(), is_wide=is_wide)
-    memory = estimate_memory(
-        model,
-        image_size,
-        batch_size=conf.data.batch_size,
-        dtype=dtype,
-        averaged=conf.train.ema > 0,
-        optim=conf.optim,
-    )
-    words = {"batch_size": conf.data.batch_size, "precision": precision, "optimizer": f"optimizer ({conf.optim.name})"}
+    averaged, optim = conf.train.ema > 0, conf.optim
+    memory = estimate_memory(model, image_size, batch_size=batch_size, dtype=dtype, averaged=averaged, optim=optim)
+    words = {"batch_size": batch_size, "precision": precision, "optimizer": f"optimizer ({optim.name})"}
     sizes = {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()}
     return {**words, **sizes, "total_bytes": memory.total}
 
@@ -143,18 +113,13 @@ def forward_precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.d
     """Returns the dtype of the forward pass, and the precision in words for the report.
 
     With precision=auto: the choice for this machine, or for the GPU that `device=` names. A GPU that this machine does
-    not have is assumed to have bfloat16.
-
-    Args:
-        conf: `precision` and `device`.
-        cuda: Whether this machine has a CUDA GPU.
-        is_wide: Whether most of the model's work is in matrices of at least `core.device.WIDE` columns.
+    not have is assumed to have bfloat16. `cuda` says whether this machine has a CUDA GPU, and `is_wide` whether most of
+    the model's work is in matrices of at least `core.device.WIDE` columns.
     """
     word, note = conf.precision, ""
     if word == Precision.auto:
-        named = "cuda" if conf.device == "auto" and cuda else "cpu" if conf.device == "auto" else conf.device
-        on_gpu = named.startswith("cuda")
-        device = torch.device(named)
+        device = torch.device(conf.device if conf.device != "auto" else "cuda" if cuda else "cpu")
+        on_gpu = device.type == "cuda"
         is_here = not on_gpu or (cuda and (device.index or 0) < torch.cuda.device_count())
         has_bf16 = not is_here or pick_precision(word, device, is_wide=is_wide) == torch.bfloat16
         word = Precision.bf16 if has_bf16 else Precision.fp32
@@ -178,13 +143,9 @@ def _compute(model: LayeredModel, conf: Conf, image_size: int, epoch_images: int
 
 def _pflop_with_cache(conf: Conf, flops: Flops, epoch_images: int) -> float | None:
     """Work of the run where the activations of the frozen layers are cached; None where none can be cached."""
-    if (
-        not flops.frozen
-        or conf.prefix.cache == PrefixCache.none
-        or why_not_cacheable(conf.augment, conf.data.epoch_images) is not None
-    ):
+    fresh, epochs = why_not_cacheable(conf.augment, conf.data.epoch_images), conf.train.epochs
+    if not flops.frozen or conf.prefix.cache == PrefixCache.none or fresh is not None:
         return None
-    epochs = conf.train.epochs
     views = min(num_views(conf.augment), epochs)
     return (flops.training * epochs - flops.frozen * (epochs - views)) * epoch_images / 1e15
 

@@ -38,9 +38,7 @@ class Feeds:
     def __init__(self, run: Run, check: Callable[[], None]) -> None:
         """Measure the frozen layers, if there are any; activations are computed later.
 
-        Args:
-            run: Everything that the run is built of.
-            check: Called between batches while a cache is filled; an exception from it ends the filling.
+        `check` is called between batches while a cache is filled; an exception from it ends the filling.
 
         Raises:
             UserError: `prefix.cache` or `prefix.dtype` would be ignored.
@@ -49,15 +47,14 @@ class Feeds:
         if model.num_frozen and not model.is_chain:
             _refuse_ignored(run)
             logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
-        self._run = run
-        self._check = check
-        self._val = run.loader("val", train=False)
+        self._run, self._check, self._val = run, check, run.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._planner: CachePlanner | None = None
         if model.boundary:
             size = run.conf.data.batch_size
             self._prefix = FrozenPrefix(model, batch_size=size, autocast=run.autocast(), dtype=run.dtype)
             self._measured = self._measure(self._prefix)
+            self._prefix.stored_as = self._measured.dtype
         else:
             sweep_memory().drop_all_but(())  # activations of earlier jobs would only take memory from this one
 
@@ -68,15 +65,14 @@ class Feeds:
             UserError: The place that `prefix.cache` names is too small.
             OSError: The disk that `prefix.cache` names cannot be written.
         """
-        conf = self._run.conf
-        train, val = self._run.loader("train", train=True), self._val
+        conf, train, val = self._run.conf.train, self._run.loader("train", train=True), self._val
         if self._prefix is None:
             return self._feed(train, "train"), self._feed(val, "val")
-        passes = float(conf.train.epochs) * (2 if conf.train.ema else 1) + self._run.built.has_zeroshot
-        val_cache, val_why = self._plan(val, "val", passes)
-        train_cache, train_why = self._plan_train(train)
-        self._log(self._measured, {"train": (train_cache, train_why), "val": (val_cache, val_why)})
-        feeds = self._feed(train, "train", train_cache), self._feed(val, "val", val_cache)
+        passes = conf.epochs * (2.0 if conf.ema else 1.0) + self._run.built.has_zeroshot
+        val_plan = self._plan(val, "val", passes)
+        train_plan = self._plan_train(train)
+        self._log(self._measured, {"train": train_plan, "val": val_plan})
+        feeds = self._feed(train, "train", train_plan[0]), self._feed(val, "val", val_plan[0])
         feeds[1].fill(0)
         return feeds
 
@@ -94,28 +90,25 @@ class Feeds:
 
     def _measure(self, prefix: FrozenPrefix) -> Measured:
         """Measure the frozen layers, once in a sweep, and make the planner where activations may be cached."""
-        run, conf, memory = self._run, self._run.conf, sweep_memory()
-        if conf.prefix.cache == PrefixCache.none:
-            measured = measure(prefix, self._val, conf.prefix.dtype, run.dtype)
-            prefix.stored_as = measured.dtype
-            return measured
+        run, conf, memory = self._run, self._run.conf.prefix, sweep_memory()
+        if conf.cache == PrefixCache.none:
+            return measure(prefix, self._val, conf.dtype, run.dtype)
         layers = prefix_digest(run.model, run.model_conf, computing(run))
-        name = f"{layers}-{conf.prefix.dtype}-{run.fingerprint('val')}"
+        name = f"{layers}-{conf.dtype}-{run.fingerprint('val')}"
         if name not in memory.measured:
-            memory.measured[name] = measure(prefix, self._val, conf.prefix.dtype, run.dtype)
+            memory.measured[name] = measure(prefix, self._val, conf.dtype, run.dtype)
         measured = memory.measured[name]
-        prefix.stored_as = measured.dtype
-        folder = cache_folder(conf.data.cache_dir) / "activations"
+        folder = cache_folder(run.conf.data.cache_dir) / "activations"
         layers += f"-{str(measured.dtype).removeprefix('torch.')}"  # the precision changes the numbers, too
-        self._planner = CachePlanner(conf.prefix, measured, layers, memory, run.device, folder)
+        self._planner = CachePlanner(conf, measured, layers, memory, run.device, folder)
         return measured
 
     def _plan_train(self, loader: Loader) -> Planned:
-        conf = self._run.conf
-        fresh = why_not_cacheable(conf.augment, conf.data.epoch_images)
+        augment = self._run.conf.augment
+        fresh = why_not_cacheable(augment, self._run.conf.data.epoch_images)
         if fresh is not None:
             return None, fresh
-        return self._plan(loader, "train", conf.train.epochs / num_views(conf.augment))
+        return self._plan(loader, "train", self._run.conf.train.epochs / num_views(augment))
 
     def _plan(self, loader: Loader, split: str, passes: float) -> Planned:
         """Plan the cache of a split whose activations this run reads `passes` times."""
@@ -134,24 +127,13 @@ class Feeds:
 
     def _feed(self, loader: Loader, split: str, cache: ActivationCache | None = None) -> Feed:
         mixer = self._run.mixer() if split == "train" else None
-        return Feed(
-            loader,
-            title=split,
-            device=self._run.device,
-            prefix=self._prefix,
-            cache=cache,
-            mixer=mixer,
-            check=self._check,
-        )
+        device, prefix, check = self._run.device, self._prefix, self._check
+        return Feed(loader, title=split, device=device, prefix=prefix, cache=cache, mixer=mixer, check=check)
 
     def _log(self, measured: Measured, planned: dict[str, Planned]) -> None:
-        logger.info(
-            "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary",
-            self._run.model.boundary - 1,
-            1000 * measured.seconds,
-            measured.bytes / 1000,
-            str(measured.dtype).removeprefix("torch."),
-        )
+        last, dtype = self._run.model.boundary - 1, str(measured.dtype).removeprefix("torch.")
+        text = "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary"
+        logger.info(text, last, 1000 * measured.seconds, measured.bytes / 1000, dtype)
         for split, (cache, why) in planned.items():
             how = "computed in every epoch" if cache is None else f"computed once, cached ({cache.kind})"
             logger.info("  %s: %s: %s", split, how, why)

@@ -19,10 +19,10 @@ from finetune.system.errors import ConfigError
 
 
 def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched: Sequence[Path]) -> None:
-    """Hand over to Hydra: a run, a sweep, or one of its own commands.
+    """Hand over to Hydra, which runs `task` once a job: a run, a sweep, or one of Hydra's own commands.
 
     Args:
-        task: Called once a job, inside Hydra's launcher.
+        task: Called inside Hydra's launcher.
         arguments: Flags and overrides, as Hydra's grammar wants them.
         searched: The folders of yaml files.
 
@@ -50,19 +50,12 @@ def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched
 
 @dataclass
 class RunningJob:
-    """What Hydra says about the job that is running.
+    """What Hydra says about the job that is running; `number` and `sweep` are None for a single run."""
 
-    Attributes:
-        folder: The job's output folder.
-        overrides: The overrides of this job.
-        number: Of the job in its sweep; None for a single run.
-        sweep: The sweep's folder, absolute; None for a single run.
-    """
-
-    folder: Path
+    folder: Path  # the job's output folder
     overrides: list[str]
-    number: int | None
-    sweep: Path | None
+    number: int | None  # of the job in its sweep
+    sweep: Path | None  # the sweep's folder, absolute
 
 
 def current_job() -> RunningJob:

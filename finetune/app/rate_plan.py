@@ -1,4 +1,4 @@
-"""The learning rates that a run plans for each layer: the content of `rates.json`, and the table in the log."""
+"""From a run's settings to its rates: the peak rate, the curve, `rates.json`, and the table of layers in the log."""
 
 from __future__ import annotations
 
@@ -7,15 +7,51 @@ import logging
 from typing import Any
 
 from finetune.app.build import Run
-from finetune.app.recipe import peak_optim
+from finetune.config import Conf, OptimConf
 from finetune.core.plan import layer_rows, planned_rates
-from finetune.core.rates import rate_table
+from finetune.core.rates import rate_table, with_peak_rate
 from finetune.core.sched import Curve
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
 from finetune.system.tables import table
 
 logger = logging.getLogger("finetune")
+
+
+def images_per_step(conf: Conf) -> int:
+    """Images that an optimizer step learns from."""
+    return conf.data.batch_size * conf.train.accumulate
+
+
+def peak_optim(conf: Conf) -> OptimConf:
+    """The optimizer's settings with the head's peak rate as an absolute number."""
+    return with_peak_rate(conf.optim, images_per_step(conf))
+
+
+def run_curve(conf: Conf, batches_per_epoch: int) -> Curve:
+    """The schedule's curve for a run whose epochs have this many micro-batches."""
+    steps = -(-batches_per_epoch // conf.train.accumulate)  # the last step of an epoch may have fewer micro-batches
+    return Curve.of_run(conf.sched, epochs=conf.train.epochs, steps_per_epoch=steps)
+
+
+def batch_notice(conf: Conf) -> str | None:
+    """A warning for a recipe whose rate was tuned for another batch than this run's; None where there is none.
+
+    FT-CLIP's 6e-4 at 2048 images a step, run with 32, trains to chance: its best-known issue.
+    """
+    wanted, batch, rate = conf.optim.recipe_batch, images_per_step(conf), conf.optim.lr
+    if wanted in (0, batch):
+        return None
+    text = (
+        f"BATCH: this run learns from {batch} images a step (data.batch_size={conf.data.batch_size} x"
+        f" train.accumulate={conf.train.accumulate}), and its recipe was tuned for {wanted}."
+    )
+    again = -(-wanted // conf.data.batch_size)
+    reach = f" train.accumulate={again} keeps the recipe's batch" if again * conf.data.batch_size == wanted else ""
+    if conf.optim.lr_base_batch:
+        return f"{text} The rate is scaled to it: peak {peak_optim(conf).lr:.3g}.{reach and reach + '.'}"
+    offer = f"optim.lr_base_batch={wanted} scales the rate to it: peak {rate * batch / wanted:.3g}"
+    return f"{text} The rate is still {rate:g}; {offer}{reach and ';' + reach}."
 
 
 def plan_rates(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
@@ -30,8 +66,7 @@ def plan_rates(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None,
         return plan if before is None else {**plan, "before": before}
     old = dataclasses.replace(curve, epochs=earlier.epochs_before)
     if found is not None:
-        position, per_epoch = max(int(found[0]["scheduler"]["last_epoch"]), 0), curve.units_per_epoch
-        compare_curves(old.factors(), curve.factors(), promise, position=position, units_per_epoch=per_epoch)
+        compare_curves(old, curve, promise, int(found[0]["scheduler"]["last_epoch"]))
     before = planned_rates(layers, old)
     return {**plan, "before": {"epochs": old.epochs, "x": before["x"], "layers": before["layers"]}}
 
@@ -42,10 +77,7 @@ def log_layers(run: Run, num_groups: int) -> None:
     shown = {"id": "id", "layer": "layer", "rate_peak": "rate", "weight_decay": "weight decay"}
     shown |= {"parameters": "parameters", "state": "state"}
     logger.info("%s", table([{name: row[key] for key, name in shown.items()} for row in rows], list(shown.values())))
+    everything = sum(row["parameters"] for row in rows)
     learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
-    logger.info(
-        "%s of %s parameters learn, in %d groups; weight decay spares biases, norms, tokens and positions",
-        f"{learning:,}",
-        f"{sum(row['parameters'] for row in rows):,}",
-        num_groups,
-    )
+    text = f"{learning:,} of {everything:,} parameters learn, in {num_groups} groups"
+    logger.info("%s; weight decay spares biases, norms, tokens and positions", text)

@@ -22,27 +22,16 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
     """Run a stored step forward and backward again, with the weights in `checkpoints/last.safetensors`.
 
     If the run stopped at the step, these are the weights from before it. If it skipped the step, they are the weights
-    of the last epoch that was saved.
-
-    Args:
-        conf: The settings of the run.
-        run_dir: The run directory.
-        step: The optimizer step; None: the first one stored.
+    of the last epoch that was saved. Without a `step` it is the first one stored.
 
     Returns:
         The findings, a line each; whether the loss or a gradient was not finite again.
 
     Raises:
-        FileNotFoundError: No step is stored, or the weights are gone.
+        FileNotFoundError: The step is not stored, or the weights are gone.
         UserError: A file is damaged.
     """
-    folder = run_dir / bad_batch.FOLDER
-    if step is None:
-        steps = sorted(int(path.stem.partition("_")[2]) for path in folder.glob("step_*.pt"))
-        if not steps:
-            raise FileNotFoundError(f"{run_dir} has no stored batch: all of its steps were finite")
-        step = steps[0]
-    window = bad_batch.load(folder / f"step_{step}.pt")
+    step, window = bad_batch.load(run_dir, step)
     with tempfile.TemporaryDirectory() as scratch:  # for the list of unreadable images, so that the run's own stays
         run = build_run(conf, Path(scratch))
     run.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])

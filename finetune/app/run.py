@@ -17,11 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
-from finetune.app.rate_plan import log_layers, plan_rates
-from finetune.app.recipe import batch_notice, peak_optim, run_curve
+from finetune.app.rate_plan import batch_notice, log_layers, peak_optim, plan_rates, run_curve
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
-from finetune.app.training import ranked_by, train_to_the_end
+from finetune.app.training import train_to_the_end
 from finetune.config import CompileMode, Conf, OnNonfinite, as_dict, train_problems
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
@@ -30,9 +29,9 @@ from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
-from finetune.runs.earlier import EarlierRun, Result, find_earlier, flat
+from finetune.runs.earlier import EarlierRun, Result, find_earlier
 from finetune.runs.history import History
-from finetune.runs.resume import Promise, find_state, first_promise, restore_run
+from finetune.runs.resume import find_state, first_promise, restore_run
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_json
 from finetune.system.locks import Holder, run_lock
@@ -50,8 +49,8 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     Args:
         conf: A configuration in which `finetune.config.find_problems` found no fault.
         run_dir: Exists and is empty, or holds a run.
-        overrides: The words of the command line, for the record.
-        quiet: No console output.
+        overrides: The words of the command line, which `result.json` repeats.
+        quiet: Whether to print nothing.
 
     Raises:
         UserError: A mistake that only the model, the data or the folder could show.
@@ -70,8 +69,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
 
 
 def _find_earlier(conf: Conf, run_dir: Path) -> EarlierRun:
-    settings = flat(as_dict(conf))
-    return find_earlier(run_dir, settings, is_resume=conf.resume is not None, force=conf.resume_force)
+    return find_earlier(run_dir, as_dict(conf), is_resume=conf.resume is not None, force=conf.resume_force)
 
 
 def _run(session: Session, *, quiet: bool, dead: Holder | None) -> Result:
@@ -119,7 +117,8 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     _log_start(run, result)
     curve = run_curve(conf, len(run.loader("train", train=True)))
     _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
-    promise = _promise(run, earlier)
+    is_compiled = conf.train.compile != CompileMode.none
+    promise = first_promise(earlier, run.device, deterministic=conf.deterministic, is_compiled=is_compiled)
     found = find_state(run.checkpoints, run.model, run.notes(), promise, force=conf.resume_force)
     plan = plan_rates(run, curve, earlier, found, promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
@@ -155,24 +154,19 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
         saver.wait()
     session.write_result()  # the picture reads it; its status becomes `finished` at the very end
     report.plot_curves(run.folder)
-    saver.finish(History(run.folder / "history.jsonl").rows(), ranked_by(run))
+    saver.finish(History(run.folder / "history.jsonl").rows(), run.monitor)
 
 
 def _log_start(run: Run, result: Result) -> None:
     """Log the model, the data, the device and the batch; `result` gets the device."""
     result |= {"device": environment(run.device)["device"], "computed_in": computed_in(run.conf.precision, run.dtype)}
-    result["monitor"] = ranked_by(run)
+    result["monitor"] = run.monitor
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)
     notice = batch_notice(run.conf)
     if notice is not None:
         logger.warning("%s", notice)
-
-
-def _promise(run: Run, earlier: EarlierRun) -> Promise:
-    is_compiled = run.conf.train.compile != CompileMode.none
-    return first_promise(earlier, run.device, deterministic=run.conf.deterministic, is_compiled=is_compiled)
 
 
 def _with_auto_batch(run: Run, session: Session) -> Run:

@@ -29,7 +29,7 @@ from finetune.system.signals import StopSignals
 logger = logging.getLogger("finetune")
 
 
-def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
+def _stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
     """The same batches, until a signal asks for a stop."""
     for batch in batches:
         stop.check()
@@ -39,7 +39,7 @@ def stoppable(batches: Iterator[Batch], stop: StopSignals) -> Iterator[Batch]:
 def scored(feed: Feed, title: str, stop: StopSignals, meter: Meter) -> Iterator[Batch]:
     """The batches of a split in order, under a bar with the scores in `meter`, until a signal asks for a stop."""
     bar = Bar(title, total=len(feed), images=feed.num_images)
-    for batch in stoppable(bar.wrap(feed.epoch(0)), stop):
+    for batch in _stoppable(bar.wrap(feed.epoch(0)), stop):
         yield batch
         if bar.due():
             bar.show(bar_texts(meter.running()), dropped_first=DROPPED_FIRST)
@@ -74,7 +74,7 @@ def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
     try:
         bar = Bar("linear probe", total=len(train), images=train.num_images)
         features = [
-            features_of_split(run.model, stoppable(batches, stop), run.autocast())
+            features_of_split(run.model, _stoppable(batches, stop), run.autocast())
             for batches in (bar.wrap(train.epoch(0)), val.epoch(0))
         ]
     finally:
@@ -104,16 +104,13 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
         write_scores(run, "test", meter)
         if run.built.has_zeroshot:
             meter = run.meter()
-            zeroshot = _score(run, _untrained(run), scored(feed, "test zero-shot", stop, meter), meter)
+            torch.manual_seed(run.conf.seed)
+            # Built anew, since a copy from the start would take memory during the whole run.
+            untrained = place(run.built_again("cpu"), run.device, run.dtype)
+            zeroshot = _score(run, untrained, scored(feed, "test zero-shot", stop, meter), meter)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in run.headlines}
     finally:
         feed.close()
-
-
-def _untrained(run: Run) -> LayeredModel:
-    """The model before training, built anew: a copy from the start would take memory during the whole run."""
-    torch.manual_seed(run.conf.seed)
-    return place(run.built_again("cpu"), run.device, run.dtype)
 
 
 def _score(run: Run, model: LayeredModel, batches: Iterator[Batch], meter: Meter) -> dict[str, float]:

@@ -15,44 +15,30 @@ from finetune.app.build import Run
 from finetune.config import Conf, as_dict
 from finetune.core.finite import NotFiniteError
 from finetune.runs.earlier import EarlierRun, Result
-from finetune.runs.resume import say_changes
 from finetune.system.files import write_json, write_text
 from finetune.system.locks import Holder
 from finetune.system.signals import Interrupted
-from finetune.system.terminal import command
+from finetune.system.terminal import command, printable
 
 logger = logging.getLogger("finetune")
 
 
 @dataclass
 class Session:
-    """One start of a run. A start that is refused before `accept` leaves the files of an earlier start as they were.
+    """One start of a run. A start that is refused before `accept` leaves the files of an earlier start as they were."""
 
-    Attributes:
-        conf: The settings that the user asked for.
-        run_dir: The run directory.
-        overrides: The words of the command line.
-        earlier: What the folder held before.
-        result: The content of `result.json`, filled step by step.
-        is_accepted: Whether `accept` was called.
-    """
-
-    conf: Conf
+    conf: Conf  # the settings that the user asked for
     run_dir: Path
-    overrides: list[str]
-    earlier: EarlierRun
-    result: Result = field(default_factory=dict)
-    is_accepted: bool = False
+    overrides: list[str]  # the words of the command line
+    earlier: EarlierRun  # what the folder held before
+    result: Result = field(default_factory=dict)  # the content of `result.json`, filled step by step
+    is_accepted: bool = False  # whether `accept` was called
 
     def __post_init__(self) -> None:
         """Begin the result."""
-        self.result |= {
-            "status": "running",
-            "error": None,
-            "overrides": self._all_overrides(),
-            "seed": self.conf.seed,
-            "resumed_at": self.earlier.resumed_at,
-        }
+        resumed_at = [] if self.earlier.result is None else list(self.earlier.result["resumed_at"])
+        self.result |= {"status": "running", "error": None, "overrides": self._all_overrides()}
+        self.result |= {"seed": self.conf.seed, "resumed_at": resumed_at}
 
     def _all_overrides(self) -> list[str]:
         """The words of the first start, where they are not replaced by the words beside `resume=`."""
@@ -71,14 +57,15 @@ class Session:
         logger.info("continuing the run in %s, so far %s", self.run_dir, self.earlier.result["status"])
         if self.earlier.changes:
             logger.info("changed beside resume=%s:", self.run_dir)
-            say_changes(self.earlier.changes)
+        for change in self.earlier.changes:
+            key, before, now = map(printable, (change.key, str(change.before), str(change.now)))
+            logger.info("  - %s: %s", key, before)
+            logger.info("  + %s: %s%s", key, now, "" if change.is_allowed else "   (forced)")
 
     def accept(self, carried_over: Result | None = None, plan: dict[str, Any] | None = None) -> None:
         """Write this start into the folder: from here on nothing can refuse it.
 
-        Args:
-            carried_over: From the earlier start's result, see `carried_over`.
-            plan: New content of `rates.json`, for a run that is continued.
+        A run that is continued brings the entries `carried_over` of its earlier result, and a new `plan` of rates.
         """
         self.is_accepted = True
         own = dataclasses.replace(self.conf, resume=None, resume_force=False)
@@ -95,7 +82,7 @@ class Session:
             write_text(self.run_dir / "config.yaml", config)
 
     def write_result(self) -> None:
-        """Write `result.json`."""
+        """Write `result.json` as far as it is known."""
         write_json(self.run_dir / "result.json", self.result)
 
     def write_end(self) -> None:
@@ -137,7 +124,7 @@ def outcome(error: BaseException) -> tuple[str, str]:
         return "interrupted", f"stopped by {error.signal_name}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "stopped by Ctrl-C"
-    return "failed", f"{error}" or type(error).__name__
+    return "failed", str(error) or type(error).__name__
 
 
 def log_summary(run_dir: Path, result: Result) -> None:

@@ -42,7 +42,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
     """
     training = _Training(run, state, train, val, stop)
     with training.ending(result):
-        finished = fit(
+        is_finished = fit(
             state,
             run.conf.train,
             train_batches=training.train_batches,
@@ -50,7 +50,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
             on_step_end=training.on_step_end,
             on_epoch_end=training.on_epoch_end,
         )
-        if not finished:
+        if not is_finished:
             stop.check()
         if not training.is_saved:
             training.save_epoch(always=True)
@@ -58,7 +58,7 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
 
 
 class _Training:
-    """The two seams of `fit`, and what they share: the saver, the history and the progress bar."""
+    """What `fit` calls after each step and each epoch; it shares the saver, the history and the progress bar."""
 
     def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed, stop: StopSignals) -> None:
         self.run, self.state, self.train, self.val, self.stop = run, state, train, val, stop
@@ -71,7 +71,7 @@ class _Training:
             max_share=conf.max_save_share,
             best_epoch=state.best_epoch,
         )
-        self.validation = Validation(self.val_batches, run.meter(), run.meter(), ranked_by(run))
+        self.validation = Validation(self.val_batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
         self.is_saved = True  # whether the latest epoch is
         self.bar = Bar("", total=0, images=0)
@@ -96,8 +96,8 @@ class _Training:
 
     def val_batches(self, meter: Meter) -> Iterator[Batch]:
         """The validation batches, under a progress bar that shows `meter`."""
-        if self.val.will_fork(0) or self.state.ema is not None:
-            self.saver.wait()  # averages are swapped into the weights, which a save under way may still read
+        if self.val.will_fork(0):
+            self.saver.wait()
         return scored(self.val, "validate", self.stop, meter)
 
     def on_step_end(self, state: TrainState) -> bool:
@@ -120,8 +120,8 @@ class _Training:
         if self.gpu is not None:
             row["mfu"] = self.gpu.share(float(str(row["images_per_s"])), self.speed.get("prefix_hits", 0.0))
         self.history.append(row)
-        best = None if math.isnan(state.best_score) else state.best_score
         epochs, monitor = self.run.conf.train.epochs, self.run.monitor
+        best = None if math.isnan(state.best_score) else state.best_score
         logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=monitor))
         if state.best_epoch == state.epoch:
             write_scores(self.run, "val", self.validation.ema_meter if state.best_is_ema else self.validation.meter)
@@ -147,14 +147,11 @@ class _Training:
         try:
             yield
         except Interrupted:
-            saver.save(state)
-            self.log_skipped_steps()
-            saver.wait()
+            self._save_now()
             logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, run.folder)
             raise
         except ImageError as error:  # a file that was good when the run began
-            saver.save(state)
-            saver.wait()
+            self._save_now()
             again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
             raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
         except NotFiniteError as error:
@@ -173,6 +170,11 @@ class _Training:
             result |= _best_scores(state, self.history.rows())
             result["seconds_saving"] = round(saver.stalled_s, 3)
 
+    def _save_now(self) -> None:
+        self.saver.save(self.state)
+        self.log_skipped_steps()
+        self.saver.wait()
+
     def log_skipped_steps(self) -> None:
         """Store and log each step that was skipped because it was not finite."""
         for record in self.state.guard.take():
@@ -180,16 +182,15 @@ class _Training:
 
     def _store_bad_batch(self, record: StepRecord) -> str:
         """Store the batch of a step that was not finite; returns epoch, step, rates and images in words."""
-        run = self.run
+        run, shown = self.run, bad_batch.shown_names
         names = [run.source.splits["train"].name_of(int(index)) for index in record.ids]
         rates = {group["name"]: group["lr"] for group in self.state.optimizer.param_groups}
         path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
-        logger.debug("images of step %d: %s", record.step, bad_batch.shown_names(names, len(names)))
+        logger.debug("images of step %d: %s", record.step, shown(names, len(names)))
         stored = f"stored in {path}" if path else f"not stored, since {bad_batch.MAX_STORED} batches are already"
         return (
             f"the loss or the gradient norm was not finite in epoch {record.epoch + 1}, step {record.step}, rates"
-            f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {bad_batch.shown_names(names)};"
-            f" {stored}"
+            f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {shown(names)}; {stored}"
         )
 
     def _diverged(self, error: NotFiniteError) -> str:
@@ -210,12 +211,6 @@ def bar_numbers(state: TrainState, bar: Bar, feed: Feed, gpu: Utilisation | None
     if gpu is not None and speed:
         shown["mfu"] = gpu.share(speed, float(feed.is_cached))  # the bar's time does not hold the filling of the cache
     return shown
-
-
-def ranked_by(run: Run) -> str:
-    """The metric that picks the best epochs."""
-    monitor = run.conf.train.monitor
-    return run.monitor if monitor == "auto" else monitor
 
 
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:

@@ -20,17 +20,11 @@ REPEATS = 10
 
 @dataclass(frozen=True)
 class Utilisation:
-    """The work of one image, and the speed of the device.
+    """The work of one image, and the speed of the device."""
 
-    Attributes:
-        training: FLOP of one training image, if all layers run.
-        frozen: The part of them in the frozen layers, which cached activations save.
-        peak: FLOP/s of the device.
-    """
-
-    training: float
-    frozen: float
-    peak: float
+    training: float  # FLOP of one training image, if all layers run
+    frozen: float  # the part of them in the frozen layers, which cached activations save
+    peak: float  # FLOP/s of the device
 
     def share(self, images_per_s: float, hits: float) -> float:
         """The share of the peak in use; `hits` is the share of images whose activations were cached."""
@@ -42,13 +36,9 @@ def measure_utilisation(
 ) -> Utilisation:
     """Count the work of one image, and time a matrix product on `device`.
 
-    Layers that `train.recompute` runs twice count once, since images do not need the second time.
-
-    Args:
-        model: On the meta device, frozen as it trains; changed to not recompute.
-        image_size: Pixels a side.
-        device: Trains the model.
-        dtype: What the forward pass computes in.
+    Layers that `train.recompute` runs twice count once, since images do not need the second time. The `model` is on
+    the meta device, with the layers frozen that the run freezes, and is changed to not recompute; images have
+    `image_size` pixels a side; the forward pass computes in `dtype`.
     """
     model.recompute = False
     flops = count_flops(model, image_size)

@@ -6,7 +6,7 @@ After every optimizer step each average moves a little towards its weight: `aver
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,7 @@ class Ema:
             raise UserError(f"train.ema={decay}: must be greater than 0 and less than 1; 0.9998 is usual")
         self.decay = decay
         self.warmup = warmup
+        self.before_change: Callable[[], None] = lambda: None  # a save that shares the averages' memory finishes here
         self._weights = _moving_tensors(model)
         self._averages = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
 
@@ -42,6 +43,7 @@ class Ema:
         With `warmup` the decay is min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it
         with `num_updates`: the average then forgets the untrained head within some steps, not 1 / (1 - decay).
         """
+        self.before_change()
         weight = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
         torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), weight)
 
@@ -56,6 +58,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self.before_change()
         # Values change places and tensors do not: the optimizer and compiled graphs still refer to the right tensor.
         # Tensor by tensor, since a copy of all weights would cost the memory of a second model.
         for name, weight in self._weights.items():

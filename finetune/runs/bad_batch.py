@@ -26,14 +26,9 @@ MAX_STORED = 10  # so that a run whose every step fails does not fill the disk
 def store(
     run_dir: Path, record: StepRecord, window: Sequence[Batch], *, names: Sequence[str], rates: dict[str, float]
 ) -> Path | None:
-    """Write the micro-batches of a step and return their file; None once MAX_STORED steps are stored.
+    """Write the micro-batches `window` of a step and return their file; None once MAX_STORED steps are stored.
 
-    Args:
-        run_dir: The run directory.
-        record: The step.
-        window: Its micro-batches.
-        names: Of its images, in order.
-        rates: Each parameter group's learning rate.
+    `names` are those of its images, in order; `rates` the learning rates of the parameter groups.
 
     Raises:
         OSError: The files cannot be written.
@@ -43,11 +38,8 @@ def store(
     path = folder / f"step_{record.step}.pt"
     if not path.exists() and len(list(folder.glob("step_*.pt"))) >= MAX_STORED:
         return None
-    content = {
-        "images": [copied_to_host(images) for images, _, _ in window],
-        "targets": [copied_to_host(targets) for _, targets, _ in window],
-        "ids": [copied_to_host(ids) for _, _, ids in window],
-    }
+    parts = enumerate(("images", "targets", "ids"))
+    content = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
     write_atomic(path, lambda temporary: torch.save(content, temporary))
     facts = {
         "epoch": record.epoch + 1,
@@ -61,18 +53,21 @@ def store(
     return path
 
 
-def load(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """(images, targets) of each micro-batch that `store` wrote.
+def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+    """A step that `store` wrote, by default the first one; and (images, targets) of each of its micro-batches.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The step is not stored.
         DamagedError: The file cannot be read.
     """
-    if not path.exists():
-        found = sorted(other.stem.partition("_")[2] for other in path.parent.glob("step_*.pt"))
-        raise FileNotFoundError(f"{path} is not there; stored steps: {', '.join(found) or 'none'}")
-    content = load_tensors(path)
-    return list(zip(content["images"], content["targets"], strict=True))
+    steps = sorted(int(path.stem.partition("_")[2]) for path in (run_dir / FOLDER).glob("step_*.pt"))
+    if not steps:
+        raise FileNotFoundError(f"{run_dir} has no stored batch: all of its steps were finite")
+    step = steps[0] if step is None else step
+    if step not in steps:
+        raise FileNotFoundError(f"{run_dir} has no batch of step {step}; stored steps: {', '.join(map(str, steps))}")
+    content = load_tensors(run_dir / FOLDER / f"step_{step}.pt")
+    return step, list(zip(content["images"], content["targets"], strict=True))
 
 
 def shown_names(names: Sequence[str], most: int = 8) -> str:

@@ -15,33 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
-from finetune.runs.weights import (
-    DamagedError,
-    checksum,
-    copied_to_host,
-    frozen_weights,
-    is_frozen,
-    read_weights,
-    write_error,
-)
+from finetune.runs.weights import DamagedError, copied_to_host, frozen_weights, is_frozen, write_whole
 from finetune.system.errors import UserError
-from finetune.system.files import write_atomic
 
 FORMAT = 4
 COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
 
-# A tree of plain types and tensors.
-Content = dict[str, Any]
+Content = dict[str, Any]  # a tree of plain types and tensors
 
 
 def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Content:
     """A copy, in host memory, of everything that training changes.
 
-    On a CPU a copy of weights, moments and averages would double the memory that they take. Only the optimizer's next
-    step changes them, so the snapshot shares them: write it before that step. On other devices training may go on at
-    once. The snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them.
+    On a CPU a copy of weights, moments and averages would double the memory that they take. Only the next step changes
+    them, so the snapshot shares them: write it before that step. On other devices training may go on at once. The
+    snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them.
 
     Args:
         state: Between two steps.
@@ -58,7 +47,7 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
         "sums": state.sums.state_dict(),
-        "random": random_state(),
+        "random": _random_state(),
         "ema": None if state.ema is None else state.ema.state_dict(),
         "guard": {"total": state.guard.total},
         "rates": state.rates,
@@ -73,13 +62,13 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
     return plain
 
 
-def random_state() -> dict[str, Tensor]:
+def _random_state() -> dict[str, Tensor]:
     """The states of torch's own generators, which dropout and drop path draw from."""
     return {"cpu": torch.get_rng_state(), **{f"cuda:{i}": torch.cuda.get_rng_state(i) for i in _gpus()}}
 
 
-def set_random_state(state: dict[str, Tensor]) -> None:
-    """Restore the generators' states from `random_state`; leaves out devices that this machine lacks."""
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    """Restore the generators' states; leaves out devices that this machine lacks."""
     torch.set_rng_state(state["cpu"])
     for index in _gpus():
         if f"cuda:{index}" in state:
@@ -91,21 +80,14 @@ def _gpus() -> range:
 
 
 def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
-    """Write a snapshot, with the `checksum` of `frozen_weights`; atomic. The older file at `path` moves to `aside`.
+    """Write a snapshot, with the checksum `frozen` of the frozen weights. The older file at `path` moves to `aside`.
 
     torch adds a CRC-32 of every record, which `check_state` compares.
 
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
-
-    def write(temporary: Path) -> None:
-        try:
-            torch.save({**content, "frozen": frozen}, temporary)
-        except RuntimeError as error:
-            raise write_error(error, path) from error
-
-    write_atomic(path, write, aside=aside)
+    write_whole(path, lambda temporary: torch.save({**content, "frozen": frozen}, temporary), aside=aside)
 
 
 def check_state(path: Path) -> None:
@@ -118,7 +100,7 @@ def check_state(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedError.unreadable(path, error) from error
     if damaged is not None:
         raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
 
@@ -132,11 +114,10 @@ def load_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DamagedError(
-            f"{path} was refused: it holds more than numbers, texts and tensors, and loading such a file can run code"
-        ) from error
+        why = "it holds more than numbers, texts and tensors, and loading such a file can run code"
+        raise DamagedError(f"{path} was refused: {why}") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedError.unreadable(path, error) from error
 
 
 def read_state(path: Path) -> Content:
@@ -153,33 +134,8 @@ def read_state(path: Path) -> Content:
     return content
 
 
-def restore_frozen(content: Content, model: LayeredModel, path: Path) -> None:
-    """Give `model` the frozen tensors that the saved run had; call it before anything runs the frozen layers.
-
-    A model built anew mostly has the same ones. But a tensor that is computed while a model is built, such as a
-    position table for another image size, may have other last bits on another processor. Then the tensors come from
-    the weights files beside the checkpoint.
-
-    Raises:
-        UserError: No file beside the checkpoint at `path` holds them.
-    """
-    own = frozen_weights(model)
-    if checksum(own) == content["frozen"]:
-        return
-    for file in (path.with_name("last.safetensors"), path.with_name("best.safetensors")):
-        tensors = read_weights(file)[0] if file.exists() else {}
-        wanted = {name: tensors[name] for name in own if name in tensors}
-        if checksum(wanted) == content["frozen"]:
-            model.net.load_state_dict(wanted, strict=False)
-            return
-    raise UserError(
-        f"{path} was saved above other frozen layers than this model has, and no weights beside it hold them:"
-        " model.pretrained gives other weights by now; put the old ones back, or start a new run"
-    )
-
-
 def restore(content: Content, state: TrainState, path: str) -> None:
-    """Continue from a snapshot, above frozen layers that `restore_frozen` has restored; `path` names it in errors.
+    """Continue from a snapshot, above frozen layers that `restore_frozen` has restored; `path` is for errors.
 
     Raises:
         UserError: The snapshot is of another model or optimizer.
@@ -200,7 +156,7 @@ def restore(content: Content, state: TrainState, path: str) -> None:
         setattr(state, name, content["counters"][name])
     # The scheduler warns if it steps before the optimizer does; here the optimizer has stepped in an earlier session.
     state.optimizer._opt_called = state.step > 0  # type: ignore[attr-defined]
-    set_random_state(content["random"])
+    _set_random_state(content["random"])
 
 
 def _refuse_other_optimizer(content: Content, state: TrainState, path: str) -> None:
@@ -209,8 +165,7 @@ def _refuse_other_optimizer(content: Content, state: TrainState, path: str) -> N
     if names[0] != names[1]:
         raise UserError(f"{path} has other parameter groups: {names[0]}; this run has {names[1]}")
     if [group["optimizer"] for group in saved] != [group["optimizer"] for group in own]:
-        word = saved[-1]["optimizer"]
-        raise UserError(f"{path} was saved with optim={word}: its moments mean nothing to another optimizer")
+        raise UserError(f"{path} was saved with optim={saved[-1]['optimizer']}; no other optimizer can go on from it")
     if (content["ema"] is None) != (state.ema is None):
         raise UserError(f"{path} was saved {'without' if content['ema'] is None else 'with'} averages (train.ema)")
 

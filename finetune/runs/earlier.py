@@ -27,18 +27,15 @@ OWN_FILES = (
 NOT_OF_THE_RUN = ("resume", "resume_force")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
 FREE = (
-    *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share"),
-    *("train.keep", "train.patience"),
-    *("train.on_nonfinite", "train.max_nonfinite"),
-    *("prefix.cache", "prefix.max_gib"),
+    *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share", "train.keep", "train.patience"),
+    *("train.on_nonfinite", "train.max_nonfinite", "prefix.cache", "prefix.max_gib"),
     *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
     "data.on_error",  # the first start has settled which images the run learns from
 )
 # May change: the same arithmetic by other kernels, so the weights differ by rounding.
 ROUNDING = ("device", "deterministic", "train.class_token_only", "train.compile")
 
-Result = dict[str, Any]  # as in `result.json`
-Settings = Mapping[str, Any]  # by dotted key, see `flat`
+Result = dict[str, Any]  # the content of `result.json`
 
 
 class RefusedError(UserError):
@@ -88,18 +85,13 @@ class EarlierRun:
         is_done = self.result is not None and self.result["status"] == "finished"
         return is_done and self.epochs_before is None and not self.is_forced
 
-    @property
-    def resumed_at(self) -> list[int]:
-        """Global steps at which the run was resumed so far."""
-        return [] if self.result is None else list(self.result["resumed_at"])
 
-
-def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: bool) -> EarlierRun:
+def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool, force: bool) -> EarlierRun:
     """What `run_dir` holds of a run, before anything is written there.
 
     Args:
         run_dir: Exists.
-        settings: Of this start.
+        settings: Those of this start, nested by section.
         is_resume: Whether `resume=` names the folder; then settings may change.
         force: Whether any setting may change (`resume_force`).
 
@@ -110,12 +102,12 @@ def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: b
     found = [name for name in OWN_FILES if (run_dir / name).exists()]
     if not config_path.exists():
         if found:
-            without = f"{run_dir} has {', '.join(found)} but no config.yaml"
-            raise RefusedError(f"{without}, so it is no run of finetune: choose another folder")
+            names = ", ".join(found)
+            raise RefusedError(f"{run_dir} has {names} but no config.yaml, so it is no run: choose another folder")
         if is_resume:
             raise RefusedError(f"resume={run_dir}: nothing is there to continue: leave resume out to start a run")
         return EarlierRun()
-    changes = differences(_read_settings(config_path), settings)
+    changes = _differences(_read_settings(config_path), _flat(settings))
     if changes and not is_resume:
         shown = "; ".join(map(str, changes))
         raise RefusedError(
@@ -133,29 +125,29 @@ def find_earlier(run_dir: Path, settings: Settings, *, is_resume: bool, force: b
     return EarlierRun(_read_result(run_dir / "result.json"), changes)
 
 
-def differences(before: Settings, now: Settings) -> list[Change]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The settings that differ. A setting that `before` lacks, since it is younger than the run, has its default."""
-    own = {**flat(as_dict(Conf())), **before}
+    own = {**_flat(as_dict(Conf())), **before}
     keys = [key for key in {**own, **now} if key not in NOT_OF_THE_RUN]
     return [Change(key, own.get(key), now.get(key)) for key in keys if own.get(key) != now.get(key)]
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
 
 
-def _read_settings(path: Path) -> Settings:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RefusedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise RefusedError(f"{path} is damaged: it holds no settings")
-    return flat(found)
+    return _flat(found)
 
 
 def _read_result(path: Path) -> Result:

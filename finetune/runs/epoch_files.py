@@ -8,6 +8,7 @@ epoch that `last.pt` names, so it is whole at every moment and costs no space.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ logger = logging.getLogger("finetune")
 
 STATE, STATE_BEFORE, DAMAGED_STATE = "last.pt", "previous.pt", "damaged.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
-# Names of best weights in run directories of earlier versions.
-OLD_NAMES = ("best.pending", "best.before")
+OLD_NAMES = ("best.pending", "best.before")  # of best weights in run directories of earlier versions
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -32,31 +32,22 @@ def epoch_path(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:04d}.safetensors"
 
 
-def _epoch_paths(folder: Path) -> dict[int, Path]:
-    found = [(path.stem.partition("_")[2], path) for path in folder.glob("epoch_*.safetensors")]
-    return {int(digits): path for digits, path in found if digits.isdigit()}
-
-
 def remove_epochs(folder: Path, *, but: Collection[int]) -> None:
     """Remove the weights files of all epochs but those given."""
-    for epoch, path in _epoch_paths(folder).items():
-        if epoch not in but:
+    for path in list(folder.glob("epoch_*.safetensors")):
+        digits = path.stem.partition("_")[2]
+        if digits.isdigit() and int(digits) not in but:
             path.unlink()
 
 
 def epoch_score(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
-    """(score, whether it is that of the averaged weights) of an epoch; NaN for null.
+    """The score of an epoch by its row of the history, NaN for null; and whether the averaged weights have it.
 
-    Args:
-        row: The epoch's row of the history.
-        monitor: The metric that ranks epochs, such as `val/top1`.
+    `monitor` is the metric that ranks epochs, such as `val/top1`.
     """
-    plain, averaged = (_number(row.get(name)) for name in (monitor, monitor.replace("val/", "val_ema/", 1)))
+    found = (row.get(name) for name in (monitor, monitor.replace("val/", "val_ema/", 1)))
+    plain, averaged = (math.nan if score is None else float(score) for score in found)
     return (averaged, True) if is_better(averaged, plain, monitor) else (plain, False)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
 def best_epochs(rows: Sequence[Mapping[str, Any]], monitor: str, count: int) -> list[int]:
@@ -86,12 +77,8 @@ def latest_state(folder: Path) -> tuple[Content, Path] | None:
         if not previous.exists():
             raise UserError(f"{error}; there is none before it: remove {folder} to start from the beginning") from error
         content = read_state(previous)
-        logger.warning(
-            "%s. Falling back to the checkpoint before it, of step %d; the damaged file is now %s",
-            error,
-            content["counters"]["step"],
-            DAMAGED_STATE,
-        )
+        text = "%s. Falling back to the checkpoint before it, of step %d; the damaged file is now %s"
+        logger.warning(text, error, content["counters"]["step"], DAMAGED_STATE)
         last.replace(folder / DAMAGED_STATE)
         return content, previous
 

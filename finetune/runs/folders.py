@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -21,44 +22,46 @@ def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
     If the folder exists it takes the next microsecond, so that runs which a script starts at once do not share one.
 
     Raises:
-        OSError: The folder cannot be made; says why in one line.
+        OSError: The folder cannot be made.
     """
     when = datetime.now() if now is None else now
     base = OUTPUTS / "sweeps" if multirun else OUTPUTS
     while True:
         folder = base / when.strftime("%Y-%m-%d") / when.strftime("%H-%M-%S-%f")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise _unusable(folder, "a file is in its way") from None
-            when += timedelta(microseconds=1)
-        except OSError as error:
-            raise _unusable(folder, error.strerror or type(error).__name__) from None
+        with _explained(folder):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+        when += timedelta(microseconds=1)
 
 
 def usable_folder(folder: Path) -> Path:
-    """Make the folder that a person named, or check that files can be written there; the folder.
+    """The folder that a person named, made if it is not there.
 
     Raises:
-        OSError: They cannot; says why in one line.
+        OSError: Files cannot be written there.
     """
-    try:
+    with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise _unusable(folder, "a file is in its way") from None
-    except OSError as error:
-        raise _unusable(folder, error.strerror or type(error).__name__) from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _unusable(folder, "it may not be written")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it may not be written")
     return folder
 
 
-def _unusable(folder: Path, reason: str) -> OSError:
-    elsewhere = "give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
-    return OSError(f"cannot write to {folder}: {reason}; {elsewhere}")
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn an OSError into one that says in one line why `folder` cannot be used, and how to name another."""
+    try:
+        yield
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError)
+        reason = "a file is in its way" if is_file else error.strerror or type(error).__name__
+        elsewhere = "give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
+        raise OSError(f"cannot write to {folder}: {reason}; {elsewhere}") from None
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
     """The folder of a run or sweep: the one that a person named, or a new one, which is removed if it stays empty.
 
     Raises:
-        OSError: The folder cannot be written; says why in one line.
+        OSError: The folder cannot be written.
     """
     if given is not None:
         yield usable_folder(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
-from finetune.runs.checkpoint import Content, restore, restore_frozen
-from finetune.runs.earlier import ROUNDING, Change, EarlierRun
+from finetune.core.sched import Curve
+from finetune.runs.checkpoint import Content, restore
+from finetune.runs.earlier import ROUNDING, EarlierRun
 from finetune.runs.epoch_files import latest_state, settle
 from finetune.runs.history import History
+from finetune.runs.weights import restore_frozen
 from finetune.system.errors import UserError
-from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
 
@@ -51,14 +52,11 @@ class Promise:
 
 
 def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: bool, is_compiled: bool) -> Promise:
-    """The promise of a run on `device`, from its settings (`deterministic`, `train.compile`) and its earlier sessions.
-
-    `find_state` may weaken it.
-    """
+    """The promise of a run on `device`, from its settings and its earlier starts; `find_state` may weaken it."""
     promise = Promise()
-    if earlier.result is not None:
-        for reason in earlier.result.get("promise_reasons", []):
-            promise.weaken(str(earlier.result["promise"]), str(reason))
+    result = earlier.result or {}
+    for reason in result.get("promise_reasons", []):
+        promise.weaken(str(result["promise"]), str(reason))
     if device.type == "cuda" and not deterministic:
         promise.weaken("close", "CUDA kernels add up in any order; deterministic=true makes it bitwise")
     if device.type == "mps":
@@ -73,38 +71,29 @@ def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: b
     return promise
 
 
-def say_changes(changes: Sequence[Change]) -> None:
-    """Log the settings that differ from the run's own, as a diff."""
-    for change in changes:
-        forced = "" if change.is_allowed else "   (forced)"
-        logger.info("  - %s: %s", printable(change.key), printable(str(change.before)))
-        logger.info("  + %s: %s%s", printable(change.key), printable(str(change.now)), forced)
-
-
 def find_state(
     checkpoints: Path, model: LayeredModel, notes: Mapping[str, str], promise: Promise, *, force: bool
 ) -> Saved | None:
     """The newest checkpoint that can be read; None where nothing was saved. Restores the frozen layers of `model`.
 
-    Call it once the model is frozen, and before anything runs the frozen layers or stores their output. The promise is
-    weakened if the checkpoint was saved with other `notes` (machine, versions, training images).
+    Call it after the model is frozen, and before anything runs the frozen layers. The promise is weakened if the
+    checkpoint was saved with other `notes` (machine, versions, training images).
 
     Raises:
-        UserError: No checkpoint can be read, the images differ without `force`, or see `checkpoint.restore_frozen`.
+        UserError: No checkpoint can be read, the images differ without `force`, or see `restore_frozen`.
     """
     found = latest_state(checkpoints)
     if found is None:
         return None
-    for name, before in found[0]["notes"].items():
-        if before == notes[name]:
-            continue
+    changed = {name: before for name, before in found[0]["notes"].items() if before != notes[name]}
+    for name, before in changed.items():
         if name == "images" and not force:
             raise UserError(
                 f"the training images are not those that the run began with ({before} -> {notes[name]}: number, names"
                 " or labels differ); put them back, start a new run, or add resume_force=true"
             )
         promise.weaken("none" if name == "images" else "close", f"{name}: {before} -> {notes[name]}")
-    restore_frozen(found[0], model, found[1])
+    restore_frozen(model, found[0]["frozen"], found[1])
     return found
 
 
@@ -121,28 +110,20 @@ def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
     History(run_dir / "history.jsonl").cut(state.epoch)
 
 
-def compare_curves(
-    before: Sequence[float], now: Sequence[float], promise: Promise, *, position: int, units_per_epoch: int
-) -> None:
-    """Log how another number of epochs changes the rate curve; the promise is `none` if it differs so far.
+def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -> None:
+    """Log how another number of epochs changes the rate curve; the promise is `none` if the past would be another.
 
-    Args:
-        before: Factor of the rate in each unit of the scheduler, as the run was planned.
-        now: The same with the new number of epochs.
-        promise: Weakened where the units so far had other factors.
-        position: The scheduler's unit at which the run continues.
-        units_per_epoch: Steps an epoch, or 1 where the scheduler counts epochs.
+    `position` is the scheduler's unit at which the run continues.
     """
-    epochs = f"train.epochs {len(before) // units_per_epoch} -> {len(now) // units_per_epoch}"
-    if all(old == new for old, new in zip(before[: position + 1], now, strict=False)):
+    epochs, old, new = f"train.epochs {before.epochs} -> {now.epochs}", before.factors(), now.factors()
+    if all(one == other for one, other in zip(old[: position + 1], new, strict=False)):
         logger.info("%s: the rate curve up to here is the same", epochs)
         return
     promise.weaken("none", f"{epochs} draws another rate curve; the epochs so far had an earlier one")
-    factors = [
-        f"epoch {unit // units_per_epoch + 1}: {now[unit]:.3g}"
-        + (f" (was to be {before[unit]:.3g})" if unit < len(before) else "")
-        for unit in range(position, len(now), max(1, (len(now) - position) // 5))
-    ]
+    factors = []
+    for unit in range(position, len(new), max(1, (len(new) - position) // 5)):
+        planned = f" (was to be {old[unit]:.3g})" if unit < len(old) else ""
+        factors.append(f"epoch {unit // now.units_per_epoch + 1}: {new[unit]:.3g}{planned}")
     logger.info("the rate's factor from here on, lr.png shows both curves: %s", ", ".join(factors))
 
 

@@ -84,10 +84,10 @@ class Saver:
         max_share: float = 1.0,
         best_epoch: int = 0,
     ) -> None:
-        """Save into `folder`.
+        """Save into `folder`, which exists.
 
         Args:
-            folder: `checkpoints/` of the run directory; exists.
+            folder: `checkpoints/` of the run directory.
             metadata: Goes into every weights file.
             notes: Goes into every state.
             keep: Number of best epochs whose weights files stay. Above 1 every epoch is saved.
@@ -97,7 +97,6 @@ class Saver:
         """
         self.folder = folder
         self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
-        self.writing_s = 0.0  # processor time of the writing threads
         self._metadata, self._notes = dict(metadata), dict(notes)
         self._keep, self._max_share = keep, max_share
         self._cost_s = 0.0  # how long the latest save took
@@ -144,7 +143,7 @@ class Saver:
 
         Args:
             state: After the epoch.
-            rows: Of the history, the epoch's own at the end.
+            rows: The history; its last row is the epoch's.
             monitor: The metric that ranks epochs.
             thresholds: Of the weights and of their averages, as validation chose them; None: one label an image.
             left_s: Estimated seconds until the end of the run.
@@ -217,7 +216,7 @@ class Saver:
         """
         self.wait()
         if self._best is not None:
-            self._write_epoch(self._best)
+            _write_epoch(self.folder, self._best)
             self._make_best(self._best.epoch)
             self._best = None
         write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
@@ -258,6 +257,8 @@ class Saver:
         self._saved_at = time.monotonic()
         if self._hook is None and state.device.type == "cpu":
             self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._wait_before_update())
+            if state.ema is not None:  # averages also move after a step whose update was skipped
+                state.ema.before_change = self._wait_before_update
         # A daemon: after a second Ctrl-C nobody waits for it. Its unfinished file has a temporary name.
         self._thread = threading.Thread(target=self._work, args=(save,), name="saver", daemon=True)
         self._thread.start()
@@ -267,7 +268,7 @@ class Saver:
         try:
             needed, free = save.num_bytes, shutil.disk_usage(self.folder).free
             if free < needed + SPARE_BYTES:
-                raise OSError(errno.ENOSPC, f"{_mb(needed)} are needed and {_mb(free)} are free")
+                raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
             self._write(save)
         except OSError as error:
             self._error = NoSpaceError(
@@ -277,7 +278,6 @@ class Saver:
         except Exception as error:  # the training thread raises it after its step
             self._error = error
         finally:
-            self.writing_s += time.thread_time()
             self._cost_s = time.monotonic() - began
 
     def _write(self, save: _Save) -> None:
@@ -287,7 +287,7 @@ class Saver:
         are still there. What a kill leaves undone after it, `settle` does.
         """
         for weights in save.epochs:
-            self._write_epoch(weights)
+            _write_epoch(self.folder, weights)
         if save.last in save.epochs:
             link_or_copy(epoch_path(self.folder, save.last.epoch), self.folder / LAST)
         elif save.last is not None:
@@ -302,16 +302,13 @@ class Saver:
         if save.kept is not None:
             remove_epochs(self.folder, but={*save.kept, before, best_epoch})
 
-    def _write_epoch(self, weights: _Weights) -> None:
-        write_weights(epoch_path(self.folder, weights.epoch), weights.tensors, weights.metadata)
-
     def _make_best(self, epoch: int) -> None:
         link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)
         self._best_on_disk = epoch
 
 
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+def _write_epoch(folder: Path, weights: _Weights) -> None:
+    write_weights(epoch_path(folder, weights.epoch), weights.tensors, weights.metadata)
 
 
 def _size(tree: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ Tensors = Mapping[str, Tensor]
 
 class DamagedError(UserError):
     """A checkpoint that cannot be read, or that differs from what was written."""
+
+    @classmethod
+    def unreadable(cls, path: Path, error: Exception) -> DamagedError:
+        """The error for a file that another error kept from being read."""
+        return cls(f"{path} cannot be read: {str(error).splitlines()[0]}")
 
 
 def weights_metadata(
@@ -74,12 +79,11 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; atomic.
+    """Write tensors under upstream's own names, metadata, and a checksum of the tensors.
 
     Raises:
         OSError: The disk is full; an older file at `path` is untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {**metadata, "sha256": checksum(tensors)}
@@ -88,18 +92,20 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
-        try:
-            save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
-        except SafetensorError as error:
-            raise write_error(error, path) from error
+        save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
         temporary.chmod(mode)  # `save_file` lets nobody but the owner read
 
-    write_atomic(path, write)
+    write_whole(path, write)
 
 
-def write_error(error: Exception, path: Path) -> OSError:
-    """The OSError behind an error that torch or safetensors raised because they could not write to `path`."""
-    return OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path))
+def write_whole(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
+    """`write_atomic`, with an OSError in the place of what torch and safetensors raise where they cannot write."""
+    from safetensors import SafetensorError
+
+    try:
+        write_atomic(path, write, aside=aside)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
 
 
 def checksum(tensors: Tensors) -> str:
@@ -128,7 +134,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedError.unreadable(path, error) from error
     if "sha256" in metadata and metadata["sha256"] != checksum(tensors):
         raise DamagedError(f"{path} is damaged: its checksum differs from what was written")
     return tensors, metadata
@@ -144,3 +150,28 @@ def put_weights(tensors: Tensors, model: LayeredModel, path: Path) -> None:
         model.net.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {type(model.net).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def restore_frozen(model: LayeredModel, wanted: str, path: Path) -> None:
+    """Give `model` the frozen tensors of the run that saved `path`; call it before anything runs the frozen layers.
+
+    A model built anew mostly has the same ones, with the checksum `wanted`. But a tensor that is computed while a model
+    is built, such as a position table for another image size, may have other last bits on another processor. Then the
+    tensors come from the weights files beside the checkpoint.
+
+    Raises:
+        UserError: No file beside the checkpoint at `path` holds them.
+    """
+    own = frozen_weights(model)
+    if checksum(own) == wanted:
+        return
+    for file in (path.with_name("last.safetensors"), path.with_name("best.safetensors")):
+        tensors = read_weights(file)[0] if file.exists() else {}
+        found = {name: tensors[name] for name in own if name in tensors}
+        if checksum(found) == wanted:
+            model.net.load_state_dict(found, strict=False)
+            return
+    raise UserError(
+        f"{path} was saved above other frozen layers than this model has, and no weights beside it hold them:"
+        " model.pretrained gives other weights by now; put the old ones back, or start a new run"
+    )

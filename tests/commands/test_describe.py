@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from finetune.__main__ import main as finetune
-from finetune.app.recipe import peak_optim
+from finetune.app.rate_plan import peak_optim
 from finetune.app.run import run
 from finetune.config import Family, LayerRule, ModelConf
 from finetune.config.words.configuration import compose

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.app.recipe import batch_notice, peak_optim, run_curve
+from finetune.app.rate_plan import batch_notice, peak_optim, run_curve
 from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, find_problems
 from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze

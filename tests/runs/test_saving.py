@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import tiny_batches, tiny_model
 from tiny_runs import load_state, save_state, save_weights, tiny_fit, tiny_state
 
-from finetune.config import TrainConf
+from finetune.config import OptimConf, TrainConf
 from finetune.core.ema import Ema
 from finetune.core.loop import TrainState, train_step
 from finetune.runs import saver as saving
@@ -89,10 +89,15 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "last.pt")
 
 
-def test_an_update_on_a_cpu_waits_for_the_save_that_shares_its_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_a_step_on_a_cpu_waits_for_the_save_that_shares_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finite: bool
 ) -> None:
-    keeper, state, gate = saver(tmp_path), tiny_state(tiny_model()), threading.Event()
+    """A step that is not finite calls no optimizer without a fused kernel, and yet the averages move."""
+    conf = OptimConf(lr=0.02) if is_finite else OptimConf(name="adafactor", lr=0.02)
+    keeper, state, gate = saver(tmp_path), tiny_state(tiny_model(), conf), threading.Event()
+    state.ema, state.guard.limit = Ema(state.model, 0.9), 1
+    train_step(state, tiny_batches([4]), TrainConf())
     write = saving.write_state
 
     def slow(*args: Any, **kwargs: Any) -> None:
@@ -101,14 +106,19 @@ def test_an_update_on_a_cpu_waits_for_the_save_that_shares_its_tensors(
 
     monkeypatch.setattr(saving, "write_state", slow)
     before = {name: tensor.clone() for name, tensor in state.model.net.state_dict().items()}
+    averages = {name: tensor.clone() for name, tensor in state.ema.state_dict().items()}
     keeper.save(state)
     threading.Timer(0.5, gate.set).start()
-    train_step(state, tiny_batches([4]), TrainConf())
+    inputs, targets, ids = tiny_batches([4])[0]
+    train_step(state, [(inputs if is_finite else inputs * float("nan"), targets, ids)], TrainConf())
     assert gate.is_set()
     keeper.wait()
-    saved = read_state(tmp_path / "last.pt")["model"]
-    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
-    assert not all(torch.equal(state.model.net.state_dict()[name], tensor) for name, tensor in before.items())
+    saved = read_state(tmp_path / "last.pt")
+    assert all(torch.equal(saved["model"][name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(saved["ema"][name], tensor) for name, tensor in averages.items())
+    assert not all(torch.equal(state.ema.state_dict()[name], tensor) for name, tensor in averages.items())
+    is_same = all(torch.equal(state.model.net.state_dict()[name], tensor) for name, tensor in before.items())
+    assert is_same is not is_finite
 
 
 def test_a_snapshot_on_a_cpu_copies_no_weights_moments_or_averages(tmp_path: Path) -> None:
