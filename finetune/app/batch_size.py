@@ -14,7 +14,7 @@ from finetune.config import Conf, PrefixCache
 from finetune.core.freezing import set_up_layers
 from finetune.core.loop import train_step
 from finetune.core.optim import build_optimizer
-from finetune.prefix import SHARE
+from finetune.prefix.choice import SHARE
 from finetune.system.errors import UserError
 
 logger = logging.getLogger("finetune")

@@ -46,25 +46,16 @@ class Run:
     monitor: str  # the metric that picks the best epoch
     is_auto_batch: bool = False  # whether the user asked for `data.batch_size=auto`; `conf` may have the number by now
 
-    @property
-    def model(self) -> LayeredModel:
-        """The model that learns."""
-        return self.built.model
+    def __post_init__(self) -> None:
+        """Name the model that learns, and the folder of weights and states."""
+        self.model, self.checkpoints = self.built.model, self.folder / "checkpoints"
+        # A zero-shot model is reported in top1 and in the metric that picks the best epoch.
+        self.headlines = list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
 
     @property
     def model_conf(self) -> ModelConf:
         """The settings that the model was built with: `conf.model`, with what the labels of the source need."""
         return with_head_bias(self.conf.model, is_multilabel=self.source.is_multilabel)
-
-    @property
-    def headlines(self) -> list[str]:
-        """The metrics in which a zero-shot model is reported: top1, and the one that picks the best epoch."""
-        return list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of weights and states."""
-        return self.folder / "checkpoints"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -95,17 +86,9 @@ class Run:
 
     def state(self, optimizer: Optimizer, scheduler: LambdaLR) -> TrainState:
         """Everything that changes while training, before the first step."""
-        conf = self.conf.train
+        conf, criterion, interval = self.conf.train, self.criterion(), self.conf.sched.interval
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        state = TrainState(
-            self.model,
-            optimizer,
-            scheduler,
-            scaler,
-            criterion=self.criterion(),
-            autocast=self.autocast(),
-            interval=self.conf.sched.interval,
-        )
+        state = TrainState(self.model, optimizer, scheduler, scaler, criterion, self.autocast(), interval)
         if conf.ema:
             state.ema = Ema(self.model, conf.ema, warmup=conf.ema_warmup)
         return state

@@ -25,7 +25,7 @@ from finetune.data import open_source
 from finetune.data.streams import num_views
 from finetune.models import build_model
 from finetune.models.patches import products_dominate
-from finetune.prefix import why_not_cacheable
+from finetune.prefix.planning import why_not_cacheable
 from finetune.system.errors import UserError
 
 IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 1_281_167

@@ -12,19 +12,13 @@ from finetune.core.device import environment
 from finetune.data import Loader
 from finetune.data.caches.entries import cache_folder
 from finetune.data.streams import num_views
-from finetune.prefix import (
-    ActivationCache,
-    CachePlanner,
-    Feed,
-    FrozenPrefix,
-    measure,
-    prefix_digest,
-    split_digest,
-    sweep_memory,
-    why_not_cacheable,
-)
-from finetune.prefix.measuring import Measured
-from finetune.prefix.planning import READ_ONCE, is_read_once
+from finetune.prefix.cache import ActivationCache
+from finetune.prefix.feed import Feed
+from finetune.prefix.frozen import FrozenPrefix
+from finetune.prefix.identity import prefix_digest, split_digest
+from finetune.prefix.measuring import Measured, measure
+from finetune.prefix.planning import CachePlanner, is_read_once, why_not_cacheable
+from finetune.prefix.sweep_memory import sweep_memory
 from finetune.system.errors import UserError
 
 logger = logging.getLogger("finetune")
@@ -65,24 +59,22 @@ class Feeds:
             UserError: The place that `prefix.cache` names is too small.
             OSError: The disk that `prefix.cache` names cannot be written.
         """
-        conf, train, val = self._run.conf.train, self._run.loader("train", train=True), self._val
+        train, val = self._run.loader("train", train=True), self._val
         if self._prefix is None:
             return self._feed(train, "train"), self._feed(val, "val")
-        passes = conf.epochs * (2.0 if conf.ema else 1.0) + self._run.built.has_zeroshot
-        val_plan = self._plan(val, "val", passes)
-        train_plan = self._plan_train(train)
+        val_plan, train_plan = self._plan(val, "val"), self._plan(train, "train")
         self._log(self._measured, {"train": train_plan, "val": val_plan})
         feeds = self._feed(train, "train", train_plan[0]), self._feed(val, "val", val_plan[0])
         feeds[1].fill(0)
         return feeds
 
     def test(self) -> Feed:
-        """The feed of the test split, which is scored once, or twice where there is a zero-shot model."""
+        """The feed of the test split."""
         loader = self._run.loader("test", train=False)
         if self._prefix is None:
             return self._feed(loader, "test")
         try:
-            cache, why = self._plan(loader, "test", 1.0 + self._run.built.has_zeroshot)
+            cache, why = self._plan(loader, "test")
         except UserError as error:  # too little room must not fail a run that has trained to its end
             cache, why = None, str(error)
         logger.debug("frozen layers on test: %s", why)
@@ -103,21 +95,18 @@ class Feeds:
         self._planner = CachePlanner(conf, measured, layers, memory, run.device, folder)
         return measured
 
-    def _plan_train(self, loader: Loader) -> Planned:
-        augment = self._run.conf.augment
-        fresh = why_not_cacheable(augment, self._run.conf.data.epoch_images)
-        if fresh is not None:
-            return None, fresh
-        return self._plan(loader, "train", self._run.conf.train.epochs / num_views(augment))
-
-    def _plan(self, loader: Loader, split: str, passes: float) -> Planned:
-        """Plan the cache of a split whose activations this run reads `passes` times."""
-        conf = self._run.conf
-        if self._planner is None:
-            return None, "prefix.cache=none"
+    def _plan(self, loader: Loader, split: str) -> Planned:
+        """Plan the cache of a split, by how often this run reads each of its activations."""
+        conf, is_train, has_zeroshot = self._run.conf, split == "train", self._run.built.has_zeroshot
+        fresh = why_not_cacheable(conf.augment, conf.data.epoch_images) if is_train else None
+        if fresh is not None or self._planner is None:
+            return None, fresh or "prefix.cache=none"
+        passes = conf.train.epochs * (2.0 if conf.train.ema else 1.0) + has_zeroshot
+        if split != "val":
+            passes = conf.train.epochs / num_views(conf.augment) if is_train else 1.0 + has_zeroshot
         if is_read_once(conf.prefix.cache, passes):  # before the digest, for which every file is looked at
-            return None, READ_ONCE
-        showings, is_train = loader.most_showings(), split == "train"
+            return None, "each activation would be read only once"
+        showings = loader.most_showings()
         assert showings is not None, "see why_not_cacheable"
         augment = conf.augment if is_train and conf.augment.recipe != "none" else None
         skip = conf.data.on_error == OnError.skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from finetune.runs.history import History
 from finetune.runs.resume import find_state, first_promise, restore_run
 from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_json
-from finetune.system.locks import Holder, run_lock
+from finetune.system.locks import run_lock
 from finetune.system.log import say, start_log, stop_log
 from finetune.system.signals import StopSignals
 
@@ -59,10 +60,10 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     """
     earlier = _find_earlier(conf, run_dir)
     if not earlier.is_finished:
-        with run_lock(run_dir) as dead:
+        with run_lock(run_dir):
             earlier = _find_earlier(conf, run_dir)  # again, since no other process can change the folder now
             if not earlier.is_finished:
-                return _run(Session(conf, run_dir, overrides, earlier), quiet=quiet, dead=dead)
+                return _run(Session(conf, run_dir, overrides, earlier), quiet=quiet)
     assert earlier.result is not None
     say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
     return earlier.result
@@ -72,13 +73,13 @@ def _find_earlier(conf: Conf, run_dir: Path) -> EarlierRun:
     return find_earlier(run_dir, as_dict(conf), is_resume=conf.resume is not None, force=conf.resume_force)
 
 
-def _run(session: Session, *, quiet: bool, dead: Holder | None) -> Result:
+def _run(session: Session, *, quiet: bool) -> Result:
     """`run` while this process holds the lock of the folder; however the run ends, `result.json` says how."""
     start_log(session.run_dir, quiet=quiet)
     stop = StopSignals()
     try:
         sweep_temporaries(session.run_dir)
-        session.announce(dead)
+        session.announce()
         if session.earlier.result is None:
             session.accept()
         with stop:
@@ -142,11 +143,8 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     session.write_result()
     stop.check()
 
-    try:
+    with closing(train), closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
-    finally:
-        train.close()
-        val.close()
     try:  # while the last save goes to the disk
         score_test(run, state, saver, feeds.test(), result, stop)
         report.plot_rates(run.folder)
@@ -164,19 +162,16 @@ def _log_start(run: Run, result: Result) -> None:
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)
-    notice = batch_notice(run.conf)
-    if notice is not None:
+    if notice := batch_notice(run.conf):
         logger.warning("%s", notice)
 
 
 def _with_auto_batch(run: Run, session: Session) -> Run:
     """The run with `data.batch_size=auto` as a number: that of its first start, or the largest that fits now."""
-    earlier = session.earlier.result
-    known = None if earlier is None else earlier.get("auto_batch_size")
+    known = (session.earlier.result or {}).get("auto_batch_size")
     size = int(known) if known else choose_batch(run)
     conf = with_batch(run.conf, size)
-    problems = train_problems(conf.train)  # such as more micro-batches a step than compiled training allows
-    if problems:
+    if problems := train_problems(conf.train):  # such as more micro-batches a step than compiled training allows
         raise UserError(f"data.batch_size=auto came to {size} images: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(run, conf=conf)
@@ -184,9 +179,8 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
 
 def _optimizer(run: Run, curve: Curve) -> tuple[Optimizer, LambdaLR]:
     """Freeze layers, then build the optimizer, then its schedule: each takes what the one before has left."""
-    conf = run.conf
-    set_up_layers(run.model, conf.optim, train=conf.train)
-    optimizer = build_optimizer(run.model, peak_optim(conf))
+    set_up_layers(run.model, run.conf.optim, train=run.conf.train)
+    optimizer = build_optimizer(run.model, peak_optim(run.conf))
     return optimizer, create_scheduler(curve.sched, optimizer, curve.num_units)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 
@@ -16,7 +17,7 @@ from finetune.core.metrics import Meter
 from finetune.models.heads.head import find_head
 from finetune.models.heads.offsets import set_offsets
 from finetune.models.heads.probe import features_of_split, linear_probe
-from finetune.prefix import Feed
+from finetune.prefix.feed import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts
 from finetune.runs.earlier import Result
@@ -67,19 +68,14 @@ def prepare_head(run: Run, train: Feed, val: Feed, result: Result, stop: StopSig
 
 
 def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
-    """Fit the head on frozen features of training images without augmentation, and log its score."""
+    """Fit the head on the features of training images without augmentation, and log its score."""
     if run.source.is_multilabel:
         raise UserError("model.head=linear_probe is fitted to one label an image; use model.head=random for several")
     train, val = run.loader("train", train=False), run.loader("val", train=False)
-    try:
-        bar = Bar("linear probe", total=len(train), images=train.num_images)
-        features = [
-            features_of_split(run.model, _stoppable(batches, stop), run.autocast())
-            for batches in (bar.wrap(train.epoch(0)), val.epoch(0))
-        ]
-    finally:
-        train.close()
-        val.close()
+    bar = Bar("linear probe", total=len(train), images=train.num_images)
+    with closing(train), closing(val):
+        passes = [_stoppable(batches, stop) for batches in (bar.wrap(train.epoch(0)), val.epoch(0))]
+        features = [features_of_split(run.model, batches, run.autocast()) for batches in passes]
     probe = linear_probe(*features[0], *features[1], num_classes=len(run.source.classes))
     find_head(run.model.net).set(probe.weight, probe.bias)
     result["probe/top1"] = probe.val_top1
@@ -91,7 +87,7 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
 
     `feed` gives the test images, and is closed at the end.
     """
-    try:
+    with closing(feed):
         if feed.will_fork(0):
             saver.wait()  # a process forked while the saving thread holds a lock would wait for that lock forever
         feed.fill(0)
@@ -109,8 +105,6 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
             untrained = place(run.built_again("cpu"), run.device, run.dtype)
             zeroshot = _score(run, untrained, scored(feed, "test zero-shot", stop, meter), meter)
             result |= {f"test/zeroshot/{name}": zeroshot[name] for name in run.headlines}
-    finally:
-        feed.close()
 
 
 def _score(run: Run, model: LayeredModel, batches: Iterator[Batch], meter: Meter) -> dict[str, float]:

@@ -16,7 +16,6 @@ from finetune.config import Conf, as_dict
 from finetune.core.finite import NotFiniteError
 from finetune.runs.earlier import EarlierRun, Result
 from finetune.system.files import write_json, write_text
-from finetune.system.locks import Holder
 from finetune.system.signals import Interrupted
 from finetune.system.terminal import command, printable
 
@@ -36,22 +35,18 @@ class Session:
 
     def __post_init__(self) -> None:
         """Begin the result."""
-        resumed_at = [] if self.earlier.result is None else list(self.earlier.result["resumed_at"])
-        self.result |= {"status": "running", "error": None, "overrides": self._all_overrides()}
-        self.result |= {"seed": self.conf.seed, "resumed_at": resumed_at}
+        before: Result = self.earlier.result or {"overrides": [], "resumed_at": []}
+        overrides = self.overrides
+        if (
+            self.conf.resume is not None
+        ):  # the words of the first start go on where no word beside `resume=` changes them
+            changed = {word.partition("=")[0] for word in overrides}
+            overrides = [word for word in before["overrides"] if word.partition("=")[0] not in changed] + overrides
+        self.result |= {"status": "running", "error": None, "overrides": overrides, "seed": self.conf.seed}
+        self.result["resumed_at"] = list(before["resumed_at"])
 
-    def _all_overrides(self) -> list[str]:
-        """The words of the first start, where they are not replaced by the words beside `resume=`."""
-        if self.conf.resume is None or self.earlier.result is None:
-            return self.overrides
-        replaced = {word.partition("=")[0] for word in self.overrides}
-        first = [word for word in self.earlier.result["overrides"] if word.partition("=")[0] not in replaced]
-        return first + self.overrides
-
-    def announce(self, dead: Holder | None) -> None:
-        """Log what the folder holds of an earlier start; `dead` is a killed process that still had its lock."""
-        if dead is not None:
-            logger.warning("took over from %s, which is dead", dead)
+    def announce(self) -> None:
+        """Log what the folder holds of an earlier start."""
         if self.earlier.result is None:
             return
         logger.info("continuing the run in %s, so far %s", self.run_dir, self.earlier.result["status"])

@@ -18,7 +18,7 @@ from finetune.core.fit import Row, Validation, fit
 from finetune.core.loop import Batch, TrainState
 from finetune.core.metrics import Meter
 from finetune.data import ImageError
-from finetune.prefix import Feed
+from finetune.prefix.feed import Feed
 from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
 from finetune.runs.earlier import Result
@@ -74,7 +74,6 @@ class _Training:
         self.validation = Validation(self.val_batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
         self.is_saved = True  # whether the latest epoch is
-        self.bar = Bar("", total=0, images=0)
         self.speed: dict[str, float] = {}  # from `Feed.stats`, of the latest training epoch
         self.gpu: Utilisation | None = None
         if run.device.type == "cuda":
@@ -88,16 +87,13 @@ class _Training:
         self.train.fill(epoch)
         title = f"train {epoch + 1}/{self.run.conf.train.epochs}"
         self.bar = Bar(title, total=len(self.train), images=self.train.num_images, start=skip)
-        return self._with_speed(self.bar.wrap(self.train.epoch(epoch, skip)))
-
-    def _with_speed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        yield from batches
+        yield from self.bar.wrap(self.train.epoch(epoch, skip))
         self.speed = self.train.stats()
 
     def val_batches(self, meter: Meter) -> Iterator[Batch]:
         """The validation batches, under a progress bar that shows `meter`."""
         if self.val.will_fork(0):
-            self.saver.wait()
+            self.saver.wait()  # as above
         return scored(self.val, "validate", self.stop, meter)
 
     def on_step_end(self, state: TrainState) -> bool:
@@ -125,13 +121,13 @@ class _Training:
         logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=monitor))
         if state.best_epoch == state.epoch:
             write_scores(self.run, "val", self.validation.ema_meter if state.best_is_ema else self.validation.meter)
-        stopping = self.stop.is_set
-        self.save_epoch(always=stopping)  # before a stop always: no later save will hold this epoch's weights
-        if stopping:
+        is_stopping = self.stop.is_set  # read once, since a signal may come during the save
+        self.save_epoch(always=is_stopping)  # before a stop always: no later save will hold this epoch's weights
+        if is_stopping:
             self.stop.check()
 
     def save_epoch(self, *, always: bool) -> None:
-        """Save the epoch just finished, unless it is too soon for a save, or too near the end of the run."""
+        """Save the epoch just finished; unless `always`, not too soon after a save or before the end of the run."""
         state, rows = self.state, self.history.rows()
         left_s = (self.run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
         meters = self.validation.meter, self.validation.ema_meter
@@ -207,9 +203,8 @@ class _Training:
 def bar_numbers(state: TrainState, bar: Bar, feed: Feed, gpu: Utilisation | None) -> dict[str, float]:
     """The numbers for the progress bar, by their keys in `history.jsonl`. Reading the means waits for the device."""
     shown = {**state.sums.means(), "lr": state.optimizer.param_groups[-1]["lr"], **feed.stats()}
-    speed = bar.images_per_s
-    if gpu is not None and speed:
-        shown["mfu"] = gpu.share(speed, float(feed.is_cached))  # the bar's time does not hold the filling of the cache
+    if gpu is not None and bar.images_per_s:  # its time does not hold the filling of the cache
+        shown["mfu"] = gpu.share(bar.images_per_s, float(feed.is_cached))
     return shown
 
 

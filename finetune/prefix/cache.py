@@ -23,60 +23,39 @@ class ActivationCache:
         name: Changes with everything that the activations depend on, except the view.
         slots: How many activations a block holds.
         is_required: Whether the user named the place. If not, activations that do not fit are computed in every epoch.
+        memory: The blocks of kinds ram and device.
+        device: The memory that such a block takes.
+        folder: The blocks of kind disk, which every run with the same cache folder shares.
     """
 
     kind: PrefixCache
     name: str
     slots: int
     is_required: bool
+    memory: SweepMemory
+    device: torch.device
+    folder: Path
 
     def has(self, view: int) -> bool:
         """Whether the block of a view exists; a block on disk is not read for that."""
-        raise NotImplementedError
-
-    def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
-        """The block of a view, and whether `fill` computed it just now.
-
-        `check` is called while another run computes the same block; an exception from it ends the wait.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class MemoryCache(ActivationCache):
-    """Blocks in the memory of the host or of a device."""
-
-    memory: SweepMemory
-    device: torch.device
-
-    def _key(self, view: int) -> BlockKey:
-        return BlockKey(self.kind, self.device, self.name, view)
-
-    def has(self, view: int) -> bool:
-        """Whether the block of a view is in memory."""
+        if self.kind == PrefixCache.disk:
+            return os.path.isdir(self._path(view))
         return self._key(view) in self.memory.blocks
 
     def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
-        """The block of a view, computed now if no earlier epoch or job has left it."""
+        """The block of a view, and whether `fill` computed it just now. A block on disk is a memory map.
+
+        `check` is called while another run computes the same block; an exception from it ends the wait.
+        """
+        if self.kind == PrefixCache.disk:
+            return open_on_disk(self._path(view), self.slots, fill, check)
         key, is_new = self._key(view), not self.has(view)
         if is_new:
             self.memory.blocks[key] = build_in_memory(self.slots, fill, self.device)
         return self.memory.blocks[key], is_new
 
-
-@dataclass(frozen=True)
-class DiskCache(ActivationCache):
-    """Blocks in `folder`, which every run with the same cache folder shares."""
-
-    folder: Path
-
     def _path(self, view: int) -> Path:
         return self.folder / f"{self.name}-{view}"
 
-    def has(self, view: int) -> bool:
-        """Whether the folder of a view's block exists."""
-        return os.path.isdir(self._path(view))
-
-    def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
-        """The block of a view as a memory map, computed now if it is not there or is damaged."""
-        return open_on_disk(self._path(view), self.slots, fill, check)
+    def _key(self, view: int) -> BlockKey:
+        return BlockKey(self.kind, self.device, self.name, view)

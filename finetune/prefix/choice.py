@@ -26,34 +26,22 @@ READ = {PrefixCache.device: 100e9, PrefixCache.ram: 2e9, PrefixCache.disk: 0.5e9
 
 @dataclass(frozen=True)
 class RoomNeeded:
-    """How many activations each place would have to hold if a split was cached there.
-
-    Attributes:
-        split: Name of the split.
-        views: Views of each image.
-        missing: Activations still to be computed: those of this split, and of splits that were planned before.
-        total: The same with the activations that the place already holds.
-        spare: Bytes in each memory that earlier jobs of a sweep left, and that may be freed.
-    """
+    """How many activations each place would have to hold if a split was cached there."""
 
     split: str
-    views: int
-    missing: Mapping[PrefixCache, int]
-    total: Mapping[PrefixCache, int]
-    spare: Mapping[PrefixCache, int]
+    views: int  # of each image
+    missing: Mapping[PrefixCache, int]  # still to be computed, for this split and those planned before
+    total: Mapping[PrefixCache, int]  # the same with the activations that the place already holds
+    spare: Mapping[PrefixCache, int]  # bytes in each memory that earlier jobs of a sweep left, and that may be freed
 
 
 def choose_place(
     conf: PrefixConf, measured: Measured, need: RoomNeeded, device: torch.device, folder: Path
 ) -> tuple[PrefixCache, str]:
-    """Return where to cache activations, or `none`, and the reason in words.
+    """Return where to cache the activations `need`, or `none`, and the reason in words.
 
-    Args:
-        conf: The place that the user asked for, and the limit of the disk.
-        measured: Cost of the frozen layers.
-        need: Activations to be cached.
-        device: Where training runs.
-        folder: Cached activations on disk.
+    `conf` has the place that the user asked for, and the limit of the disk; training runs on `device`; activations on
+    disk are in `folder`.
 
     Raises:
         UserError: The place that the user asked for is too small.

@@ -31,9 +31,7 @@ class Feed:
     """The batches of a `Loader`: mixed by MixUp or CutMix, and run through the frozen layers where there are any.
 
     With a cache, the frozen layers run on all images of a view at once, before the first epoch that shows the view.
-
-    Attributes:
-        num_images: How many images an epoch shows.
+    An epoch shows `num_images` images.
     """
 
     def __init__(
@@ -61,16 +59,11 @@ class Feed:
         showings = loader.most_showings()
         assert cache is None or (prefix is not None and showings is not None), "see why_not_cacheable"
         self.num_images = loader.num_images
-        self._loader = loader
-        self._title = title
-        self._device = device
+        self._loader, self._title, self._device = loader, title, device
+        self._prefix, self._cache, self._mixer, self._check = prefix, cache, mixer, check
         # An image has a slot in a block for each time that an epoch can show it.
         self._showings = torch.zeros(0, dtype=torch.int64) if showings is None else showings
         self._first_slot = self._showings.cumsum(0) - self._showings
-        self._prefix = prefix
-        self._cache = cache
-        self._mixer = mixer
-        self._check = check
         self._blocks: dict[int, ActivationBlock] = {}
         self._began = self._waited_s = 0.0  # of the current epoch
         self._fill_s = self._fill_waited_s = 0.0  # of `fill` before it
@@ -103,9 +96,8 @@ class Feed:
             if self._cache is not None:
                 self._block(self._cache, self._loader.view(epoch))
         except (OSError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, OSError) and not is_out_of_memory(error):
-                raise
-            if self._cache is None or self._cache.is_required:
+            is_full = isinstance(error, OSError) or is_out_of_memory(error)
+            if not is_full or self._cache is None or self._cache.is_required:
                 raise
             reason = str(error).splitlines()[0]
             logger.warning("the activations of %s are not cached after all: %s", self._title, reason)

@@ -18,8 +18,7 @@ from finetune.core.layers import LayeredModel
 # fp16 is picked only if the first activations stay this many times below its largest number: later ones may be larger.
 HEADROOM = 4.0
 LARGEST = torch.finfo(torch.float16).max
-# Modules whose weights autocast would cast again in every forward pass.
-CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # autocast would cast their weights in every forward pass
 
 
 class FrozenPrefix:
@@ -33,20 +32,11 @@ class FrozenPrefix:
     """
 
     def __init__(
-        self,
-        model: LayeredModel,
-        *,
-        batch_size: int,
-        autocast: AbstractContextManager[object],
-        dtype: torch.dtype,
+        self, model: LayeredModel, *, batch_size: int, autocast: AbstractContextManager[object], dtype: torch.dtype
     ) -> None:
-        """Share the frozen layers of `model`, which stays as it is.
+        """Share the frozen layers of `model`, which is on its device and stays as it is.
 
-        Args:
-            model: Frozen, and on its device.
-            batch_size: Images of every pass.
-            autocast: Context of the forward pass, reusable.
-            dtype: What the forward pass computes in.
+        The forward pass computes in `dtype`, inside the reusable context `autocast`.
         """
         assert model.boundary > 0
         self.boundary = model.boundary

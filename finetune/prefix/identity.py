@@ -19,19 +19,14 @@ from finetune.core.preprocess import Preprocess
 from finetune.data.split import Split
 
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
-NOT_OF_THE_PREFIX = (
-    *("head", "head_scale", "head_dropout", "head_bias", "templates", "class_names", "drop_path"),
-    *("pretrained", "pool"),
-)
+HEAD = ("head", "head_scale", "head_dropout", "head_bias", "templates", "class_names", "drop_path")
+NOT_OF_THE_PREFIX = (*HEAD, "pretrained", "pool")
 
 
 def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, str]) -> str:
-    """Digest of the frozen layers and of how they are computed, 32 hexadecimal digits.
+    """Digest of the frozen layers of `model` and of how they are computed, 32 hexadecimal digits.
 
-    Args:
-        model: Frozen.
-        conf: The settings that it was built with.
-        computing: Dtypes, device, batch size and versions, in words.
+    `conf` built the model; `computing` holds dtypes, device, batch size and versions, in words.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     settings = {name: value for name, value in as_dict(conf).items() if name not in NOT_OF_THE_PREFIX}
@@ -59,8 +54,7 @@ def split_digest(
         preprocess: The transform that the model expects.
         augment: Augmentation in training; None in evaluation, which draws no random numbers.
         seed: The run's seed.
-        skip: Whether images that cannot be read are left out. Without it they end a run, so a block without them must
-            not be found.
+        skip: Whether to leave out images that cannot be read. If not, they must end the run even if a block is there.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     chance = {"augment": None} if augment is None else {"augment": as_dict(augment), "seed": seed}
@@ -78,7 +72,6 @@ def _add(state: Any, words: Mapping[str, Any]) -> None:
 def _source_digest() -> str:
     """Digest of this package's source code, since a change of it may change activations."""
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
-    root = Path(finetune.__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(Path(finetune.__file__).parent.rglob("*.py")):
         state.update(path.read_bytes())
     return state.hexdigest()

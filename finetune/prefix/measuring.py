@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -18,19 +17,12 @@ DTYPES = {PrefixDtype.fp32: torch.float32, PrefixDtype.fp16: torch.float16, Pref
 
 @dataclass(frozen=True)
 class Measured:
-    """The cost of the frozen layers.
+    """The cost of the frozen layers."""
 
-    Attributes:
-        seconds: Time that one image takes in the frozen layers.
-        loading: Seconds to load and decode one image.
-        bytes: Size of one image's activations at the boundary.
-        dtype: Precision of the activations at the boundary.
-    """
-
-    seconds: float
-    loading: float
-    bytes: int
-    dtype: torch.dtype
+    seconds: float  # that one image takes in the frozen layers
+    loading: float  # seconds to load and decode one image
+    bytes: int  # of one image's activations at the boundary
+    dtype: torch.dtype  # in which activations at the boundary are stored
 
 
 def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: torch.dtype) -> Measured:
@@ -40,12 +32,12 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
         prefix: The frozen layers.
         loader: Batches of validation images.
         wanted: The setting `prefix.dtype`.
-        dtype: What the run computes in.
+        dtype: That the run computes in.
 
     Raises:
         UserError: The activations overflow the precision that was asked for.
     """
-    images, _, _ = next(islice(loader.epoch(0), 1))
+    images, _, _ = next(loader.epoch(0))
     loader.close()
     on_gpu = images.device.type == "cuda"
     if on_gpu:  # the first pass also loads kernels

@@ -9,13 +9,12 @@ import torch
 
 from finetune.config import AugmentConf, PrefixCache, PrefixConf
 from finetune.data.streams import num_views
-from finetune.prefix.cache import ActivationCache, DiskCache, MemoryCache
+from finetune.prefix.cache import ActivationCache
 from finetune.prefix.choice import RoomNeeded, choose_place, fits_beside_others
 from finetune.prefix.measuring import Measured
 from finetune.prefix.sweep_memory import SweepMemory, is_shared
 
 IN_MEMORY = (PrefixCache.device, PrefixCache.ram)
-READ_ONCE = "each activation would be read only once"
 
 
 def why_not_cacheable(augment: AugmentConf, epoch_images: int) -> str | None:
@@ -37,23 +36,14 @@ def is_read_once(kind: PrefixCache, passes: float) -> bool:
 
 @dataclass
 class CachePlanner:
-    """Picks the caches of a run's splits. Each split gets the room that the splits before it have left.
+    """Picks the caches of a run's splits. Each split gets the room that the splits before it have left."""
 
-    Attributes:
-        conf: The place that the user asked for, and the limit of the disk.
-        measured: Cost of the frozen layers.
-        layers: Name of the frozen layers' activations, see `prefix_digest`.
-        memory: Blocks of earlier jobs of a sweep; those of other layers are dropped from the device.
-        device: Where training runs.
-        folder: Cached activations on disk.
-    """
-
-    conf: PrefixConf
-    measured: Measured
-    layers: str
-    memory: SweepMemory
-    device: torch.device
-    folder: Path
+    conf: PrefixConf  # the place that the user asked for, and the limit of the disk
+    measured: Measured  # cost of the frozen layers
+    layers: str  # name of the frozen layers' activations, see `prefix_digest`
+    memory: SweepMemory  # blocks of earlier jobs of a sweep; those of other layers are dropped from the device
+    device: torch.device  # where training runs
+    folder: Path  # cached activations on disk
     _planned: list[tuple[ActivationCache, int]] = field(default_factory=list)  # caches so far, and their views
 
     def __post_init__(self) -> None:
@@ -74,13 +64,11 @@ class CachePlanner:
         """
         name = f"{self.layers}-{digest}"
         is_required = self.conf.cache != PrefixCache.auto and split != "test"
-        host = torch.device("cpu")
-        caches: dict[PrefixCache, ActivationCache] = {
-            PrefixCache.device: MemoryCache(
-                PrefixCache.device, name, slots, is_required, memory=self.memory, device=self.device
-            ),
-            PrefixCache.ram: MemoryCache(PrefixCache.ram, name, slots, is_required, memory=self.memory, device=host),
-            PrefixCache.disk: DiskCache(PrefixCache.disk, name, slots, is_required, folder=self.folder),
+        devices = {kind: torch.device("cpu") for kind in (*IN_MEMORY, PrefixCache.disk)}
+        devices[PrefixCache.device] = self.device
+        caches = {
+            kind: ActivationCache(kind, name, slots, is_required, self.memory, device, self.folder)
+            for kind, device in devices.items()
         }
         own_names = {name, *(cache.name for cache, _ in self._planned)}
         need = self._need(split, views, caches, own_names)

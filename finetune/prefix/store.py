@@ -38,20 +38,18 @@ class ActivationBlock:
     """The activations of one view of a split.
 
     A block has a slot for each time that an epoch can show an image, and a row for each slot whose image can be read.
-
-    Attributes:
-        values: (rows, ...), in the order of the slots.
-        present: bool (slots,) on the host: False where the image cannot be read.
-        native: Dtype in which the layers above take the activations.
     """
 
-    values: Tensor
-    present: Tensor
-    native: torch.dtype
+    values: Tensor  # (rows, ...), in the order of the slots
+    present: Tensor  # bool (slots,) on the host: False where the image cannot be read
+    native: torch.dtype  # in which the layers above take the activations
 
     def rows_of(self, slots: Tensor) -> Tensor:
         """The rows of slots that are present. int64 (n,) -> int64 (n,)."""
         return (self.present.cumsum(0) - 1)[slots]
+
+
+Fill = Callable[["BlockBuilder"], None]  # puts the activations of all slots into a builder
 
 
 class BlockBuilder:
@@ -85,12 +83,13 @@ class BlockBuilder:
         self._append(values)
         self.rows += len(values)
 
-    def finish(self) -> None:
-        """Check that all slots were added.
+    def fill(self, fill: Fill) -> None:
+        """Let `fill` add the activations of all slots.
 
         Raises:
             UserError: No image could be read.
         """
+        fill(self)
         assert self.slots == len(self.present)
         if not self.rows:
             raise UserError("not one image of the split can be read")
@@ -152,27 +151,19 @@ def _write_errors(folder: Path) -> Iterator[None]:
         raise OSError(f"prefix.cache=disk: cannot write to {folder}: {error.strerror or error}") from error
 
 
-Fill = Callable[[BlockBuilder], None]  # puts the activations of all slots into a builder
-
-
 def build_in_memory(slots: int, fill: Fill, device: torch.device) -> ActivationBlock:
     """A block in the memory of `device`, whose activations `fill` computes."""
     builder = MemoryBuilder(slots, device)
-    fill(builder)
-    builder.finish()
+    builder.fill(fill)
     return ActivationBlock(builder.values[: builder.rows], builder.present, builder.native)
 
 
 def open_on_disk(
     place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None
 ) -> tuple[ActivationBlock, bool]:
-    """The block in the folder `place` as a memory map, and whether it was built just now.
+    """The block in the folder `place` as a memory map, built by `fill` if it is missing or damaged; whether it was.
 
-    Args:
-        place: The folder; built if it is not there or is damaged.
-        slots: How many slots the block has.
-        fill: Computes the activations.
-        check: Called while another run builds the block; an exception from it ends the wait.
+    `check` is called while another run builds the block; an exception from it ends the wait.
 
     Raises:
         OSError: The folder cannot be written, the disk is full, or it does not give back what was written.
@@ -226,8 +217,7 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
             folder.mkdir()
             builder = FileBuilder(slots, folder / "activations")
         try:
-            fill(builder)
-            builder.finish()
+            builder.fill(fill)
         finally:
             builder.close()
         meta = {

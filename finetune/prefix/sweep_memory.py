@@ -23,17 +23,12 @@ class BlockKey(NamedTuple):
 
 
 class SweepMemory:
-    """Activation blocks and measurements that outlive a run.
-
-    Attributes:
-        blocks: The activation blocks.
-        measured: Cost of frozen layers, by a name that changes with layers, images and settings.
-    """
+    """Activation blocks and measurements that outlive a run."""
 
     def __init__(self) -> None:
         """Start empty."""
         self.blocks: dict[BlockKey, ActivationBlock] = {}
-        self.measured: dict[str, Measured] = {}
+        self.measured: dict[str, Measured] = {}  # by a name that changes with layers, images and settings
 
     def num_bytes(self, kind: PrefixCache, *, without: Collection[str] = ()) -> int:
         """Bytes of all blocks in one kind of memory, except those whose cache is named in `without`."""
@@ -46,8 +41,9 @@ class SweepMemory:
 
     def drop_other_layers(self, layers: str) -> None:
         """Free the blocks on a device that hold the output of other frozen layers: training needs that memory."""
-        for key in [key for key in self.blocks if key.kind == PrefixCache.device and not key.name.startswith(layers)]:
-            del self.blocks[key]
+        for key in list(self.blocks):
+            if key.kind == PrefixCache.device and not key.name.startswith(layers):
+                del self.blocks[key]
 
 
 _open: list[SweepMemory] = []

@@ -50,8 +50,8 @@ class Holder:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[Holder | None]:
-    """Hold the lock of a run directory; yields the process that held it before and was killed, or None.
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory; no other process works there meanwhile.
 
     Raises:
         InUseError: Another process holds the lock.
@@ -66,11 +66,10 @@ def run_lock(run_dir: Path) -> Iterator[Holder | None]:
             stop = f", or stop it first (kill {found.pid})" if found and found.host == socket.gethostname() else ""
             who = found or "another process"
             raise InUseError(f"{run_dir} is being worked in by {who}; nothing was changed: wait for it{stop}") from None
-        killed = _read(record)
         own = Holder(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(timespec="seconds"))
         write_text(record, json.dumps(asdict(own)))
         try:
-            yield killed
+            yield
         finally:
             # Before the lock is given back: after that these may be another process's files.
             for path in (record, run_dir / RUN_LOCK):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from finetune.config import AugmentConf, PrefixCache, PrefixConf, Recipe
-from finetune.prefix import choice, why_not_cacheable
+from finetune.prefix import choice
 from finetune.prefix.choice import RoomNeeded, choose_place
 from finetune.prefix.measuring import Measured
-from finetune.prefix.planning import is_read_once
+from finetune.prefix.planning import is_read_once, why_not_cacheable
 from finetune.prefix.sweep_memory import shared_between_runs
 
 GIB = 2**30

@@ -47,9 +47,11 @@ from finetune.core.freezing import freeze
 from finetune.data import ImageError, open_source
 from finetune.data.caches.entries import size_of
 from finetune.data.loading.order import epoch_order, most_showings
-from finetune.prefix import Feed, FrozenPrefix, choice, store, sweep_memory
+from finetune.prefix import choice, store
+from finetune.prefix.feed import Feed
+from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.measuring import Measured, measure
-from finetune.prefix.sweep_memory import shared_between_runs
+from finetune.prefix.sweep_memory import shared_between_runs, sweep_memory
 from finetune.runs.history import timeless
 
 CPU = torch.device("cpu")

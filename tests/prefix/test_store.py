@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from finetune.config import PrefixCache
-from finetune.prefix import Feed, store
 from finetune.prefix import feed as feed_module
+from finetune.prefix import store
+from finetune.prefix.feed import Feed
 from finetune.prefix.store import BlockBuilder, build_in_memory, open_on_disk
 
 CPU = torch.device("cpu")
