@@ -77,22 +77,22 @@ def choose_batch(run: Run) -> int:
 
 def _fits(run: Run, size: int) -> bool:
     """Try two steps of `size` images on the run's model at rate 0; weights and statistics stay as they were."""
-    buffers = {name: buffer.detach().clone() for name, buffer in run.model.net.named_buffers()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in run.model.net.buffers()]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(run.device)
     try:
         _try_steps(run, size)
         total = torch.cuda.get_device_properties(run.device).total_memory
         # Activations may later be cached on the GPU, too, in a share of the memory that is free then.
-        is_cached = run.model.num_frozen and run.conf.prefix.cache in (PrefixCache.auto, PrefixCache.device)
-        cached = SHARE[PrefixCache.device] if is_cached else 0.0
-        return torch.cuda.max_memory_reserved(run.device) <= (1 - SPARE) * (1 - cached) * total
+        may_cache = run.model.num_frozen and run.conf.prefix.cache in (PrefixCache.auto, PrefixCache.device)
+        share = (1 - SPARE) * (1 - SHARE[PrefixCache.device] * bool(may_cache))
+        return torch.cuda.max_memory_reserved(run.device) <= share * total
     except torch.OutOfMemoryError:
         return False
     finally:
         run.model.zero_grad(set_to_none=True)
-        for name, buffer in run.model.net.named_buffers():
-            buffer.copy_(buffers[name])
+        for buffer, before in buffers:
+            buffer.copy_(before)
         torch.cuda.empty_cache()
 
 
@@ -104,10 +104,9 @@ def _try_steps(run: Run, size: int) -> None:
         group["lr"] = 0.0
     state = run.state(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0))
     run.model.train()
+    targets = torch.zeros(size, dtype=torch.int64, device=device)
     if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix:
         targets = torch.zeros(size, len(run.source.classes), device=device)
-    else:
-        targets = torch.zeros(size, dtype=torch.int64, device=device)
     batch = (torch.zeros(size, 3, pixels, pixels, device=device), targets, torch.arange(size))
     for _ in range(TRIAL_STEPS):
         train_step(state, [batch], conf.train)

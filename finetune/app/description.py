@@ -46,10 +46,8 @@ def describe(
         FileNotFoundError: A file that the model is built from is missing.
     """
     if not conf.data.batch_size:
-        raise UserError(
-            "data.batch_size=auto is found by trying sizes on the device, and finetune describe tries nothing:"
-            " give a number, such as data.batch_size=64"
-        )
+        advice = "finetune describe tries nothing: give a number, such as data.batch_size=64"
+        raise UserError(f"data.batch_size=auto is found by trying sizes on the device, and {advice}")
     classes, images, assumed = _data_sizes(conf, num_classes, num_images)
     epoch_images = (conf.data.epoch_images or images) * conf.augment.repeats
     built = build_model(conf.model, [f"class {index}" for index in range(classes)], device="meta")
@@ -154,17 +152,13 @@ def _schedule(conf: Conf, curve: Curve, peak: float) -> dict[str, Any]:
     """The schedule's settings, and the head's rate at the start, at the peak and at the end."""
     sched, factors = curve.sched, curve.factors()
     return {
-        "mode": str(sched.mode),
-        "interval": str(sched.interval),
+        **{name: str(getattr(sched, name)) for name in ("mode", "interval", "past_cycle")},
         "epochs": conf.train.epochs,
         "steps": curve.epochs * curve.steps_per_epoch,
         "units": curve.num_units,
         "warmup": sched.warmup,
         "warmup_epochs": sched.warmup / curve.units_per_epoch,
         "cycle": sched.cycle or curve.num_units,
-        "past_cycle": str(sched.past_cycle),
         "batch": images_per_step(conf),
-        "lr_start": peak * factors[0],
-        "lr_peak": peak,
-        "lr_last": peak * factors[-1],
+        **{"lr_start": peak * factors[0], "lr_peak": peak, "lr_last": peak * factors[-1]},
     }

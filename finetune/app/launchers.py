@@ -64,7 +64,7 @@ def current_job() -> RunningJob:
     multirun = config.mode is not None and config.mode.name == "MULTIRUN"
     number = int(config.job.num) if multirun else None
     folder, start = Path(str(config.runtime.output_dir)), Path(str(config.runtime.cwd))
-    # As a person would type it: Hydra has made it absolute. Unless `hydra.job.chdir` has gone there.
+    # Hydra has made the folder absolute; a person would not type that. Not where `hydra.job.chdir` has gone there.
     if folder.is_relative_to(start) and start == Path.cwd():
         folder = folder.relative_to(start)
     sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None

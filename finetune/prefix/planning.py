@@ -53,11 +53,7 @@ class CachePlanner:
     def plan(self, split: str, digest: str, *, slots: int, views: int) -> tuple[ActivationCache | None, str]:
         """The cache of a split, or None where its activations are computed in every epoch; and the reason in words.
 
-        Args:
-            split: Name of the split.
-            digest: From `split_digest`.
-            slots: Activations in one view.
-            views: How many views the run will show.
+        `digest` is from `split_digest`; a view has `slots` activations, and the run will show `views` views.
 
         Raises:
             UserError: The place that the user asked for is too small.

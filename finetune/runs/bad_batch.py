@@ -29,9 +29,6 @@ def store(
     """Write the micro-batches `window` of a step and return their file; None once MAX_STORED steps are stored.
 
     `names` are those of its images, in order; `rates` the learning rates of the parameter groups.
-
-    Raises:
-        OSError: The files cannot be written.
     """
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
@@ -41,15 +38,9 @@ def store(
     parts = enumerate(("images", "targets", "ids"))
     content = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
     write_atomic(path, lambda temporary: torch.save(content, temporary))
-    facts = {
-        "epoch": record.epoch + 1,
-        "step": record.step,
-        "first_micro_batch": record.batch,
-        "images": list(names),
-        "rates": rates,
-        "replay": f"finetune replay {run_dir} --step {record.step}",
-    }
-    write_json(path.with_suffix(".json"), facts)
+    facts = {"epoch": record.epoch + 1, "step": record.step, "first_micro_batch": record.batch}
+    again = f"finetune replay {run_dir} --step {record.step}"
+    write_json(path.with_suffix(".json"), {**facts, "images": list(names), "rates": rates, "replay": again})
     return path
 
 

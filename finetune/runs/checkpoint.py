@@ -30,11 +30,8 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
 
     On a CPU a copy of weights, moments and averages would double the memory that they take. Only the next step changes
     them, so the snapshot shares them: write it before that step. On other devices training may go on at once. The
-    snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them.
-
-    Args:
-        state: Between two steps.
-        notes: Words such as machine and versions; `read_state` gives them back.
+    snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them. It carries
+    `notes`, words such as machine and versions.
 
     Raises:
         NotFiniteError: A step since the last look was not finite, so its state is not saved.
@@ -43,10 +40,7 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
     content: Content = {
         "format": FORMAT,
         "model": {n: t for n, t in state.model.net.state_dict().items() if not is_frozen(state.model, n)},
-        "optimizer": state.optimizer.state_dict(),
-        "scheduler": state.scheduler.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "sums": state.sums.state_dict(),
+        **{name: getattr(state, name).state_dict() for name in ("optimizer", "scheduler", "scaler", "sums")},
         "random": _random_state(),
         "ema": None if state.ema is None else state.ema.state_dict(),
         "guard": {"total": state.guard.total},
@@ -58,8 +52,8 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
     moments = [value for of_one in state.optimizer.state.values() for value in of_one.values()]
     averages = [] if state.ema is None else state.ema.state_dict().values()
     shared = {value.data_ptr() for value in (*learning, *moments, *averages) if isinstance(value, Tensor)}
-    plain: Content = copied_to_host(content, shared)
-    return plain
+    copied: Content = copied_to_host(content, shared)
+    return copied
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -76,26 +70,19 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def _gpus() -> range:
-    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return range(torch.cuda.device_count())
 
 
 def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
     """Write a snapshot, with the checksum `frozen` of the frozen weights. The older file at `path` moves to `aside`.
 
-    torch adds a CRC-32 of every record, which `check_state` compares.
-
-    Raises:
-        OSError: The disk is full; an older file at `path` is untouched.
+    torch adds a CRC-32 of every record, which `check_state` compares. See `write_whole` for errors.
     """
     write_whole(path, lambda temporary: torch.save({**content, "frozen": frozen}, temporary), aside=aside)
 
 
 def check_state(path: Path) -> None:
-    """Compare every byte of the file with its checksum.
-
-    Raises:
-        DamagedError: The file cannot be read, or differs from what was written.
-    """
+    """Compare every byte of the file with its checksum; a DamagedError if they differ or it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -121,11 +108,10 @@ def load_tensors(path: Path) -> Any:
 
 
 def read_state(path: Path) -> Content:
-    """The snapshot in a file, after a comparison of every byte with its checksum.
+    """The snapshot in a file, once `check_state` has found it whole.
 
     Raises:
-        DamagedError: The file cannot be read, or differs from what was written.
-        UserError: It is no checkpoint of this version.
+        UserError: It is damaged (DamagedError), or no checkpoint of this version.
     """
     check_state(path)
     content = load_tensors(path)

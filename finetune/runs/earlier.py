@@ -19,11 +19,9 @@ from finetune.system.errors import UserError
 
 # A folder with one of these holds a run.
 OWN_FILES = (
-    *("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints"),
-    *("metrics.json", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png"),
-    *("skipped.txt", "bad_batch"),
+    *("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints", "bad_batch"),
+    *("metrics.json", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png", "skipped.txt"),
 )
-
 NOT_OF_THE_RUN = ("resume", "resume_force")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
 FREE = (
@@ -57,9 +55,7 @@ class Change:
     @property
     def is_allowed(self) -> bool:
         """Whether it needs no `resume_force`."""
-        if self.key == "train.epochs":
-            return bool(self.now > self.before)
-        return self.key in FREE or self.key in ROUNDING
+        return bool(self.now > self.before) if self.key == "train.epochs" else self.key in (*FREE, *ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -87,13 +83,10 @@ class EarlierRun:
 
 
 def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool, force: bool) -> EarlierRun:
-    """What `run_dir` holds of a run, before anything is written there.
+    """What the folder `run_dir` holds of a run, before anything is written there.
 
-    Args:
-        run_dir: Exists.
-        settings: Those of this start, nested by section.
-        is_resume: Whether `resume=` names the folder; then settings may change.
-        force: Whether any setting may change (`resume_force`).
+    `settings` are those of this start, nested by section. If `is_resume` (`resume=` names the folder) some of them may
+    differ from the run's, and with `force` (`resume_force`) any.
 
     Raises:
         RefusedError: The folder holds another run, files that a run would overwrite, or a damaged run.
@@ -109,10 +102,10 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
         return EarlierRun()
     changes = _differences(_read_settings(config_path), _flat(settings))
     if changes and not is_resume:
-        shown = "; ".join(map(str, changes))
         raise RefusedError(
-            f"{run_dir} holds a run of another configuration ({shown}); nothing was changed: choose another folder, or"
-            f" start with the same settings to continue it (resume={run_dir} continues it with its own)"
+            f"{run_dir} holds a run of another configuration ({'; '.join(map(str, changes))}); nothing was changed:"
+            " choose another folder, or start with the same settings to continue it"
+            f" (resume={run_dir} continues it with its own)"
         )
     refused = [change for change in changes if not change.is_allowed]
     if refused and not force:

@@ -40,7 +40,7 @@ def remove_epochs(folder: Path, *, but: Collection[int]) -> None:
             path.unlink()
 
 
-def epoch_score(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
+def score_of(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
     """The score of an epoch by its row of the history, NaN for null; and whether the averaged weights have it.
 
     `monitor` is the metric that ranks epochs, such as `val/top1`.
@@ -54,7 +54,7 @@ def best_epochs(rows: Sequence[Mapping[str, Any]], monitor: str, count: int) -> 
     """The `count` best epochs, best first; of equals the earlier ones."""
     best: list[tuple[float, int]] = []
     for row in rows:
-        score = epoch_score(row, monitor)[0]
+        score = score_of(row, monitor)[0]
         place = next((i for i, (other, _) in enumerate(best) if is_better(score, other, monitor)), len(best))
         best.insert(place, (score, int(row["epoch"])))
     return [epoch for _, epoch in best[:count]]

@@ -15,11 +15,7 @@ LATEST = "latest"
 
 
 def find_run(word: str) -> Path:
-    """The run directory that `resume=word` names; prints the folder that `latest` stands for.
-
-    Raises:
-        UserError: `latest` was asked for, and there is no run.
-    """
+    """The run directory that `resume=word` names; prints the folder that `latest` stands for."""
     if word != LATEST or Path(word).is_dir():
         return Path(word)
     runs = sorted(_runs(OUTPUTS), key=_last_touched, reverse=True)
@@ -58,5 +54,5 @@ def _status(folder: Path) -> str:
 
 def _last_touched(folder: Path) -> int:
     """Nanoseconds since 1970 of the latest change to the run's files."""
-    names = ("config.yaml", "result.json", "history.jsonl", "checkpoints/last.pt")
-    return max(path.stat().st_mtime_ns for path in (folder / name for name in names) if path.exists())
+    paths = (folder / name for name in ("config.yaml", "result.json", "history.jsonl", "checkpoints/last.pt"))
+    return max(path.stat().st_mtime_ns for path in paths if path.exists())

@@ -13,18 +13,15 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
-OUTPUTS = Path("outputs")
+OUTPUTS, JOBS = Path("outputs"), "jobs.jsonl"
 
 
 def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
     """Make `outputs/<date>/<time>/` (a sweep: `outputs/sweeps/<date>/<time>/`), time with microseconds.
 
     If the folder exists it takes the next microsecond, so that runs which a script starts at once do not share one.
-
-    Raises:
-        OSError: The folder cannot be made.
     """
-    when = datetime.now() if now is None else now
+    when = now or datetime.now()
     base = OUTPUTS / "sweeps" if multirun else OUTPUTS
     while True:
         folder = base / when.strftime("%Y-%m-%d") / when.strftime("%H-%M-%S-%f")
@@ -40,11 +37,7 @@ def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
 
 
 def usable_folder(folder: Path) -> Path:
-    """The folder that a person named, made if it is not there.
-
-    Raises:
-        OSError: Files cannot be written there.
-    """
+    """The folder that a person named, made if it is not there; an OSError if files cannot be written there."""
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -55,35 +48,25 @@ def usable_folder(folder: Path) -> Path:
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Turn an OSError into one that says in one line why `folder` cannot be used, and how to name another."""
+    elsewhere = "give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
     try:
         yield
     except OSError as error:
         is_file = isinstance(error, FileExistsError)
         reason = "a file is in its way" if is_file else error.strerror or type(error).__name__
-        elsewhere = "give another place with hydra.run.dir=PATH (a sweep: hydra.sweep.dir=PATH)"
         raise OSError(f"cannot write to {folder}: {reason}; {elsewhere}") from None
 
 
 @contextmanager
 def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
-    """The folder of a run or sweep: the one that a person named, or a new one, which is removed if it stays empty.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    if given is not None:
-        yield usable_folder(given)
-        return
-    folder = new_folder(multirun=multirun)
+    """The folder of a run or sweep: the one that a person named, or a new one, which is removed if it stays empty."""
+    folder = new_folder(multirun=multirun) if given is None else usable_folder(given)
     try:
         yield folder
     finally:
-        for empty in (folder, folder.parent):
+        for empty in (folder, folder.parent) if given is None else ():
             with contextlib.suppress(OSError):  # not empty
                 empty.rmdir()
-
-
-JOBS = "jobs.jsonl"
 
 
 class SweepRecord:

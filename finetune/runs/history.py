@@ -54,13 +54,12 @@ class History:
             return []
         rows = []
         for number, line in enumerate(self._whole().decode("utf-8", "replace").split("\n"), start=1):
-            if not line.strip():
-                continue
-            row = _parse(line)
-            if row is None:
-                found = f"{printable(str(self.path))}, line {number}: expected one JSON object, found"
-                raise UserError(f"{found} {printable(line[:60])!r}; delete the line or restore the file")
-            rows.append(row)
+            if line.strip():
+                row = _parse(line)
+                if row is None:
+                    found = f"{printable(str(self.path))}, line {number}: expected one JSON object, found"
+                    raise UserError(f"{found} {printable(line[:60])!r}; delete the line or restore the file")
+                rows.append(row)
         return rows
 
     def cut(self, num_epochs: int) -> None:

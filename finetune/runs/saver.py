@@ -23,16 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
-from finetune.runs.epoch_files import (
-    BEST,
-    LAST,
-    STATE,
-    STATE_BEFORE,
-    best_epochs,
-    epoch_path,
-    epoch_score,
-    remove_epochs,
-)
+from finetune.runs.epoch_files import BEST, LAST, STATE, STATE_BEFORE, best_epochs, epoch_path, remove_epochs, score_of
 from finetune.runs.weights import Tensors, checksum, copied_weights, frozen_weights, read_weights, write_weights
 from finetune.system.files import link_or_copy
 
@@ -53,13 +44,15 @@ class _Weights:
     tensors: Tensors
     metadata: Mapping[str, str]
 
+    def write(self, path: Path) -> None:
+        write_weights(path, self.tensors, self.metadata)
+
 
 @dataclass
 class _Save:
     """One save: a state, and the weights files that come with it."""
 
     content: Content  # the state
-    frozen: Tensors
     epochs: list[_Weights] = field(default_factory=list)  # get files of their own
     last: _Weights | None = None  # for last.safetensors; None in the middle of an epoch
     kept: Sequence[int] | None = None  # epochs whose files stay; None: no file is removed
@@ -84,16 +77,12 @@ class Saver:
         max_share: float = 1.0,
         best_epoch: int = 0,
     ) -> None:
-        """Save into `folder`, which exists.
+        """Save into `folder`, which exists: `metadata` into every weights file, `notes` into every state.
 
-        Args:
-            folder: `checkpoints/` of the run directory.
-            metadata: Goes into every weights file.
-            notes: Goes into every state.
-            keep: Number of best epochs whose weights files stay. Above 1 every epoch is saved.
-            max_share: Share of the time that saves at the ends of epochs may take, in (0, 1]. An epoch that ends too
-                soon after a save is not saved; the best epoch's weights then stay in memory until the next save.
-            best_epoch: That of the state which the run continues from.
+        The weights files of the `keep` best epochs stay; above 1 every epoch is saved. Saves at the ends of epochs may
+        take a share of the time, `max_share` in (0, 1]. An epoch that ends too soon after a save is not saved; the best
+        epoch's weights then stay in memory until the next save. `best_epoch` is that of the state from which the run
+        continues.
         """
         self.folder = folder
         self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
@@ -117,14 +106,10 @@ class Saver:
         return (time.monotonic() - self._saved_at) / 60
 
     def save(self, state: TrainState) -> None:
-        """Save `state` in the middle of an epoch, unless it is the latest one that was saved.
-
-        Raises:
-            NotFiniteError: See `checkpoint.snapshot`.
-        """
+        """Save `state` in the middle of an epoch, unless it is the latest one that was saved; see `snapshot`."""
         if self._position != (state.epoch, state.step):
             began = time.perf_counter()
-            self._submit(state, _Save(self._snapshot(state), self._frozen_of(state)))
+            self._submit(state, _Save(self._snapshot(state)))
             self.stalled_s += time.perf_counter() - began
 
     def save_epoch(
@@ -139,15 +124,9 @@ class Saver:
     ) -> bool:
         """Save `state` and its weights at the end of an epoch, if `max_share` allows it; whether it was saved.
 
-        Shortly before the end of the run it is not saved either: the last save will hold more.
-
-        Args:
-            state: After the epoch.
-            rows: The history; its last row is the epoch's.
-            monitor: The metric that ranks epochs.
-            thresholds: Of the weights and of their averages, as validation chose them; None: one label an image.
-            left_s: Estimated seconds until the end of the run.
-            always: Save whatever `max_share` says.
+        Shortly before the end of the run, in about `left_s` seconds, it is not saved either: the last save will hold
+        more. `always` saves it in any case. `rows` is the history, the epoch's own row last; `monitor` ranks epochs;
+        `thresholds` are those that validation chose for the weights and for their averages (None: one label an image).
         """
         began = time.perf_counter()
         is_best = state.best_epoch == state.epoch
@@ -155,7 +134,7 @@ class Saver:
         if not (is_due or is_best):
             return False
         content = self._snapshot(state) if is_due else None
-        score, is_ema = epoch_score(rows[-1], monitor)
+        score, is_ema = score_of(rows[-1], monitor)
         about = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
         last = best = self._weights(state, about, thresholds[0], content and content["model"])
         if is_ema and state.ema is not None:
@@ -166,7 +145,7 @@ class Saver:
         if content is not None:
             kept = best_epochs(rows, monitor, self._keep) if self._keep > 1 else []
             epochs = [best] if state.epoch in kept and not is_best else []
-            self._submit(state, _Save(content, self._frozen_of(state), epochs, last, kept))
+            self._submit(state, _Save(content, epochs, last, kept))
         self.stalled_s += time.perf_counter() - began
         return is_due
 
@@ -189,10 +168,7 @@ class Saver:
         return self._frozen
 
     def _is_affordable(self, state: TrainState, left_s: float) -> bool:
-        """Whether a save keeps to `max_share` if it takes as long as the latest one; False beside another save.
-
-        The time since the latest save and the time until the last one both count.
-        """
+        """Whether a save as long as the latest one keeps to `max_share`, counted from that one and to the run's end."""
         if self._max_share >= 1:
             return True
         if self._thread is None:  # nothing was saved yet
@@ -216,7 +192,7 @@ class Saver:
         """
         self.wait()
         if self._best is not None:
-            _write_epoch(self.folder, self._best)
+            self._best.write(epoch_path(self.folder, self._best.epoch))
             self._make_best(self._best.epoch)
             self._best = None
         write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
@@ -250,6 +226,7 @@ class Saver:
 
     def _submit(self, state: TrainState, save: _Save) -> None:
         """Let a thread write `save`, and the weights of the best epoch if the disk has none; no save is under way."""
+        self._frozen_of(state)  # for its checksum
         if self._best is not None:
             save.epochs.append(self._best)
             self._best = None
@@ -287,12 +264,12 @@ class Saver:
         are still there. What a kill leaves undone after it, `settle` does.
         """
         for weights in save.epochs:
-            _write_epoch(self.folder, weights)
+            weights.write(epoch_path(self.folder, weights.epoch))
         if save.last in save.epochs:
             link_or_copy(epoch_path(self.folder, save.last.epoch), self.folder / LAST)
         elif save.last is not None:
-            write_weights(self.folder / LAST, save.last.tensors, save.last.metadata)
-        self._frozen_checksum = self._frozen_checksum or checksum(save.frozen)
+            save.last.write(self.folder / LAST)
+        self._frozen_checksum = self._frozen_checksum or checksum(self._frozen or {})
         write_state(self.folder / STATE, save.content, self._frozen_checksum, aside=self.folder / STATE_BEFORE)
         step, best_epoch = (save.content["counters"][name] for name in ("step", "best_epoch"))
         self._safe = f"that of step {step} is whole"
@@ -305,10 +282,6 @@ class Saver:
     def _make_best(self, epoch: int) -> None:
         link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)
         self._best_on_disk = epoch
-
-
-def _write_epoch(folder: Path, weights: _Weights) -> None:
-    write_weights(epoch_path(folder, weights.epoch), weights.tensors, weights.metadata)
 
 
 def _size(tree: Any) -> int:

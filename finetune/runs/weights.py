@@ -32,10 +32,7 @@ class DamagedError(UserError):
 def weights_metadata(
     classes: Sequence[str], preprocess: Preprocess, model: dict[str, Any], *, is_multilabel: bool
 ) -> dict[str, str]:
-    """The metadata of a weights file, each value JSON: class names in the order of the logits, the model's settings.
-
-    The saver adds `threshold` for a model whose images may have several labels.
-    """
+    """The metadata of a weights file, each value JSON; the saver adds `threshold` where images have several labels."""
     return {
         "format": "pt",
         "classes": json.dumps(list(classes), ensure_ascii=False),
@@ -57,10 +54,7 @@ def frozen_weights(model: LayeredModel) -> dict[str, Tensor]:
 
 
 def copied_to_host(tree: Any, shared: Collection[int] = ()) -> Any:
-    """A copy of dicts, lists and tuples, with tensors copied to host memory; everything else as it is.
-
-    Tensors on a CPU whose memory begins at one of the addresses `shared` are not copied.
-    """
+    """A copy of dicts, lists and tuples with tensors in host memory; copies no tensor at an address in `shared`."""
     if isinstance(tree, Tensor):
         if tree.device.type != "cpu":
             return tree.detach().cpu()
@@ -79,11 +73,7 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write tensors under upstream's own names, metadata, and a checksum of the tensors.
-
-    Raises:
-        OSError: The disk is full; an older file at `path` is untouched.
-    """
+    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; see `write_whole`."""
     from safetensors.torch import save_file
 
     whole = {**metadata, "sha256": checksum(tensors)}
@@ -99,7 +89,7 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
-    """`write_atomic`, with an OSError in the place of what torch and safetensors raise where they cannot write."""
+    """`write_atomic`, with an OSError in the place of the errors that torch and safetensors raise on a full disk."""
     from safetensors import SafetensorError
 
     try:
