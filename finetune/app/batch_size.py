@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -26,14 +27,8 @@ SPARE = 0.08  # share of the memory left free in the trial, for fragmentation, l
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """The largest of `sizes`, ascending, that fits, found by bisection; None if even the first does not fit."""
-    low, high = -1, len(sizes) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(sizes[middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return sizes[low] if low >= 0 else None
+    number = bisect.bisect_right(sizes, False, key=lambda size: not fits(size))  # of sizes that fit
+    return sizes[number - 1] if number else None
 
 
 def divisors(number: int) -> list[int]:

@@ -110,12 +110,9 @@ class Run:
         return Mixer(self.conf.augment, num_classes=len(self.source.classes), seed=self.conf.seed)
 
     def window(self, epoch: int, batch: int) -> list[Batch]:
-        """The micro-batches of the step that begins with micro-batch `batch` of `epoch`; made again, bit for bit.
-
-        Both count from 0.
-        """
-        data = dataclasses.replace(self.conf.data, workers="0")
-        loader = dataclasses.replace(self, conf=dataclasses.replace(self.conf, data=data)).loader("train", train=True)
+        """The micro-batches of the step that begins with micro-batch `batch` of `epoch`, both from 0; the same bits."""
+        conf = dataclasses.replace(self.conf, data=dataclasses.replace(self.conf.data, workers="0"))
+        loader = dataclasses.replace(self, conf=conf).loader("train", train=True)
         batches = self.mixer().wrap(loader.epoch(epoch, batch), epoch, batch)
         return list(islice(batches, self.conf.train.accumulate))
 

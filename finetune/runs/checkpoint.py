@@ -28,8 +28,8 @@ Content = dict[str, Any]  # a tree of plain types and tensors
 def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Content:
     """A copy, in host memory, of everything that training changes.
 
-    On a CPU a copy of weights, moments and averages would double the memory that they take. Only the next step changes
-    them, so the snapshot shares them: write it before that step. On other devices training may go on at once. The
+    On a CPU a copy of weights, moments and averages would double their memory, so the snapshot shares them: write it
+    before the next update, or swap of averages, changes them. On other devices training may go on at once. The
     snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them. It carries
     `notes`, words such as machine and versions.
 

@@ -1,8 +1,8 @@
 """Saves a run beside the training: a thread writes a snapshot of the state.
 
 On a GPU the snapshot is a copy, and training goes on at once. On a CPU it shares the memory of the weights, so the
-next update waits until it is written; the passes before that update do not. At most one save is under way.
-Saves reach the disk in the order of the calls.
+next update waits until it is written; the forward and backward passes before that update do not wait. At most one save
+is under way, so saves reach the disk in the order of the calls.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _Weights:
     metadata: Mapping[str, str]
 
     def write(self, path: Path) -> None:
+        """Write them to a weights file."""
         write_weights(path, self.tensors, self.metadata)
 
 
@@ -218,7 +219,7 @@ class Saver:
         self.check()
 
     def _wait_before_update(self) -> None:
-        """Wait for the thread, which reads the tensors that the update is about to change."""
+        """Wait for the thread, which reads the weights, moments or averages that are about to change."""
         if self._thread is not None and self._thread.is_alive():
             began = time.perf_counter()
             self._thread.join()  # `check` raises its error, after the step
