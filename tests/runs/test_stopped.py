@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -409,15 +410,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         original = training.Run.mixer
 
         def mixer(parts: Any) -> Any:
-            found = original(parts)
-            wrap = found.wrap
+            found, mixed = original(parts), Mock()
 
             def wrapped(batches: Any, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for index, (images, targets, ids) in enumerate(wrap(batches, epoch, skip), start=skip):
+                for index, (images, targets, ids) in enumerate(found.wrap(batches, epoch, skip), start=skip):
                     yield (images * float("inf") if first <= index <= last else images), targets, ids
 
-            found.wrap = wrapped
-            return found
+            mixed.wrap = wrapped
+            return mixed
 
         monkeypatch.setattr(training.Run, "mixer", mixer)
 
