@@ -144,8 +144,7 @@ class Source:
     def without(self, images: Collection[UnreadableImage]) -> Source:
         """The source without these images.
 
-        Raises:
-            UserError: A split would be empty, or a class would have no training image left.
+        Raises UserError if a split would be empty, or if a class would have no training image left.
         """
         splits = {}
         for name, split in self.splits.items():
@@ -154,10 +153,10 @@ class Source:
             splits[name] = Split(split.store, split.rows[keep], split.labels[keep])
             if not len(splits[name]):
                 raise UserError(f"no image of the {name} split can be read; see the list of unreadable files")
-        lost = class_counts(splits["train"].labels, len(self.classes)) == 0
-        lost &= class_counts(self.splits["train"].labels, len(self.classes)) > 0
-        if lost.any():
-            names = ", ".join(name for name, is_lost in zip(self.classes, lost.tolist(), strict=True) if is_lost)
+        before, after = (class_counts(part["train"].labels, len(self.classes)) for part in (self.splits, splits))
+        lost = [self.classes[label] for label in torch.nonzero((before > 0) & (after == 0)).flatten().tolist()]
+        if lost:
+            names = ", ".join(lost)
             raise UserError(f"no training image of class {names} can be read; see the list of unreadable files")
         return replace(self, splits=splits)
 

@@ -120,8 +120,7 @@ def size_of(folder: Path) -> int:
 
 def find_entries(cache: Path) -> list[CacheEntry]:
     """Every finished entry in the cache folder, the one that was used last first."""
-    found = [entry for kind in NAMES for entry in _entries_of(kind, cache / kind)]
-    return sorted(found, key=lambda entry: -entry.used)
+    return sorted(_entries(cache), key=lambda entry: -entry.used)
 
 
 def size_line(cache: Path) -> str | None:
@@ -171,11 +170,10 @@ def _remove_leftovers(entry: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _entries_of(kind: str, folder: Path) -> Iterator[CacheEntry]:
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if not re.fullmatch(NAMES[kind], path.name) or path.is_symlink():
+def _entries(cache: Path) -> Iterator[CacheEntry]:
+    for path in cache.glob("*/*"):
+        kind = path.parent.name
+        if kind not in NAMES or not re.fullmatch(NAMES[kind], path.name) or path.is_symlink():
             continue
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process removes it
             status = path.stat()

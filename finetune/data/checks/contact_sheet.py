@@ -34,8 +34,8 @@ def write_contact_sheet(
     wanted = COLUMNS * ROWS
     # Only the training GPU knows what `batch_size=auto` is. Views do not depend on it, mixtures do.
     data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)
-    split, device = source.splits["train"], torch.device("cpu")
-    loader = Loader(split, preprocess, conf=data, augment=augment, seed=seed, device=device)
+    device = torch.device("cpu")
+    loader = Loader(source.splits["train"], preprocess, conf=data, augment=augment, seed=seed, device=device)
     mixer = Mixer(augment, num_classes=len(source.classes), seed=seed)
     try:
         batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // data.batch_size))
@@ -63,12 +63,15 @@ def _caption(source: Source, label: Tensor) -> str:
 
 def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
     """Draw (pixels, caption) tiles in rows, each above its caption."""
+    import matplotlib  # for its font, which has more alphabets than Pillow's
+
     size = tiles[0][0].shape[-1]
     side = size * -(-MIN_SIDE // size)
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (GAP + columns * (side + GAP), GAP + rows * (side + CAPTION + GAP)), "white")
-    draw, font = ImageDraw.Draw(sheet), _font()
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
     for number, (pixels, caption) in enumerate(tiles):
         x = GAP + number % columns * (side + GAP)
         y = GAP + number // columns * (side + CAPTION + GAP)
@@ -76,13 +79,6 @@ def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
         sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
         draw.text((x, y + side + 2), _shortened(caption, font, side), fill="black", font=font)
     return sheet
-
-
-def _font() -> Any:
-    """Matplotlib's own font, which has more alphabets than Pillow's."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
 
 
 def _shortened(text: str, font: Any, width: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from finetune.system.processors import map_in_threads
 
 CHUNK = 4096  # files looked for between two looks at the clock
 PIECE = 8  # images handed to a thread at once: handing over a single one costs as much as reading its header
-MAX_UNREADABLE = 100_000  # after so many the search ends: the folder is the wrong one
+MAX_UNREADABLE = 100_000  # after this number the search ends: the folder is the wrong one
 DEPTH_WORDS = {DECODED: "decoded", HEADER: "by their headers only", PRESENT: "only found to be there"}
 DEPTH_WORDS[UNSEEN] = "not looked at"
 
@@ -127,8 +127,11 @@ class _Examination:
         if isinstance(result, ImageError):
             self.unreadable[position] = result.reason
             record["bad"], record["depth"] = 1, DECODED
-            if _is_of_the_system(result):
-                record["key"] = 0  # not remembered: when this is mended, the file's size and time stay the same
+            cause = result.__cause__
+            if isinstance(cause, OSError) and cause.errno is not None:  # decoders raise OSError without a number
+                # The file could not be opened: its rights, or a failing disk. That is not remembered, since the stamp
+                # stays the same when it is mended.
+                record["key"] = 0
             else:
                 self.reasons[key] = result.reason
         else:
@@ -148,7 +151,7 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -
     try:
         examination.find_all(began + budget_s)
         examination.read(_decode, began + budget_s, below=DECODED, title="check images")
-        examination.read(_read_header, began + 1.5 * budget_s, below=HEADER, title="check headers")
+        examination.read(_look_at_header, began + 1.5 * budget_s, below=HEADER, title="check headers")
     finally:
         known.save(examination.records, examination.reasons)
     report = DataReport({}, remembered=examination.remembered)
@@ -156,17 +159,12 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -
     for name in SPLITS:
         split, end = source.splits[name], start + len(source.splits[name])
         report.records[name] = examination.records[start:end]
-        for position in sorted(position for position in examination.unreadable if start <= position < end):
-            index, reason = position - start, examination.unreadable[position]
-            report.unreadable.append(UnreadableImage(name, index, split.name_of(index), reason))
+        for position, reason in sorted(examination.unreadable.items()):
+            if start <= position < end:
+                image = UnreadableImage(name, position - start, split.name_of(position - start), reason)
+                report.unreadable.append(image)
         start = end
     return report
-
-
-def _is_of_the_system(error: ImageError) -> bool:
-    """Whether the file could not be opened (its rights, a failing disk), so that nothing is known of its content."""
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno is not None  # decoders raise OSError too, without a number
 
 
 def _decode(store: ImageStore, row: int) -> Records:
@@ -183,7 +181,7 @@ def _decode(store: ImageStore, row: int) -> Records:
     return record
 
 
-def _read_header(store: ImageStore, row: int) -> Records:
+def _look_at_header(store: ImageStore, row: int) -> Records:
     return _record(HEADER, store.header(row))
 
 
@@ -210,10 +208,6 @@ def find_duplicates(source: Source, report: DataReport) -> Iterator[list[tuple[s
         positions = np.sort(order[begin : last + 1])
         places = np.searchsorted(starts, positions, side="right") - 1
         group = [(SPLITS[place], int(at - starts[place])) for place, at in zip(places, positions, strict=True)]
-        if len({split for split, _ in group}) > 1 or _labels_differ(source, group):
+        labels = [source.splits[split].labels[index].tolist() for split, index in group]
+        if len({split for split, _ in group}) > 1 or any(label != labels[0] for label in labels):
             yield group
-
-
-def _labels_differ(source: Source, members: Sequence[tuple[str, int]]) -> bool:
-    labels = [source.splits[split].labels[index].tolist() for split, index in members]
-    return any(label != labels[0] for label in labels)

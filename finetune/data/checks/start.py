@@ -63,16 +63,12 @@ def _line(when: str, image: UnreadableImage) -> str:
 
 
 def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
-    """Examine the images for `data.check_budget_s`, log what is wrong with them, and apply `data.on_error`.
-
-    Returns:
-        The source without the images that the run leaves out.
+    """Examine the images for `data.check_budget_s`, log their faults; return the source without those to leave out.
 
     Raises:
         UserError: Images cannot be read and `data.on_error=stop`; the full list is in `unreadable.txt`.
     """
-    cache = size_line(cache_folder(conf.cache_dir))
-    if cache is not None:
+    if cache := size_line(cache_folder(conf.cache_dir)):
         logger.info("%s", cache)
     report = examine(source, KnownImages(conf.cache_dir, source.location), budget_s=conf.check_budget_s)
     logger.info("%s", report.coverage)

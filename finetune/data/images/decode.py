@@ -29,7 +29,6 @@ except ImportError:  # torchvision plans to leave decoding to torchcodec; then P
 # Lower-case endings of files that Pillow reads without further libraries.
 _WORDS = "avif bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
 EXTENSIONS = frozenset(f".{word}" for word in _WORDS.split())
-
 _ORIENTATION = 0x0112  # EXIF tag: how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS, which has a name in ImageCms since Pillow 10.3
@@ -205,21 +204,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scaled(image)).convert("RGB")
     if image.mode == "LAB":
-        return _from_lab(image)
+        # Computed for each pixel, since Pillow's own conversion to sRGB uses a coarse table, up to 18 levels off.
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=_NO_TABLE)  # type: ignore[arg-type]
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None  # Pillow returns None for a conversion in place only
+        return converted
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_lab(image: Image.Image) -> Image.Image:
-    """CIE Lab to sRGB, computed for each pixel: Pillow's own conversion uses a coarse table, up to 18 levels off."""
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=_NO_TABLE)  # type: ignore[arg-type]
-    converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # Pillow returns None for a conversion in place only
-    return converted
 
 
 def _scaled(image: Image.Image) -> Levels:

@@ -102,16 +102,11 @@ def warp(images: Tensor, views: Sequence[View]) -> Tensor:
     # For each pixel of the result, the place in the image that it comes from: every step is undone, the last one first.
     x, y = centres[None, None, :] - right, centres[None, :, None] - down
     grid = torch.stack([(x * along + y * across) * mirror, y * along - x * across], dim=-1)
-    outside = border_colour(images)
+    sides = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]
+    outside = torch.cat(sides, dim=2).median(dim=2).values.to(torch.float32)[:, :, None, None]  # (batch, 3, 1, 1)
     inside = images.to(torch.float32) - outside  # so that the border is zero, which grid_sample puts outside
     moved = grid_sample(inside, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.add_(outside).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def border_colour(images: Tensor) -> Tensor:
-    """The median of the outermost pixels of each channel. uint8 (batch, 3, n, n) -> float32 (batch, 3, 1, 1)."""
-    sides = [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]]
-    return torch.cat(sides, dim=2).median(dim=2).values.to(torch.float32)[:, :, None, None]
 
 
 @dataclass(frozen=True)

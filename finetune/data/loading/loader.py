@@ -47,25 +47,20 @@ class Loader:
         With `augment` the images are shuffled and augmented. None is evaluation: in order and without augmentation.
         `on_skip` is called with the error of each image that a batch leaves out, with `data.on_error=skip`.
         """
-        self.split = split
-        self.batch_size = conf.batch_size
+        self.split, self.batch_size = split, conf.batch_size
         self._repeats = 1 if augment is None else augment.repeats
         self._drawn = 0 if augment is None else conf.epoch_images
         self.num_images = (self._drawn or len(split)) * self._repeats
         self.waited_s = 0.0
-        self._conf = conf
-        self._augment = augment
-        self._seed = seed
-        self._device = device
-        self._on_skip = on_skip
+        self._conf, self._augment, self._seed, self._device, self._on_skip = conf, augment, seed, device, on_skip
         self._skips = conf.on_error == OnError.skip
         self._step = first_step(preprocess, augment)
         self._has_cache_to_open = conf.cache in (CacheKind.ram, CacheKind.disk)
         self._device_cache: DeviceCache | None = None
         start = self._step.rest if self._has_cache_to_open else preprocess
         self._maker = BatchMaker(split, build_transform(start, augment), seed, skip=self._skips)
-        self._mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=device)[:, None, None]
-        self._std = torch.tensor(preprocess.std, dtype=torch.float32, device=device)[:, None, None]
+        numbers = (preprocess.mean, preprocess.std)
+        self._mean, self._std = torch.tensor(numbers, dtype=torch.float32, device=device)[:, :, None, None]
         self._plan = EpochPlan(conf.batch_size)
         self._loader: DataLoader[PixelBatch | ImageError] | None = None
         self._batches: Iterator[PixelBatch | ImageError] = iter(())
@@ -85,10 +80,7 @@ class Loader:
 
         Yields:
             Images float32 (batch, 3, size, size), normalised, and labels int64 (batch,) on the device; ids int64
-            (batch,), the indices into the split, on the host.
-
-        Raises:
-            ImageError: A file cannot be read.
+            (batch,), the indices into the split, on the host. Raises ImageError if a file cannot be read.
         """
         assert epoch >= 0 and skip >= 0
         return self.show(self.showings(epoch).after(skip * self.batch_size), self.view(epoch))

@@ -26,53 +26,52 @@ class ColumnBlock(NamedTuple):
 
 
 def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
-    """All rows of the table at `path`, with the columns called `wanted` in that order.
+    """Yield all rows of the table at `path`, with the columns called `wanted` in that order.
 
     Raises:
         UserError: The format is unknown, the file cannot be read, or a column or a cell of a row is missing.
     """
     ending = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    if ending not in SEPARATORS:
-        raise UserError(f"data.table={path}: expected a name that ends in {' '.join(SEPARATORS)}; .gz may follow")
-    if ending in (".parquet", ".pq"):
-        return _parquet_blocks(path, wanted)
-    return _text_blocks(path, wanted, SEPARATORS[ending])
+    try:
+        if ending not in SEPARATORS:
+            raise UserError(f"expected a name that ends in {' '.join(SEPARATORS)}; .gz may follow")
+        is_text = ending not in (".parquet", ".pq")
+        yield from _text_blocks(path, wanted, SEPARATORS[ending]) if is_text else _parquet_blocks(path, wanted)
+    except UserError as error:
+        raise UserError(f"data.table={path}: {error}") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"data.table={path}: cannot be read: {error}") from error
 
 
 def _text_blocks(path: str, wanted: Sequence[str], separator: str) -> Iterator[ColumnBlock]:
     opener: Any = gzip.open if path.lower().endswith(".gz") else open
     width = 1 + len(wanted)
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = _csv_rows(path, file, wanted, separator) if separator else _json_rows(path, file, wanted)
-            # Flat lists of cells. A stored tuple a row would start the garbage collector again and again, which takes
-            # four times as long as reading.
-            while cells := list(chain.from_iterable(islice(rows, ROWS))):
-                numbers, *columns = (cells[place::width] for place in range(width))
-                yield ColumnBlock(numbers, columns)
-    except (OSError, EOFError) as error:
-        raise UserError(f"data.table={path}: cannot be read: {error}") from error
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = _csv_rows(file, wanted, separator) if separator else _json_rows(file, wanted)
+        # Flat lists of cells. A stored tuple a row would start the garbage collector again and again, which takes four
+        # times as long as reading.
+        while cells := list(chain.from_iterable(islice(rows, ROWS))):
+            numbers, *columns = (cells[place::width] for place in range(width))
+            yield ColumnBlock(numbers, columns)
 
 
-def _csv_rows(path: str, file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Sequence[Any]]:
+def _csv_rows(file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each row below the header."""
     reader = csv.reader(file, delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        wanted_of = itemgetter(*[_place(path, name, header) for name in wanted])  # two columns or more
+        wanted_of = itemgetter(*[_place(name, header) for name in wanted])  # two columns or more
         for cells in reader:
             if len(cells) == len(header):
                 yield (reader.line_num, *wanted_of(cells))
             elif cells:  # an empty line has none
-                difference = f"has {len(cells)} cells where the first line has {len(header)}"
-                raise UserError(
-                    f"data.table={path}: row {reader.line_num} {difference} (a text with a comma needs quotes)"
-                )
+                counts = f"{len(cells)} cells where the first line has {len(header)}"
+                raise UserError(f"row {reader.line_num} has {counts} (a text with a comma needs quotes)")
     except csv.Error as error:
-        raise UserError(f"data.table={path}: row {reader.line_num}: {error}") from error
+        raise UserError(f"row {reader.line_num}: {error}") from error
 
 
-def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
+def _json_rows(file: IO[str], wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each line that is not empty."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -80,12 +79,12 @@ def _json_rows(path: str, file: IO[str], wanted: Sequence[str]) -> Iterator[Sequ
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"data.table={path}: row {number} is no JSON: {error}") from error
+            raise UserError(f"row {number} is no JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f'data.table={path}: row {number}: expected an object such as {{"{wanted[0]}": ...}}')
+            raise UserError(f'row {number}: expected an object such as {{"{wanted[0]}": ...}}')
         for name in wanted:
             if name not in row:
-                raise UserError(f"data.table={path}: row {number}: {_no_column(name, list(row))}")
+                raise UserError(f"row {number}: {_no_column(name, list(row))}")
         yield (number, *[row[name] for name in wanted])
 
 
@@ -94,28 +93,25 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ModuleNotFoundError as error:
-        how = "pip install 'finetune[parquet]', or save the table as .csv"
-        raise UserError(f"data.table={path}: Parquet needs pyarrow: {how}") from error
+        raise UserError("Parquet needs pyarrow: pip install 'finetune[parquet]', or save the table as .csv") from error
     try:
         with parquet.ParquetFile(path) as file:
             for name in wanted:
-                _place(path, name, file.schema_arrow.names)
+                _place(name, file.schema_arrow.names)
             rows = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=list(dict.fromkeys(wanted))):
                 numbers = range(rows + 1, rows + 1 + batch.num_rows)
                 yield ColumnBlock(numbers, [batch.column(name).to_pylist() for name in wanted])
                 rows += batch.num_rows
-    except (ArrowException, OSError) as error:
-        raise UserError(f"data.table={path}: cannot be read: {' '.join(str(error).split())}") from error
+    except ArrowException as error:
+        raise UserError(f"cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _place(path: str, name: str, header: Sequence[str]) -> int:
+def _place(name: str, header: Sequence[str]) -> int:
     """The index of the column called `name`."""
     if header.count(name) == 1:
         return header.index(name)
-    if name in header:
-        raise UserError(f"data.table={path}: has two columns called {name}")
-    raise UserError(f"data.table={path}: {_no_column(name, header)}")
+    raise UserError(f"has two columns called {name}" if name in header else _no_column(name, header))
 
 
 def _no_column(name: str, header: Sequence[str]) -> str:
