@@ -24,8 +24,7 @@ Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 def split_up(found: FoundImages, conf: DataConf) -> Source:
     """Select classes, cut the splits that the data lacks, then draw `data.shots` or `data.fraction` of `train`.
 
-    Raises:
-        UserError: An unknown class, too few images, or a setting that does not fit several labels an image.
+    Raises UserError for an unknown class, too few images, or a setting that does not fit several labels an image.
     """
     found, rows = _select_classes(found, conf.classes)
     several = found.labels.ndim == 2
@@ -38,27 +37,18 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     for name in SPLITS:
         chosen = torch.from_numpy(np.sort(parts[name]))
         splits[name] = Split(found.store, chosen, found.labels[chosen])
-    warnings = _check_classes(found, splits)
+    warnings = (*found.warnings, *_check_classes(found, splits))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     labels = " (several labels an image)" if several else ""
-    text = f"{found.title}: {len(rows):,} images in {len(found.classes)} classes{labels}; {counts}{how}{drawn}"
-    weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
-    return Source(
-        found.classes,
-        splits,
-        text + found.note,
-        is_multilabel=several,
-        class_weights=weights,
-        location=found.location,
-        warnings=(*found.warnings, *warnings),
+    text = (
+        f"{found.title}: {len(rows):,} images in {len(found.classes)} classes{labels}; {counts}{how}{drawn}{found.note}"
     )
+    weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
+    return Source(found.classes, splits, text, several, weights, location=found.location, warnings=warnings)
 
 
 def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImages, Rows]:
-    """`found` with the classes `names` only, in the data's order, and the rows of their images.
-
-    The labels of all other rows mean nothing any more.
-    """
+    """`found` with the classes `names` only, and the rows of their images; the other rows' labels have no meaning."""
     if not names:
         return found, np.arange(len(found.labels))
     for name in names:
@@ -202,11 +192,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _check_classes(found: FoundImages, splits: Mapping[str, Split]) -> list[str]:
-    """A warning for each split that lacks classes.
-
-    Raises:
-        UserError: A split is empty, or a class of data with one label an image has no training image.
-    """
+    """A warning for each split that lacks classes; raises UserError where training or a score would have no images."""
     if len(found.classes) < 2:
         raise UserError(f"{found.place}: only one class, {_listed(found.classes)}, so there is nothing to tell apart")
     lacking = {}

@@ -15,11 +15,7 @@ from finetune.system.errors import UserError
 
 SPLITS = ("train", "val", "test")
 # Words that name a split in tables, folders, shards and data sets -> index into SPLITS.
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), 0),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), 1),
-    **dict.fromkeys(("test", "testing"), 2),
-}
+SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 
 
 class ImageStore(ABC):
@@ -45,10 +41,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def stamp(self, row: int) -> str:
-        """A text that changes when the image does, such as path, size and time; empty if the source has none.
-
-        It is found without reading the image. Raises ImageError if there is no such image.
-        """
+        """A text that changes when the image does: path, size and time; empty if there is none; raises ImageError."""
 
     @abstractmethod
     def name_of(self, row: int) -> str:
@@ -57,20 +50,14 @@ class ImageStore(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Some images of a store with their labels: the training, validation or test images.
+    """Some images of a store with their labels: the training, validation or test images."""
 
-    Attributes:
-        store: All images of the source.
-        rows: Rows of the store, int64 (n,).
-        labels: Class index of each image, int64 (n,); with several labels an image float32 (n, classes), 0 or 1.
-    """
-
-    store: ImageStore
-    rows: Tensor
-    labels: Tensor
+    store: ImageStore  # all images of the source
+    rows: Tensor  # of the store, int64 (n,)
+    labels: Tensor  # class index of each image, int64 (n,); with several labels an image float32 (n, classes), 0 or 1
 
     def __post_init__(self) -> None:
-        """Check the promises of the attributes."""
+        """Check the promises above."""
         assert self.rows.ndim == 1 and len(self.rows) == len(self.labels) and self.labels.ndim in (1, 2)
 
     def __len__(self) -> int:
@@ -114,38 +101,26 @@ class UnreadableImage:
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images in three splits.
+    """Labelled images in three splits."""
 
-    Attributes:
-        classes: Class names; the index of a name is its label.
-        splits: `train`, `val` and `test`; none is empty.
-        description: One line for the start of a run: counts, and how the splits were made.
-        is_multilabel: Whether an image may have several labels, or none, see `Split`.
-        class_weights: Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
-        location: Where the images lie. Results of checks are remembered under it.
-        warnings: Lines that a person should read before training.
-    """
-
-    classes: tuple[str, ...]
-    splits: Mapping[str, Split]
-    description: str
-    is_multilabel: bool = False
+    classes: tuple[str, ...]  # the index of a name is its label
+    splits: Mapping[str, Split]  # `train`, `val` and `test`; none is empty
+    description: str  # one line for the start of a run: counts, and how the splits were made
+    is_multilabel: bool = False  # whether an image may have several labels, or none, see `Split`
+    # Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
     class_weights: Tensor | None = None
-    location: str = ""
-    warnings: tuple[str, ...] = ()
+    location: str = ""  # where the images lie; results of checks are remembered under it
+    warnings: tuple[str, ...] = ()  # lines that a person should read before training
 
     def __post_init__(self) -> None:
-        """Check the promises of the attributes."""
+        """Check the promises above."""
         assert tuple(self.splits) == SPLITS and len(self.classes) > 1
         for split in self.splits.values():
             assert len(split) and split.labels.dtype == (torch.float32 if self.is_multilabel else torch.int64)
             assert split.labels.shape[1:] == ((len(self.classes),) if self.is_multilabel else ())
 
     def without(self, images: Collection[UnreadableImage]) -> Source:
-        """The source without these images.
-
-        Raises UserError if a split would be empty, or if a class would have no training image left.
-        """
+        """The source without these images; raises UserError if a split or a training class would become empty."""
         splits = {}
         for name, split in self.splits.items():
             keep = torch.ones(len(split), dtype=torch.bool)
@@ -163,27 +138,19 @@ class Source:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images that a builder of `data/sources` finds, before images are selected and split.
-
-    Attributes:
-        names: A name for each image, by which it is split. Builders leave the folder of the data out of it, so that
-            splits do not depend on it. Absolute paths in a table and a local path in `data.name` (hf) stay in it.
-        labels: int64 (n,), or float32 (n, classes) if an image may have several labels.
-        given: Index into SPLITS of each image, uint8 (n,), as the data gives it; 0 if the data gives no splits.
-        place: The data's name in messages: `data.root=PATH`.
-        title: Start of the description: `folder PATH`.
-        note: End of the description.
-    """
+    """The images that a builder of `data/sources` finds, before images are selected and split."""
 
     store: ImageStore
+    # The name by which an image is split. Builders leave the folder of the data out of it, so that splits do not depend
+    # on it. Absolute paths in a table and a local path in `data.name` (hf) stay in it.
     names: Collection[str]
     classes: tuple[str, ...]
-    labels: Tensor
-    given: Tensor
-    place: str
-    title: str
-    note: str = ""
-    location: str = ""
+    labels: Tensor  # see `Split`
+    given: Tensor  # index into SPLITS of each image, uint8 (n,), as the data gives it; 0 if the data gives no splits
+    place: str  # the data's name in messages: `data.root=PATH`
+    title: str  # start of the description: `folder PATH`
+    note: str = ""  # end of the description
+    location: str = ""  # see `Source`
     warnings: tuple[str, ...] = ()
 
 

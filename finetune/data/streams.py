@@ -46,13 +46,13 @@ def ranks(stream: str, seed: int, names: Iterable[str]) -> Ranks:
     digests = bytearray()
     for data in (names if isinstance(names, PackedStrings) else PackedStrings(names)).encoded():
         state = begin()
-        state.update(data if data.isascii() else _normal(data))
+        if data.isascii():
+            state.update(data)
+        else:
+            name = unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape"))
+            state.update(name.encode("utf-8", "surrogateescape"))
         digests += state.digest()
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-def _normal(data: bytearray) -> bytes:
-    return unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:

@@ -27,9 +27,7 @@ class DeviceCache:
     def __init__(self, split: Split, step: FirstStep, conf: DataConf, device: torch.device) -> None:
         """Decode every image once, in the host's memory, and copy them to the device.
 
-        Raises:
-            ImageError: An image cannot be read and `data.on_error=stop`.
-            UserError: The memory of the host or of the device is too small.
+        Raises UserError where memory is too small, and ImageError as `open_cache` does.
         """
         assert step.square is not None, "refused by the configuration"
         self._split = split

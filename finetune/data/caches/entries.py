@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,20 @@ def size_of(folder: Path) -> int:
 
 def find_entries(cache: Path) -> list[CacheEntry]:
     """Every finished entry in the cache folder, the one that was used last first."""
-    return sorted(_entries(cache), key=lambda entry: -entry.used)
+    found = []
+    for path in cache.glob("*/*"):
+        kind = path.parent.name
+        if kind not in NAMES or not re.fullmatch(NAMES[kind], path.name) or path.is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process removes it
+            status = path.stat()
+            if kind == "shards" and path.is_file():
+                found.append(CacheEntry(kind, path, status.st_size, max(status.st_mtime, status.st_atime)))
+            elif kind != "shards":
+                files = {file.name: file.stat().st_size for file in path.iterdir()}
+                if files.keys() - {".used"} == FILES[kind]:  # earlier versions put the file `.used` into an entry
+                    found.append(CacheEntry(kind, path, sum(files.values()), status.st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
 
 
 def size_line(cache: Path) -> str | None:
@@ -133,15 +146,12 @@ def size_line(cache: Path) -> str | None:
 
 
 def remove_entry(entry: CacheEntry) -> bool:
-    """Remove an entry and its lock file; False where another run is making or removing it, or the folder refuses.
-
-    A process that has mapped the entry's files still reads them.
-    """
+    """Remove an entry and its lock file; False where another run is making or removing it, or the folder refuses."""
     gone = beside(entry.path)
     try:
         with file_lock(lock_of(entry.path), timeout_s=0):
             if entry.path.is_dir():
-                os.rename(entry.path, gone)  # in one move: no run ever finds half an entry
+                os.rename(entry.path, gone)  # in one move: no run ever finds half an entry, and mapped files stay
                 shutil.rmtree(gone)
                 _remove_leftovers(entry.path)
             else:
@@ -168,18 +178,3 @@ def _remove_leftovers(entry: Path) -> None:
     entry.with_name(f"{entry.name}.part").unlink(missing_ok=True)  # of a shard
     for left in entry.parent.glob(f"{entry.name}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _entries(cache: Path) -> Iterator[CacheEntry]:
-    for path in cache.glob("*/*"):
-        kind = path.parent.name
-        if kind not in NAMES or not re.fullmatch(NAMES[kind], path.name) or path.is_symlink():
-            continue
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process removes it
-            status = path.stat()
-            if kind == "shards" and path.is_file():
-                yield CacheEntry(kind, path, status.st_size, max(status.st_mtime, status.st_atime))
-            elif kind != "shards":
-                files = {file.name: file.stat().st_size for file in path.iterdir()}
-                if files.keys() - {".used"} == FILES[kind]:  # earlier versions put the file `.used` into an entry
-                    yield CacheEntry(kind, path, sum(files.values()), status.st_mtime)

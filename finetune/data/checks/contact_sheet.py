@@ -27,10 +27,7 @@ GAP, CAPTION = 8, 18  # pixels between tiles, and of a line of text
 def write_contact_sheet(
     path: Path, source: Source, preprocess: Preprocess, *, data: DataConf, augment: AugmentConf, seed: int
 ) -> None:
-    """Write a PNG of the first images of the first training epoch that these settings give.
-
-    All images of `source` must be readable.
-    """
+    """Write a PNG of the first images of the first training epoch; all images of `source` must be readable."""
     wanted = COLUMNS * ROWS
     # Only the training GPU knows what `batch_size=auto` is. Views do not depend on it, mixtures do.
     data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)

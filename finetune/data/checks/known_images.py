@@ -36,10 +36,7 @@ MODES = tuple(
 
 
 class KnownImages:
-    """The results of earlier checks of one data set.
-
-    `records` has one RECORD an image, sorted by key; `reasons` the key of each unreadable image -> why.
-    """
+    """The results of earlier checks: RECORDs sorted by key, and the key of each unreadable image -> the reason."""
 
     def __init__(self, cache_dir: str | None, location: str) -> None:
         """Load the memory of the data set at `location`, see `Source.location`; empty where there is none."""
@@ -56,10 +53,7 @@ class KnownImages:
         return found, (found["key"] == keys) & (keys != 0)
 
     def save(self, records: Records, reasons: Mapping[int, str]) -> None:
-        """Add `records` and `reasons` to the file; records that other processes wrote meanwhile stay.
-
-        Does nothing where the folder cannot be written: then the next start reads the images again.
-        """
+        """Add `records` and `reasons` to the file, if it can be written; what other processes wrote meanwhile stays."""
         learned = records[(records["key"] != 0) & (records["depth"] >= HEADER)]
         if not len(learned):
             return

@@ -65,8 +65,7 @@ def _line(when: str, image: UnreadableImage) -> str:
 def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     """Examine the images for `data.check_budget_s`, log their faults; return the source without those to leave out.
 
-    Raises:
-        UserError: Images cannot be read and `data.on_error=stop`; the full list is in `unreadable.txt`.
+    Raises UserError if images cannot be read and `data.on_error=stop`; the full list is in `unreadable.txt`.
     """
     if cache := size_line(cache_folder(conf.cache_dir)):
         logger.info("%s", cache)

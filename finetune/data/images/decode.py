@@ -75,10 +75,7 @@ def read_image(path: str) -> Tensor:
     """Decode a file to uint8 (3, height, width), RGB; not always contiguous.
 
     The image is turned upright by its EXIF tag. Transparency is put on white, 16 bits are scaled to 8, and of several
-    frames the first counts.
-
-    Raises:
-        ImageError: The file is missing, damaged, no image, or of a kind whose range of values is unknown.
+    frames the first counts. Raises ImageError, also for an image whose range of values is unknown.
     """
     return decode(read_file(path), path)
 

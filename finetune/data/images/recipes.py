@@ -26,7 +26,6 @@ ImageToShow = tuple[Tensor, Callable[[], torch.Generator]]
 ImageStep = Callable[[Tensor], Tensor]
 Fill = list[int]
 Pair = Sequence[float]
-
 BILINEAR = InterpolationMode.BILINEAR
 
 
@@ -251,11 +250,8 @@ class Erasing:
             tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if tall < height and wide < width:
                 top, left = (int(torch.randint(free + 1, ())) for free in (height - tall, width - wide))
-                erased: Tensor = F.erase(image, top, left, tall, wide, self._noise(tall, wide))
+                mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+                noise = (torch.randn(3, tall, wide) * std + mean) * 255
+                erased: Tensor = F.erase(image, top, left, tall, wide, noise.round_().clamp_(0, 255).to(torch.uint8))
                 return erased
         return image
-
-    def _noise(self, tall: int, wide: int) -> Tensor:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        noise = torch.randn(3, tall, wide) * std + mean
-        return (noise * 255).round_().clamp_(0, 255).to(torch.uint8)

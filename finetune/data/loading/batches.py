@@ -23,7 +23,7 @@ from finetune.data.loading.order import Showings
 from finetune.data.split import Split
 from finetune.data.streams import augment_generator
 
-# Pixels that are normalised at a time: as float32 with three channels they about fill the cache of a core.
+# Pixels that are normalised at a time, so that all four operations find them in the cache of a core.
 CACHED_PIXELS = 2**16
 
 
@@ -36,19 +36,12 @@ class BatchKey(NamedTuple):
 
 
 class PixelBatch(NamedTuple):
-    """A micro-batch before it goes to the device.
+    """A micro-batch before it goes to the device."""
 
-    Attributes:
-        images: uint8 (batch, 3, size, size).
-        labels: int64 (batch,), or float32 (batch, classes).
-        ids: Indices into the split, int64 (batch,).
-        left_out: One error for each image of the key that could not be read; the batch does not hold these images.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    left_out: list[ImageError]
+    images: Tensor  # uint8 (batch, 3, size, size)
+    labels: Tensor  # int64 (batch,), or float32 (batch, classes)
+    ids: Tensor  # indices into the split, int64 (batch,)
+    left_out: list[ImageError]  # an error for each image of the key that could not be read and is not in the batch
 
 
 @dataclass(eq=False)
@@ -107,8 +100,7 @@ class EpochPlan(Sampler[BatchKey]):
         """Plan an epoch without images; `set` replaces it."""
         self._batch_size = batch_size
         nothing = torch.empty(0, dtype=torch.int64)
-        self._showings = Showings(nothing, nothing)
-        self._view = 0
+        self.set(Showings(nothing, nothing), 0)
 
     def set(self, showings: Showings, view: int) -> None:
         """Plan an epoch of `showings` in the view `view`."""
@@ -122,10 +114,7 @@ class EpochPlan(Sampler[BatchKey]):
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x / 255 - mean) / std on the host. uint8 (batch, 3, size, size) -> float32, the same shape.
-
-    A few images at a time, so that all four operations find them in the processor's cache.
-    """
+    """(x / 255 - mean) / std on the host. uint8 (batch, 3, size, size) -> float32, the same shape."""
     batch = torch.empty(images.shape, dtype=torch.float32)
     at_once = max(1, CACHED_PIXELS // images.shape[-1] ** 2)
     for start in range(0, len(images), at_once):

@@ -72,15 +72,10 @@ class Loader:
         return -(-self.num_images // self.batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch.
+        """Yield the batches of one epoch without the first `skip` micro-batches, which are not even read.
 
-        Args:
-            epoch: From 0; decides order and views in training.
-            skip: Micro-batches to leave out at the start; they are not even read. The others stay as they are.
-
-        Yields:
-            Images float32 (batch, 3, size, size), normalised, and labels int64 (batch,) on the device; ids int64
-            (batch,), the indices into the split, on the host. Raises ImageError if a file cannot be read.
+        A batch is normalised images, float32 (batch, 3, size, size), and labels, int64 (batch,) or float32 (batch,
+        classes), on the device; and ids int64 (batch,), the indices into the split, on the host. Raises ImageError.
         """
         assert epoch >= 0 and skip >= 0
         return self.show(self.showings(epoch).after(skip * self.batch_size), self.view(epoch))
@@ -95,7 +90,12 @@ class Loader:
         turn = self._turn
         self._start(showings, view)
         # Nothing but `self._batches` refers to the iterator, not even this frame, so that `close` ends the workers.
-        while (batch := self._next()) is not None:
+        while True:
+            began = time.perf_counter()
+            batch = next(self._batches, None)
+            self.waited_s += time.perf_counter() - began
+            if batch is None:
+                return
             if isinstance(batch, ImageError):
                 if not (empty and self._skips):
                     raise batch
@@ -163,12 +163,6 @@ class Loader:
             self._loader = self._build()
         with signals_blocked():
             self._batches = iter(self._loader)
-
-    def _next(self) -> PixelBatch | ImageError | None:
-        began = time.perf_counter()
-        batch = next(self._batches, None)
-        self.waited_s += time.perf_counter() - began
-        return batch
 
     def _build(self) -> DataLoader[PixelBatch | ImageError]:
         if self._has_cache_to_open:

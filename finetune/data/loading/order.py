@@ -14,15 +14,10 @@ Integers = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 class Showings(NamedTuple):
-    """The images of an epoch in order; an image may be shown several times.
+    """The images of an epoch in order; an image may be shown several times."""
 
-    Attributes:
-        samples: Indices into the split, int64 (n,).
-        occurrences: How often this epoch has shown each before, int64 (n,). It decides the augmentation, too.
-    """
-
-    samples: Tensor
-    occurrences: Tensor
+    samples: Tensor  # indices into the split, int64 (n,)
+    occurrences: Tensor  # how often this epoch has shown each before, int64 (n,); the augmentation depends on it
 
     def after(self, count: int) -> Showings:
         """The showings without the first `count`."""
@@ -37,15 +32,11 @@ class Showings(NamedTuple):
 
 
 def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images: int = 0) -> Showings:
-    """The order of a training epoch.
+    """The order of a training epoch, which shows every image once.
 
-    Args:
-        labels: Of the split, see `Split`.
-        seed: The run's.
-        epoch: From 0.
-        balanced: False: show every image once. True: as many showings, but every class equally often, to within one
-            image. Images of a rare class come several times; a frequent class shows other images every epoch.
-        images: Above 0: show this number of images, each drawn evenly out of all of them, with replacement.
+    With `balanced` it has as many showings, but every class equally often, to within one image: images of a rare class
+    come several times, and a frequent class shows other images every epoch. `images` above 0 is the number of showings:
+    each is drawn evenly out of all images, with replacement.
     """
     if images:
         assert not balanced, "refused by the configuration"

@@ -34,7 +34,7 @@ def open_source(conf: DataConf) -> Source:
     """Find images and labels, select among them, and split them. No image file is opened yet.
 
     Raises:
-        UserError: A source that does not exist, or data that cannot be split.
+        UserError: A source that does not exist, cannot be read, or cannot be split.
         FileNotFoundError: `data.root` or `data.table` is missing.
     """
     return split_up(_BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf), conf)

@@ -219,8 +219,7 @@ def _read(source: IO[bytes]) -> bytes:
 def length_of(remote: RemoteFile) -> int | None:
     """The length in bytes; None for a command, and if the server does not say it or cannot be reached now.
 
-    Raises:
-        UserError: The server has no such file or refuses it, or the client for the scheme is missing.
+    Raises UserError if the server has no such file or refuses it, or if the client for the scheme is missing.
     """
     if remote.is_command:
         return None
@@ -235,10 +234,7 @@ def length_of(remote: RemoteFile) -> int | None:
 
 
 def _open(address: str) -> tuple[IO[bytes], int | None]:
-    """The file at a URL, open for reading, and its length in bytes if the server says it.
-
-    Raises BrokenDownloadError if another try may succeed, and UserError if none will.
-    """
+    """The file at a URL, and its length if known; raises BrokenDownloadError if another try may help, or UserError."""
     if not address.startswith(("http://", "https://")):
         return _open_with_fsspec(address)
     if "@" in urlsplit(address).netloc:

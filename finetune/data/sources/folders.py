@@ -16,7 +16,6 @@ from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.system.errors import UserError
 
 LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
-
 # Folders that operating systems and tools leave behind. Some hold small copies of the images.
 _LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
 
@@ -33,7 +32,9 @@ def find_folder(conf: DataConf) -> FoundImages:
     root = os.path.expanduser(conf.root or "")
     _check_reachable(root)
     if not os.path.lexists(root):
-        raise FileNotFoundError(f"data.root={conf.root}: there is no such folder{_nearest_sibling(root)}; {LAYOUT}")
+        above, name = os.path.split(os.path.abspath(root))
+        close = nearest(name, _entries(above)[0]) if os.path.isdir(above) else ""
+        raise FileNotFoundError(f"data.root={conf.root}: there is no such folder{close}; {LAYOUT}")
     if not os.path.isdir(root):
         raise UserError(f"data.root={conf.root}: is not a folder; {LAYOUT}")
     left_out: Counter[str] = Counter()
@@ -182,8 +183,3 @@ def _brackets(counts: Counter[str], word: str = "left out:") -> str:
     if not counts:
         return ""
     return f" [{word} {', '.join(f'{number:,} {kind}' for kind, number in counts.most_common(5))}]"
-
-
-def _nearest_sibling(path: str) -> str:
-    above, name = os.path.split(os.path.abspath(path))
-    return nearest(name, _entries(above)[0]) if os.path.isdir(above) else ""

@@ -38,8 +38,7 @@ class HuggingFaceStore(PartsStore):
 def find_hugging_face(conf: DataConf) -> FoundImages:
     """The data set `data.name` with its own splits; `val` or `test` is cut from `train` if the data set lacks it.
 
-    Raises:
-        UserError: It cannot be opened, lacks a column, or its columns hold no images and labels.
+    Raises UserError if it cannot be opened, lacks a column, or if its columns hold no images and labels.
     """
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]

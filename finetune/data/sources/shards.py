@@ -167,19 +167,15 @@ def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
 
     Names count only if some shards are named after train and others after val or test. Else the splits are cut by seed.
     """
-    if any(shard.split for shard in shards):
+    splits: dict[Shard, int | None] = {}
+    for shard in shards:
+        *_, folder, file = ("", *shard.name.replace(os.sep, "/").split("/"))
+        words = (word.lower() for word in (folder, *re.split(r"[-_.]", file)))
+        splits[shard] = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    named = set(splits.values())
+    if any(shard.split for shard in shards) or 0 not in named or not named & {1, 2}:
         return shards
-    words = {shard: _split_by_name(shard.name) for shard in shards}
-    if 0 not in words.values() or not {1, 2} & set(words.values()):
-        return shards
-    return [replace(shard, split=split or 0) for shard, split in words.items()]
-
-
-def _split_by_name(name: str) -> int | None:
-    """Index into SPLITS by the folder of a shard, or by a word of its file name; None if neither names a split."""
-    folder, _, file = name.replace(os.sep, "/").rpartition("/")
-    words = [folder.rpartition("/")[2], *re.split(r"[-_.]", file)]
-    return next((SPLIT_WORDS[word.lower()] for word in words if word.lower() in SPLIT_WORDS), None)
+    return [replace(shard, split=split or 0) for shard, split in splits.items()]
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:

@@ -28,8 +28,7 @@ class ColumnBlock(NamedTuple):
 def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
     """Yield all rows of the table at `path`, with the columns called `wanted` in that order.
 
-    Raises:
-        UserError: The format is unknown, the file cannot be read, or a column or a cell of a row is missing.
+    Raises UserError if the format is unknown, the file cannot be read, or a column or a cell is missing.
     """
     ending = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     try:

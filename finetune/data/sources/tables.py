@@ -184,11 +184,7 @@ def _labels(rows: _Rows, classes: Sequence[str]) -> Tensor:
 
 
 def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Numbers) -> tuple[str, ...]:
-    """A warning if paths repeat, since such images count twice.
-
-    Raises:
-        UserError: A path repeats with another label, so that one of the two is wrong.
-    """
+    """A warning if paths repeat; raises UserError if one repeats with another label, since one of the two is wrong."""
     hashes = ranks("path", 0, names)
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])

@@ -67,12 +67,16 @@ def find_torchvision(conf: DataConf) -> FoundImages:
     """The data set `data.name` under `data.root`, downloaded only with `data.download=true`.
 
     The data set's own splits are used; `val` or `test` is cut from `train` if it is missing. Classes keep their order.
-
-    Raises:
-        UserError: There is no such data set, it is not on this machine, or it has no images with one label each.
+    Raises UserError if there is no such data set on this machine, or if it has no images with one label each.
     """
+    import torchvision.datasets as library
+
     name, root = conf.name or "", os.path.expanduser(conf.root or "")
-    parts = _open_parts(_kind(name), name, root, download=conf.download)
+    known = [word for word in library.__all__ if inspect.isclass(vars(library).get(word)) and word != "FakeData"]
+    if name not in known:
+        instead = f"{nearest(name, known)}; it has {', '.join(known)}"
+        raise UserError(f"data.name={name}: torchvision has no such data set{instead}")
+    parts = _open_parts(vars(library)[name], name, root, download=conf.download)
     labels = [_labels(name, part) for _, part in parts.values()]
     store = TorchvisionStore(name, root, parts)
     return FoundImages(
@@ -85,17 +89,6 @@ def find_torchvision(conf: DataConf) -> FoundImages:
         title=f"torchvision {name} in {root}",
         location=os.path.abspath(root),
     )
-
-
-def _kind(name: str) -> Callable[..., Any]:
-    import torchvision.datasets as library
-
-    known = [word for word in library.__all__ if inspect.isclass(vars(library).get(word)) and word != "FakeData"]
-    if name not in known:
-        instead = f"{nearest(name, known)}; it has {', '.join(known)}"
-        raise UserError(f"data.name={name}: torchvision has no such data set{instead}")
-    kind: Callable[..., Any] = vars(library)[name]
-    return kind
 
 
 def _open_parts(kind: Callable[..., Any], name: str, root: str, *, download: bool) -> dict[str, tuple[str, Any]]:
