@@ -6,19 +6,9 @@ crop, mix), `split` and `selection`, `sources` and `caches`, `loading` (workers 
 """
 
 from finetune.data.checks.start import SkippedList, check_at_start
-from finetune.data.images.decode import ImageError, natural_key, read_image
+from finetune.data.images.decode import ImageError
 from finetune.data.loading.loader import Loader
 from finetune.data.sources import open_source
-from finetune.data.split import Source, Split
+from finetune.data.split import Source
 
-__all__ = [
-    "ImageError",
-    "Loader",
-    "SkippedList",
-    "Source",
-    "Split",
-    "check_at_start",
-    "natural_key",
-    "open_source",
-    "read_image",
-]
+__all__ = ["ImageError", "Loader", "SkippedList", "Source", "check_at_start", "open_source"]

@@ -40,9 +40,8 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     warnings = (*found.warnings, *_check_classes(found, splits))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     labels = " (several labels an image)" if several else ""
-    text = (
-        f"{found.title}: {len(rows):,} images in {len(found.classes)} classes{labels}; {counts}{how}{drawn}{found.note}"
-    )
+    size = f"{len(rows):,} images in {len(found.classes)} classes{labels}"
+    text = f"{found.title}: {size}; {counts}{how}{drawn}{found.note}"
     weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
     return Source(found.classes, splits, text, several, weights, location=found.location, warnings=warnings)
 
@@ -142,9 +141,8 @@ def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str,
                 taken[split].append(rows[start : start + count])
                 start += count
         taken["train"].append(rows[start:])
-    return {
-        split: np.sort(np.concatenate(parts)) if parts else order[:0].astype(np.int64) for split, parts in taken.items()
-    }
+    nothing = np.empty(0, dtype=np.int64)
+    return {split: np.sort(np.concatenate([nothing, *parts])) for split, parts in taken.items()}
 
 
 def in_fold(order: Ranks, strata: Rows, *, folds: int, fold: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:

@@ -22,13 +22,13 @@ from finetune.__main__ import main
 from finetune.config import AugmentConf, DataConf, OnError, SourceKind
 from finetune.config.words.configuration import compose
 from finetune.core.preprocess import Preprocess
-from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source, read_image
+from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.caches.entries import cache_folder
 from finetune.data.checks import examine as examine_module
 from finetune.data.checks.contact_sheet import CAPTION, GAP, pixels_of_input, write_contact_sheet
 from finetune.data.checks.examine import examine, find_duplicates
 from finetune.data.checks.known_images import RECORD, KnownImages
-from finetune.data.images.decode import decode, read_header
+from finetune.data.images.decode import decode, read_header, read_image
 from finetune.data.sources.stores import FileStore
 
 SQUARE = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize="squash")

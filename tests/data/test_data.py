@@ -20,7 +20,8 @@ from torch import Tensor
 
 from finetune.config import AugmentConf, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
-from finetune.data import ImageError, Loader, Source, natural_key, open_source, read_image
+from finetune.data import ImageError, Loader, Source, open_source
+from finetune.data.images.decode import natural_key, read_image
 from finetune.data.images.transforms import Light, View, build_transform, fit_square, warp
 from finetune.data.loading.batches import BatchKey, BatchMaker, PixelBatch, normalise
 from finetune.data.streams import augment_generator, mix, shuffled, view_of

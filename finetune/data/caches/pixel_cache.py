@@ -71,8 +71,7 @@ class PixelCache:
 
         `index` has offset, height and width of each image, int64 (images, 3); height 0: it could not be read.
         """
-        self._index = index
-        self._path = path
+        self._index, self._path = index, path
         self._pixels = pixels if path is None else _mapped(path)
 
     def load(self, sample: int) -> Tensor | None:
@@ -102,10 +101,8 @@ def _mapped(path: Path) -> Tensor:
 def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
     """The cache of `split`, made now if it does not exist.
 
-    Raises:
-        ImageError: An image cannot be read and `data.on_error=stop`.
-        UserError: Memory, disk or `data.cache_gib` is too small.
-        OSError: The folder cannot be written.
+    Raises ImageError if an image cannot be read and `data.on_error=stop`; UserError if memory, disk or `data.cache_gib`
+    is too small; OSError if the folder cannot be written.
     """
     if conf.cache == CacheKind.ram:
         memory = io.BytesIO()
@@ -181,10 +178,8 @@ def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
     other = "data.cache=disk"
     if conf.cache == CacheKind.disk:
         other = f"a larger data.cache_gib (now {conf.cache_gib:g}), `finetune cache clear`, another data.cache_dir"
-    raise UserError(
-        f"data.cache={conf.cache}: needs {needed / GIB:.2f} GiB or more, {max(0, free) / GIB:.2f} are free: use"
-        f" {other}, or data.cache=none"
-    )
+    sizes = f"needs {needed / GIB:.2f} GiB or more, {max(0, free) / GIB:.2f} are free"
+    raise UserError(f"data.cache={conf.cache}: {sizes}: use {other}, or data.cache=none")
 
 
 def _key(split: Split, step: FirstStep) -> str:

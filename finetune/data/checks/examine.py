@@ -161,8 +161,8 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -
         report.records[name] = examination.records[start:end]
         for position, reason in sorted(examination.unreadable.items()):
             if start <= position < end:
-                image = UnreadableImage(name, position - start, split.name_of(position - start), reason)
-                report.unreadable.append(image)
+                index = position - start
+                report.unreadable.append(UnreadableImage(name, index, split.name_of(index), reason))
         start = end
     return report
 

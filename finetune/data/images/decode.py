@@ -33,7 +33,6 @@ _ORIENTATION = 0x0112  # EXIF tag: how to turn the stored image upright (EXIF 2.
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS, which has a name in ImageCms since Pillow 10.3
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
-
 MAX_PIXELS = 178_956_970  # Pillow's own limit; it warns at half of that, but such images are read
 MAX_BYTES = 2**31  # of a file: more than the largest image takes with four channels of 16 bits
 _AT_ONCE = os.O_NONBLOCK if os.name == "posix" else 0

@@ -132,11 +132,8 @@ def three_augment(size: int) -> ImageStep:
     Solarising inverts the upper half of the range; the blur has a standard deviation of 0.1 to 2 pixels.
     """
     width = min(13, size - 1 + size % 2)  # of the kernel: three standard deviations either way, if that fits
-    choice: ImageStep = v2.RandomChoice([
-        v2.Grayscale(num_output_channels=3),
-        v2.RandomSolarize(threshold=128, p=1.0),
-        v2.GaussianBlur(width, sigma=(0.1, 2.0)),
-    ])  # fmt: skip
+    steps = [v2.Grayscale(3), v2.RandomSolarize(threshold=128, p=1.0), v2.GaussianBlur(width, sigma=(0.1, 2.0))]
+    choice: ImageStep = v2.RandomChoice(steps)
     return choice
 
 
@@ -178,9 +175,7 @@ Operation = Callable[[Tensor, float, float, Fill], Tensor]
 def _affine(image: Tensor, fill: Fill, *, angle: float = 0.0, translate: Pair = (0, 0), shear: Pair = (0, 0)) -> Tensor:
     # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the centre.
     center = [0.0, 0.0] if any(shear) else None
-    moved: Tensor = F.affine(
-        image, angle, list(translate), 1.0, list(shear), interpolation=BILINEAR, fill=fill, center=center
-    )
+    moved: Tensor = F.affine(image, angle, list(translate), 1.0, list(shear), BILINEAR, fill, center)
     return moved
 
 
@@ -217,12 +212,8 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, sign, fill: F.adjust_sharpness(image, _factor(strength, sign)),
     lambda image, strength, sign, fill: _affine(image, fill, shear=[_shear(strength, sign), 0.0]),
     lambda image, strength, sign, fill: _affine(image, fill, shear=[0.0, _shear(strength, sign)]),
-    lambda image, strength, sign, fill: _affine(
-        image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0.0]
-    ),
-    lambda image, strength, sign, fill: _affine(
-        image, fill, translate=[0.0, -0.45 * strength * sign * image.shape[-2]]
-    ),
+    lambda image, strength, sign, fill: _affine(image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0]),
+    lambda image, strength, sign, fill: _affine(image, fill, translate=[0, -0.45 * strength * sign * image.shape[-2]]),
 )
 
 

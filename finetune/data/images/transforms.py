@@ -140,8 +140,7 @@ BatchTransform = Callable[[Iterable[ImageToShow], int], Tensor]
 def build_transform(preprocess: Preprocess, augment: AugmentConf | None) -> BatchTransform:
     """Build the transform of training (`augment`) or of evaluation (None, or the recipe `none`).
 
-    It is a function of images with their generators, and of the largest number of them. It returns uint8
-    (batch, 3, size, size). A `Transform` starts with `fit_square`; a `CropRecipe` starts from the whole image.
+    It takes images with their generators, and the largest number of them, and returns uint8 (batch, 3, size, size).
     """
     if augment is None or augment.recipe == Recipe.none:
         return Transform(preprocess, None)

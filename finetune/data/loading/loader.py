@@ -42,9 +42,8 @@ class Loader:
         device: torch.device,
         on_skip: Callable[[ImageError], None] = lambda error: None,
     ) -> None:
-        """Prepare; workers start with the first epoch.
+        """Prepare; workers start with the first epoch. Without `augment` images come in order and unchanged.
 
-        With `augment` the images are shuffled and augmented. None is evaluation: in order and without augmentation.
         `on_skip` is called with the error of each image that a batch leaves out, with `data.on_error=skip`.
         """
         self.split, self.batch_size = split, conf.batch_size

@@ -1,9 +1,8 @@
 """Where images and labels come from: one builder for each word of `data.source`.
 
-A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up` makes three splits. Splits depend only
-on image names and `data.split_seed`. The order of the images follows the sorted names.
-Read `open_source` below, then `folders.py`, the plainest builder. A new source is one file here and one line of
-`_BUILDERS`, beside its word in `config/data.py`.
+A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up` makes three splits, by image names and
+`data.split_seed` alone. Read `open_source` below, then `folders.py`, the plainest builder. A new source is one file here
+and one line of `_BUILDERS`, beside its word in `config/data.py`.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ _BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
 def open_source(conf: DataConf) -> Source:
     """Find images and labels, select among them, and split them. No image file is opened yet.
 
-    Raises:
-        UserError: A source that does not exist, cannot be read, or cannot be split.
-        FileNotFoundError: `data.root` or `data.table` is missing.
+    Raises FileNotFoundError if `data.root` or `data.table` is missing; UserError if the data cannot be used or split.
     """
     return split_up(_BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf), conf)

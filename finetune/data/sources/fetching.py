@@ -117,8 +117,7 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
     `check` raises UserError if the downloaded file is not what it should be.
 
     Raises:
-        MissingFileError: There is no such file, or this user may not read it.
-        UserError: The file cannot be downloaded. A failure that may pass was tried TRIES times.
+        UserError: The file cannot be downloaded, in TRIES tries if the failure may pass; MissingFileError is one.
         OSError: `folder` cannot be written.
         StoppedError: `progress` was stopped.
     """
@@ -157,13 +156,10 @@ def _run_command(address: str, part: Path, progress: Progress) -> bool:
     """Write the output of the shell command after `pipe:` to `part`; False, since its right length is unknown."""
     with tempfile.TemporaryFile() as stderr, open(part, "wb") as stdout:
         # The command comes from the user's own configuration. WebDataset gives it to a shell, too.
+        # A session of its own, so that the command's children can be killed with it.
+        command, no_input = address.removeprefix("pipe:"), subprocess.DEVNULL
         process = subprocess.Popen(
-            address.removeprefix("pipe:"),
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # so that the command's children can be killed with it
+            command, shell=True, stdin=no_input, stdout=stdout, stderr=stderr, start_new_session=True
         )
         progress.commands.add(process)
         try:

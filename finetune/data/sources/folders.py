@@ -23,15 +23,11 @@ _LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System
 def find_folder(conf: DataConf) -> FoundImages:
     """The images in the class folders under `data.root`, or under its `train/`, `val/` and `test/`.
 
-    If there is a `train/` without `val/` or `test/`, the missing split is cut from `train/`.
-
-    Raises:
-        FileNotFoundError: `data.root` is missing.
-        UserError: `data.root` is no folder, or has another layout.
+    If there is a `train/` without `val/` or `test/`, the missing split is cut from `train/`. Raises FileNotFoundError
+    if `data.root` is missing, UserError if it has another layout.
     """
     root = os.path.expanduser(conf.root or "")
-    _check_reachable(root)
-    if not os.path.lexists(root):
+    if _identity(root) is None and not os.path.lexists(root):
         above, name = os.path.split(os.path.abspath(root))
         close = nearest(name, _entries(above)[0]) if os.path.isdir(above) else ""
         raise FileNotFoundError(f"data.root={conf.root}: there is no such folder{close}; {LAYOUT}")
@@ -112,7 +108,7 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
     return classes
 
 
-def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[int, int], ...]) -> Iterable[str]:
+def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[object, ...]) -> Iterable[str]:
     """Image files under `root/folder`, at any depth, relative to `root`; counts all other files in `others`."""
     here = _identity(os.path.join(root, folder))
     if here in above:
@@ -127,21 +123,16 @@ def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[tuple[in
         yield from _walk(root, f"{folder}/{name}", others, above=(*above, here))
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    _check_reachable(folder)
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _check_reachable(path: str) -> None:
-    """Raises UserError if the rights of a folder above forbid to see whether `path` exists."""
+def _identity(folder: str) -> tuple[int, int] | None:
+    """Device and inode, None if it does not exist; raises UserError if the rights of a folder above hide that."""
     try:
-        os.stat(path)
+        status = os.stat(folder)
     except PermissionError as error:
         how = "change the rights of a folder above, or data.root"
-        raise UserError(f"{path}: may not be reached (permission denied); {how}") from error
+        raise UserError(f"{folder}: may not be reached (permission denied); {how}") from error
     except OSError:
-        return  # the caller finds the same error and names it
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _entries(folder: str) -> tuple[list[str], list[str]]:

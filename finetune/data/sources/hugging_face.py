@@ -15,8 +15,6 @@ from finetune.data.sources.stores import PartsStore
 from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.system.errors import UserError
 
-SAVED_FILES = ("dataset_info.json", "dataset_dict.json")  # `save_to_disk` of the library leaves one of them
-
 
 class HuggingFaceStore(PartsStore):
     """The image column of each split of a data set, undecoded."""
@@ -76,7 +74,8 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
 def _open(datasets: Any, name: str, conf: DataConf) -> Any:
     """A `Dataset`, or a dict of them. Only `data.download` allows a download from the hub."""
     try:
-        if any(os.path.exists(os.path.join(name, file)) for file in SAVED_FILES):
+        # `save_to_disk` of the library leaves one of these files.
+        if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json")):
             return datasets.load_from_disk(name)
         is_offline = not (conf.download or os.path.exists(name))
         config = datasets.DownloadConfig(local_files_only=is_offline)

@@ -26,11 +26,8 @@ CLASS_FILE_BYTES = 2**22  # a longer file is no list of class names
 def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
     """Return the path of each downloaded shard; download missing ones if `data.download` allows it.
 
-    Lists of class names that lie beside the first shard, or in the folder above, are downloaded with the shards.
-
-    Raises:
-        UserError: Shards are missing and `data.download` is false, there is no room for them, or a download failed.
-        OSError: The folder of downloaded shards cannot be written.
+    Lists of class names that lie beside the first shard, or in the folder above, are downloaded with the shards. Raises
+    UserError if shards may not be downloaded or have no room, or if a download fails; OSError if the folder refuses.
     """
     folder = cache_folder(conf.cache_dir) / "shards"
     missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
@@ -94,15 +91,13 @@ def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> None:
         )
 
 
-def _fetch_all(
-    shards: Sequence[RemoteFile], class_files: Sequence[RemoteFile], folder: Path, num_bytes: int | None
-) -> None:
+def _fetch_all(shards: Sequence[RemoteFile], lists: Sequence[RemoteFile], folder: Path, num_bytes: int | None) -> None:
     with tqdm(total=num_bytes, desc="fetch shards", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         progress = Progress(bar)
         # Before the shards, since a later start that finds every shard downloads nothing at all.
-        for class_file in class_files:
+        for class_list in lists:
             with contextlib.suppress(MissingFileError):
-                fetch(class_file, folder, _check_class_file, progress)
+                fetch(class_list, folder, _check_class_file, progress)
         # The threads of this pool are daemons: Ctrl-C does not wait for a server, as it would with concurrent.futures.
         with ThreadPool(THREADS) as pool:
             try:

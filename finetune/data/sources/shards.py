@@ -46,14 +46,11 @@ class Shard:
 class ShardStore(ImageStore):
     """Images inside tar files. Each read opens the shard anew, so that worker processes share no open file."""
 
-    def __init__(
-        self, shards: Sequence[Shard], keys: PackedStrings, places: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], keys: PackedStrings, places: np.ndarray[Any, Any]) -> None:
         """Take the shards, the name of each image, and its (shard, offset, size), int64 (n, 3)."""
         self._shards = [shard.path for shard in shards]
         self._folders = [os.path.dirname(shard.name) for shard in shards]
-        self._keys = keys
-        self._places = places
+        self._keys, self._places = keys, places
 
     def read(self, row: int) -> bytes:
         """The bytes of the image file; raises ImageError."""
@@ -95,9 +92,7 @@ class _Index:
 def find_shards(conf: DataConf) -> FoundImages:
     """The images of all shards at `data.root`: folders, perhaps with `train/ val/ test/`, patterns, URLs, commands.
 
-    Raises:
-        FileNotFoundError: There are no shards.
-        UserError: A shard is damaged or cannot be downloaded, or an image has no label.
+    Raises FileNotFoundError without shards; UserError if a shard is damaged or missing, or an image has no label.
     """
     shards = _list_shards(conf)
     index = _Index()

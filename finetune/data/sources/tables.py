@@ -76,9 +76,7 @@ class _Rows:
 def find_table(conf: DataConf) -> FoundImages:
     """The images that `data.table` lists in `data.path_column`, with the labels in `data.label_column`.
 
-    Raises:
-        FileNotFoundError: There is no such table.
-        UserError: It cannot be read, lacks a column, or has rows without a path or a label: the message names them.
+    Raises FileNotFoundError without a table; UserError if it cannot be read, lacks a column, or has unusable rows.
     """
     path = os.path.expanduser(conf.table or "")
     if not os.path.exists(path):
