@@ -73,10 +73,7 @@ class Split:
         return self.store.name_of(int(self.rows[index]))
 
     def content_digest(self) -> bytes:
-        """16 bytes that change when an image of the split changes, or their order; part of the names of caches.
-
-        Of each image its stamp counts; where the source has no stamps, its bytes.
-        """
+        """16 bytes that change with the images and their order: a hash of each image's stamp, or else of its bytes."""
         state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
         for row in self.rows.tolist():
             try:

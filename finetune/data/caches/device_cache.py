@@ -25,10 +25,7 @@ class DeviceCache:
     """All images of a split at the model's size, uint8 (images, 3, size, size), on a device."""
 
     def __init__(self, split: Split, step: FirstStep, conf: DataConf, device: torch.device) -> None:
-        """Decode every image once, in the host's memory, and copy them to the device.
-
-        Raises UserError where memory is too small, and ImageError as `open_cache` does.
-        """
+        """Decode every image once, in the host's memory, and copy all to the device; raises as `open_cache` does."""
         assert step.square is not None, "refused by the configuration"
         self._split = split
         size = step.square.size

@@ -63,8 +63,8 @@ def lock_of(entry: Path) -> Path:
 def made_once(entry: Path, make: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
     """Make the folder `entry` unless it exists. One process makes it; others wait, and say so in the log.
 
-    `make` writes the folder `beside(entry)` and renames it. `check` is called while this process waits, and may raise an
-    error. Raises OSError if the folder of entries cannot be used; Interrupted if a signal asks for a stop.
+    `make` writes the folder `beside(entry)` and renames it. `check` is called while this process waits, and may raise.
+    Raises OSError if the folder of entries cannot be used; Interrupted if a signal asks for a stop.
     """
     told = False
 

@@ -94,8 +94,18 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     if earlier is None:
         skipped.start(report.unreadable)
         earlier = report.unreadable
+    for image in earlier:
+        split = source.splits[image.split]
+        if image.index >= len(split) or split.name_of(image.index) != image.name:
+            raise UserError(
+                f"{skipped.path} lists {image.name} as number {image.index} of {image.split}, where another image is"
+                " now: the data has changed since this run was started; start a new run"
+            )
     # In a continued run an image that became unreadable since its first start is left out when its batch is made.
-    return _leave_out(source, earlier, skipped)
+    if not earlier:
+        return source
+    logger.warning("%d images are left out (all in %s): %s", len(earlier), skipped.path, _names(earlier))
+    return source.without(earlier)
 
 
 def _first(lines: Sequence[str], most: int) -> str:
@@ -105,18 +115,3 @@ def _first(lines: Sequence[str], most: int) -> str:
 def _names(images: Sequence[UnreadableImage]) -> str:
     """Name and reason of the first images, in one line."""
     return printable(_first([f"{image.name} ({image.reason})" for image in images], MAX_SHOWN))
-
-
-def _leave_out(source: Source, images: Sequence[UnreadableImage], skipped: SkippedList) -> Source:
-    """The source without `images`, which must still be where they were at the first start."""
-    for image in images:
-        split = source.splits[image.split]
-        if image.index >= len(split) or split.name_of(image.index) != image.name:
-            raise UserError(
-                f"{skipped.path} lists {image.name} as number {image.index} of {image.split}, where another image is"
-                " now: the data has changed since this run was started; start a new run"
-            )
-    if not images:
-        return source
-    logger.warning("%d images are left out (all in %s): %s", len(images), skipped.path, _names(images))
-    return source.without(images)

@@ -1,8 +1,8 @@
 """Where images and labels come from: one builder for each word of `data.source`.
 
 A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up` makes three splits, by image names and
-`data.split_seed` alone. Read `open_source` below, then `folders.py`, the plainest builder. A new source is one file here
-and one line of `_BUILDERS`, beside its word in `config/data.py`.
+`data.split_seed` alone. Read `open_source` below, then `folders.py`, the plainest builder. A new source is a file here,
+a line of `_BUILDERS` and a word in `config/data.py`.
 """
 
 from __future__ import annotations

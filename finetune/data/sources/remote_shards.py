@@ -125,10 +125,7 @@ def check_tar(path: Path) -> None:
 
 
 def check_end(path: Path, offset: int) -> None:
-    """Raises tarfile.ReadError if a tar archive does not end at `offset`, where its reader stopped.
-
-    A reader also stops at damage. Only at the true end does a block of zeros follow.
-    """
+    """Raises tarfile.ReadError unless a block of zeros begins at `offset`: a tar reader stops there, or at damage."""
     with open(path, "rb") as file:
         file.seek(offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
