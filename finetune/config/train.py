@@ -63,7 +63,7 @@ class TrainConf:
     )
     compile: CompileMode = setting(CompileMode.none, "torch.compile: takes minutes; max-autotune: CUDA graphs too")
     patience: int = setting(0, "stop after this many epochs without a better monitor; 0: never", ge=0)
-    ema: float = setting(0.0, "decay of a moving average of the weights; the better one is kept; 0: off", ge=0, lt=1)
+    ema: float = setting(0.0, "decay of an average of the weights; the better of both is saved; 0: off", ge=0, lt=1)
     ema_warmup: bool = setting(True, "ema: decay min(ema, (1 + step) / (10 + step)): it forgets the first steps")
     save_every_steps: int = setting(0, "save within an epoch every N optimizer steps; 0: at ends of epochs only", ge=0)
     save_every_minutes: float = setting(0.0, "save within an epoch N minutes after a save; 0: never", ge=0)

@@ -50,12 +50,8 @@ def epoch_line(
 ) -> str:
     """A row of the history in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)`.
 
-    Args:
-        row: Of `history.jsonl`; the line shows the rate with which the head began the epoch.
-        epochs: Number of epochs of the whole run.
-        best: Best value of `monitor` so far; None: there is none yet.
-        best_epoch: The epoch of `best`, from 1.
-        monitor: The metric that picks the best epoch; the line has it beside loss and top1.
+    The rate is that with which the head began the epoch. `epochs` is the length of the run. `monitor` is the metric
+    that picks the best epoch; `best` is its best value so far, None at the start, and `best_epoch` (from 1) its epoch.
     """
     head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
     of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema

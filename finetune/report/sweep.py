@@ -20,11 +20,9 @@ ERROR_CHARS = 300  # the longest error shown on the console; `run.log` of the jo
 
 
 def summarize(sweep_dir: Path) -> int:
-    """Write `summary.csv` and `sweep.png` into the folder of a sweep, print the tables and the answer.
+    """Write `summary.csv` and `sweep.png` into the folder of a sweep, print the tables and the best setting.
 
-    Returns:
-        The number of jobs that did not finish. A job without a `result.json`, or with a damaged one, is among them, and
-        one that was refused because another run is in its folder.
+    Returns the number of jobs that did not finish, also for want of a good `result.json`, or were refused their folder.
     """
     sweep = read_sweep(sweep_dir)
     _write_csv(sweep)

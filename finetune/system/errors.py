@@ -15,12 +15,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, one line a problem.
-
-    Attributes:
-        problems: The lines.
-        code: What the process exits with: 1, or 2 where the command line itself cannot be read.
-    """
+    """All mistakes of a configuration, one line each; `code` is the exit code: 2 where the grammar is wrong."""
 
     def __init__(self, problems: Sequence[str], code: int = 1) -> None:
         """The text of the exception is the lines."""
@@ -35,7 +30,7 @@ EXPECTED_ERRORS = (UserError, OSError, FloatingPointError)
 
 
 def fault_line(error: BaseException, how_to_see: str) -> str:
-    """A fault of the program in one line: the error, the line of this package that raised it, and `how_to_see` more."""
+    """A fault of the program in one line: the error, the place in this package, and `how_to_see` its traceback."""
     package = Path(__file__).resolve().parent.parent
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]

@@ -15,10 +15,7 @@ from typing import Any
 def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
     """Let `write(temporary)` make a file, then put that file in the place of `path` in one move.
 
-    Args:
-        path: The file to make or replace.
-        write: Writes the whole content to the path that it gets.
-        aside: The name that the old file gets once the new one is on the disk; None: the old file goes.
+    With `aside`, the old file gets that name once the new one is on the disk.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched, as after a kill.

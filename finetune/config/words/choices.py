@@ -58,8 +58,10 @@ def read_primary(searched: Sequence[Path]) -> dict[str, Any]:
     path = primary_file(searched)
     try:
         tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([unreadable(path, error)]) from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("defaults"), list):
+        raise ConfigError([f"{shown(path)}: expected lines like `key: value`, with a list `defaults`"])
     return tree
 
 

@@ -56,7 +56,7 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
     if base is not None:
         entries = primary["defaults"]
         chosen_none = [dict.fromkeys(e) if isinstance(e, dict) and e.keys() & groups else e for e in entries]
-        primary = {"defaults": chosen_none, "hydra": primary["hydra"]}
+        primary = {"defaults": chosen_none, "hydra": primary.get("hydra", {})}
     store = ConfigStore.instance()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
