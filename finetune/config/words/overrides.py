@@ -105,4 +105,5 @@ def _unparsable(text: str, error: Exception) -> str:
         hint = f"each text of a list goes in quotes of its own: \"{key}=['one','two']\""
     else:
         hint = f"expected {describe_kind(SETTINGS[key])}, such as {key}={show(SETTINGS[key].default)}"
-    return f"{text}: cannot be read ({str(error).partition(' expecting ')[0].splitlines()[0]}); {hint}"
+    reason = str(error).partition(" expecting ")[0].partition("\n")[0] or "no key"
+    return f"{text}: cannot be read ({reason}); {hint}"
