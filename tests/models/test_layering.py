@@ -114,7 +114,7 @@ def test_torchvision_networks_are_covered_in_order(name: str) -> None:
     check_torchvision(name)
 
 
-@pytest.mark.slow
+@pytest.mark.registry
 @pytest.mark.timeout(0)
 def test_all_of_timm(capsys: pytest.CaptureFixture[str]) -> None:
     names, start, structures = timm.list_models(), time.monotonic(), set()
@@ -127,7 +127,7 @@ def test_all_of_timm(capsys: pytest.CaptureFixture[str]) -> None:
     report(capsys, f"timm: {len(names)} of {len(names)} covered, {len(structures)} structures run", start)
 
 
-@pytest.mark.slow
+@pytest.mark.registry
 @pytest.mark.timeout(0)
 def test_all_of_open_clip(capsys: pytest.CaptureFixture[str]) -> None:
     names, start, skipped = open_clip.list_models(), time.monotonic(), []
@@ -143,7 +143,7 @@ def test_all_of_open_clip(capsys: pytest.CaptureFixture[str]) -> None:
     report(capsys, f"open_clip: {covered} of {covered} covered; {left_out}", start)
 
 
-@pytest.mark.slow
+@pytest.mark.registry
 @pytest.mark.timeout(0)
 def test_all_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
     names, start = from_torchvision.names(), time.monotonic()
