@@ -25,10 +25,11 @@ from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
 from finetune.runs.epoch_files import BEST, LAST, STATE, STATE_BEFORE, best_epochs, epoch_path, remove_epochs, score_of
 from finetune.runs.weights import Tensors, checksum, copied_weights, frozen_weights, read_weights, write_weights
-from finetune.system.files import link_or_copy
+from finetune.system.files import link_or_copy, sync_file
 
 SPARE_BYTES = 1 << 20  # stay free beside a save: for logs, and for the files of other programs
 CHEAP_S = 0.1  # a save that takes less time than this is always made
+LARGE_BYTES = 1 << 26  # a copy of the best weights in memory may be so large; larger ones are written at once
 DISK_BYTES_PER_S = 300e6  # the assumed speed of the disk, until the first save has shown it
 
 
@@ -44,16 +45,16 @@ class _Weights:
     tensors: Tensors
     metadata: Mapping[str, str]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, *, is_durable: bool = True) -> None:
         """Write them to a weights file."""
-        write_weights(path, self.tensors, self.metadata)
+        write_weights(path, self.tensors, self.metadata, is_durable=is_durable)
 
 
 @dataclass
 class _Save:
     """One save: a state, and the weights files that come with it."""
 
-    content: Content  # the state
+    content: Content | None  # the state; None for the weights of a best epoch alone
     epochs: list[_Weights] = field(default_factory=list)  # get files of their own
     last: _Weights | None = None  # for last.safetensors; None in the middle of an epoch
     kept: Sequence[int] | None = None  # epochs whose files stay; None: no file is removed
@@ -82,8 +83,8 @@ class Saver:
 
         The weights files of the `keep` best epochs stay; above 1 every epoch is saved. Saves at the ends of epochs may
         take a share of the time, `max_share` in (0, 1]. An epoch that ends too soon after a save is not saved; the best
-        epoch's weights then stay in memory until the next save. `best_epoch` is that of the state from which the run
-        continues.
+        epoch's weights then wait for the next save, in memory or, on a CPU where they are large, in their own file.
+        `best_epoch` is that of the state from which the run continues.
         """
         self.folder = folder
         self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
@@ -91,6 +92,7 @@ class Saver:
         self._keep, self._max_share = keep, max_share
         self._cost_s = 0.0  # how long the latest save took
         self._best: _Weights | None = None  # of the best epoch, until a save takes them
+        self._ahead: int | None = None  # the epoch whose weights lie on the disk ahead of the state that will name it
         self._best_on_disk = best_epoch  # the epoch whose weights best.safetensors holds
         self._frozen: dict[str, Tensor] | None = None
         self._frozen_checksum = ""
@@ -135,24 +137,37 @@ class Saver:
         if not (is_due or is_best):
             return False
         content = self._snapshot(state) if is_due else None
+        shared = (content["model"], content["ema"]) if content is not None else self._not_copied(state)
         score, is_ema = score_of(rows[-1], monitor)
         about = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
-        last = best = self._weights(state, about, thresholds[0], content and content["model"])
+        last = best = self._weights(state, about, thresholds[0], shared[0])
         if is_ema and state.ema is not None:
             with state.ema.swapped_in():
-                best = self._weights(state, about, thresholds[1], content and content["ema"])
+                best = self._weights(state, about, thresholds[1], shared[1])
         if is_best:
             self._best = best
         if content is not None:
             kept = best_epochs(rows, monitor, self._keep) if self._keep > 1 else []
             epochs = [best] if state.epoch in kept and not is_best else []
             self._submit(state, _Save(content, epochs, last, kept))
+        elif shared[0] is not None:
+            self._start(state, _Save(None))
         self.stalled_s += time.perf_counter() - began
         return is_due
 
     def _snapshot(self, state: TrainState) -> Content:
         self.wait()  # two copies at once would take twice the memory
         return snapshot(state, self._notes)
+
+    def _not_copied(self, state: TrainState) -> tuple[Tensors | None, Tensors | None]:
+        """(weights, averages) to write at once, since a copy in memory would be large; else (None, None)."""
+        learning = {
+            name: tensor.detach() for name, tensor in state.model.net.named_parameters() if tensor.requires_grad
+        }
+        if state.device.type != "cpu" or _size(learning) < LARGE_BYTES:
+            return None, None
+        self.wait()
+        return learning, None if state.ema is None else state.ema.state_dict()
 
     def _weights(
         self, state: TrainState, about: Mapping[str, str], threshold: float | None, shared: Tensors | None
@@ -196,6 +211,9 @@ class Saver:
             self._best.write(epoch_path(self.folder, self._best.epoch))
             self._make_best(self._best.epoch)
             self._best = None
+        elif self._ahead is not None:
+            sync_file(epoch_path(self.folder, self._ahead))
+            self._make_best(self._ahead)
         write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], monitor: str) -> None:
@@ -226,13 +244,16 @@ class Saver:
             self.stalled_s += time.perf_counter() - began
 
     def _submit(self, state: TrainState, save: _Save) -> None:
+        self._position = state.epoch, state.step
+        self._saved_at = time.monotonic()
+        self._start(state, save)
+
+    def _start(self, state: TrainState, save: _Save) -> None:
         """Let a thread write `save`, and the weights of the best epoch if the disk has none; no save is under way."""
         self._frozen_of(state)  # for its checksum
         if self._best is not None:
             save.epochs.append(self._best)
             self._best = None
-        self._position = state.epoch, state.step
-        self._saved_at = time.monotonic()
         if self._hook is None and state.device.type == "cpu":
             self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._wait_before_update())
             if state.ema is not None:  # averages also move after a step whose update was skipped
@@ -256,7 +277,8 @@ class Saver:
         except Exception as error:  # the training thread raises it after its step
             self._error = error
         finally:
-            self._cost_s = time.monotonic() - began
+            if save.content is not None:
+                self._cost_s = time.monotonic() - began
 
     def _write(self, save: _Save) -> None:
         """Write the files of a save, in an order that a kill may interrupt anywhere.
@@ -265,11 +287,19 @@ class Saver:
         are still there. What a kill leaves undone after it, `settle` does.
         """
         for weights in save.epochs:
-            weights.write(epoch_path(self.folder, weights.epoch))
+            weights.write(epoch_path(self.folder, weights.epoch), is_durable=save.content is not None)
+        if save.content is None:
+            if self._ahead is not None:
+                epoch_path(self.folder, self._ahead).unlink()
+            self._ahead = save.epochs[0].epoch
+            return
         if save.last in save.epochs:
             link_or_copy(epoch_path(self.folder, save.last.epoch), self.folder / LAST)
         elif save.last is not None:
             save.last.write(self.folder / LAST)
+        if self._ahead is not None:
+            sync_file(epoch_path(self.folder, self._ahead))  # before the state that may name it
+            self._ahead = None
         self._frozen_checksum = self._frozen_checksum or checksum(self._frozen or {})
         write_state(self.folder / STATE, save.content, self._frozen_checksum, aside=self.folder / STATE_BEFORE)
         step, best_epoch = (save.content["counters"][name] for name in ("step", "best_epoch"))

@@ -72,8 +72,8 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
     return {name: known[name] if name in known else copied_to_host(tensor) for name, tensor in tensors}
 
 
-def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; see `write_whole`."""
+def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, is_durable: bool = True) -> None:
+    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; see `write_atomic`."""
     from safetensors.torch import save_file
 
     whole = {**metadata, "sha256": checksum(tensors)}
@@ -85,15 +85,15 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
         save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
         temporary.chmod(mode)  # `save_file` lets nobody but the owner read
 
-    write_whole(path, write)
+    write_whole(path, write, is_durable=is_durable)
 
 
-def write_whole(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], **kwargs: Any) -> None:
     """`write_atomic`, with an OSError in the place of the errors that torch and safetensors raise on a full disk."""
     from safetensors import SafetensorError
 
     try:
-        write_atomic(path, write, aside=aside)
+        write_atomic(path, write, **kwargs)
     except (RuntimeError, SafetensorError) as error:
         raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | None = None) -> None:
+def write_atomic(
+    path: Path, write: Callable[[Path], object], *, aside: Path | None = None, is_durable: bool = True
+) -> None:
     """Let `write(temporary)` make a file, then put that file in the place of `path` in one move.
 
-    With `aside`, the old file gets that name once the new one is on the disk.
+    With `aside`, the old file gets that name once the new one is on the disk. Without `is_durable` nothing waits for
+    the disk, so a power cut may leave a torn file; call `sync_file` before anything relies on it.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched, as after a kill.
@@ -23,8 +26,8 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if is_durable:
+            sync_file(temporary)
         # The old file has a name at every moment; without hard links it lacks one until the next move.
         if aside is not None and path.exists() and not _second_name(path, aside):
             os.replace(path, aside)
@@ -32,7 +35,14 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, aside: Path | N
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    _sync_folder(path.parent)
+    if is_durable:
+        _sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def link_or_copy(source: Path, path: Path) -> None:

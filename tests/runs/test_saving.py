@@ -360,7 +360,7 @@ def test_a_save_copies_no_tensor_twice_and_lets_go_of_all(tmp_path: Path, monkey
         alive.extend(weakref.ref(tensor) for tensor in content["model"].values())
         seen.append((content["model"]["head.weight"].data_ptr(), weights["head.weight"].data_ptr()))
 
-    def write_weights(path: Path, tensors: Any, metadata: object) -> None:
+    def write_weights(path: Path, tensors: Any, metadata: object, **kwargs: bool) -> None:
         weights.update(tensors)
         path.touch()
 
@@ -418,7 +418,15 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: p
 # --- saves that would take too much of the time ----------------------------------------------------------------------
 
 
-def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(tmp_path: Path) -> None:
+# Best weights that no save takes yet wait in memory or, where a copy would be large, in a file of their own.
+in_memory_or_file = pytest.mark.parametrize("large_bytes", [1 << 26, 0], ids=["in memory", "in a file"])
+
+
+@in_memory_or_file
+def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
+    monkeypatch.setattr(saving, "LARGE_BYTES", large_bytes)
     keeper, rows, kept = Saver(tmp_path, {}, {}, max_share=0.1), [], {}
     for epoch, (score, cost_s, is_saved) in enumerate([(0.3, 0, True), (0.9, 50, False), (0.5, 50, False)], start=1):
         keeper.wait()
@@ -443,8 +451,12 @@ def test_an_epoch_that_comes_too_soon_is_saved_with_a_later_one(tmp_path: Path) 
     assert torch.equal(read_weights(tmp_path / "last.safetensors")[0]["head.weight"], kept[3])
 
 
-def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speaks_of(tmp_path: Path) -> None:
-    """Epoch 1 is saved, epoch 2 is better and stays in memory, then the run diverges; it goes on from epoch 1."""
+@in_memory_or_file
+def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speaks_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
+    """Epoch 1 is saved, epoch 2 is better and waits for a save, then the run diverges; it goes on from epoch 1."""
+    monkeypatch.setattr(saving, "LARGE_BYTES", large_bytes)
     keeper, rows, kept = Saver(tmp_path, {}, {}, max_share=0.1), [], {}
     for epoch, score in ((1, 0.3), (2, 0.9)):
         keeper.wait()
@@ -463,6 +475,23 @@ def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speak
     assert content["counters"]["best_epoch"] == again.best_epoch == 1
     settle(tmp_path, again)
     assert torch.equal(read_weights(best)[0]["head.weight"], kept[1])
+
+
+def test_large_best_weights_take_no_memory_and_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs 1 to 3, each the best so far, come too soon after one another; a kill then leaves nothing to resume."""
+    monkeypatch.setattr(saving, "LARGE_BYTES", 0)
+    keeper, rows = Saver(tmp_path, {}, {}, max_share=1e-9), []
+    monkeypatch.setattr(saving, "CHEAP_S", 0)
+    for epoch in (1, 2, 3):
+        state = at_step(epoch)
+        state.epoch = state.best_epoch = epoch
+        rows.append({"epoch": epoch, "val/top1": epoch / 10})
+        assert not keeper.save_epoch(state, rows, "val/top1")
+    keeper.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_0003.safetensors"]
+    assert keeper._best is None
+    settle(tmp_path, at_step(0))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
