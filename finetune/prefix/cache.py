@@ -16,25 +16,15 @@ from finetune.prefix.sweep_memory import BlockKey, SweepMemory
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """The cached activations of one split, a block for each view.
+    """The cached activations of one split, a block for each view."""
 
-    Attributes:
-        kind: ram, device or disk.
-        name: Changes with everything that the activations depend on, except the view.
-        slots: How many activations a block holds.
-        is_required: Whether the user named the place. If not, activations that do not fit are computed in every epoch.
-        memory: The blocks of kinds ram and device.
-        device: The memory that such a block takes.
-        folder: The blocks of kind disk, which every run with the same cache folder shares.
-    """
-
-    kind: PrefixCache
-    name: str
-    slots: int
-    is_required: bool
-    memory: SweepMemory
-    device: torch.device
-    folder: Path
+    kind: PrefixCache  # ram, device or disk
+    name: str  # changes with everything that the activations depend on, except the view
+    slots: int  # how many activations a block holds
+    is_required: bool  # whether the user named the place; else activations that do not fit are computed in every epoch
+    memory: SweepMemory  # the blocks of kinds ram and device
+    device: torch.device  # the memory that such a block takes
+    folder: Path  # the blocks of kind disk, which every run with the same cache folder shares
 
     def has(self, view: int) -> bool:
         """Whether the block of a view exists; a block on disk is not read for that."""

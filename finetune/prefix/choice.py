@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from finetune.config import PrefixCache, PrefixConf
-from finetune.data.caches.entries import size_of
+from finetune.data.caches.entries import GIB, size_of
 from finetune.prefix.measuring import Measured
 from finetune.system.errors import UserError
 from finetune.system.memory import free_memory
 
-GIB = 2**30
 # Shares of the free room that prefix.cache=auto takes; training and other programs need the rest.
 SHARE = {PrefixCache.device: 0.3, PrefixCache.ram: 0.5, PrefixCache.disk: 0.8}
 # Bytes a second at which cached activations are read, at the least. A cache slower than computing them is of no use.
@@ -41,15 +40,16 @@ def choose_place(
     """Return where to cache the activations `need`, or `none`, and the reason in words.
 
     `conf` has the place that the user asked for, and the limit of the disk; training runs on `device`; activations on
-    disk are in `folder`.
-
-    Raises:
-        UserError: The place that the user asked for is too small.
+    disk are in `folder`. Raises UserError if the place that the user asked for is too small.
     """
     computing = measured.seconds + measured.loading
     lacking, tries = [], []
     for kind in _places(device, folder) if conf.cache == PrefixCache.auto else [conf.cache]:
-        wanted, room = need.missing[kind] * measured.bytes, _room(kind, need, device, folder, conf.max_gib)
+        wanted = need.missing[kind] * measured.bytes
+        if kind == PrefixCache.disk:
+            room = max(0.0, min(conf.max_gib * GIB - size_of(folder), _free_disk(folder)))
+        else:
+            room = _free_memory(kind, device) + need.spare[kind]
         if kind == conf.cache and wanted > room:
             raise UserError(_too_small(kind, wanted, room, need, measured, size_of(folder)))
         if kind == conf.cache:
@@ -87,13 +87,6 @@ def _places(device: torch.device, folder: Path) -> list[PrefixCache]:
     return [*on_device, PrefixCache.ram, *on_disk]
 
 
-def _room(kind: PrefixCache, need: RoomNeeded, device: torch.device, folder: Path, max_gib: float) -> float:
-    """Bytes that a place has for new activations."""
-    if kind != PrefixCache.disk:
-        return _free_memory(kind, device) + need.spare[kind]
-    return max(0.0, min(max_gib * GIB - size_of(folder), _free_disk(folder)))
-
-
 def _free_memory(kind: PrefixCache, device: torch.device) -> float:
     if kind == PrefixCache.device and device.type == "cuda":
         # Memory that torch has reserved and does not use, such as earlier jobs' blocks, can be used again.
@@ -113,7 +106,6 @@ def _existing(folder: Path) -> Path:
 
 
 def _too_small(kind: PrefixCache, wanted: float, room: float, need: RoomNeeded, measured: Measured, used: int) -> str:
-    """The message where activations do not fit: how much room they need, and what to change."""
     tries, beside = ["prefix.cache=disk"], ""
     if kind == PrefixCache.disk:
         tries = [f"prefix.max_gib={(used + wanted) / GIB + 1:.0f}", "more room on the disk"]

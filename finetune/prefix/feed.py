@@ -45,16 +45,10 @@ class Feed:
         mixer: Mixer | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Feed from `loader`.
+        """Feed from `loader` to `device`; `title` names the split in progress bars.
 
-        Args:
-            loader: Batches of images.
-            title: Name of the split, for progress bars.
-            device: Where batches go.
-            prefix: The frozen layers; None: batches hold images.
-            cache: Where activations are cached; None: they are computed in every epoch.
-            mixer: MixUp and CutMix, in training.
-            check: Called between batches while a cache is filled; an exception from it ends the filling.
+        Without `prefix` batches hold images; without `cache` activations are computed in every epoch. `check` is called
+        between batches while a cache is filled; an exception from it ends the filling.
         """
         showings = loader.most_showings()
         assert cache is None or (prefix is not None and showings is not None), "see why_not_cacheable"
@@ -87,8 +81,7 @@ class Feed:
     def fill(self, epoch: int) -> None:
         """Compute the activations that an epoch reads, unless the cache has them; nothing to do without a cache.
 
-        Raises:
-            OSError: The disk that the user asked for is full.
+        Raises OSError if the disk that the user asked for is full.
         """
         began, before = time.perf_counter(), self._loader.waited_s
         self._was_computed = False

@@ -22,14 +22,7 @@ CAST = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # autocast would cast thei
 
 
 class FrozenPrefix:
-    """Layers 0 to `model.boundary - 1`.
-
-    Attributes:
-        boundary: How many layers it runs.
-        stored_as: Precision of the activations; None: as the layers give them. Set it before the first batch.
-        native: Dtype in which the layers above take the activations; known after the first batch, or from a cache.
-        batch_size: Images of every pass; a shorter batch is filled up.
-    """
+    """The frozen layers, 0 to `model.boundary - 1`, as a function of a batch of images."""
 
     def __init__(
         self, model: LayeredModel, *, batch_size: int, autocast: AbstractContextManager[object], dtype: torch.dtype
@@ -39,10 +32,11 @@ class FrozenPrefix:
         The forward pass computes in `dtype`, inside the reusable context `autocast`.
         """
         assert model.boundary > 0
-        self.boundary = model.boundary
+        self.boundary = model.boundary  # how many layers it runs
+        # Precision of the activations; None: as the layers give them. Set it before the first batch.
         self.stored_as: torch.dtype | None = None
-        self.native = torch.float32
-        self.batch_size = batch_size
+        self.native = torch.float32  # in which the layers above take them; known after the first batch, or from a cache
+        self.batch_size = batch_size  # images of every pass; a shorter batch is filled up
         self._autocast = autocast
         frozen = [p for name, p in model.net.named_parameters() if model.layer_ids[name] < self.boundary]
         assert not any(p.requires_grad for p in frozen), "freeze the model first"

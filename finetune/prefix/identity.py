@@ -48,13 +48,9 @@ def split_digest(
 ) -> str:
     """Digest of a split's images, of their transforms and of their slots in a block, 32 hexadecimal digits.
 
-    Args:
-        split: The images.
-        showings: How often an epoch can show each image, int64 (images,); an image has that many slots in a row.
-        preprocess: The transform that the model expects.
-        augment: Augmentation in training; None in evaluation, which draws no random numbers.
-        seed: The run's seed.
-        skip: Whether to leave out images that cannot be read. If not, they must end the run even if a block is there.
+    `showings` is how often an epoch can show each image, int64 (images,): an image has that many slots in a row.
+    `augment` is None in evaluation, which draws no random numbers. `skip` leaves out images that cannot be read;
+    without it they must end the run even if a block is there.
     """
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
     chance = {"augment": None} if augment is None else {"augment": as_dict(augment), "seed": seed}

@@ -28,14 +28,8 @@ class Measured:
 def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: torch.dtype) -> Measured:
     """Time the frozen layers on the first batch of `loader`, and pick the precision of their activations.
 
-    Args:
-        prefix: The frozen layers.
-        loader: Batches of validation images.
-        wanted: The setting `prefix.dtype`.
-        dtype: That the run computes in.
-
-    Raises:
-        UserError: The activations overflow the precision that was asked for.
+    `wanted` is the setting `prefix.dtype`; the run computes in `dtype`. Raises UserError if the activations overflow
+    the precision that was asked for.
     """
     images, _, _ = next(loader.epoch(0))
     loader.close()

@@ -53,10 +53,8 @@ class CachePlanner:
     def plan(self, split: str, digest: str, *, slots: int, views: int) -> tuple[ActivationCache | None, str]:
         """The cache of a split, or None where its activations are computed in every epoch; and the reason in words.
 
-        `digest` is from `split_digest`; a view has `slots` activations, and the run will show `views` views.
-
-        Raises:
-            UserError: The place that the user asked for is too small.
+        `digest` is from `split_digest`; a view has `slots` activations, and the run will show `views` views. Raises
+        UserError if the place that the user asked for is too small.
         """
         name = f"{self.layers}-{digest}"
         is_required = self.conf.cache != PrefixCache.auto and split != "test"

@@ -29,7 +29,6 @@ from finetune.system.locks import file_lock
 
 logger = logging.getLogger("finetune")
 
-PIECE = 64 * 2**20  # bytes that are read at once for a checksum
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,15 +61,10 @@ class BlockBuilder:
         self.slots = self.rows = 0  # so far
 
     def put(self, values: Tensor | None, present: Tensor, native: torch.dtype) -> None:
-        """Add the next slots.
+        """Add the next m slots; raises UserError if the activations are not finite.
 
-        Args:
-            values: (n, ...), the activations of the slots that are present; None if none is.
-            present: bool (m,), of which n are True: the slots whose image could be read.
-            native: Dtype in which the layers above take the activations.
-
-        Raises:
-            UserError: The activations are not finite.
+        `present`, bool (m,), is True for the n slots whose image could be read; `values`, (n, ...), are the activations
+        of these, None if there is none; `native` is the dtype in which the layers above take them.
         """
         self.present[self.slots : self.slots + len(present)] = present
         self.slots += len(present)
@@ -84,11 +78,7 @@ class BlockBuilder:
         self.rows += len(values)
 
     def fill(self, fill: Fill) -> None:
-        """Let `fill` add the activations of all slots.
-
-        Raises:
-            UserError: No image could be read.
-        """
+        """Let `fill` add the activations of all slots; raises UserError if no image could be read."""
         fill(self)
         assert self.slots == len(self.present)
         if not self.rows:
@@ -163,11 +153,8 @@ def open_on_disk(
 ) -> tuple[ActivationBlock, bool]:
     """The block in the folder `place` as a memory map, built by `fill` if it is missing or damaged; whether it was.
 
-    `check` is called while another run builds the block; an exception from it ends the wait.
-
-    Raises:
-        OSError: The folder cannot be written, the disk is full, or it does not give back what was written.
-        UserError: See `BlockBuilder`.
+    `check` is called while another run builds the block; an exception from it ends the wait. Raises OSError if the
+    folder cannot be written, or the disk is full or does not give back what was written; UserError as `BlockBuilder`.
     """
     was_built = False
 
@@ -210,7 +197,6 @@ def _remove(place: Path) -> None:
 
 
 def _write(place: Path, slots: int, fill: Fill) -> None:
-    """Write a block beside `place`, and rename it."""
     folder = beside(place)
     try:
         with _write_errors(place.parent):
@@ -261,6 +247,6 @@ def _checksum(path: Path) -> int:
     """CRC-32 of a file. Reading it through also brings it into the system's file cache, as far as that reaches."""
     value = 0
     with open(path, "rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(2**26):
             value = zlib.crc32(piece, value)
     return value
