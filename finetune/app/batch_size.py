@@ -21,7 +21,6 @@ from finetune.system.errors import UserError
 logger = logging.getLogger("finetune")
 
 DEFAULT_BATCH = 64  # of `data.batch_size`; images in an optimizer step where no recipe says how many
-TRIAL_STEPS = 2  # the first step creates the optimizer's moments, so only the second one reaches the peak
 SPARE = 0.08  # share of the memory left free in the trial, for fragmentation, larger images and the loader
 
 
@@ -103,7 +102,7 @@ def _try_steps(run: Run, size: int) -> None:
     if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix:
         targets = torch.zeros(size, len(run.source.classes), device=device)
     batch = (torch.zeros(size, 3, pixels, pixels, device=device), targets, torch.arange(size))
-    for _ in range(TRIAL_STEPS):
+    for _ in range(2):  # the first step creates the optimizer's moments, so only the second one reaches the peak
         train_step(state, [batch], conf.train)
 
 

@@ -63,13 +63,10 @@ class Run:
 
     def meter(self, threshold: float | None = None) -> Meter:
         """A fresh meter; its loss is the training loss without label smoothing and class weights."""
-        is_multilabel = self.source.is_multilabel
-        losses = build_criterion(self.conf.train, is_multilabel=is_multilabel)
+        several = self.source.is_multilabel
+        loss = build_criterion(self.conf.train, is_multilabel=several)
         return build_meter(
-            lambda logits, targets: losses(logits, targets, 0.0),
-            self.metrics,
-            is_multilabel=is_multilabel,
-            threshold=threshold,
+            lambda logits, targets: loss(logits, targets, 0.0), self.metrics, is_multilabel=several, threshold=threshold
         )
 
     def criterion(self) -> Criterion:
@@ -95,15 +92,9 @@ class Run:
 
     def loader(self, split: str, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented for training, else in order and plain."""
-        return Loader(
-            self.source.splits[split],
-            self.built.preprocess,
-            conf=self.conf.data,
-            augment=self.conf.augment if train else None,
-            seed=self.conf.seed,
-            device=self.device,
-            on_skip=SkippedList(self.folder).add,
-        )
+        images, preprocess, conf, device = self.source.splits[split], self.built.preprocess, self.conf, self.device
+        augment, skip = conf.augment if train else None, SkippedList(self.folder).add
+        return Loader(images, preprocess, conf=conf.data, augment=augment, seed=conf.seed, device=device, on_skip=skip)
 
     def mixer(self) -> Mixer:
         """MixUp and CutMix of training batches, as far as the augmentation asks for them."""

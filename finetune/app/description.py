@@ -7,7 +7,6 @@ only a cluster can train.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,18 +27,13 @@ from finetune.models.patches import products_dominate
 from finetune.prefix.planning import why_not_cacheable
 from finetune.system.errors import UserError
 
-IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 1_281_167
-
 
 def describe(
     conf: Conf, *, num_classes: int | None = None, num_images: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns everything that `finetune describe --json` prints, and the planned rates as `rates.json` holds them.
 
-    Args:
-        conf: The run's settings.
-        num_classes: Classes of the data; None: those of data=digits, else those of ImageNet-1k.
-        num_images: Training images; None: the same.
+    `num_classes`, and `num_images` for training, are by default those of data=digits, else those of ImageNet-1k.
 
     Raises:
         UserError: A model, a setting or a frozen layer that does not exist.
@@ -57,12 +51,15 @@ def describe(
     optim = peak_optim(conf)
     plan = layer_rows(model, rate_table(model, optim))
     layers = [{**row, "rate_start": row["rate_peak"] * curve.factors()[0]} for row in plan]
+    totals: dict[str, Any] = {name: sum(row[name] for row in plan) for name in ("parameters", "decayed", "groups")}
+    totals["learning"] = sum(row["parameters"] for row in plan if row["state"] == "learns")
+    totals["learning_share"] = totals["learning"] / totals["parameters"]
     words = {name: str(getattr(conf.model, name)) for name in ("family", "name", "pretrained", "head")}
     found = {
         "model": {**words, "image_size": size},
         "assumed": assumed,
         "layers": layers,
-        "totals": _totals(layers),
+        "totals": totals,
         "memory": _memory(model, conf, size),
         "compute": _compute(model, conf, size, epoch_images),
         "schedule": _schedule(conf, curve, optim.lr),
@@ -83,18 +80,12 @@ def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> tuple[in
         images = images or len(source.splits["train"])
         notes.append("data=digits counted")
     if classes is None:
-        classes = IMAGENET_CLASSES
+        classes = 1000
         notes.append("ImageNet-1k's number of classes assumed (--classes N)")
     if images is None:
-        images = IMAGENET_IMAGES
+        images = 1_281_167
         notes.append("ImageNet-1k's number of images assumed (--images N)")
     return classes, images, f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
-
-
-def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sums = {name: sum(row[name] for row in rows) for name in ("parameters", "decayed", "groups")}
-    learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
-    return {**sums, "learning": learning, "learning_share": learning / sums["parameters"]}
 
 
 def _memory(model: LayeredModel, conf: Conf, image_size: int) -> dict[str, Any]:

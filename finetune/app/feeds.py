@@ -23,8 +23,6 @@ from finetune.system.errors import UserError
 
 logger = logging.getLogger("finetune")
 
-Planned = tuple[ActivationCache | None, str]  # a split's cache, if it has one, and the reason
-
 
 class Feeds:
     """Makes the feeds of a run; its model is already frozen."""
@@ -39,8 +37,15 @@ class Feeds:
         """
         model = run.model
         if model.num_frozen and not model.is_chain:
-            _refuse_ignored(run)
-            logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
+            name = type(model.net).__name__
+            for key, value in changed(run.conf.prefix, "cache", "dtype", "max_gib").items():
+                if value != PrefixCache.none:
+                    raise UserError(
+                        f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only"
+                        " whole, so its frozen layers cannot run apart; leave it out, or take a model that is"
+                        " (finetune describe)"
+                    )
+            logger.info("the frozen layers run with every batch: %s is no plain chain", name)
         self._run, self._check, self._val = run, check, run.loader("val", train=False)
         self._prefix: FrozenPrefix | None = None
         self._planner: CachePlanner | None = None
@@ -63,7 +68,12 @@ class Feeds:
         if self._prefix is None:
             return self._feed(train, "train"), self._feed(val, "val")
         val_plan, train_plan = self._plan(val, "val"), self._plan(train, "train")
-        self._log(self._measured, {"train": train_plan, "val": val_plan})
+        measured, dtype = self._measured, str(self._measured.dtype).removeprefix("torch.")
+        text = "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary"
+        logger.info(text, self._run.model.boundary - 1, 1000 * measured.seconds, measured.bytes / 1000, dtype)
+        for split, (cache, why) in {"train": train_plan, "val": val_plan}.items():
+            how = "computed in every epoch" if cache is None else f"computed once, cached ({cache.kind})"
+            logger.info("  %s: %s: %s", split, how, why)
         feeds = self._feed(train, "train", train_plan[0]), self._feed(val, "val", val_plan[0])
         feeds[1].fill(0)
         return feeds
@@ -95,8 +105,8 @@ class Feeds:
         self._planner = CachePlanner(conf, measured, layers, memory, run.device, folder)
         return measured
 
-    def _plan(self, loader: Loader, split: str) -> Planned:
-        """Plan the cache of a split, by how often this run reads each of its activations."""
+    def _plan(self, loader: Loader, split: str) -> tuple[ActivationCache | None, str]:
+        """A split's cache, if it has one, and the reason: how often this run reads each of its activations."""
         conf, is_train, has_zeroshot = self._run.conf, split == "train", self._run.built.has_zeroshot
         fresh = why_not_cacheable(conf.augment, conf.data.epoch_images) if is_train else None
         if fresh is not None or self._planner is None:
@@ -119,14 +129,6 @@ class Feeds:
         device, prefix, check = self._run.device, self._prefix, self._check
         return Feed(loader, title=split, device=device, prefix=prefix, cache=cache, mixer=mixer, check=check)
 
-    def _log(self, measured: Measured, planned: dict[str, Planned]) -> None:
-        last, dtype = self._run.model.boundary - 1, str(measured.dtype).removeprefix("torch.")
-        text = "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary"
-        logger.info(text, last, 1000 * measured.seconds, measured.bytes / 1000, dtype)
-        for split, (cache, why) in planned.items():
-            how = "computed in every epoch" if cache is None else f"computed once, cached ({cache.kind})"
-            logger.info("  %s: %s: %s", split, how, why)
-
 
 def computing(run: Run) -> dict[str, str]:
     """How a run computes its frozen layers, in words: everything that changes the last bits of activations."""
@@ -138,14 +140,3 @@ def computing(run: Run) -> dict[str, str]:
         "deterministic": str(conf.deterministic),
         "batch size": str(conf.data.batch_size),
     }
-
-
-def _refuse_ignored(run: Run) -> None:
-    """Refuse settings of the frozen prefix for a model whose layers cannot run apart."""
-    name = type(run.model.net).__name__
-    for key, value in changed(run.conf.prefix, "cache", "dtype", "max_gib").items():
-        if value != PrefixCache.none:
-            raise UserError(
-                f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only whole, so its"
-                f" frozen layers cannot run apart; leave it out, or take a model that is (finetune describe)"
-            )

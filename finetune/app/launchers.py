@@ -21,10 +21,7 @@ from finetune.system.errors import ConfigError
 def launch(task: Callable[[DictConfig], Any], arguments: Sequence[str], searched: Sequence[Path]) -> None:
     """Hand over to Hydra, which runs `task` once a job: a run, a sweep, or one of Hydra's own commands.
 
-    Args:
-        task: Called inside Hydra's launcher.
-        arguments: Flags and overrides, as Hydra's grammar wants them.
-        searched: The folders of yaml files.
+    `arguments` are flags and overrides in Hydra's grammar; `searched` are the folders of yaml files.
 
     Raises:
         ConfigError: In place of Hydra's and OmegaConf's exceptions.

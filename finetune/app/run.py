@@ -45,13 +45,9 @@ logger = logging.getLogger("finetune")
 def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) -> Result:
     """Fine-tune as `conf` says, leave everything in `run_dir`, and return the content of `result.json`.
 
-    If the folder already holds this very run, the run is continued, or left alone if it has finished.
-
-    Args:
-        conf: A configuration in which `finetune.config.find_problems` found no fault.
-        run_dir: Exists and is empty, or holds a run.
-        overrides: The words of the command line, which `result.json` repeats.
-        quiet: Whether to print nothing.
+    `finetune.config.find_problems` found no fault in `conf`. `run_dir` exists and is empty, or holds a run: this very
+    run is continued, or left alone if it has finished. `result.json` repeats `overrides`, the words of the command
+    line. With `quiet` nothing is printed.
 
     Raises:
         UserError: A mistake that only the model, the data or the folder could show.

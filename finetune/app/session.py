@@ -37,9 +37,7 @@ class Session:
         """Begin the result."""
         before: Result = self.earlier.result or {"overrides": [], "resumed_at": []}
         overrides = self.overrides
-        if (
-            self.conf.resume is not None
-        ):  # the words of the first start go on where no word beside `resume=` changes them
+        if self.conf.resume is not None:  # the first start's words stay where no word beside `resume=` changes them
             changed = {word.partition("=")[0] for word in overrides}
             overrides = [word for word in before["overrides"] if word.partition("=")[0] not in changed] + overrides
         self.result |= {"status": "running", "error": None, "overrides": overrides, "seed": self.conf.seed}

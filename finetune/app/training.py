@@ -62,15 +62,8 @@ class _Training:
 
     def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed, stop: StopSignals) -> None:
         self.run, self.state, self.train, self.val, self.stop = run, state, train, val, stop
-        conf = run.conf.train
-        self.saver = Saver(
-            run.checkpoints,
-            run.metadata(),
-            run.notes(),
-            keep=conf.keep,
-            max_share=conf.max_save_share,
-            best_epoch=state.best_epoch,
-        )
+        keep, share, best = run.conf.train.keep, run.conf.train.max_save_share, state.best_epoch
+        self.saver = Saver(run.checkpoints, run.metadata(), run.notes(), keep=keep, max_share=share, best_epoch=best)
         self.validation = Validation(self.val_batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
         self.is_saved = True  # whether the latest epoch is
@@ -128,13 +121,12 @@ class _Training:
 
     def save_epoch(self, *, always: bool) -> None:
         """Save the epoch just finished; unless `always`, not too soon after a save or before the end of the run."""
-        state, rows = self.state, self.history.rows()
+        state, rows, monitor = self.state, self.history.rows(), self.validation.monitor
         left_s = (self.run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
         meters = self.validation.meter, self.validation.ema_meter
         thresholds = meters[0].threshold(), None if state.ema is None else meters[1].threshold()
-        self.is_saved = self.saver.save_epoch(
-            state, rows, self.validation.monitor, thresholds=thresholds, left_s=left_s, always=always
-        )
+        saver = self.saver
+        self.is_saved = saver.save_epoch(state, rows, monitor, thresholds=thresholds, left_s=left_s, always=always)
 
     @contextmanager
     def ending(self, result: Result) -> Iterator[None]:

@@ -14,7 +14,6 @@ import torch
 from finetune.core.cost import count_flops
 from finetune.core.layers import LayeredModel
 
-SIDE = 4096  # of the square matrices whose product is timed
 REPEATS = 10
 
 
@@ -31,22 +30,20 @@ class Utilisation:
         return (self.training - hits * self.frozen) * images_per_s / self.peak
 
 
-def measure_utilisation(
-    model: LayeredModel, image_size: int, *, device: torch.device, dtype: torch.dtype
-) -> Utilisation:
+def measure_utilisation(model: LayeredModel, size: int, *, device: torch.device, dtype: torch.dtype) -> Utilisation:
     """Count the work of one image, and time a matrix product on `device`.
 
     Layers that `train.recompute` runs twice count once, since images do not need the second time. The `model` is on
     the meta device, with the layers frozen that the run freezes, and is changed to not recompute; images have
-    `image_size` pixels a side; the forward pass computes in `dtype`.
+    `size` pixels a side; the forward pass computes in `dtype`.
     """
     model.recompute = False
-    flops = count_flops(model, image_size)
+    flops = count_flops(model, size)
     return Utilisation(flops.training, flops.frozen, peak(device, dtype))
 
 
-def peak(device: torch.device, dtype: torch.dtype, *, side: int = SIDE) -> float:
-    """FLOP/s of the product of two square matrices, the fastest of `REPEATS`."""
+def peak(device: torch.device, dtype: torch.dtype, *, side: int = 4096) -> float:
+    """FLOP/s of the product of two square matrices with `side` rows, the fastest of `REPEATS`."""
     own = torch.Generator().manual_seed(0)  # the random numbers of the run stay as they would be without this
     left, right = (torch.randn(side, side, generator=own).to(device, dtype) for _ in range(2))
     best = float("inf")

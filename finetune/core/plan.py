@@ -9,12 +9,8 @@ from finetune.core.layers import LayeredModel
 from finetune.core.rates import GroupRate
 from finetune.core.sched import Curve
 
-LayerRow = dict[str, Any]
 
-MAX_POINTS = 2000  # of a planned curve in `rates.json`: enough for a picture, and a small file
-
-
-def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[LayerRow]:
+def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[dict[str, Any]]:
     """A row for each layer, from the stem up: the groups of `rate_table` by layer, and the frozen layers.
 
     Keys: `id`, `layer`, `parameters`, `state` (frozen, learns, or empty: no parameters), `rate_peak` (of the fastest
@@ -44,12 +40,13 @@ def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[LayerRow
     return rows
 
 
-def planned_rates(layers: Sequence[LayerRow], curve: Curve) -> dict[str, Any]:
+def planned_rates(layers: Sequence[dict[str, Any]], curve: Curve) -> dict[str, Any]:
     """Every layer's rate over the run, as `rates.json` holds it and `lr.png` draws it.
 
     Keys: `unit` (of x), `interval` (of the scheduler), `x` (epochs), `layers` (name to rates at x), `frozen` (names).
     """
-    times = range(0, curve.num_units, max(1, curve.num_units // MAX_POINTS))
+    # About 2000 points of each curve: enough for a picture, and a small file.
+    times = range(0, curve.num_units, max(1, curve.num_units // 2000))
     factors = curve.factors()[:: times.step]
     return {
         "unit": "epoch",
