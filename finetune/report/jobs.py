@@ -183,8 +183,7 @@ def _records(sweep_dir: Path) -> list[_Record]:
 def read_job(folder: Path) -> JobResult:
     """Returns a job's result; a job whose `result.json` is missing or damaged is a failed one that says so."""
     if owner := holder(folder):
-        error = f"process {owner.pid} on {owner.host} is working in it"
-        return _as_job(folder, {"status": "at work", "error": error})
+        return _as_job(folder, {"status": "at work", "error": f"process {owner.pid} on {owner.host} is working in it"})
     try:
         result = read_json(folder / "result.json")
     except FileNotFoundError:

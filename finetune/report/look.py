@@ -16,7 +16,6 @@ SIZE_INCHES = (12.0, 7.0)
 # Colours of text and frames; then four that people with any common colour blindness can tell apart (Okabe and Ito).
 INK = "#222222"
 FAINT = "#8a8f98"
-GRID = "#e6e8ec"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a05195"
 
 
@@ -32,7 +31,7 @@ def clean_axes(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
-    axes.grid(color=GRID, linewidth=1)
+    axes.grid(color="#e6e8ec", linewidth=1)
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_formatter().set_useOffset(False)  # 0.9812, not 0.0012 with +0.98 in a corner
@@ -51,14 +50,12 @@ def side_legend(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=11, handletextpad=0.4, **place)
 
 
-def write_cells(
-    axes: Any, texts: Sequence[Sequence[str]], is_dark: Sequence[Sequence[bool]], *, fontsize: float
-) -> None:
+def write_cells(axes: Any, texts: Sequence[Sequence[str]], dark: Sequence[Sequence[bool]], *, fontsize: float) -> None:
     """Write a text into each cell of a heat map, white where the cell is dark; an empty text draws nothing."""
     for y, row in enumerate(texts):
         for x, text in enumerate(row):
             if text:
-                colour = "white" if is_dark[y][x] else INK
+                colour = "white" if dark[y][x] else INK
                 axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, color=colour)
 
 

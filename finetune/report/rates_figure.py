@@ -130,6 +130,8 @@ def turning_points(rates: Sequence[float]) -> tuple[int, list[int]]:
 
 def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is_stepwise: bool) -> None:
     """Draw planned rates as lines and measured ones as dots; shade the warmup and mark the ends of cycles."""
+    from matplotlib.lines import Line2D
+
     look.clean_axes(axes)
     look.label_axes(axes, x="epoch", y="learning rate")
     learning = [line for line in lines if not line.is_frozen]
@@ -152,7 +154,12 @@ def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is
     axes.set_xlim(0, end if end > 0 else 1)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.set_major_formatter(lambda value, _: look.short(round(value, 12)))
-    _explain_marks(axes, is_measured=any(line.measured for line in learning))
+    marks = [Line2D([], [], color=look.INK, linewidth=2.2, label="planned")]
+    if any(line.measured for line in learning):
+        dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
+        marks.append(Line2D([], [], color=look.INK, label="the optimizer's rate at the start of each epoch", **dot))
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+    axes.legend(handles=marks, ncols=2, frameon=False, fontsize=10.5, **place)
 
 
 def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> None:
@@ -183,17 +190,6 @@ def _mark_phases(axes: Any, rates: Sequence[float], x: Sequence[float], top: flo
     for index in ends[:12]:
         axes.axvline(x[index], color=look.FAINT, linewidth=1.2, linestyle=(0, (2, 3)), zorder=1)
         axes.text(x[index], 1.05 * top, " end of cycle", ha="left", **note)
-
-
-def _explain_marks(axes: Any, *, is_measured: bool) -> None:
-    from matplotlib.lines import Line2D
-
-    marks = [Line2D([], [], color=look.INK, linewidth=2.2, label="planned")]
-    if is_measured:
-        dot: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
-        marks.append(Line2D([], [], color=look.INK, label="the optimizer's rate at the start of each epoch", **dot))
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
-    axes.legend(handles=marks, ncols=2, frameon=False, fontsize=10.5, **place)
 
 
 def _draw_ladder(axes: Any, lines: Sequence[RateLine]) -> None:

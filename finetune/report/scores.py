@@ -33,7 +33,11 @@ def write_scores(
     matrix = details.get("confusion")
     if matrix is None:
         return
-    write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), _as_csv(matrix, classes))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["true \\ predicted", *classes])
+    rows.writerows([name, *row] for name, row in zip(classes, matrix, strict=True))
+    write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), text.getvalue())
     if split == "test":
         draw_confusion(run_dir / "confusion.png", matrix, classes)
 
@@ -43,15 +47,6 @@ def chosen_threshold(run_dir: Path) -> float | None:
     path = run_dir / "metrics.json"
     threshold = read_json(path)["val"].get("threshold") if path.exists() else None
     return None if threshold is None else float(threshold)
-
-
-def _as_csv(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """A confusion matrix with one line for each true class, one column for each predicted class."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["true \\ predicted", *classes])
-    rows.writerows([name, *row] for name, row in zip(classes, matrix, strict=True))
-    return text.getvalue()
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
@@ -102,8 +97,7 @@ def _draw_pairs(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
     look.label_axes(axes, x="share of the true class's test images")
     axes.grid(visible=False, axis="y")
     names = [look.shortened(name, NAME_CHARS) for name in classes]
-    labels = [f"{names[y]} taken for {names[x]}" for _, y, x in shown]
-    axes.set_yticks(range(len(shown)), labels, parse_math=False)
+    axes.set_yticks(range(len(shown)), [f"{names[y]} taken for {names[x]}" for _, y, x in shown], parse_math=False)
     for place, (share, (value, _, _)) in enumerate(zip(shares, shown, strict=True)):
         axes.text(share, place, f"  {value}", va="center", fontsize=10, color=look.INK)
     axes.set_xlim(0, max([*shares, 0.01]) * 1.12)

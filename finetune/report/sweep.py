@@ -16,8 +16,6 @@ from finetune.system.log import say
 from finetune.system.tables import table
 from finetune.system.terminal import command, printable
 
-ERROR_CHARS = 300  # the longest error shown on the console; `run.log` of the job has all of it
-
 
 def summarize(sweep_dir: Path) -> int:
     """Write `summary.csv` and `sweep.png` into the folder of a sweep, print the tables and the best setting.
@@ -46,7 +44,7 @@ def _tables(sweep: Sweep) -> list[str]:
     for job in failed:
         values = _typed(job.values_of(sweep.varied))
         name = f"job {job.folder.name} ({values})" if values else f"job {job.folder.name}"
-        lines.append(f"  {name}: {job.status}: {job.error[:ERROR_CHARS]}")
+        lines.append(f"  {name}: {job.status}: {job.error[:300]}")  # `run.log` of the job has all of it
     return lines
 
 
@@ -101,7 +99,7 @@ def _write_csv(sweep: Sweep) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_csv_cells(["job", "status", *sweep.varied, *names, *LENGTHS, "error"]))
     for job in sweep.jobs:
-        numbers = [*map(job.number, [*names, *LENGTHS])]
+        numbers = map(job.number, [*names, *LENGTHS])
         shown = [f"{value:.10g}" if math.isfinite(value) else "" for value in numbers]
         values = [job.overrides.get(key, "") for key in sweep.varied]
         writer.writerow(_csv_cells([job.folder.name, job.status, *values, *shown, job.error]))
@@ -131,8 +129,7 @@ def _answer(sweep: Sweep) -> list[str]:
         next_line = f"next, a run with the winner: {command(['python', '-m', 'finetune', *words])}"
     else:
         lines = [f"best: {name} ({scores}) in {job.folder}"]
-        again = command(["python", "-m", "finetune", "-m", *words, "seed=0,1,2"])
-        next_line = f"next, is it more than luck? {again}"
+        next_line = f"next, is it more than luck? {command(['python', '-m', 'finetune', '-m', *words, 'seed=0,1,2'])}"
     if equals:
         others = ", ".join(group.best_job(sweep.metric).folder.name for group in equals)
         lines.append(f"as good on validation: job {others}")

@@ -30,8 +30,7 @@ def sweep_figure(sweep: Sweep) -> Any:
     else:
         shown = keys or sweep.varied
         _draw_ranking(figure, group_jobs(sweep.scored, shown), shown, metric)
-    title = f"Sweep over {' and '.join(keys or sweep.varied) or 'one job'}"[:90]
-    look.headline(figure, title, _subtitle(sweep, keys))
+    look.headline(figure, f"Sweep over {' and '.join(keys or sweep.varied) or 'one job'}"[:90], _subtitle(sweep, keys))
     return figure
 
 
@@ -103,20 +102,14 @@ def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -
     best = _best(groups, metric)
     ring = {"s": 230, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
     axes.scatter([x_of[best.value(key)]], [best.mean(f"val/{metric}")], zorder=5, label="best val", **ring)
-    _name_ticks(axes, names, xs, scale)
-    look.side_legend(axes)
-
-
-def _name_ticks(axes: Any, names: Sequence[str], xs: Sequence[float], scale: str) -> None:
-    """A tick at each value that a job has, and none between."""
     if scale == "log":
         axes.set_xscale("log")
         axes.minorticks_off()
-    if scale != "even" and len(names) > 14:
-        return
-    _label_ticks(axes, xs, names, length=24, max_letters=100)
+    if scale == "even" or len(names) <= 14:  # a tick at each value that a job has, and none between
+        _label_ticks(axes, xs, names, length=24, max_letters=100)
     if scale == "even":
         axes.set_xlim(-0.5, len(names) - 0.5)
+    look.side_legend(axes)
 
 
 def _label_ticks(axes: Any, xs: Sequence[float], names: Sequence[str], *, length: int, max_letters: int) -> None:
@@ -161,10 +154,8 @@ def _draw_map(axes: Any, cells: Sequence[Sequence[float]], *, frame: tuple[int, 
     texts = [[f"{value:.3f}" if math.isfinite(value) else "" for value in row] for row in cells]
     is_dark = [[(value < (low + high) / 2) != bright_is_low for value in row] for row in cells]
     look.write_cells(axes, texts, is_dark, fontsize=max(6.0, min(12.0, 88.0 / max(len(cells), len(cells[0])))))
-    gaps = [(x, y) for y, row in enumerate(cells) for x, value in enumerate(row) if not math.isfinite(value)]
-    for x, y in gaps:
-        gap = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f4f5f7", edgecolor="#cfd3da", hatch="///")
-        axes.add_patch(gap)
+    for x, y in [(x, y) for y, row in enumerate(cells) for x, value in enumerate(row) if not math.isfinite(value)]:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f4f5f7", edgecolor="#cfd3da", hatch="///"))
     x, y = frame
     axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=look.ORANGE, linewidth=3))
     axes.spines[:].set_visible(False)
