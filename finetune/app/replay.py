@@ -22,10 +22,8 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
     """Run a stored step forward and backward again, with the weights in `checkpoints/last.safetensors`.
 
     If the run stopped at the step, these are the weights from before it. If it skipped the step, they are the weights
-    of the last epoch that was saved. Without a `step` it is the first one stored.
-
-    Returns:
-        The findings, a line each; whether the loss or a gradient was not finite again.
+    of the last epoch that was saved. Without a `step` it is the first one stored. Returns the findings, a line each,
+    and whether the loss or a gradient was not finite again.
 
     Raises:
         FileNotFoundError: The step is not stored, or the weights are gone.

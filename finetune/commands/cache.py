@@ -28,14 +28,11 @@ def main(words: Sequence[str]) -> int:
     older = "only entries that no run used for so many days"
     parser.add_argument("--older-than", type=float, metavar="DAYS", default=0.0, help=older)
     flags = parser.parse_intermixed_args(words)
-    cache_dir, is_clear = None, False
-    for word in flags.words:
-        if word == "clear":
-            is_clear = True
-        elif word.startswith("data.cache_dir="):
-            cache_dir = word.partition("=")[2]
-        else:
+    is_clear, settings = "clear" in flags.words, [word for word in flags.words if word != "clear"]
+    for word in settings:
+        if not word.startswith("data.cache_dir="):
             parser.error(f"{word}: expected clear or data.cache_dir=PATH")
+    cache_dir = settings[-1].partition("=")[2] if settings else None
     # Later than `--help`: the rooms below import torch.
     from finetune.data.caches.entries import cache_folder, find_entries, remove_abandoned, remove_entry
 

@@ -7,10 +7,9 @@ in `outputs/<date>/<time>/` or `hydra.run.dir`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from finetune.commands.flags import configure, parse_command_line
-from finetune.config import Conf, OnError
+from finetune.config import OnError
 from finetune.runs.folders import run_folder
 from finetune.system.log import say
 
@@ -29,24 +28,20 @@ def main(words: Sequence[str]) -> int:
     if line.multirun:
         line.problems.append("--multirun: one set of data at a time")
     prepared = configure(line)
-    with run_folder(prepared.run_dir, multirun=False) as folder:
-        return check(prepared.conf, folder)
-
-
-def check(conf: Conf, folder: Path) -> int:
-    """Check the data of `conf`, print the findings, and write them into `folder`; return the exit code."""
+    # Only now: these rooms import torch.
     from finetune.data import open_source
     from finetune.data.checks.contact_sheet import write_contact_sheet
     from finetune.data.checks.summary import check_source
     from finetune.models import build_model
 
-    source = open_source(conf.data)
-    report, text = check_source(source, conf.data.cache_dir, folder)
-    say(text)
-    preprocess = build_model(conf.model, source.classes).preprocess
-    sheet = folder / "contact_sheet.png"
-    readable = source.without(report.unreadable)
-    write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
-    say(f"\n{sheet}: training images as {conf.model.name} will see them")
-    say(f"all of it: {folder}")
-    return 1 if report.unreadable and conf.data.on_error == OnError.stop else 0
+    conf = prepared.conf
+    with run_folder(prepared.run_dir, multirun=False) as folder:
+        source = open_source(conf.data)
+        report, text = check_source(source, conf.data.cache_dir, folder)
+        say(text)
+        preprocess, readable = build_model(conf.model, source.classes).preprocess, source.without(report.unreadable)
+        sheet = folder / "contact_sheet.png"
+        write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
+        say(f"\n{sheet}: training images as {conf.model.name} will see them")
+        say(f"all of it: {folder}")
+        return 1 if report.unreadable and conf.data.on_error == OnError.stop else 0

@@ -32,7 +32,6 @@ Examples:
   finetune describe experiment=ft_clip_b16 --plot rates.png"""
 
 FLAGS = ("--json", "--plot", "--classes", "--images", "--config-dir", "--help")
-GIB, MIB = 2**30, 2**20
 # Headings of the table of layers, and the keys of `describe`'s rows.
 COLUMNS = {"id": "id", "layer": "layer", "parameters": "parameters", "state": "state"}
 COLUMNS |= {"rate at start": "rate_start", "peak rate": "rate_peak", "weight decay": "weight_decay"}
@@ -49,7 +48,12 @@ def main(words: Sequence[str]) -> int:
 
     found, plan = describe(conf, num_classes=flags.classes, num_images=flags.images)
     if flags.plot is not None:
-        _draw(plan, flags.plot)
+        from finetune.report.look import save_figure
+        from finetune.report.rates_figure import rates_figure
+
+        if not flags.plot.parent.is_dir():
+            raise FileNotFoundError(f"--plot {flags.plot}: the folder {flags.plot.parent} does not exist")
+        save_figure(rates_figure(plan, []), flags.plot)
     say(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
     return 0
 
@@ -117,7 +121,7 @@ def as_text(found: dict[str, Any]) -> str:
 def _memory_line(memory: dict[str, Any]) -> str:
     names = {"weights": "weights", "gradients": "gradients", "optimizer": memory["optimizer"]}
     names["average"] = "average of weights"
-    unit, scale = ("GiB", GIB) if memory["total_bytes"] >= GIB else ("MiB", MIB)
+    unit, scale = ("GiB", 2**30) if memory["total_bytes"] >= 2**30 else ("MiB", 2**20)
     parts = [f"{word} {memory[f'{name}_bytes'] / scale:.4g}" for name, word in names.items() if memory[f"{name}_bytes"]]
     return (
         f"memory      {' + '.join(parts)} + activations {memory['activations_bytes'] / scale:.4g} ="
@@ -139,12 +143,3 @@ def _schedule_line(schedule: dict[str, Any]) -> str:
         f" {schedule['batch']:,} images{warmup}{past}; the head's rate {schedule['lr_start']:.3g} at the start,"
         f" {schedule['lr_peak']:.3g} at its peak, {schedule['lr_last']:.3g} in the last {unit}"
     )
-
-
-def _draw(plan: dict[str, Any], path: Path) -> None:
-    from finetune.report.look import save_figure
-    from finetune.report.rates_figure import rates_figure
-
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--plot {path}: the folder {path.parent} does not exist")
-    save_figure(rates_figure(plan, []), path)

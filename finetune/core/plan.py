@@ -24,19 +24,18 @@ def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[dict[str
         groups = [group for group in table if group.layer_id == index]
         peaks = sorted({group.peak for group in groups}, reverse=True)
         decayed = [group for group in groups if group.weight_decay > 0]
-        rows.append(
-            {
-                "id": index,
-                "layer": layer.name,
-                "parameters": sizes[index],
-                "state": "frozen" if index < model.num_frozen else "learns" if groups else "empty",
-                "rate_peak": peaks[0] if peaks else 0.0,
-                "rates_peak": peaks,
-                "weight_decay": decayed[0].weight_decay if decayed else 0.0,
-                "decayed": sum(group.num_parameters for group in decayed),
-                "groups": len(groups),
-            }
-        )
+        row = {
+            "id": index,
+            "layer": layer.name,
+            "parameters": sizes[index],
+            "state": "frozen" if index < model.num_frozen else "learns" if groups else "empty",
+            "rate_peak": peaks[0] if peaks else 0.0,
+            "rates_peak": peaks,
+            "weight_decay": decayed[0].weight_decay if decayed else 0.0,
+            "decayed": sum(group.num_parameters for group in decayed),
+            "groups": len(groups),
+        }
+        rows.append(row)
     return rows
 
 

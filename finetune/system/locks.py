@@ -29,7 +29,6 @@ RUN_LOCK = ".lock"
 RUN_LOCK_HOLDER = ".lock.json"  # names the process; a file of its own, since Windows lets nobody read a locked file
 # `holder` takes a free lock for an instant. A run that starts in this instant waits so long, and is not refused.
 PATIENCE_S = 0.5
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems without locks
 
 
 class InUseError(UserError):
@@ -122,7 +121,7 @@ def file_lock(path: Path, *, timeout_s: float = -1, on_wait: Callable[[], object
         except Timeout:
             raise TimeoutError(f"{path} is locked by another process") from None
         except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
             logger.warning("%s: this file system has no locks, so start nothing else here meanwhile", path)
         yield

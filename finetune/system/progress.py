@@ -35,8 +35,14 @@ class Bar:
         self._dropped_first: Sequence[str] = ()
         self._bar: Any = None
         if total > 0 and sys.stderr.isatty():
+            try:
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            except OSError:
+                columns = 0
+            # Follow the terminal's size; of 0 columns, where the terminal tells none, tqdm would draw nothing.
+            size: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
             # tqdm puts a comma ahead of the postfix. The line of the epoch takes the bar's place, so it does not stay.
-            style: dict[str, Any] = {"leave": False, "file": sys.stderr, **_terminal_size()}
+            style = {"leave": False, "file": sys.stderr, **size}
             style["bar_format"] = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             self._bar = tqdm(total=total, initial=start, desc=printable(title), **style)
             open_bars.append(self)
@@ -94,12 +100,3 @@ def close_bars() -> None:
     """Take all bars away, such as that of an epoch that ended with an error."""
     for bar in list(open_bars):
         bar.close()
-
-
-def _terminal_size() -> dict[str, Any]:
-    """The arguments for tqdm: follow the terminal's size, or 80 x 24 where the terminal tells none."""
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except OSError:
-        columns = 0
-    return {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # of 0 columns tqdm would draw nothing

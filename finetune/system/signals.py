@@ -43,9 +43,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Install the handlers; under nohup, which ignores the end of a terminal, that signal stays ignored."""
         self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-        caught = [
-            signum for signum in STOPPING if signum == signal.SIGINT or self._before[signum] is not signal.SIG_IGN
-        ]
+        caught = [s for s in STOPPING if s == signal.SIGINT or self._before[s] is not signal.SIG_IGN]
         self._stack.enter_context(_handled_by(self._handle, caught))
         return self
 

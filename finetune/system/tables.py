@@ -48,6 +48,4 @@ def _is_number(text: str) -> bool:
 
 def _width(text: str) -> int:
     """Columns of a terminal: East Asian letters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
