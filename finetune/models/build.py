@@ -99,8 +99,8 @@ def library_of(conf: ModelConf) -> Library:
             raise UserError(f"model.name={conf.name} is known to timm and to torchvision: say {words}")
         return known[0] if known else Library.timm  # whose error lists the nearest names
     if known and library not in known:
-        known_by = f"{library} knows no such model, {known[0]} does"
-        raise UserError(f"model.name={conf.name}: {known_by}: leave model.library out")
+        problem = f"{library} knows no such model, {known[0]} does"
+        raise UserError(f"model.name={conf.name}: {problem}: leave model.library out")
     return library
 
 

@@ -1,9 +1,8 @@
 """The first bias of a classifier that gives several labels an image: each class is then a yes-or-no question.
 
-A zero-shot head gives logits of 15 to 30 for every image, so every sigmoid is 1, and the first gradients of binary
-cross entropy would spoil the whole network only to lower the logits. A bias for each class prevents that: the mean
-sigmoid of a class starts at the share of training images that have its label. The order of images within a class, and
-so average precision, stays as it is.
+A zero-shot head gives logits of 15 to 30 for every image, so every sigmoid is 1, and the first gradients would spoil
+the network only to lower the logits. A bias for each class prevents that: the mean sigmoid of a class starts at the
+share of training images with its label. The order of images within a class, so average precision, stays as it is.
 """
 
 from __future__ import annotations

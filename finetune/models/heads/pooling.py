@@ -1,8 +1,7 @@
 """`model.pool=mean`: replace the pooling of the weights by the mean of all patch tokens and a new norm.
 
 MAE and BEiT fine-tune so (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, appendix A.1), and FT-CLIP
-(arXiv:2212.06138) fine-tunes CLIP so, without CLIP's `ln_post` and `proj`. The class token still takes part in
-attention; only the readout ignores it.
+(arXiv:2212.06138) fine-tunes CLIP so, without its `ln_post` and `proj`. Only the readout ignores the class token.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from typing import Any
 from torch import nn
 
 from finetune.system.errors import UserError
-
-# The classes of timm that pool tokens as `global_pool` says, with `norm` ahead of the pool and `fc_norm` behind it.
-TIMM_KINDS = ("VisionTransformer", "Eva", "Beit")
 
 
 def mean_pool_open_clip(visual: Any, name: str) -> int:
@@ -37,10 +33,10 @@ def mean_pool_timm(net: Any, name: str) -> None:
 
     It gets a new `fc_norm` behind the pool, and no `norm` ahead of it. `name` is the model's, for the error.
     """
-    if type(net).__name__ not in TIMM_KINDS or "attn_pool" in dict(net.named_children()):
+    # These classes pool tokens as `global_pool` says, with `norm` ahead of the pool and `fc_norm` behind it.
+    if type(net).__name__ not in ("VisionTransformer", "Eva", "Beit") or "attn_pool" in dict(net.named_children()):
         raise UserError(f"model.pool=mean needs a plain ViT, BEiT or EVA, and {name} is none: use model.pool=auto")
-    old = net.norm if isinstance(net.fc_norm, nn.Identity) else net.fc_norm
-    net.fc_norm = _fresh(old, net.num_features)
+    net.fc_norm = _fresh(net.norm if isinstance(net.fc_norm, nn.Identity) else net.fc_norm, net.num_features)
     net.norm = nn.Identity()
     net.global_pool = "avg"
 

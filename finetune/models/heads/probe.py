@@ -19,7 +19,6 @@ from finetune.system.errors import UserError
 
 # The strengths of the penalty, strongest first: each fit starts from the result of the one before, which saves steps.
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -7, -1))
-ITERATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
     """One regression, started from `weight` and `bias`; returns the fitted two."""
     weight, bias = (tensor.clone().requires_grad_(True) for tensor in (weight, bias))
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

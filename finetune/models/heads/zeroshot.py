@@ -14,7 +14,6 @@ from finetune.config import TemplateSet, nearest
 from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
 
-DEFAULT_TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.")  # the prompts of `model.templates=[default]`
 PROMPTS_AT_ONCE = 256  # read by the text tower; bounds the memory, and the features do not depend on it
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -28,7 +27,7 @@ def expand_templates(templates: Sequence[str]) -> list[str]:
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     sets: dict[str, Sequence[str]] = {
-        TemplateSet.default: DEFAULT_TEMPLATES,
+        TemplateSet.default: ("{}", "a photo of a {}.", "a photo of the {}."),
         TemplateSet.simple: [fill("{}") for fill in SIMPLE_IMAGENET_TEMPLATES],
         TemplateSet.imagenet: [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES],
     }

@@ -1,10 +1,9 @@
 """A shorter last block for networks that classify the class token alone: `train.class_token_only`.
 
 Nothing reads the other tokens behind the last block, and only attention mixes tokens. So the shorter run computes keys
-and values for all tokens, and everything else for the class token: 2 of a block's 12 width^2 multiplications a token.
-Logits and gradients differ from those of the whole block by rounding alone. The whole block runs instead, bit for bit,
-where dropout is active in it (it draws a number for every token, drop path one for each image), and where its class is
-another than when the model was built: a wrapper (sharding) must see its forward call.
+and values for all tokens, and all else for the class token: 2 of a block's 12 width^2 multiplications a token; logits
+and gradients differ by rounding alone. The whole block runs where dropout is active in it (it draws a number for every
+token, drop path one for each image), and where its class changed after the build: a wrapper must see its forward call.
 """
 
 from __future__ import annotations
@@ -39,13 +38,9 @@ TOKENWISE = {
     "torchvision.models.vision_transformer.MLPBlock",
 }
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
-TIMM_ATTENTION = "timm.layers.attention.Attention"
 EVA_ATTENTION = ("timm.models.eva.EvaAttention", "timm.layers.attention.AttentionRope")
 # The parts of timm's attention modules that `_timm_attention` computes. An attention with another part is unknown.
-ATTENTION_PARTS = {
-    *("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"),
-    *("attn_drop", "norm", "gate", "proj", "proj_drop"),
-}
+PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
 def with_class_token_run(
@@ -92,10 +87,7 @@ def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str],
     return is_known_kind and all(class_name(module) in TOKENWISE for module in others)
 
 
-# timm
-
-
-def timm_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+def timm_vit(net: Any, block: Any) -> RunBlock | None:
     """The shorter run for ViT, where it reads the class token."""
     if net.global_pool != "token" or net.attn_pool is not None:
         return None
@@ -110,7 +102,7 @@ def timm_distilled(net: Any, block: Any) -> RunBlock | None:
 def _timm_block_run(net: Any, block: Any, tokens: int) -> RunBlock | None:
     attention = dict(block.named_children()).get("attn")
     kind, readout = "timm.models.vision_transformer.Block", (net.norm, net.fc_norm)
-    if attention is None or not _is_known(block, kind, attention, (TIMM_ATTENTION,), readout):
+    if attention is None or not _is_known(block, kind, attention, ("timm.layers.attention.Attention",), readout):
         return None
     return partial(_run_timm_block, tokens=tokens) if _has_known_parts(attention) else None
 
@@ -141,7 +133,7 @@ def _run_eva_block(net: Any, block: Any, h: Tensor) -> Tensor:
 
 def _has_known_parts(attention: nn.Module) -> bool:
     names = {name for name, _ in attention.named_children()}
-    return names <= ATTENTION_PARTS and {"proj", "proj_drop", "q_norm", "k_norm", "norm"} <= names
+    return names <= PARTS and {"proj", "proj_drop", "q_norm", "k_norm", "norm"} <= names
 
 
 def _timm_attention(attn: Any, h: Tensor, tokens: int, rope: Tensor | None = None) -> Tensor:
@@ -194,25 +186,21 @@ def _rotated(attn: Any, k: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([k[:, :, :first], apply_rot_embed_cat(k[:, :, first:], rope, half=attn.rotate_half)], dim=2)
 
 
-# open_clip and torchvision use torch's own attention, which accepts fewer queries than keys.
-
-
-def open_clip_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+def open_clip_vit(net: Any, block: Any) -> RunBlock | None:
     """The shorter run for open_clip's own ViT, where it reads the class token."""
     if net.pool_type != "tok" or net.attn_pool is not None or net.output_tokens:
         return None
-    kind = "open_clip.transformer.ResidualAttentionBlock"
-    known = _is_known(block, kind, block.attn, (MULTIHEAD,), (net.ln_post,))
+    known = _is_known(block, "open_clip.transformer.ResidualAttentionBlock", block.attn, (MULTIHEAD,), (net.ln_post,))
     return _run_open_clip_block if known and block.attn.batch_first else None
 
 
 def _run_open_clip_block(net: Any, block: Any, h: Tensor) -> Tensor:
-    y = block.ln_1(h)
+    y = block.ln_1(h)  # torch's own attention, which torchvision uses too, accepts fewer queries than keys
     x = h[:, :1] + block.ls_1(block.attention(q_x=y[:, :1], k_x=y, v_x=y))
     return x + block.ls_2(block.mlp(block.ln_2(x)))  # type: ignore[no-any-return]
 
 
-def torchvision_vision_transformer(net: Any, block: Any) -> RunBlock | None:
+def torchvision_vit(net: Any, block: Any) -> RunBlock | None:
     """The shorter run for torchvision's ViT."""
     kind = "torchvision.models.vision_transformer.EncoderBlock"
     known = _is_known(block, kind, block.self_attention, (MULTIHEAD,), (net.encoder.ln,))

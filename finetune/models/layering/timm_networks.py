@@ -1,9 +1,8 @@
 """timm's networks: which name belongs to which layer, and the functions that run a layer.
 
-Each function calls upstream's own modules and methods in upstream's own order, so that a network gives the same bits
-whole and in slices, in eval mode and, from one state of the random generator, in train mode. One tensor goes from layer
-to layer. Values that timm computes once for all blocks (a rotary embedding, a shared table of relative positions) are
-computed again in each block: they depend on the grid of patches alone and cost little beside the block.
+Each function calls upstream's modules and methods in upstream's order, so that a network gives the same bits whole and
+in slices, also in train mode from one state of the random generator. One tensor goes from layer to layer, so each block
+computes again what timm computes once for all blocks (rotary embeddings, relative positions), at little cost.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ READOUT = (
 # The parts that run ahead of the first block, or that all blocks share, where some matchers do not know them. A table
 # that all blocks share must be in the stem: in a higher layer it would learn, and change the output of frozen blocks.
 STEM = r"(encoder\.)?(rope|shared_rel_pos|pos_drop|patch_drop|reroll|unroll)(\.|$)"
-NORM_PRE = r"|norm_pre(\.|$)"
 
 _STAGES: Matcher = {
     "stem": r"stem",
@@ -70,7 +68,7 @@ def rule_of(net: nn.Module, kinds: set[str]) -> Rule:
         head=classifiers + (r"|weights(_dist)?$" if kinds & {"EfficientViM", "EfficientViMDistilled"} else ""),
         # In SelecSls `head` is the last block of convolutions, and the classifier is `fc`.
         readout=r"global_pool(\.|$)" if "SelecSls" in kinds else READOUT,
-        stem=STEM + (NORM_PRE if kinds & PRE_NORM else ""),
+        stem=STEM + (r"|norm_pre(\.|$)" if kinds & PRE_NORM else ""),
     )
 
 

@@ -94,6 +94,5 @@ def _stem_and_stages(net: Any) -> list[Run]:
     runs = [through("features.0")]
     for stage in range(1, len(net.features), 2):
         first, *others = in_blocks(f"features.{stage}.{{}}", len(net.features[stage]))
-        merge_and_first = through(f"features.{stage - 1}", f"features.{stage}.0")
-        runs += [first if stage == 1 else merge_and_first, *others]
+        runs += [first if stage == 1 else through(f"features.{stage - 1}", f"features.{stage}.0"), *others]
     return runs

@@ -1,9 +1,8 @@
 """The layers of any image network: `timm_layers`, `open_clip_layers`, `torchvision_layers`.
 
-Each returns an exact list, in which every parameter belongs to one layer, so freezing and layer decay work on every
-network; a network of another kind, or a parameter that no rule names, is a UserError. A network whose class is in
-`CHAINS` also runs layer by layer. To add a family, write its functions in a module of this package and add its line to
-`CHAINS`; `tests/models` then asks for a small network of it and tests that one.
+In each list every parameter belongs to one layer; another kind of network, or a parameter that no rule names, is a
+UserError. A network whose class is in `CHAINS` also runs layer by layer. To add a family, write its functions in a
+module of this package and add its line to `CHAINS`; `tests/models` then asks for a small network and tests that one.
 """
 
 from __future__ import annotations
@@ -36,20 +35,16 @@ class Chain:
 
 # Exact classes only: the forward pass of a subclass may be another, so a subclass runs only whole.
 CHAINS: dict[str, Chain] = {
-    "timm.models.vision_transformer.VisionTransformer": Chain(
-        timm_networks.vision_transformer, class_token.timm_vision_transformer
-    ),
+    "timm.models.vision_transformer.VisionTransformer": Chain(timm_networks.vision_transformer, class_token.timm_vit),
     "timm.models.deit.VisionTransformerDistilled": Chain(timm_networks.distilled, class_token.timm_distilled),
     "timm.models.eva.Eva": Chain(timm_networks.eva, class_token.timm_eva),
     "timm.models.beit.Beit": Chain(timm_networks.beit),
     "timm.models.convnext.ConvNeXt": Chain(timm_networks.convnext),
     "timm.models.resnet.ResNet": Chain(timm_networks.resnet),
-    "open_clip.transformer.VisionTransformer": Chain(
-        open_clip_networks.vision_transformer, class_token.open_clip_vision_transformer
-    ),
+    "open_clip.transformer.VisionTransformer": Chain(open_clip_networks.vision_transformer, class_token.open_clip_vit),
     "open_clip.modified_resnet.ModifiedResNet": Chain(open_clip_networks.modified_resnet),
     "torchvision.models.vision_transformer.VisionTransformer": Chain(
-        torchvision_networks.vision_transformer, class_token.torchvision_vision_transformer
+        torchvision_networks.vision_transformer, class_token.torchvision_vit
     ),
     "torchvision.models.resnet.ResNet": Chain(torchvision_networks.resnet),
     "torchvision.models.convnext.ConvNeXt": Chain(torchvision_networks.convnext),

@@ -149,8 +149,7 @@ def _tokenizer(name: str) -> Tokenizer:
             return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
     except ImportError as error:
         problem = f"{name} reads text with a Hugging Face tokenizer, which needs the package transformers"
-        mend = "pip install 'finetune[transformers]', or use model.head=random"
-        raise UserError(f"{problem}: {mend}") from error
+        raise UserError(f"{problem}: pip install 'finetune[transformers]', or use model.head=random") from error
 
 
 def _unknown_name(name: str, names: list[str]) -> str:

@@ -129,8 +129,7 @@ def _unknown_name(name: str) -> str:
         return f"model.name={name} is a CLIP: use model=clip model.name={name}"
     names = timm.list_models()
     problem = f"neither timm nor torchvision knows such a model{nearest(name, [*names, glyphs.VIT])}"
-    listed = f"timm knows {len(names)}, which timm.list_models('vit*') and the like list"
-    return f"model.name={name}: {problem}; {listed}"
+    return f"model.name={name}: {problem}; timm knows {len(names)}, which timm.list_models('vit*') and the like list"
 
 
 def _file_args(config: Any, path: Path) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     saved = weight_files.read_metadata(path)
     preprocess = saved.preprocess or _preprocess(chosen or options["DEFAULT"])
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)
-    label = path or (chosen.name if chosen else "random")
-    text = describe(conf.name, "a model of torchvision", label, preprocess)
+    text = describe(conf.name, "a model of torchvision", path or (chosen.name if chosen else "random"), preprocess)
     # torchvision's own weights know ImageNet's classes in words, which are no names of folders.
     return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], saved.classes)
 
@@ -123,8 +122,7 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
 def _classifier_name(net: nn.Module) -> str:
     """The name of the linear layer that gives the logits."""
     head = RULES[type(net).__name__].head
-    linear: list[str] = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    found: list[str] = [name for name in linear if re.fullmatch(head, name)]
+    found = [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(head, name)]
     assert len(found) == 1, found
     return found[0]
 

@@ -163,15 +163,13 @@ def check_npz(path: Path) -> None:
         raise UserError(f"{path} holds no arrays")
 
 
-def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...] = ()
-) -> None:
-    """Copy the tensors in `state` into `model`; a UserError lists names that are missing, left over or misshapen.
+def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...] = ()) -> None:
+    """Copy the tensors in `state` into `net`; a UserError lists names that are missing, left over or misshapen.
 
     `source` is the path or tag of the weights, for the error. Names that begin with a prefix of `optional` (the
     classifier's) may be missing, left over or of another shape.
     """
-    mine = model.state_dict()
+    mine = net.state_dict()
 
     def strict(names: Iterable[str]) -> list[str]:
         return sorted(name for name in names if not name.startswith(optional))
@@ -183,9 +181,9 @@ def load_strictly(
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     listed = [f"{len(names)} {word}: {_shown(names)}" for word, names in faults if names]
     if listed:
-        problem = f"holds the weights of another model than {type(model).__name__} built here"
+        problem = f"holds the weights of another model than {type(net).__name__} built here"
         raise UserError(f"{source} {problem} ({'; '.join(listed)}); check model.name")
-    model.load_state_dict({name: state[name] for name in fitting}, strict=False)
+    net.load_state_dict({name: state[name] for name in fitting}, strict=False)
 
 
 def _shown(names: list[str], at_most: int = NAMES_SHOWN) -> str:
