@@ -50,9 +50,8 @@ def build_model(
     starts at random too; fit it with `finetune.models.heads.probe`. Without `load` weights and head stay random and no
     file is read: for a checkpoint that is loaded later. The device `meta` builds without memory or weights.
 
-    Raises:
-        UserError: A name, tag or setting that does not exist or does not fit; weights of another model.
-        FileNotFoundError: A file that does not exist or cannot be downloaded.
+    A name, tag or setting that does not exist or does not fit, and weights of another model, are a UserError; a file
+    that does not exist or cannot be downloaded is a FileNotFoundError.
     """
     target = torch.device(device)
     library = library_of(conf)

@@ -38,6 +38,8 @@ def param_groups_lrd(
     """AdamW's groups, one a (layer, weight decay or not), of the parameters above `fix_layer`.
 
     A frozen parameter enters no group, nor does one that needs no gradient already; `requires_grad` stays as it is.
+    Returns the groups, and the same by name with `params` as names of `model.named_parameters()`, for printing. A whole
+    CLIP, an architecture without layers, or a number out of range is a UserError.
 
     Args:
         model: A bare image tower of CLIP (`clip.visual`) or timm, whose ids end at L + 1 (final norm, `proj`,
@@ -47,21 +49,14 @@ def param_groups_lrd(
         no_weight_decay_list: More names, or globs, that get 0; names that the model lacks are ignored.
         layer_decay: d in `d ** (L + 1 - min(id, L + 1))`, the scale of a layer's rate; in (0, 1].
         lr: Peak rate of the head. Given, the groups hold `lr`, already scaled; else `lr_scale`.
-
-    Returns:
-        The groups, and the same by name with `params` as names of `model.named_parameters()`, for printing.
-
-    Raises:
-        UserError: A whole CLIP, an architecture without layers, or a number out of range.
     """
     layered, prefix, top = _as_layered(model)
     if not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay={layer_decay}: must be greater than 0 and at most 1")
     if not -1 <= fix_layer < top:
-        raise UserError(
-            f"fix_layer={fix_layer}: {type(model).__name__} has layers 0 (stem) to {top}, so use -1 (nothing frozen)"
-            f" to {top - 1} (only layer {top} learns)"
-        )
+        problem = f"{type(model).__name__} has layers 0 (stem) to {top}"
+        mend = f"use -1 (nothing frozen) to {top - 1} (only layer {top} learns)"
+        raise UserError(f"fix_layer={fix_layer}: {problem}, so {mend}")
     more = [name.removeprefix("net.") for name in no_weight_decay_list]
     conf = OptimConf(lr=1.0 if lr is None else lr, weight_decay=weight_decay, layer_decay=layer_decay)
     groups: dict[str, Group] = {}

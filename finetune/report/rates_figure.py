@@ -32,13 +32,9 @@ class RateLine:
 def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
     """Returns the rates as a matplotlib figure: at the left each layer's curve, at the right each layer's peak.
 
-    Args:
-        plan: `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
-            `frozen` (names); `before` (`epochs`, `x`, `layers`) is the earlier plan of a run that was made longer.
-        rows: The rows of `history.jsonl`.
-
-    Raises:
-        UserError: `plan` lacks a key, or its lists differ in length.
+    `plan` is `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
+    `frozen` (names); `before` (`epochs`, `x`, `layers`) is the earlier plan of a run that was made longer. `rows` are
+    those of `history.jsonl`. A UserError where `plan` lacks a key, or its lists differ in length.
     """
     lines, x = rate_lines(plan, rows)
     learning = [line for line in lines if not line.is_frozen]

@@ -97,8 +97,7 @@ def find_head(net: nn.Module) -> Head:
 def head_kind(conf: ModelConf, *, has_text: bool) -> HeadKind:
     """The kind of head that `model.head` asks for, `auto` resolved; a text tower can read class names.
 
-    Raises:
-        UserError: A zero-shot head without a text tower, or `keep` where the weights have no classifier.
+    A zero-shot head without a text tower, and `keep` where the weights have no classifier, are a UserError.
     """
     if conf.head == HeadKind.auto:
         # A text tower with random weights cannot read class names. With another pooling, image features no longer

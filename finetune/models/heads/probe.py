@@ -36,10 +36,8 @@ def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_lab
 
     Features are (images, features), labels int64 (images,). Minimises mean cross-entropy + strength / 2 * |W|^2 over
     features standardised by the training set, for each strength in `STRENGTHS`; the bias has no penalty. Returns the
-    fit with the best validation accuracy, and of equal accuracies the one with the lowest validation loss.
-
-    Raises:
-        UserError: There are no features, or some are not finite.
+    fit with the best validation accuracy, and of equal accuracies the one with the lowest validation loss. No features,
+    or some that are not finite, are a UserError.
     """
     if not len(features) or not len(val_features):
         sizes = f"{len(features)} to train on and {len(val_features)} to validate"

@@ -38,11 +38,8 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
     """The names that prompts use for `classes`: the data's own names in the order of the labels, or those in a file.
 
     A line of the text file, UTF-8, holds either a name, in the order of the classes, or `CLASS<tab>NAME`, in any order;
-    a class without such a line keeps its own name.
-
-    Raises:
-        FileNotFoundError: No such file.
-        UserError: Another number of names than classes, or a class that the data lacks.
+    a class without such a line keeps its own name. Another number of names than classes, or a class that the data
+    lacks, is a UserError, and a missing file a FileNotFoundError.
     """
     if path is None:
         return list(classes)
@@ -84,10 +81,7 @@ def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str
     For each class: the mean over templates of normalised text features, normalised again, times the logit scale
     (Radford et al., arXiv:2103.00020, section 3.1.4). Without the scale the logits of a normalised image would be
     about 100 times too small to train. Templates are prompts, each with `{}` in the place of the class name, or names
-    of sets of prompts.
-
-    Raises:
-        UserError: Class names that a text tower cannot tell apart.
+    of sets of prompts. Class names that a text tower cannot tell apart are a UserError.
     """
     templates = expand_templates(templates)
     prompts = [template.replace("{}", name) for name in class_prompts(classes) for template in templates]

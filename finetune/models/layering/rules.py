@@ -134,10 +134,10 @@ def _keys(net: nn.Module, rule: Rule) -> dict[str, GroupKey]:
             previous = keys[path] = previous if key is None else key
     if unplaced:
         more = f" and {len(unplaced) - 1} more" if len(unplaced) > 1 else ""
-        raise UserError(
-            f"{type(net).__name__}: no rule says which layer '{unplaced[0]}'{more} belongs to, so neither freezing nor"
-            " layer decay would be right; its rule in finetune/models/layering/ needs a line"
+        problem = (
+            f"no rule says which layer '{unplaced[0]}'{more} belongs to, so neither freezing nor layer decay would"
         )
+        raise UserError(f"{type(net).__name__}: {problem} be right; its rule in finetune/models/layering/ needs a line")
     return keys
 
 

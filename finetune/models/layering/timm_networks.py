@@ -164,10 +164,8 @@ def eva(net: Any, with_head: bool) -> list[Run] | None:
 
 def _eva_stem(net: Any, h: Tensor) -> Tensor:
     if net.rope is not None and net.dynamic_img_size and h.shape[-1] != h.shape[-2]:
-        raise UserError(
-            f"images of {h.shape[-1]} x {h.shape[-2]} pixels must be square: with rotary positions and a free image"
-            " size, layers that run one by one see only the number of tokens"
-        )
+        why = "with rotary positions and a free image size, layers that run one by one see only the number of tokens"
+        raise UserError(f"images of {h.shape[-1]} x {h.shape[-2]} pixels must be square: {why}")
     return net.norm_pre(net._pos_embed(net.patch_embed(h))[0])  # type: ignore[no-any-return]
 
 

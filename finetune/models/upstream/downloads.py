@@ -35,10 +35,8 @@ def downloads(what: str, *, url: str | None = None) -> Iterator[None]:
 
     Hub clients retry for a minute before they read their own cache. So one quick connection first finds out whether
     the hub can be reached. `what` names the thing to fetch, for the error: `weights 'openai' of ViT-B-16`. `url` is
-    the address of a file for torch hub; None means the Hugging Face hub.
-
-    Raises:
-        FileNotFoundError: The file is not in the cache and cannot be fetched.
+    the address of a file for torch hub; None means the Hugging Face hub. A file that is not in the cache and cannot be
+    fetched is a FileNotFoundError.
     """
     from huggingface_hub import constants
 

@@ -122,7 +122,8 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
 def _classifier_name(net: nn.Module) -> str:
     """The name of the linear layer that gives the logits."""
     head = RULES[type(net).__name__].head
-    found = [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(head, name)]
+    linear: list[str] = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in linear if re.fullmatch(head, name)]
     assert len(found) == 1, found
     return found[0]
 

@@ -34,10 +34,8 @@ class Bundle:
     def description(self) -> str:
         """The line about the model with which a run starts."""
         kind = "CLIP" if self.name == CLIP else "ViT"
-        return (
-            f"{self.name}: a small {kind} pretrained on rendered glyphs, bundled for offline use;"
-            f" real ones: {LIBRARIES[self.name][1]}"
-        )
+        origin = f"a small {kind} pretrained on rendered glyphs, bundled for offline use"
+        return f"{self.name}: {origin}; real ones: {LIBRARIES[self.name][1]}"
 
     def weights_for(self, conf: ModelConf, *, load: bool) -> Path | None:
         """The file that `model.pretrained` names; None for random weights or, unless `load`, for a person's file.
@@ -48,10 +46,9 @@ class Bundle:
             return self.weights if conf.pretrained == "bundled" else None
         if not is_path(conf.pretrained):
             library, example = LIBRARIES[self.name]
-            raise UserError(
-                f"model.pretrained={conf.pretrained}: {self.name} has the weights bundled, none (random), or a file's;"
-                f" for {library} model say its name too, such as {example}"
-            )
+            problem = f"{self.name} has the weights bundled, none (random), or a file's"
+            mend = f"for {library} model say its name too, such as {example}"
+            raise UserError(f"model.pretrained={conf.pretrained}: {problem}; {mend}")
         return path_of(conf.pretrained) if load else None
 
 

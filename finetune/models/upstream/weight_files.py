@@ -44,11 +44,8 @@ def read_state_dict(path: Path) -> StateDict:
     """The tensors of a weights file by name: `.safetensors`, `.pt`, `.pth`, `.bin` or TorchScript.
 
     Finds the weights inside a training program's checkpoint and removes the prefixes of wrappers. Half-precision
-    tensors become float32.
-
-    Raises:
-        FileNotFoundError: No such file.
-        UserError: The file is damaged, holds no weights, or is a pickle that would run code.
+    tensors become float32. A UserError where the file is damaged, holds no weights, or is a pickle that would run code;
+    a FileNotFoundError where there is none.
     """
     path = path_of(str(path))
     with path.open("rb") as file:
@@ -112,10 +109,9 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
             raise _damaged(path, error) from error
-        raise UserError(
-            f"{path} is refused: it is a pickle that would run {wanted[1]} on loading, and such a file can run any"
-            " program; save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
-        ) from error
+        problem = f"it is a pickle that would run {wanted[1]} on loading, and such a file can run any program"
+        mend = "save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
+        raise UserError(f"{path} is refused: {problem}; {mend}") from error
     except (*UNREADABLE, struct.error) as error:
         raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
