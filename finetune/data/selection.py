@@ -110,14 +110,11 @@ def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> N
     pairs = zip(found.classes, counts.tolist(), strict=True)
     small = [f"{name} ({n})" for name, n in pairs if n < len(needed)]
     if small:
-        raise UserError(
-            f"{found.place}: too few images to give one to each of {', '.join(needed)} in class {_listed(small)};"
-            " add images or move the class away (data.classes names those to use)"
-        )
+        few = f"too few images to give one to each of {', '.join(needed)} in class {_listed(small)}"
+        raise UserError(f"{found.place}: {few}; add images or move the class away (data.classes names those to use)")
 
 
 def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks:
-    """The hash of each row's name, uint64 (len(rows),)."""
     if len(rows) == len(names):
         return ranks(stream, seed, names)
     chosen = np.zeros(len(names), dtype=bool)

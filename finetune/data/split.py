@@ -128,9 +128,8 @@ class Source:
         before, after = (class_counts(part["train"].labels, len(self.classes)) for part in (self.splits, splits))
         lost = [self.classes[label] for label in torch.nonzero((before > 0) & (after == 0)).flatten().tolist()]
         if lost:
-            raise UserError(
-                f"no training image of class {', '.join(lost)} can be read; see the list of unreadable files"
-            )
+            names = ", ".join(lost)
+            raise UserError(f"no training image of class {names} can be read; see the list of unreadable files")
         return replace(self, splits=splits)
 
 

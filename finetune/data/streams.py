@@ -2,11 +2,6 @@
 
 Nothing here reads or changes the global generators of torch, numpy or Python, and no result depends on the order of
 the calls. So the number of workers, a cache or a resumed run changes no image.
-
-    split         blake2b("split", split_seed, name): images are ranked by the hash of their name
-    data order    PCG64 seeded by blake2b("order", seed, epoch)
-    resampling    PCG64 seeded by blake2b("resample", seed, epoch)
-    augmentation  torch.Generator seeded by blake2b("augment", seed, view, sample, occurrence)
 """
 
 from __future__ import annotations

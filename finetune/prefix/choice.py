@@ -47,7 +47,7 @@ def choose_place(
     for kind in _places(device, folder) if conf.cache == PrefixCache.auto else [conf.cache]:
         wanted = need.missing[kind] * measured.bytes
         if kind == PrefixCache.disk:
-            room = max(0.0, min(conf.max_gib * GIB - size_of(folder), _free_disk(folder)))
+            room = max(0.0, min(conf.max_gib * GIB - size_of(folder), shutil.disk_usage(_existing(folder)).free))
         else:
             room = _free_memory(kind, device) + need.spare[kind]
         if kind == conf.cache and wanted > room:
@@ -62,7 +62,7 @@ def choose_place(
         lacking.append(f"{kind}: {wanted / GIB:.2f} GiB, and auto takes at most {share * room / GIB:.2f}")
         if wanted <= room:
             tries.append(f"prefix.cache={kind}")
-        if kind == PrefixCache.disk and wanted <= share * _free_disk(folder):
+        if kind == PrefixCache.disk and wanted <= share * shutil.disk_usage(_existing(folder)).free:
             tries.append(f"prefix.max_gib={math.ceil((wanted / share + size_of(folder)) / GIB)}")
     tries += _smaller(need, measured)
     would_do = f". Would do: {', '.join(tries)}" if tries else ""
@@ -94,10 +94,6 @@ def _free_memory(kind: PrefixCache, device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     available = free_memory()
     return float("inf") if available is None else float(available)
-
-
-def _free_disk(folder: Path) -> float:
-    return float(shutil.disk_usage(_existing(folder)).free)
 
 
 def _existing(folder: Path) -> Path:

@@ -46,10 +46,8 @@ def measure(prefix: FrozenPrefix, loader: Loader, wanted: PrefixDtype, dtype: to
     if wanted != PrefixDtype.auto:
         stored_as = DTYPES[wanted]
         if stored_as == torch.float16 and not torch.isfinite(h.to(torch.float16)).all():
-            raise UserError(
-                f"prefix.dtype=fp16: the frozen layers give values up to {h.abs().amax():.3g}, and fp16 ends at 65,504;"
-                " use prefix.dtype=bf16, fp32 or auto"
-            )
+            largest = f"the frozen layers give values up to {h.abs().amax():.3g}, and fp16 ends at 65,504"
+            raise UserError(f"prefix.dtype=fp16: {largest}; use prefix.dtype=bf16, fp32 or auto")
     elif dtype != torch.float32 and h.dtype == torch.float32:
         stored_as = torch.float16 if overflow_safe(h) else torch.bfloat16
     return Measured(seconds, loader.seconds_per_image(), h[0].numel() * stored_as.itemsize, stored_as)

@@ -65,7 +65,13 @@ class CachePlanner:
             for kind, device in devices.items()
         }
         own_names = {name, *(cache.name for cache, _ in self._planned)}
-        need = self._need(split, views, caches, own_names)
+        missing, total = {}, {}
+        for kind, cache in caches.items():
+            planned = [(cache, views), *((other, count) for other, count in self._planned if other.kind == kind)]
+            total[kind] = sum(each.slots * count for each, count in planned)
+            missing[kind] = sum(each.slots for each, count in planned for view in range(count) if not each.has(view))
+        spare = {kind: self.memory.num_bytes(kind, without=own_names) for kind in IN_MEMORY}
+        need = RoomNeeded(split, views, missing, total, spare)
         kind, why = choose_place(self.conf, self.measured, need, self.device, self.folder)
         if kind == PrefixCache.none:
             return None, why
@@ -73,14 +79,3 @@ class CachePlanner:
             self.memory.drop_all_but(own_names)
         self._planned.append((caches[kind], views))
         return caches[kind], why
-
-    def _need(
-        self, split: str, views: int, caches: dict[PrefixCache, ActivationCache], own_names: set[str]
-    ) -> RoomNeeded:
-        missing, total = {}, {}
-        for kind, cache in caches.items():
-            planned = [(cache, views), *((other, count) for other, count in self._planned if other.kind == kind)]
-            total[kind] = sum(each.slots * count for each, count in planned)
-            missing[kind] = sum(each.slots for each, count in planned for view in range(count) if not each.has(view))
-        spare = {kind: self.memory.num_bytes(kind, without=own_names) for kind in IN_MEMORY}
-        return RoomNeeded(split, views, missing, total, spare)

@@ -247,6 +247,6 @@ def _checksum(path: Path) -> int:
     """CRC-32 of a file. Reading it through also brings it into the system's file cache, as far as that reaches."""
     value = 0
     with open(path, "rb") as file:
-        while piece := file.read(2**26):
+        while piece := file.read(2**26):  # 64 MiB at a time
             value = zlib.crc32(piece, value)
     return value

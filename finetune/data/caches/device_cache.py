@@ -30,11 +30,9 @@ class DeviceCache:
         self._split = split
         size = step.square.size
         needed = len(split) * 3 * size**2
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            if needed > free:
-                sizes = f"needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}"
-                raise UserError(f"data.cache=device: {sizes}: use data.cache=ram")
+        if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+            sizes = f"needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}"
+            raise UserError(f"data.cache=device: {sizes}: use data.cache=ram")
         cache = open_cache(split, step, dataclasses.replace(conf, cache=CacheKind.ram))
         images = [cache.load(sample) for sample in range(len(split))]
         self._is_readable = torch.tensor([image is not None for image in images])

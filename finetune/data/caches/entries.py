@@ -1,10 +1,5 @@
 """The cache folder, and its entries: files that every run may read, made once under a lock and never by two runs.
 
-    <cache folder>/pixels/<key>/            decoded images        pixel_cache.py
-    <cache folder>/activations/<key>/       frozen layers' output prefix/store.py
-    <cache folder>/shards/<key>-<name>      fetched shards        sources/
-    <cache folder>/checks/<key>.npz         which images are good checks/known_images.py
-
 An entry appears under its name only when it is whole: it is written as `<key>.<process>.tmp` and then renamed, by the
 process that holds `<key>.lock`. Nothing removes an entry but `finetune cache clear` and people.
 """
@@ -29,9 +24,9 @@ GIB = 2**30
 # What an entry of each kind is called, and the only files that its folder holds (a shard is itself a file). Whatever
 # looks different is not ours and is never removed.
 NAMES = {
-    "pixels": r"[0-9a-f]{32}",
-    "activations": r"[0-9a-f]{32}-\w+-[0-9a-f]{32}-\d+",
-    "shards": r"[0-9a-f]{16}-.+(?<!\.lock)(?<!\.part)(?<!\.tmp)",
+    "pixels": r"[0-9a-f]{32}",  # decoded images, see pixel_cache.py
+    "activations": r"[0-9a-f]{32}-\w+-[0-9a-f]{32}-\d+",  # output of the frozen layers, see prefix/store.py
+    "shards": r"[0-9a-f]{16}-.+(?<!\.lock)(?<!\.part)(?<!\.tmp)",  # downloaded, see sources/remote_shards.py
 }
 FILES = {"pixels": {"pixels.u8", "index.npy"}, "activations": {"activations", "meta.json"}}
 

@@ -172,7 +172,6 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
 
 
 def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
-    """Raise UserError where fewer than `needed` bytes are free; None is an unknown number."""
     if free is None or needed <= free:
         return
     other = "data.cache=disk"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +58,6 @@ def _caption(source: Source, label: Tensor) -> str:
 
 
 def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
-    """Draw (pixels, caption) tiles in rows, each above its caption."""
     import matplotlib  # for its font, which has more alphabets than Pillow's
 
     size = tiles[0][0].shape[-1]
@@ -74,12 +72,8 @@ def _sheet(tiles: list[tuple[Tensor, str]]) -> Image.Image:
         y = GAP + number // columns * (side + CAPTION + GAP)
         tile = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
         sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        draw.text((x, y + side + 2), _shortened(caption, font, side), fill="black", font=font)
+        text = " ".join(caption.split())
+        while text and font.getlength(text) > side:
+            text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+        draw.text((x, y + side + 2), text, fill="black", font=font)
     return sheet
-
-
-def _shortened(text: str, font: Any, width: int) -> str:
-    text = " ".join(text.split())
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
-    return text

@@ -87,10 +87,8 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
         if new:
             path = run_dir / "unreadable.txt"
             write_lines(path, unreadable_lines(new))
-            raise UserError(
-                f"{len(new):,} images cannot be read: {_names(new)}. All of them are in {path}. Repair or remove them,"
-                " or train without them by data.on_error=skip"
-            )
+            found = f"{len(new):,} images cannot be read: {_names(new)}. All of them are in {path}"
+            raise UserError(f"{found}. Repair or remove them, or train without them by data.on_error=skip")
     if earlier is None:
         skipped.start(report.unreadable)
         earlier = report.unreadable
@@ -113,5 +111,4 @@ def _first(lines: Sequence[str], most: int) -> str:
 
 
 def _names(images: Sequence[UnreadableImage]) -> str:
-    """Name and reason of the first images, in one line."""
     return printable(_first([f"{image.name} ({image.reason})" for image in images], MAX_SHOWN))

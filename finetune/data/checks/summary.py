@@ -75,7 +75,6 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _label(source: Source, split: str, index: int) -> str:
-    """The name of an image's class, or of all its classes."""
     label = source.splits[split].labels[index]
     if label.ndim == 0:
         return source.classes[int(label)]

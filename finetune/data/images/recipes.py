@@ -168,10 +168,6 @@ class RandAugment:
         return image
 
 
-# (image, strength in [0, 1], sign -1 or 1, fill) -> image
-Operation = Callable[[Tensor, float, float, Fill], Tensor]
-
-
 def _affine(image: Tensor, fill: Fill, *, angle: float = 0.0, translate: Pair = (0, 0), shear: Pair = (0, 0)) -> Tensor:
     # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the centre.
     center = [0.0, 0.0] if any(shear) else None
@@ -195,8 +191,8 @@ def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Te
     return torch.where(image < 128, brighter, image)
 
 
-# The order counts: an operation is drawn by its place in this list.
-OPERATIONS: tuple[Operation, ...] = (
+# (image, strength in [0, 1], sign -1 or 1, fill) -> image. The order counts: an operation is drawn by its place here.
+OPERATIONS: tuple[Callable[[Tensor, float, float, Fill], Tensor], ...] = (
     lambda image, strength, sign, fill: F.autocontrast(image),
     lambda image, strength, sign, fill: F.equalize(image),
     lambda image, strength, sign, fill: F.invert(image),

@@ -24,12 +24,7 @@ from finetune.data.streams import view_of
 
 
 class Loader:
-    """The batches of a split, epoch by epoch, on the device.
-
-    Attributes:
-        num_images: Images that an epoch shows, repeats counted.
-        waited_s: Seconds that the iterating code has waited for batches so far.
-    """
+    """The batches of a split, epoch by epoch, on the device."""
 
     def __init__(
         self,
@@ -49,8 +44,8 @@ class Loader:
         self.split, self.batch_size = split, conf.batch_size
         self._repeats = 1 if augment is None else augment.repeats
         self._drawn = 0 if augment is None else conf.epoch_images
-        self.num_images = (self._drawn or len(split)) * self._repeats
-        self.waited_s = 0.0
+        self.num_images = (self._drawn or len(split)) * self._repeats  # that an epoch shows, repeats counted
+        self.waited_s = 0.0  # how long the iterating code has waited for batches so far
         self._conf, self._augment, self._seed, self._device, self._on_skip = conf, augment, seed, device, on_skip
         self._skips = conf.on_error == OnError.skip
         self._step = first_step(preprocess, augment)
@@ -87,7 +82,15 @@ class Loader:
         """
         self._turn += 1
         turn = self._turn
-        self._start(showings, view)
+        self._plan.set(showings, view)
+        self._batches = iter(())  # the iterator of an epoch that was left early ends before the next one is made
+        if self._conf.cache == CacheKind.device:
+            self._batches = self._from_device()
+        else:
+            if self._loader is None:
+                self._loader = self._build()
+            with signals_blocked():
+                self._batches = iter(self._loader)
         # Nothing but `self._batches` refers to the iterator, not even this frame, so that `close` ends the workers.
         while True:
             began = time.perf_counter()
@@ -150,18 +153,6 @@ class Loader:
         self._turn += 1
         self._batches = iter(())
         self._loader = None
-
-    def _start(self, showings: Showings, view: int) -> None:
-        """Begin a pass: make `self._batches` its iterator."""
-        self._plan.set(showings, view)
-        self._batches = iter(())  # the iterator of an epoch that was left early ends before the next one is made
-        if self._conf.cache == CacheKind.device:
-            self._batches = self._from_device()
-            return
-        if self._loader is None:
-            self._loader = self._build()
-        with signals_blocked():
-            self._batches = iter(self._loader)
 
     def _build(self) -> DataLoader[PixelBatch | ImageError]:
         if self._has_cache_to_open:

@@ -32,7 +32,6 @@ from finetune.system.locks import file_lock
 TRIES = 4
 DELAY_S = 1.0  # pause before the second try; each later pause is twice as long
 TIMEOUT_S = 60.0  # without a byte from the server
-CHUNK_BYTES = 2**18
 TEMPORARY_CODES = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
@@ -114,12 +113,9 @@ class Progress:
 def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progress: Progress) -> None:
     """Download a file to `remote.path_in(folder)` if it is not there. Of several processes one downloads.
 
-    `check` raises UserError if the downloaded file is not what it should be.
-
-    Raises:
-        UserError: The file cannot be downloaded, in TRIES tries if the failure may pass; MissingFileError is one.
-        OSError: `folder` cannot be written.
-        StoppedError: `progress` was stopped.
+    `check` raises UserError if the downloaded file is not what it should be. Raises UserError if the file cannot be
+    downloaded, in TRIES tries if the failure may pass, MissingFileError if there is none; OSError if `folder` cannot be
+    written; StoppedError if `progress` was stopped.
     """
     path = remote.path_in(folder)
     part = path.with_name(f"{path.name}.part")
@@ -207,7 +203,7 @@ def _download(address: str, part: Path, progress: Progress) -> bool:
 
 def _read(source: IO[bytes]) -> bytes:
     try:
-        return source.read(CHUNK_BYTES)
+        return source.read(2**18)
     except Exception as error:  # each client has errors of its own; the last try shows this one to the user
         raise BrokenDownloadError(f"the connection broke: {_in_words(error)}") from error
 

@@ -76,10 +76,9 @@ def _split_folders(root: str) -> dict[str, str]:
         return {}  # there is no train/, or it is a class (of railway pictures), with images and no folders in it
     others = [folder for folder in folders if folder not in found.values()]
     if others and len(found) > 1:
-        raise UserError(
-            f"data.root={root}: {', '.join(others)} beside {', '.join(found.values())}: expected either class folders"
-            " or train, val and test, each with its class folders; move the others away"
-        )
+        both = f"{', '.join(others)} beside {', '.join(found.values())}"
+        layouts = "either class folders or train, val and test, each with its class folders"
+        raise UserError(f"data.root={root}: {both}: expected {layouts}; move the others away")
     return {} if others else found
 
 

@@ -17,7 +17,6 @@ from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFil
 from finetune.system.errors import UserError
 from finetune.system.signals import at_once
 
-THREADS = 4
 MEASURED = 32  # lengths that are asked for; those of more shards are estimated from these
 CLASS_FILES = ("classes.txt", "classnames.txt")  # lists with a class name a line, for labels that are numbers
 CLASS_FILE_BYTES = 2**22  # a longer file is no list of class names
@@ -85,10 +84,8 @@ def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> None:
     if needed > free:
         raise UserError(f"{problem}, where {free:.2f} GiB are free: choose another data.cache_dir")
     if stored + needed > limit_gib:
-        raise UserError(
-            f"{problem}, which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}; raise"
-            " it, or remove shards (finetune cache clear --kind shards)"
-        )
+        both = f"which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}"
+        raise UserError(f"{problem}, {both}; raise it, or remove shards (finetune cache clear --kind shards)")
 
 
 def _fetch_all(shards: Sequence[RemoteFile], lists: Sequence[RemoteFile], folder: Path, num_bytes: int | None) -> None:
@@ -99,7 +96,7 @@ def _fetch_all(shards: Sequence[RemoteFile], lists: Sequence[RemoteFile], folder
             with contextlib.suppress(MissingFileError):
                 fetch(class_list, folder, _check_class_file, progress)
         # The threads of this pool are daemons: Ctrl-C does not wait for a server, as it would with concurrent.futures.
-        with ThreadPool(THREADS) as pool:
+        with ThreadPool(4) as pool:
             try:
                 for _ in pool.imap_unordered(lambda remote: fetch(remote, folder, check_tar, progress), shards):
                     pass  # the first error is raised here

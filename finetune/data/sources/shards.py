@@ -222,10 +222,8 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
         raise UserError(f"data.root: {problem}; make it anew or remove it") from error
     without_label = [name for key, (name, _, _) in images.items() if key not in labels]
     if without_label:
-        raise UserError(
-            f"data.root: {shard.name}: {len(without_label):,} images have no label, such as"
-            f" {', '.join(without_label[:5])}; {LAYOUT}, or a .json with {label_key!r} (data.label_column)"
-        )
+        some = f"{len(without_label):,} images have no label, such as {', '.join(without_label[:5])}"
+        raise UserError(f"data.root: {shard.name}: {some}; {LAYOUT}, or a .json with {label_key!r} (data.label_column)")
     for key, (name, offset, size) in images.items():
         index.places.extend((number, offset, size))
         index.keys.append(f"{os.path.basename(shard.name)}/{name}")

@@ -107,7 +107,6 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
 
 
 def _place(name: str, header: Sequence[str]) -> int:
-    """The index of the column called `name`."""
     if header.count(name) == 1:
         return header.index(name)
     raise UserError(f"has two columns called {name}" if name in header else _no_column(name, header))

@@ -142,7 +142,6 @@ def _split_of(cell: Any, conf: DataConf) -> int:
 
 
 def _labels_of(label: Any, conf: DataConf, rows: _Rows) -> Sequence[str]:
-    """The labels in a cell; raises _RowError."""
     separator, column = conf.label_separator, conf.label_column
     is_list = isinstance(label, list)
     if rows.several is None:
@@ -194,9 +193,8 @@ def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Num
     listed = wrong[:MAX_LISTED] if len(wrong) else [0]
     shown = [f"{names[int(first[i])]} in rows {numbers[first[i]]} and {numbers[second[i]]}" for i in listed]
     if len(wrong):
-        raise UserError(
-            f"data.table={path}: {len(wrong):,} paths come again with another label: {'; '.join(shown)}; keep one row"
-            " of each (for several labels an image, put them in one cell and set data.label_separator)"
-        )
+        again = f"{len(wrong):,} paths come again with another label: {'; '.join(shown)}; keep one row of each"
+        several = "for several labels an image, put them in one cell and set data.label_separator"
+        raise UserError(f"data.table={path}: {again} ({several})")
     repeated = f"{len(same):,} rows of {path} repeat a path"
     return (f"{repeated}, so these images count twice, perhaps in two splits: {shown[0]}",)
