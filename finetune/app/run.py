@@ -37,6 +37,7 @@ from finetune.system.errors import UserError
 from finetune.system.files import sweep_temporaries, write_json
 from finetune.system.locks import run_lock
 from finetune.system.log import say, start_log, stop_log
+from finetune.system.memory import hand_back_freed_memory
 from finetune.system.signals import StopSignals
 
 logger = logging.getLogger("finetune")
@@ -141,6 +142,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 
     with closing(train), closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
+    hand_back_freed_memory()  # that of gradients and activations; the best weights are read next
     try:  # while the last save goes to the disk
         score_test(run, state, saver, feeds.test(), result, stop)
         report.plot_rates(run.folder)
