@@ -13,7 +13,7 @@ import torch
 
 from finetune.app.rate_plan import batch_notice, images_per_step, peak_optim, run_curve
 from finetune.config import Conf, Precision, PrefixCache, SourceKind
-from finetune.core.cost import Flops, count_flops, estimate_memory
+from finetune.core.cost import count_flops, estimate_memory
 from finetune.core.device import WIDE, pick_precision
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
@@ -120,23 +120,19 @@ def forward_precision(conf: Conf, *, cuda: bool, is_wide: bool) -> tuple[torch.d
 
 
 def _compute(model: LayeredModel, conf: Conf, image_size: int, epoch_images: int) -> dict[str, Any]:
-    flops = count_flops(model, image_size)
+    """The work of an image and of the run; `pflop_run_kept` if activations of frozen layers are cached, else None."""
+    flops, epochs, with_cache = count_flops(model, image_size), conf.train.epochs, None
+    fresh = why_not_cacheable(conf.augment, conf.data.epoch_images)
+    if flops.frozen and conf.prefix.cache != PrefixCache.none and fresh is None:
+        views = min(num_views(conf.augment), epochs)
+        with_cache = (flops.training * epochs - flops.frozen * (epochs - views)) * epoch_images / 1e15
     return {
         "gflop_forward_image": flops.forward / 1e9,
         "gflop_training_image": flops.training / 1e9,
         "class_token_only": model.class_token_only,
-        "pflop_run": flops.training * epoch_images * conf.train.epochs / 1e15,
-        "pflop_run_kept": _pflop_with_cache(conf, flops, epoch_images),
+        "pflop_run": flops.training * epoch_images * epochs / 1e15,
+        "pflop_run_kept": with_cache,
     }
-
-
-def _pflop_with_cache(conf: Conf, flops: Flops, epoch_images: int) -> float | None:
-    """Work of the run where the activations of the frozen layers are cached; None where none can be cached."""
-    fresh, epochs = why_not_cacheable(conf.augment, conf.data.epoch_images), conf.train.epochs
-    if not flops.frozen or conf.prefix.cache == PrefixCache.none or fresh is not None:
-        return None
-    views = min(num_views(conf.augment), epochs)
-    return (flops.training * epochs - flops.frozen * (epochs - views)) * epoch_images / 1e15
 
 
 def _schedule(conf: Conf, curve: Curve, peak: float) -> dict[str, Any]:

@@ -52,7 +52,6 @@ def main(words: Sequence[str]) -> int:
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:
-    """One run; its exit code."""
     from finetune.app.launchers import launch
 
     if prepared.conf.resume is not None and prepared.run_dir is not None:
