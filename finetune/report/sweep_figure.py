@@ -47,7 +47,6 @@ def _subtitle(sweep: Sweep, keys: Sequence[str]) -> str:
 
 
 def _best(groups: Sequence[JobGroup], metric: str) -> JobGroup:
-    """The group with the best mean validation score; the first of equals."""
     return max(groups, key=lambda group: rank(group.mean(f"val/{metric}"), metric))
 
 

@@ -68,10 +68,7 @@ def mean_over_positions(features: Tensor) -> Tensor:
 
 
 class TowerWithHead(nn.Module):
-    """An image tower and a classifier over its features. The keys under `visual.` are those of a whole CLIP.
-
-    The tower is that of an open_clip model, or an encoder of timm that has no classifier.
-    """
+    """An image tower of open_clip, or an encoder of timm, and a classifier. Keys under `visual.` are a whole CLIP's."""
 
     def __init__(self, visual: nn.Module, head: Head) -> None:
         """Put `head` on top of `visual`."""

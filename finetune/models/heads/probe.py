@@ -60,7 +60,6 @@ def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_lab
 
 
 def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """One regression, started from `weight` and `bias`; returns the fitted two."""
     weight, bias = (tensor.clone().requires_grad_(True) for tensor in (weight, bias))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
@@ -79,10 +78,7 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
 
 @torch.no_grad()
 def features_of(model: LayeredModel, images: Tensor) -> Tensor:
-    """The features that the only linear classifier reads. (batch, 3, height, width) -> (batch, n), float32.
-
-    Put the model in eval mode first.
-    """
+    """Features that the only head of a model in eval mode reads. (batch, 3, height, width) -> (batch, n), float32."""
     head = find_head(model.net)
     inputs: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))

@@ -24,7 +24,8 @@ from finetune.models.layering.timm_networks import rotary
 # (network, its last block, all tokens) -> the tokens that the readout reads.
 RunBlock = Callable[[Any, Any, Tensor], Tensor]
 
-# Classes that treat each token by itself: the output at one token does not depend on the other tokens.
+# Classes that treat each token by itself: the output at one token does not depend on the other tokens. Subclasses of
+# them are not known to do so, since their forward pass may be another.
 TOKENWISE = {
     *(f"torch.nn.modules.activation.{name}" for name in ("GELU", "ReLU", "SiLU", "Sigmoid", "Tanh")),
     *(f"torch.nn.modules.linear.{name}" for name in ("Identity", "Linear", "NonDynamicallyQuantizableLinear")),
@@ -46,10 +47,7 @@ PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "
 def with_class_token_run(
     net: nn.Module, layers: Sequence[Layer], build: Callable[[Any, Any], RunBlock | None]
 ) -> list[Layer]:
-    """The same layers, the last block with its `run_class_token` where this network can have one.
-
-    `build(net, block)` gives the shorter run of the last block, or None: one of the functions below.
-    """
+    """The same layers, the last block with the shorter run that `build(net, block)` gives, if it gives one."""
     last = [layer.name for layer in layers].index("readout") - 1
     whole = layers[last].run
     assert whole is not None
@@ -78,10 +76,7 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _is_known(block: Any, kind: str, attention: nn.Module, kinds: Sequence[str], readout: Sequence[nn.Module]) -> bool:
-    """Whether the block is a `kind`, its attention one of `kinds`, and all else in block and readout `TOKENWISE`.
-
-    A subclass of a listed class is not known: its forward pass may be another.
-    """
+    """Whether the block is a `kind`, its attention one of `kinds`, and all else in block and readout `TOKENWISE`."""
     others = {*block.modules()} - {block, attention} | {module for part in readout for module in part.modules()}
     is_known_kind = class_name(block) == kind and class_name(attention) in kinds
     return is_known_kind and all(class_name(module) in TOKENWISE for module in others)

@@ -33,10 +33,7 @@ NOTHING = r"(?!)"
 
 @dataclass(frozen=True)
 class Rule:
-    """Regular expressions that sort names into layers.
-
-    An expression must match from the start of a name. `head` is tried first, then `stem`, `readout` and `matcher`.
-    """
+    """Regular expressions for names, matched at the start and in the order `head`, `stem`, `readout`, `matcher`."""
 
     matcher: Matcher  # the stem (the first group) and the blocks, in timm's format
     head: str = NOTHING  # the classifier
@@ -51,10 +48,7 @@ HEAD: GroupKey = (math.inf, 1)
 
 
 def group_key(name: str, matcher: Matcher) -> GroupKey | None:
-    """The sort key that a timm matcher gives a name: group, captured numbers, suffix. None where no group matches.
-
-    Source: `group_parameters` in timm.models.
-    """
+    """The sort key of a name as in timm's `group_parameters`: group, captured numbers, suffix; None without a match."""
     if not isinstance(matcher, Mapping):
         found = matcher(name)
         key = tuple(found) if isinstance(found, tuple) else (float(found),)

@@ -134,11 +134,9 @@ def _with_chain(net: nn.Module, layers: list[Layer]) -> list[Layer]:
 
 
 def _timm_model_layers(visual: Any) -> list[Layer]:
-    """The layers of open_clip's wrapper around a timm trunk.
-
-    The wrapper's own `head` (pooling, projection) belongs to the readout. So does the trunk's classifier: where the
-    wrapper does not project, the trunk projects with it.
-    """
+    """The layers of open_clip's wrapper around a timm trunk."""
+    # The wrapper's own `head` (pooling, projection) belongs to the readout. So does the trunk's classifier: where the
+    # wrapper does not project, the trunk projects with it.
     trunk = timm_layers(visual.trunk)
     end = [layer.name for layer in trunk].index("readout")
     *inner, readout = list(layers_inside("trunk", trunk[: end + 1]))

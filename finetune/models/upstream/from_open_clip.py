@@ -99,13 +99,11 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
 
 
 def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """The weights under open_clip's names, with position embeddings resized to the model's grid.
-
-    The steps are those of open_clip's `load_checkpoint`, which takes a file and no tensors.
-    """
+    """The weights under open_clip's names, with position embeddings resized to the model's grid."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import CLIP, convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
+    # The steps are those of open_clip's `load_checkpoint`, which takes a file and no tensors.
     own = {name for name, _ in clip.named_children()}
     tower = {name.removeprefix("visual.") for name in clip.state_dict() if name.startswith("visual.")}
     if tower <= state.keys():

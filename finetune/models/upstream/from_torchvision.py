@@ -120,7 +120,6 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
 
 
 def _classifier_name(net: nn.Module) -> str:
-    """The name of the linear layer that gives the logits."""
     head = RULES[type(net).__name__].head
     linear: list[str] = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     found = [name for name in linear if re.fullmatch(head, name)]
