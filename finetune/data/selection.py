@@ -33,10 +33,8 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     strata = _strata(found.labels)
     parts, how = _cut_all(found, rows, strata, conf)
     parts["train"], drawn = _draw(found, parts["train"], strata, conf)
-    splits = {}
-    for name in SPLITS:
-        chosen = torch.from_numpy(np.sort(parts[name]))
-        splits[name] = Split(found.store, chosen, found.labels[chosen])
+    chosen = {name: torch.from_numpy(np.sort(parts[name])) for name in SPLITS}
+    splits = {name: Split(found.store, part, found.labels[part]) for name, part in chosen.items()}
     warnings = (*found.warnings, *_check_classes(found, splits))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     labels = " (several labels an image)" if several else ""

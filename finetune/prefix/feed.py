@@ -79,10 +79,7 @@ class Feed:
         return self._loader.will_fork and not is_there
 
     def fill(self, epoch: int) -> None:
-        """Compute the activations that an epoch reads, unless the cache has them; nothing to do without a cache.
-
-        Raises OSError if the disk that the user asked for is full.
-        """
+        """Fill the cache for an epoch, if there is one; raises OSError if the disk that the user asked for is full."""
         began, before = time.perf_counter(), self._loader.waited_s
         self._was_computed = False
         try:

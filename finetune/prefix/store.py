@@ -202,10 +202,8 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
         with _write_errors(place.parent):
             folder.mkdir()
             builder = FileBuilder(slots, folder / "activations")
-        try:
+        with contextlib.closing(builder):
             builder.fill(fill)
-        finally:
-            builder.close()
         meta = {
             "shape": [builder.rows, *builder.shape],
             "dtype": str(builder.dtype).removeprefix("torch."),

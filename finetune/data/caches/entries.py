@@ -21,8 +21,8 @@ from finetune.system.signals import at_once
 logger = logging.getLogger("finetune")
 
 GIB = 2**30
-# What an entry of each kind is called, and the only files that its folder holds (a shard is itself a file). Whatever
-# looks different is not ours and is never removed.
+# What an entry in the folder of each kind is called, and the only files that it holds (a shard is itself a file).
+# Whatever looks different is not ours and is never removed.
 NAMES = {
     "pixels": r"[0-9a-f]{32}",  # decoded images, see pixel_cache.py
     "activations": r"[0-9a-f]{32}-\w+-[0-9a-f]{32}-\d+",  # output of the frozen layers, see prefix/store.py

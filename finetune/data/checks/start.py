@@ -21,8 +21,6 @@ from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
 
-MAX_SHOWN = 10  # unreadable images that a message names
-
 
 class SkippedList:
     """`skipped.txt` in a run directory: each image that the run leaves out, why, and since when.
@@ -95,10 +93,9 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     for image in earlier:
         split = source.splits[image.split]
         if image.index >= len(split) or split.name_of(image.index) != image.name:
-            raise UserError(
-                f"{skipped.path} lists {image.name} as number {image.index} of {image.split}, where another image is"
-                " now: the data has changed since this run was started; start a new run"
-            )
+            listed = f"{skipped.path} lists {image.name} as number {image.index} of {image.split}"
+            other = "where another image is now: the data has changed since this run was started"
+            raise UserError(f"{listed}, {other}; start a new run")
     # In a continued run an image that became unreadable since its first start is left out when its batch is made.
     if not earlier:
         return source
@@ -111,4 +108,4 @@ def _first(lines: Sequence[str], most: int) -> str:
 
 
 def _names(images: Sequence[UnreadableImage]) -> str:
-    return printable(_first([f"{image.name} ({image.reason})" for image in images], MAX_SHOWN))
+    return printable(_first([f"{image.name} ({image.reason})" for image in images], 10))

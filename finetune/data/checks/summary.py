@@ -16,7 +16,6 @@ from finetune.system.terminal import printable
 
 MAX_CLASSES = 40  # shown; of more, the largest and the smallest
 IMBALANCE = 10.0  # largest class over smallest, from which on there is a warning
-MAX_DUPLICATES = 20  # groups in the text; all of them are in the file
 
 
 def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[DataReport, str]:
@@ -29,7 +28,7 @@ def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[D
     text = "\n".join([*lines, *(f"warning: {line}" for line in [*source.warnings, *imbalance(source)])])
     write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
     same = "images are the same to the last byte in several splits or classes"
-    text += _write_list(folder / "duplicates.txt", same, duplicate_lines(source, report), most=MAX_DUPLICATES)
+    text += _write_list(folder / "duplicates.txt", same, duplicate_lines(source, report), most=20)
     bad = unreadable_lines(report.unreadable)
     text += _write_list(folder / "unreadable.txt", "images cannot be read", bad, most=len(bad))
     return report, text

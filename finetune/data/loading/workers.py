@@ -17,7 +17,6 @@ from finetune.system.memory import hand_back_freed_memory
 from finetune.system.processors import cores
 from finetune.system.signals import STOPPING
 
-MAX_WORKERS = 16
 MEASURED_S = 0.3  # how long `seconds_per_call` measures
 DEVICE_RATE = 4000.0  # images a second that a fast device takes with a small model; it would not wait for more
 MIN_SHARE = 0.25  # of one core: below it a process of its own costs more than it gives
@@ -31,7 +30,7 @@ def pick_workers(cost_s: float, device: torch.device) -> int:
     if device.type == "cpu":
         return 0 if cost_s < 1e-3 else min(2, cores() // 4)
     needed = cost_s * DEVICE_RATE
-    return 0 if needed < MIN_SHARE else min(math.ceil(needed), cores(), MAX_WORKERS)
+    return 0 if needed < MIN_SHARE else min(math.ceil(needed), cores(), 16)
 
 
 def seconds_per_call(call: Callable[[int], object], count: int) -> float:

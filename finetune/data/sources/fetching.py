@@ -114,8 +114,8 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
     """Download a file to `remote.path_in(folder)` if it is not there. Of several processes one downloads.
 
     `check` raises UserError if the downloaded file is not what it should be. Raises UserError if the file cannot be
-    downloaded, in TRIES tries if the failure may pass, MissingFileError if there is none; OSError if `folder` cannot be
-    written; StoppedError if `progress` was stopped.
+    downloaded, in TRIES tries if the failure may pass (MissingFileError is one); OSError if `folder` cannot be written;
+    StoppedError if `progress` was stopped.
     """
     path = remote.path_in(folder)
     part = path.with_name(f"{path.name}.part")

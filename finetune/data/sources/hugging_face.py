@@ -77,8 +77,7 @@ def _open(datasets: Any, name: str, conf: DataConf) -> Any:
         # `save_to_disk` of the library leaves one of these files.
         if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json")):
             return datasets.load_from_disk(name)
-        is_offline = not (conf.download or os.path.exists(name))
-        config = datasets.DownloadConfig(local_files_only=is_offline)
+        config = datasets.DownloadConfig(local_files_only=not (conf.download or os.path.exists(name)))
         return datasets.load_dataset(name, conf.subset, download_config=config)
     except (OSError, ValueError, RuntimeError, LookupError) as error:
         how = "" if conf.download else "; a data set of the hub that is not here yet needs data.download=true"
@@ -102,10 +101,7 @@ def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], list[str
 
 
 def _labels(parts: Sequence[Any], column: str) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and labels: int64 (n,), or float32 (n, classes) if a cell is a list.
-
-    The names of a ClassLabel column keep their order; texts and numbers come in natural order.
-    """
+    """Class names and labels: int64 (n,), or float32 (n, classes) if a cell is a list."""
     feature = parts[0].features[column]
     several = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
     if several:  # a plain list before version 4 of the library

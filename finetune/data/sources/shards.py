@@ -232,7 +232,6 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
 
 
 def _label(content: bytes, ending: str, label_key: str) -> str | None:
-    """The label in a .cls or .json file; None if there is none."""
     try:
         if ending == "cls":
             return content.decode("utf-8").strip() or None
