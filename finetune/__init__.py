@@ -1,7 +1,5 @@
 """Fine-tune CLIP and ViT with every learning rate accounted for."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 Here an exception becomes an exit code and a line on stderr.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

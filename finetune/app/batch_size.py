@@ -1,7 +1,5 @@
 """The memory of a GPU: the largest micro-batch that fits, and what to change where a batch did not fit."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """Everything that a run is built of: source, model and device, and the loaders and meters that are made from them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ The model is built on torch's `meta` device, without weights and without memory.
 only a cluster can train.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

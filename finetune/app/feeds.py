@@ -1,7 +1,5 @@
 """The batches of a run's splits: loaders, the frozen layers behind them, and the caches of their activations."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Hands runs and sweeps to Hydra's launchers, and says inside a job which one it is."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """From a run's settings to its rates: the peak rate, the curve, `rates.json`, and the table of layers in the log."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """Computes a stored step again that was not finite, to find the layer and the image of the first NaN or infinity."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ The run directory that it leaves: `config.yaml`, `run.log`, `history.jsonl`, `ra
 `curves.png`, `metrics.json`, the confusion matrices and `checkpoints/`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from contextlib import closing

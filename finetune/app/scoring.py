@@ -1,7 +1,5 @@
 """Scores outside of the training loop: what the head gives before any step, and the test split at the end."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import closing

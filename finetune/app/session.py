@@ -1,7 +1,5 @@
 """One start of a run: what the user asked for, what the folder held before, and the record that the start leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -1,7 +1,5 @@
 """The training of a run: `fit` with what happens after each step and each epoch, and every way in which it can end."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Model FLOP utilisation (MFU) as PaLM defines it (Chowdhery et al., arXiv:2204.02
 is measured here instead of taken from a data sheet.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ This room may know every other room. A command imports torch only once its comma
 `--help` and a typing mistake are answered at once. Read `train.py` first: `finetune` without a command runs it.
 """
 
-from __future__ import annotations
-
 # Name and what it does, in the order in which `finetune --help` lists them.
 COMMANDS: dict[str, str] = {
     "train": "fine-tune a model; the command may be left out",

@@ -1,7 +1,5 @@
 """`finetune cache` lists what runs have cached; `finetune cache clear` removes it."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ It leaves `data.txt`, `contact_sheet.png` and, where there is something to list,
 in `outputs/<date>/<time>/` or `hydra.run.dir`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from finetune.commands.flags import configure, parse_command_line

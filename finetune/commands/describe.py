@@ -1,7 +1,5 @@
 """`finetune describe`: prints layers, rates, memory and work of a run before it starts. It loads no weights."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

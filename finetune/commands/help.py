@@ -1,7 +1,5 @@
 """`finetune --help`, a page for a person, and `--help-all`, every setting with its default, meaning and range."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

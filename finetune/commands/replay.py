@@ -1,7 +1,5 @@
 """`finetune replay RUN_DIR [--step N]`: compute a step that was not finite again, and print where it went wrong."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

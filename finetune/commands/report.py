@@ -1,7 +1,5 @@
 """`finetune report FOLDER`: draw the pictures of a run again, or sum up a sweep again. No torch."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ An editor with the YAML language server reads it from a first line such as
 `# yaml-language-server: $schema=optim.schema.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import typing

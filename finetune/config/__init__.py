@@ -5,8 +5,6 @@ settings that do not go together. `words/` turns what a person typed into a `Con
 imports the room `system` only, and outside `words/` the standard library only. Read `conf.py` first.
 """
 
-from __future__ import annotations
-
 from finetune.config.augment import AugmentConf, Policy, Recipe
 from finetune.config.conf import Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, SourceKind

@@ -1,7 +1,5 @@
 """The settings of augmentation: what happens to a training image before the model sees it. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, setting

@@ -4,8 +4,6 @@ Each section has a file of its own with its defaults, ranges, meanings and rules
 yaml files under `conf/` hold choices. Standard library only, so that a typing mistake is answered at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

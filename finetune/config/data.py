@@ -1,7 +1,5 @@
 """The settings of the data: where images come from, which are used, how batches are made. Standard library only."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass
 

@@ -1,7 +1,5 @@
 """Parts of a section of the settings: words out of a list, fields with a meaning and a range, and common rules."""
 
-from __future__ import annotations
-
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Every setting of the model: which pretrained network, and which classifier on top of it. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, nearest, setting

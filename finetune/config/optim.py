@@ -1,7 +1,5 @@
 """Every setting of the optimizer: which one, its rates, what is frozen, what decays. Standard library only."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The settings of the frozen prefix: where its activations are cached, in which precision. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, setting

@@ -1,7 +1,5 @@
 """Every setting of the schedule: how the learning rates change during a run. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, setting

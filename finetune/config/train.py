@@ -1,7 +1,5 @@
 """Every setting of the loop: its length, loss, metrics and saves. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, nearest, setting

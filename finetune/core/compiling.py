@@ -1,7 +1,5 @@
 """`train.compile`: the layers that training steps run, as one program that torch compiles."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -3,8 +3,6 @@
 The model's own forward and backward pass and the optimizer's own step run on tensors that have shapes and no values.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The device of a run, its precision, and the switches of torch that its kernels depend on."""
 
-from __future__ import annotations
-
 import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version

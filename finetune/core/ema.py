@@ -4,8 +4,6 @@ After every optimizer step each average moves a little towards its weight: `aver
 (Polyak and Juditsky, 1992). Validation scores both, and the better of the two counts for the best epoch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

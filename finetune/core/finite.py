@@ -1,7 +1,5 @@
 """A step whose loss or gradient is NaN or infinite, and the error after too many; `loop.FiniteGuard` finds them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

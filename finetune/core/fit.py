@@ -1,7 +1,5 @@
 """Epochs: train, validate, `scheduler.step()`, note the best epoch, stop early. One step is in `loop.py`."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Which layers learn, and how the layers run: settled once, before the optimizer is built."""
 
-from __future__ import annotations
-
 from finetune.config import ClassTokenOnly, OptimConf, TrainConf
 from finetune.core.layers import LayeredModel
 from finetune.system.errors import UserError

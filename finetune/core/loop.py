@@ -3,8 +3,6 @@
 This file and `layers.py` are the whole of a training step; `fit.py` repeats it over epochs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -4,8 +4,6 @@ Targets are class indices, int64 (batch,), or shares of every class, float (batc
 (each 0 or 1), or the mixtures of MixUp and CutMix. Each loss is computed in fp32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -4,8 +4,6 @@ Baked means `group["lr"] = peak rate of the group` before any scheduler is made:
 `initial_lr`, and nothing in torch reads a stored `lr_scale`. So layer decay and freezing work with every optimizer.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The table of rates by layer, and each layer's rate over the whole run: tables and pictures made before training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

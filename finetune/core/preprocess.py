@@ -1,7 +1,5 @@
 """What a model expects of an image: the one contract that models state and the data side fulfils."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The optimizer, `param_groups_lrd`, `finetune describe`, the log, `rates.json` an
 curve over the run, which multiplies every peak rate, is in `sched.py`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

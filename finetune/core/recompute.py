@@ -1,7 +1,5 @@
 """Gradient checkpointing of one layer: the backward pass computes the layer's activations a second time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Which parameters weight decay reaches: matrices and kernels, and neither vectors nor embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 

@@ -1,7 +1,5 @@
 """A list of millions of strings in two flat arrays."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ All functions are pure. Every choice ranks the images by a hash of seed and imag
 not matter, an added image moves few others, and `data.shots=1` selects one of the images of `data.shots=2`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 

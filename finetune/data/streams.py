@@ -4,8 +4,6 @@ Nothing here reads or changes the global generators of torch, numpy or Python, a
 the calls. So the number of workers, a cache or a resumed run changes no image.
 """
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Build the model of a run: find its library, read its weights, put a classifier on it, cut it into layers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ These lines are right as they stand: `create_scheduler` folds each group's `lr_s
 scheduler give `lr=`, and the groups hold their rates themselves; nothing in torch reads an `lr_scale`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where the activations of one split are cached: in memory, which the jobs of a sweep share, or on disk."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

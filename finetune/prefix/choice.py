@@ -1,7 +1,5 @@
 """The choice of a place for activations: by the room that they need, the time that they save and the room there is."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

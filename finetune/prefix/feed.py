@@ -1,7 +1,5 @@
 """The batches of a split as the training loop takes them: images, or the activations of the frozen layers."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ in every batch of one size, whatever the other images and their order; a batch o
 (both measured on CPUs). So a short batch is filled up here, and cached activations equal recomputed ones.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import AbstractContextManager
 

@@ -1,7 +1,5 @@
 """The names of cached activations: they change with everything that the bits of the activations depend on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What the frozen layers cost on this machine, measured on one batch."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

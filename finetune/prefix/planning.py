@@ -1,7 +1,5 @@
 """Decides, split by split, whether the activations of the frozen layers are cached, and where."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -5,8 +5,6 @@ found. It is written beside its place and then renamed, under a lock: a killed r
 that want the same block one waits and then reads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

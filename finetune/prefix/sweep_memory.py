@@ -1,7 +1,5 @@
 """What the jobs of one sweep share in the memory of their process: activations, and how long they took to compute."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

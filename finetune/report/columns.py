@@ -3,8 +3,6 @@
 `app/training.py` writes the columns into each epoch's row. A new column is shown once it has an entry here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

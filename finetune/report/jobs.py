@@ -1,7 +1,5 @@
 """Reads a sweep: the result of each job, which settings differ between jobs, and jobs that differ only in the seed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The look that all pictures of runs and sweeps share: size, colours, axes, headlines, and how a file is written."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

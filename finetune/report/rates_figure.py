@@ -1,7 +1,5 @@
 """`lr.png`: the rate of every layer over the run, as planned and as the optimizer had it in each epoch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

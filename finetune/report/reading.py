@@ -1,7 +1,5 @@
 """Reads `result.json` and its like: JSON objects, and numbers of which some may be missing."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

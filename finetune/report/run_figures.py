@@ -1,7 +1,5 @@
 """The pictures of a run, drawn from the files in its folder: `lr.png` (rates) and `curves.png` (learning curves)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

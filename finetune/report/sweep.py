@@ -1,7 +1,5 @@
 """Sums up a sweep: the tables, `summary.csv`, `sweep.png`, and which setting is best on validation."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """The picture of a sweep: a line for one varied key, a grid for two, a ranking for anything else."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 tensors are made again for this: a batch depends on (seed, epoch, position) alone, so no step keeps its batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The file is read with `weights_only=True`, so that a checkpoint cannot run code.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 import zlib

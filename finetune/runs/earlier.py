@@ -4,8 +4,6 @@ A run goes on with its own settings. Some may change: those that only say how th
 epochs, which may grow. Any other change makes another run, so it needs `resume_force=true`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ stays as long as `last.pt` or `previous.pt` names it. `best.safetensors` is a se
 epoch that `last.pt` names, so it is whole at every moment and costs no space.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence

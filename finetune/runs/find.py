@@ -1,7 +1,5 @@
 """Finds the run that `resume=` means."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

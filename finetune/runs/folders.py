@@ -1,7 +1,5 @@
 """The folders of runs and sweeps: a new one for each, also for those that start in the same instant."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

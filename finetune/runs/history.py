@@ -3,8 +3,6 @@
 Standard library only, so that the tools for finished runs (report, sweep) need no torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

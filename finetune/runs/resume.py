@@ -1,7 +1,5 @@
 """Continue a run: find its newest checkpoint, restore it, and say how equal the result is to an unbroken run."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

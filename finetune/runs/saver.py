@@ -5,8 +5,6 @@ next update waits until it is written; the forward and backward passes before th
 is under way, so saves reach the disk in the order of the calls.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Mistakes of people, apart from faults of the program."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so it is whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -4,8 +4,6 @@ The operating system frees a lock when its process dies, also by SIGKILL. Forked
 share their parent's lock. On a file system without locks the work goes on without one, after a warning.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """What a run tells a person: lines on the console and in `run.log`."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -5,8 +5,6 @@ pieces back to the system at once, and the system must clear each page anew: 3 %
 and more on several, since one thread clears for all. Other C libraries are left as they are.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 import sys

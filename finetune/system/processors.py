@@ -1,7 +1,5 @@
 """The processors that this process may use, and work in a thread on each."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

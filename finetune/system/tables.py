@@ -1,7 +1,5 @@
 """Tables as aligned plain text."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Text that is safe to print on a terminal and to paste into a shell; error messages."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

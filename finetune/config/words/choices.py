@@ -1,7 +1,5 @@
 """The yaml files that a choice stands for: `model=clip` is `model/clip.yaml`. No Hydra, so that `--help` is quick."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ The primary configuration is stored in Hydra under a name of our own, so that a 
 files pass through the composition, and `problems.py` finds all of them at once.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From a command line to a configuration without mistakes, or to the list of all mistakes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The words `KEY=VALUE` of a command line, read by Hydra's own grammar."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `sort_overrides` looks at the command line before Hydra composes the yaml files, `check_cells` at the composed settings.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Paths and texts as people type them, quoted where Hydra's grammar needs it. Standard library only."""
 
-from __future__ import annotations
-
 import re
 
 from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, path_as_typed

@@ -1,7 +1,5 @@
 """The configuration in a run directory's `config.yaml`, which `resume=` starts from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -3,8 +3,6 @@
 Batches are added one by one, and the memory does not grow with the number of images.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

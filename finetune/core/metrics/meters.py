@@ -3,8 +3,6 @@
 A meter sums on the device, and the sums move to the host once, in `results`. Only average precision stores all logits.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics for several labels an image: average precision, F1 at a threshold, and the best k labels of each image."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

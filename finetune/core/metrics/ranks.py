@@ -1,7 +1,5 @@
 """Whether the right class is among the highest logits, image by image."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

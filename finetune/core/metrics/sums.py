@@ -1,7 +1,5 @@
 """Exact means over examples, whatever the sizes of the batches."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

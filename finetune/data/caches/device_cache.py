@@ -4,8 +4,6 @@ Only for evaluation and `augment=none`, where resizing is all that the host does
 the host, since another processor's arithmetic would give other last bits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -4,8 +4,6 @@ An entry appears under its name only when it is whole: it is written as `<key>.<
 process that holds `<key>.lock`. Nothing removes an entry but `finetune cache clear` and people.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -5,8 +5,6 @@ resize, else whole. The key of a cache on disk covers everything that its pixels
 time, that resize, the libraries that decode and resize), so no run reads pixels that have become wrong.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """A picture of training images exactly as the model will see them: in the order and the views of the first epoch."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import islice
 from pathlib import Path

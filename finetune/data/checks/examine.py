@@ -4,8 +4,6 @@ First every file is looked for. Then images are decoded, in an order that is spr
 is up, only headers are read. Results are remembered, so the next start continues where this one ended.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

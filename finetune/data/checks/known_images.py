@@ -3,8 +3,6 @@
 One file a data set, `checks/<key>.npz` in the cache folder. Where it is damaged or missing, images are read again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import zipfile

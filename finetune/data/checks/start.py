@@ -1,7 +1,5 @@
 """The check of the images at every start of a run, and the list of images that a run leaves out."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a source holds, in plain text: tables of counts and sizes, warnings, and lists of faulty images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From an image file of any kind to uint8 RGB pixels, with one clear error for a file that cannot be read."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

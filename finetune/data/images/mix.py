@@ -4,8 +4,6 @@ The mixture is drawn on the host from (seed, epoch, micro-batch) alone. So a res
 uninterrupted one does, and the host never waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Operations are torchvision's `v2` on uint8, or faster ones of our own with the s
 global CPU generator. So `drawing_from` puts the image's generator in its place and afterwards restores it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """Resize images, and put images of one size together as a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

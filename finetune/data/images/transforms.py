@@ -3,8 +3,6 @@
 Images are normalised after they went to the device: uint8 is a fourth of the bytes of float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

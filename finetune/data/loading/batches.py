@@ -4,8 +4,6 @@ A key holds everything that the random numbers of a batch depend on. So workers 
 which of them makes which batch.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass

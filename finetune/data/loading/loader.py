@@ -1,7 +1,5 @@
 """The batches of a split on the device, epoch by epoch. Workers and caches change the speed and nothing else."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 

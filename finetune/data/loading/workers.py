@@ -1,7 +1,5 @@
 """Loader processes: how many keep the device busy, and how they start and treat signals."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal

@@ -5,8 +5,6 @@ A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up
 a line of `_BUILDERS` and a word in `config/data.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from finetune.config import DataConf, SourceKind, member_of

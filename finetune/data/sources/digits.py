@@ -1,7 +1,5 @@
 """Scikit-learn's handwritten digits: a bundled data set, so that every command runs offline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

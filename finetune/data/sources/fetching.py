@@ -5,8 +5,6 @@ the first byte. `http` and `https` are read with the standard library, so that t
 every other scheme (`s3`, `gs`, `hf`, ...) with the client that the scheme's extra brings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

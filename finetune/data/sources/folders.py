@@ -1,7 +1,5 @@
 """One folder of images for each class: finds the images, and explains what is wrong with any other layout."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable

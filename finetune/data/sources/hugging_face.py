@@ -1,7 +1,5 @@
 """A data set of the Hugging Face `datasets` library: from the hub, or from a local folder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Downloads the shards that are not on this machine: several at a time, under one progress bar."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tarfile

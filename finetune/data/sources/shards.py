@@ -4,8 +4,6 @@ With the index an epoch shows every image once, in an order over all shards, and
 Shards at a URL, or from a command, are downloaded once and read from the disk from then on.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -1,7 +1,5 @@
 """Image stores that several sources share: files by path, and the parts of a library's data set."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

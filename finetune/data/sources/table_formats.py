@@ -1,7 +1,5 @@
 """Reads a table as blocks of rows: CSV and TSV, JSON lines, Parquet. Memory does not grow with the table."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Any classification data set of `torchvision.datasets`, by the name of its class."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ A random head draws its first values from torch's global generator. `app` seeds 
 `build_model`, so the same seed gives the same head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

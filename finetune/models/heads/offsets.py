@@ -5,8 +5,6 @@ the network only to lower the logits. A bias for each class prevents that: the m
 share of training images with its label. The order of images within a class, so average precision, stays as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -4,8 +4,6 @@ MAE and BEiT fine-tune so (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, 
 (arXiv:2212.06138) fine-tunes CLIP so, without its `ln_post` and `proj`. Only the readout ignores the class token.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -3,8 +3,6 @@
 A random head's first gradients distort good features, a fitted head's do not: Kumar et al., arXiv:2202.10054.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A head made from class names by the text tower of a CLIP."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ and gradients differ by rounding alone. The whole block runs where dropout is ac
 token, drop path one for each image), and where its class changed after the build: a wrapper must see its forward call.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """open_clip's image towers: which name belongs to which layer, and the functions that run a layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ output. `timm_networks.py` corrects it where it does not follow the forward pass
 none, so their modules hold all rules. A parameter that no expression names is an error; there is no default layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

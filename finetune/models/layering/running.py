@@ -3,8 +3,6 @@
 They take the network as an argument and hold only names, so that a copied or unpickled model runs its own modules.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

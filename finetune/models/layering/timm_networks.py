@@ -5,8 +5,6 @@ in slices, also in train mode from one state of the random generator. One tensor
 computes again what timm computes once for all blocks (rotary embeddings, relative positions), at little cost.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

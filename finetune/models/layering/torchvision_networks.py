@@ -1,7 +1,5 @@
 """torchvision's classification models: which name belongs to which layer, and the functions that run a layer."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ UserError. A network whose class is in `CHAINS` also runs layer by layer. To add
 module of this package and add its line to `CHAINS`; `tests/models` then asks for a small network and tests that one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where an open_clip model comes from: the package itself, open_clip's list, a hub or a folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

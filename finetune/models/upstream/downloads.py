@@ -1,7 +1,5 @@
 """Fetch files from hubs, with or without a network, and keep the libraries that do it quiet."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import urllib.request

@@ -1,7 +1,5 @@
 """open_clip's models: build both towers or the image tower alone, and load their weights."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """timm's models: find their weights and load them."""
 
-from __future__ import annotations
-
 import dataclasses
 import zipfile
 from collections.abc import Callable

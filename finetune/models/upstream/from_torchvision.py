@@ -3,8 +3,6 @@
 torchvision has ten older families of convolutional networks too, from AlexNet to MobileNetV3. Those are left to timm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import re

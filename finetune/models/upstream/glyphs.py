@@ -1,7 +1,5 @@
 """The two small models that come with the package, made by `scripts/pretrain_glyphs.py` from rendered glyphs."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What every library's module returns, and the checks that they share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 It also keeps the random values of a new classifier independent of how many weights the network has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

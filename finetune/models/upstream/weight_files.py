@@ -4,8 +4,6 @@ A pickle can run any program. Files that end with `.pt`, `.pth` and `.bin` are t
 and a file that needs more than that is refused.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
