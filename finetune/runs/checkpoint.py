@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from finetune.core.loop import TrainState
-from finetune.runs.weights import DamagedError, copied_to_host, frozen_weights, is_frozen, write_whole
+from finetune.runs.weights import copied_to_host, frozen_weights, is_frozen, write_whole
 from finetune.system.errors import UserError
+from finetune.system.reading import DamagedError
 
 FORMAT = 4
 COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")

@@ -14,9 +14,10 @@ from typing import Any
 from finetune.core.fit import is_better
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, read_state
-from finetune.runs.weights import DamagedError, read_weights
+from finetune.runs.weights import read_weights
 from finetune.system.errors import UserError
 from finetune.system.files import link_or_copy, sweep_temporaries
+from finetune.system.reading import DamagedError
 
 logger = logging.getLogger("finetune")
 

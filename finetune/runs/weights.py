@@ -16,17 +16,9 @@ from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.system.errors import UserError
 from finetune.system.files import write_atomic
+from finetune.system.reading import DamagedError
 
 Tensors = Mapping[str, Tensor]
-
-
-class DamagedError(UserError):
-    """A checkpoint that cannot be read, or that differs from what was written."""
-
-    @classmethod
-    def unreadable(cls, path: Path, error: Exception) -> DamagedError:
-        """The error for a file that another error kept from being read."""
-        return cls(f"{path} cannot be read: {str(error).splitlines()[0]}")
 
 
 def weights_metadata(

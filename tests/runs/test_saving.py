@@ -25,7 +25,8 @@ from finetune.runs import saver as saving
 from finetune.runs.checkpoint import read_state, snapshot
 from finetune.runs.epoch_files import best_epochs, latest_state, settle
 from finetune.runs.saver import NoSpaceError, Saver
-from finetune.runs.weights import DamagedError, put_weights, read_weights
+from finetune.runs.weights import put_weights, read_weights
+from finetune.system.reading import DamagedError
 
 
 def saver(folder: Path, **kwargs: int) -> Saver:
