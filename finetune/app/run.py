@@ -32,10 +32,11 @@ from finetune.runs.earlier import EarlierRun, Result, find_earlier
 from finetune.runs.history import History
 from finetune.runs.resume import find_state, first_promise, restore_run
 from finetune.system.errors import UserError
-from finetune.system.files import sweep_temporaries, write_json
+from finetune.system.files import write_json
 from finetune.system.locks import run_lock
 from finetune.system.log import say, start_log, stop_log
 from finetune.system.memory import hand_back_freed_memory
+from finetune.system.ours import sweep_temporaries
 from finetune.system.signals import StopSignals
 
 logger = logging.getLogger("finetune")

@@ -16,7 +16,8 @@ from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, read_state
 from finetune.runs.weights import read_weights
 from finetune.system.errors import UserError
-from finetune.system.files import link_or_copy, sweep_temporaries
+from finetune.system.files import link_or_copy
+from finetune.system.ours import sweep_temporaries
 from finetune.system.reading import DamagedError
 
 logger = logging.getLogger("finetune")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.system.ours import create_temporary, temporary_of
+
 
 def write_atomic(
     path: Path, write: Callable[[Path], object], *, aside: Path | None = None, is_durable: bool = True
@@ -21,7 +23,7 @@ def write_atomic(
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched, as after a kill.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = create_temporary(path)
     try:
         write(temporary)
         if is_durable:
@@ -56,22 +58,16 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 def _second_name(path: Path, second: Path) -> bool:
     """Give the file `path` the name `second` too, in one move; False where the file system has no hard links."""
-    temporary = second.with_name(f".{second.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(second)
     try:
         if second.exists() and path.samefile(second):
             return True  # a rename of a file onto itself does nothing, so it would leave `temporary` there
+        temporary.unlink(missing_ok=True)  # of a killed process with our number
         os.link(path, temporary)
     except OSError:
         return False
     os.replace(temporary, second)
     return True
-
-
-def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`, whose lock the caller has."""
-    for path in folder.glob(".*.tmp"):
-        if path.name.split(".")[-2].isdigit():  # the process id, see `write_atomic`
-            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetune.system import ours
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
 
 logger = logging.getLogger("finetune")
 
-RUN_LOCK = ".lock"
-RUN_LOCK_HOLDER = ".lock.json"  # names the process; a file of its own, since Windows lets nobody read a locked file
+RUN_LOCK = ours.LOCK
+RUN_LOCK_HOLDER = ours.LOCK_HOLDER  # names the process; a file of its own, as Windows lets nobody read a locked file
 # `holder` takes a free lock for an instant. A run that starts in this instant waits so long, and is not refused.
 PATIENCE_S = 0.5
 

@@ -4,10 +4,11 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from finetune.system.ours import open_own
 from finetune.system.progress import close_bars, open_bars
 from finetune.system.terminal import printable
 
@@ -46,6 +47,13 @@ class _Console(logging.Handler):
         say(prefix + record.getMessage())
 
 
+class _File(logging.FileHandler):
+    """Appends to `run.log`."""
+
+    def _open(self) -> TextIO:
+        return open_own(Path(self.baseFilename), self.mode, encoding=self.encoding, errors=self.errors)
+
+
 class _FileFormatter(logging.Formatter):
     """Time, level, message and traceback, with control characters escaped."""
 
@@ -60,9 +68,10 @@ def start_log(run_dir: Path, *, quiet: bool = False) -> None:
 
     Raises:
         OSError: `run.log` cannot be written.
+        RefusedError: It is a link or no file.
     """
     stop_log()
-    file = logging.FileHandler(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+    file = _File(run_dir / "run.log", encoding="utf-8", errors="backslashreplace")
     file.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: no stack trace for every line
     file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
     _state_before.update(level=LOGGER.level, propagate=LOGGER.propagate)
@@ -79,7 +88,7 @@ def stop_log() -> None:
     if not _state_before:
         return
     for handler in list(LOGGER.handlers):
-        if isinstance(handler, (_Console, logging.FileHandler)):
+        if isinstance(handler, (_Console, _File)):
             LOGGER.removeHandler(handler)
             handler.close()
     LOGGER.setLevel(_state_before["level"])

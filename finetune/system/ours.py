@@ -1,0 +1,290 @@
+"""Which files are ours: their names in each kind of folder, and the marker that makes a folder ours.
+
+A command writes only into a folder with a marker of its kind, `.finetune.json`. It puts the marker into a folder that
+has none, and refuses to do so where a file has one of our names: that file is somebody else's. Files with other names
+never matter. A folder with a marker may come from elsewhere, so no link in it is followed.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+from msgspec import Meta
+
+import finetune
+from finetune.system.errors import UserError
+from finetune.system.reading import DamagedError, read_json
+
+MARKER, FORMAT = ".finetune.json", 1
+MAX_BYTES = 4096  # of a marker; a larger file is none
+SHOWN = 8  # names in a message
+# Windows has neither; links are rare there, and no FIFO lies in a folder.
+_SAFE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if sys.platform != "win32" else 0
+_ID = "[0-9a-f]{16}"
+
+
+class RefusedError(UserError):
+    """A folder is not ours, or holds another run. Nothing there was changed, nor is the failure recorded there."""
+
+
+class FolderKind(StrEnum):
+    """What a folder of ours holds."""
+
+    run = "run"
+    sweep = "sweep"
+    check = "check"
+    cache = "cache"
+
+
+@dataclass(frozen=True)
+class OwnNames:
+    """The names that are ours in a folder. The value of `folders` has those inside a subfolder."""
+
+    replaced: tuple[str, ...] = ()  # files that are written beside their place and renamed
+    in_place: tuple[str, ...] = ()  # files that are written where they are, such as logs
+    pattern: str = r"(?!)"  # a regular expression for more names of the first sort; this one matches nothing
+    folders: Mapping[str, "OwnNames"] = field(default_factory=dict)
+
+
+LOCK, LOCK_HOLDER = ".lock", ".lock.json"
+OWN: Mapping[FolderKind, OwnNames] = {
+    FolderKind.run: OwnNames(
+        replaced=(
+            *("config.yaml", "result.json", "rates.json", "metrics.json", LOCK_HOLDER, "unreadable.txt"),
+            *("duplicates.txt", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png"),
+        ),
+        in_place=("run.log", "history.jsonl", "skipped.txt", LOCK),
+        folders={
+            "checkpoints": OwnNames(
+                replaced=("last.pt", "previous.pt", "damaged.pt", "best.safetensors", "last.safetensors"),
+                pattern=r"epoch_\d{4,}\.safetensors",
+            ),
+            "bad_batch": OwnNames(pattern=r"step_\d+\.(pt|json)"),
+        },
+    ),
+    # Its jobs are runs in folders of their own. Hydra writes the last file.
+    FolderKind.sweep: OwnNames(replaced=("summary.csv", "sweep.png"), in_place=("jobs.jsonl", "multirun.yaml")),
+    FolderKind.check: OwnNames(replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt")),
+    # Every entry in these has a header, see data/caches/entries.py.
+    FolderKind.cache: OwnNames(folders=dict.fromkeys(("pixels", "activations", "shards", "checks"), OwnNames())),
+}
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The content of `.finetune.json`."""
+
+    kind: FolderKind
+    format: int  # of the names above
+    finetune: str  # the version that made the folder
+    id: Annotated[str, Meta(pattern=f"^{_ID}$")]  # 16 hexadecimal digits, drawn for this folder; its temporary files carry them
+
+
+def claim(folder: Path, kind: FolderKind) -> Marker:
+    """Make the existing folder ours, or find that it is; its marker. Writes nothing where it raises.
+
+    Raises:
+        RefusedError: As `look`.
+        OSError: The folder cannot be written.
+    """
+    while (found := look(folder, kind)) is None:
+        marker = Marker(kind, FORMAT, finetune.__version__, secrets.token_hex(8))
+        try:
+            _write_marker(folder / MARKER, marker)
+        except (FileExistsError, FileNotFoundError):
+            # Another process claimed the folder at the same moment, and perhaps swept our temporary file: look again.
+            if not folder.is_dir():
+                raise
+    return found
+
+
+def look(folder: Path, kind: FolderKind) -> Marker | None:
+    """The marker of a folder of ours; None where `claim` would put one. Writes nothing.
+
+    Raises:
+        RefusedError: The folder is of another kind, or has files with our names and no marker, or a marker and links,
+            FIFOs or folders in the place of our files.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        found = [path.relative_to(folder).as_posix() for path, _ in _existing(folder, OWN[kind])]
+        if found:
+            raise RefusedError(
+                f"{folder} has {_listed(found)} but no {MARKER}, so finetune did not make it; nothing was changed:"
+                f" choose another folder for the {kind}, or move what is there elsewhere"
+            )
+        return None
+    if marker.kind != kind:
+        raise RefusedError(f"{folder} holds a {marker.kind} ({MARKER}); nothing was changed: a {kind} needs another")
+    for path, sort in _existing(folder, OWN[kind]):
+        refuse_unless(sort, path)
+    return marker
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker in a folder, None where there is none; a RefusedError where it is damaged or of another version."""
+    path = folder / MARKER
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_json(path, Marker, limit=MAX_BYTES, mend=f"without it nobody knows whose {folder} is")
+    except DamagedError as error:
+        raise RefusedError(f"{error}; nothing was changed: choose another folder") from None
+    if found.format != FORMAT:
+        made = f"finetune {found.finetune} made {folder}, in format {found.format}"
+        raise RefusedError(f"{made}; this version knows format {FORMAT}: choose another folder")
+    return found
+
+
+def _write_marker(path: Path, marker: Marker) -> None:
+    """Put the marker at `path`, whole at once; a FileExistsError if there is one already."""
+    temporary = path.with_name(f".{path.name}.{marker.id}-{os.getpid()}.tmp")
+    text = json.dumps(asdict(marker)) + "\n"
+    try:
+        _write_new(temporary, text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
+            _write_new(path, text)  # a file system without hard links
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _write_new(path: Path, text: str) -> None:
+    with open(path, "x", encoding="utf-8", opener=_open_safely) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _existing(folder: Path, own: OwnNames) -> Iterator[tuple[Path, str]]:
+    """Every path with one of our names, be it a file, a link or anything; and its sort, see `refuse_unless`."""
+    plain = {**dict.fromkeys(own.replaced, "replaced"), **dict.fromkeys(own.in_place, "in place")}
+    for name, sort in {**plain, **dict.fromkeys(own.folders, "folder")}.items():
+        if os.path.lexists(folder / name):
+            yield folder / name, sort
+    if folder.is_dir():
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if re.fullmatch(own.pattern, entry.name):
+                yield folder / entry.name, "replaced"
+    for name, inside in own.folders.items():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            yield from _existing(folder / name, inside)
+
+
+def own_files(folder: Path, kind: FolderKind) -> list[Path]:
+    """Every existing file with one of our names, also in subfolders; `look` has found no links among them."""
+    return [path for path, sort in _existing(folder, OWN[kind]) if sort != "folder"]
+
+
+def refuse_unless(sort: str, path: Path) -> None:
+    """Raise a RefusedError unless `path` is missing, or is what we make there: a file, or where `sort` says a folder.
+
+    A file that is written `in place` must have no second name, since that name may be of somebody else's file.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    is_right = stat.S_ISDIR(status.st_mode) if sort == "folder" else stat.S_ISREG(status.st_mode)
+    if is_right and (sort != "in place" or status.st_nlink == 1):
+        return
+    found = "a hard link, a second name of a file" if is_right else _type_name(status.st_mode)
+    wanted = "a folder" if sort == "folder" else "a file of its own"
+    raise RefusedError(f"{path} is {found}, expected {wanted}; nothing was changed: remove or move it")
+
+
+def _type_name(mode: int) -> str:
+    names = {stat.S_ISLNK: "a symbolic link", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO"}
+    names |= {stat.S_ISSOCK: "a socket", stat.S_ISREG: "a file"}
+    return next((name for is_so, name in names.items() if is_so(mode)), "a device")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def open_own(path: Path, mode: str, **kwargs: Any) -> IO[Any]:
+    """`open` for a file of ours that is written in place: it follows no link, and never waits for a FIFO's reader.
+
+    Raises:
+        RefusedError: Something else than a file with one name is there.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        handle = _open_safely(name, flags & ~os.O_TRUNC)
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(handle)
+            refuse_unless("in place", path)
+            raise RefusedError(f"{path} was exchanged while it was opened; nothing was written: try again")
+        if flags & os.O_TRUNC:
+            os.ftruncate(handle, 0)
+        return handle
+
+    try:
+        return open(path, mode, opener=opener, **kwargs)  # noqa: SIM115 (the caller closes it)
+    except OSError:
+        refuse_unless("in place", path)
+        raise
+
+
+def _open_safely(name: str, flags: int) -> int:
+    return os.open(name, flags | _SAFE_FLAGS, 0o666)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process writes a file before it is renamed to `path`: `.name.<id>-<process>.tmp`.
+
+    The id is that of the marker in the file's folder, or in the folder above. Elsewhere it is drawn anew each time.
+    """
+    marker = read_marker(path.parent) or read_marker(path.absolute().parent.parent)
+    return path.with_name(f".{path.name}.{marker.id if marker else secrets.token_hex(8)}-{os.getpid()}.tmp")
+
+
+def create_temporary(path: Path) -> Path:
+    """Make the empty file `temporary_of(path)`. What a killed process with our number left under that name goes."""
+    temporary = temporary_of(path)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()  # a link goes itself, and not what it names
+    os.close(_open_safely(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    return temporary
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the temporary files of this very folder, which killed processes left; the caller holds its lock.
+
+    Those with another id are somebody else's. A broken off `claim` left its marker in one with that marker's id.
+    """
+    marker = read_marker(folder) or read_marker(folder.absolute().parent)
+    for path in list(folder.iterdir()):
+        found = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
+        if found is None or (path.is_dir() and not path.is_symlink()):
+            continue
+        is_claim = found[1] == MARKER and _holds_marker(path, found[2])
+        if is_claim or (marker is not None and found[2] == marker.id):
+            path.unlink()
+
+
+def _holds_marker(path: Path, ident: str) -> bool:
+    """Whether a file is a marker with this id, and nothing else."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # An empty one is of a `claim` that was killed before it wrote; its name is ours to the last letter.
+    return not text or f'"id": "{ident}"' in text
