@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
@@ -50,8 +51,9 @@ class _Console(logging.Handler):
 class _File(logging.FileHandler):
     """Appends to `run.log`."""
 
-    def _open(self) -> TextIO:
-        return open_own(Path(self.baseFilename), self.mode, encoding=self.encoding, errors=self.errors)
+    def _open(self) -> TextIOWrapper:
+        file: TextIOWrapper = open_own(Path(self.baseFilename), self.mode, encoding=self.encoding, errors=self.errors)
+        return file
 
 
 class _FileFormatter(logging.Formatter):

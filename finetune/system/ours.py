@@ -15,9 +15,9 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -37,13 +37,17 @@ class RefusedError(UserError):
     """A folder is not ours, or holds another run. Nothing there was changed, nor is the failure recorded there."""
 
 
-class FolderKind(StrEnum):
+class FolderKind(str, Enum):
     """What a folder of ours holds."""
 
     run = "run"
     sweep = "sweep"
     check = "check"
     cache = "cache"
+
+    def __str__(self) -> str:
+        """The word itself."""
+        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,13 @@ class OwnNames:
     pattern: str = r"(?!)"  # a regular expression for more names of the first sort; this one matches nothing
     folders: Mapping[str, "OwnNames"] = field(default_factory=dict)
 
+    def has_pattern(self, name: str) -> bool:
+        """Whether `name` fits `pattern`."""
+        return re.fullmatch(self.pattern, name) is not None
+
 
 LOCK, LOCK_HOLDER = ".lock", ".lock.json"
-OWN: Mapping[FolderKind, OwnNames] = {
+OWN: dict[FolderKind, OwnNames] = {
     FolderKind.run: OwnNames(
         replaced=(
             *("config.yaml", "result.json", "rates.json", "metrics.json", LOCK_HOLDER, "unreadable.txt"),
@@ -87,7 +95,9 @@ class Marker:
     kind: FolderKind
     format: int  # of the names above
     finetune: str  # the version that made the folder
-    id: Annotated[str, Meta(pattern=f"^{_ID}$")]  # 16 hexadecimal digits, drawn for this folder; its temporary files carry them
+    id: Annotated[
+        str, Meta(pattern=f"^{_ID}$")
+    ]  # 16 hexadecimal digits, drawn for this folder; its temporary files carry them
 
 
 def claim(folder: Path, kind: FolderKind) -> Marker:
@@ -180,7 +190,7 @@ def _existing(folder: Path, own: OwnNames) -> Iterator[tuple[Path, str]]:
             yield folder / name, sort
     if folder.is_dir():
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if re.fullmatch(own.pattern, entry.name):
+            if own.has_pattern(entry.name):
                 yield folder / entry.name, "replaced"
     for name, inside in own.folders.items():
         if (folder / name).is_dir() and not (folder / name).is_symlink():
@@ -219,7 +229,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def open_own(path: Path, mode: str, **kwargs: Any) -> IO[Any]:
+def open_own(path: Path, mode: str, **kwargs: Any) -> Any:
     """`open` for a file of ours that is written in place: it follows no link, and never waits for a FIFO's reader.
 
     Raises:
@@ -238,7 +248,7 @@ def open_own(path: Path, mode: str, **kwargs: Any) -> IO[Any]:
         return handle
 
     try:
-        return open(path, mode, opener=opener, **kwargs)  # noqa: SIM115 (the caller closes it)
+        return open(path, mode, opener=opener, **kwargs)
     except OSError:
         refuse_unless("in place", path)
         raise
