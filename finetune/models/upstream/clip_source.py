@@ -12,6 +12,7 @@ from finetune.models.heads.zeroshot import Tokenizer
 from finetune.models.upstream import glyphs, weight_files
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, unknown_tag
+from finetune.models.upstream.torchscript import is_torchscript
 from finetune.system.errors import UserError
 
 HUB_CONFIG = "open_clip_config.json"
@@ -75,7 +76,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
         path = _hub_weights(repository) if load else None
     elif weight_files.is_path(conf.pretrained):
         path = weight_files.path_of(conf.pretrained) if load else None
-        if path is not None and weight_files.is_torchscript(path) and not cfg.get("quick_gelu", False):
+        if path is not None and is_torchscript(path) and not cfg.get("quick_gelu", False):
             # An error, and no silent change: a resumed run may no longer have the file, only the name.
             mend = f"model.name={name}-quickgelu"
             raise UserError(f"{path} is one of OpenAI's own archives, whose models use the quick GELU: {mend}")

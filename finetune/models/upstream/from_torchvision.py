@@ -5,12 +5,13 @@ torchvision has ten older families of convolutional networks too, from AlexNet t
 
 import contextlib
 import dataclasses
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from finetune.config import ModelConf, nearest
@@ -89,8 +90,7 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
 
     state = weight_files.read_state_dict(path) if load and path is not None else None
     if load and chosen is not None:
-        with downloads(f"weights {chosen.name} of {conf.name}", url=chosen.url):
-            state = dict(chosen.get_state_dict(progress=True, check_hash=True))
+        state = _fetch(chosen, conf.name)
     args: dict[str, Any] = {}
     with torch.device("meta"), _NumbersOnCpu():
         empty = get_model(conf.name)  # costs no memory; shows patch size and classifier
@@ -115,6 +115,18 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         optional = (f"{_classifier_name(net)}.",) if weight is None else ()
         weight_files.load_strictly(net, state, source=str(path or chosen.name), optional=optional)
     return net
+
+
+def _fetch(chosen: Any, name: str) -> dict[str, Tensor]:
+    """Torchvision's own weights, from torch's cache or the network."""
+    what = f"weights {chosen.name} of {name}"
+    try:
+        with downloads(what, url=chosen.url):
+            # The hash is checked for a download only, and not for a file that already lies in the cache.
+            return dict(chosen.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        place = f"{torch.hub.get_dir()} (TORCH_HOME)"
+        raise UserError(f"{what} are damaged in {place}: remove the file there, so that it is fetched again") from error
 
 
 def _classifier_name(net: nn.Module) -> str:

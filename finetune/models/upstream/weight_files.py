@@ -1,18 +1,19 @@
 """Read files of weights: every common format, and none of them by running code.
 
 A pickle can run any program. Files that end with `.pt`, `.pth` and `.bin` are therefore read with `weights_only=True`,
-and a file that needs more than that is refused.
+and a file that needs more than that is refused. TorchScript archives hold programs too: see `torchscript.py`.
 """
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
 import struct
-import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
 from finetune.system.errors import UserError
 
 StateDict = dict[str, Tensor]
@@ -30,12 +32,13 @@ StateDict = dict[str, Tensor]
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "teacher")
 # Prefixes that wrappers (DDP, torch.compile) and Lightning add to names.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-# Numbers that OpenAI's archives store beside the weights.
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-# An error lists at most this many names of each kind.
+# Training programs nest the weights at most this deep; a pickle may hold itself.
+MAX_NESTING = 3
+# An error lists at most this many names of each kind, each of them up to this length.
 NAMES_SHOWN = 5
+NAME_SHOWN = 100
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -66,7 +69,11 @@ def read_state_dict(path: Path) -> StateDict:
         raise UserError(f"{path} {problem}")
     if claims_safetensors:
         return _clean(_read_safetensors(path), path)
-    return _clean(_read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
+    if is_torchscript(path):
+        extras = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI stores beside the weights
+        content = read_torchscript(path)
+        return _clean({name: tensor for name, tensor in content.items() if name not in extras}, path)
+    return _clean(_read_pickle(path), path)
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -79,38 +86,25 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         raise _damaged(path, error) from error
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, the format in which OpenAI published CLIP."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_torchscript(path: Path) -> Mapping[str, Any]:
-    """The tensors of a TorchScript archive; the code in it is never called."""
-    try:
-        load: Any = torch.jit.load
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, but OpenAI's archives remain
-            tensors = load(str(path), map_location="cpu").state_dict()
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
-    return {name: tensor for name, tensor in tensors.items() if name not in OPENAI_EXTRAS}
-
-
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_growth(archive, path)
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise _damaged(path, error) from error
+            # The rest of torch's message is the advice to trust the file.
+            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+            raise _damaged(path, pickle.UnpicklingError(reason[1] if reason else "no such pickle")) from error
         problem = f"it is a pickle that would run {wanted[1]} on loading, and such a file can run any program"
         mend = "save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
         raise UserError(f"{path} is refused: {problem}; {mend}") from error
-    except (*UNREADABLE, struct.error) as error:
+    except UserError:
+        raise
+    except (*UNREADABLE, struct.error, zipfile.BadZipFile, RecursionError, MemoryError) as error:
         raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
@@ -127,33 +121,61 @@ def _harmless() -> list[Any]:
     return [argparse.Namespace, np.dtype, *kinds, *homes]
 
 
-def _clean(content: Mapping[str, Any], path: Path) -> StateDict:
+def _clean(content: Mapping[Any, Any], path: Path) -> StateDict:
     """The weights inside a file's content, without the prefixes of wrappers, in single precision."""
-    for key in NESTED:
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            return _clean(inner, path)
-    # Position embeddings are resized later, which a CPU can do in single precision only.
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    for _ in range(MAX_NESTING):
+        nested = (content.get(key) for key in NESTED)
+        inner = (each for each in nested if isinstance(each, Mapping))
+        content = next((each for each in inner if any(isinstance(value, Tensor) for value in each.values())), content)
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        keys = ", ".join(str(key) for key in list(content)[:NAMES_SHOWN]) or "nothing"
-        raise UserError(f"{path} holds no weights: expected tensors by name, found {keys}")
+        keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in content]
+        raise UserError(f"{path} holds no weights: expected tensors by name, found {_shown(keys)}")
+    _check_plain(tensors, path)
+    # Position embeddings are resized later, which a CPU can do in single precision only.
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     while found := [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
         tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
     return tensors
 
 
-def check_npz(path: Path) -> None:
-    """Raise a UserError for a `.npz` file that is damaged or holds no arrays; pickled arrays are not read."""
-    import numpy as np
+def _check_plain(tensors: StateDict, path: Path) -> None:
+    """Raise a UserError for tensors that are no plain numbers, or that take far more memory than the file has bytes."""
+    for name, value in tensors.items():
+        is_plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_nested
+        if not is_plain or value.is_quantized or value.device.type != "cpu":
+            kind = (
+                "quantized" if value.is_quantized else f"of the kind {value.layout}, {value.dtype}, {value.device.type}"
+            )
+            problem = f"{path} is refused: {_shown([name])} is no plain tensor ({kind})"
+            raise UserError(f"{problem}; save its tensors dense and unquantized (safetensors.torch.save_file)")
+    # One storage may stand behind many names, and one number behind a whole tensor.
+    wanted, held = sum(value.numel() * 4 for value in tensors.values()), path.stat().st_size
+    if wanted > MAX_GROWTH * held + MAX_TEXT:
+        raise UserError(
+            f"{path} is refused: its {held:,} bytes claim to be weights of {wanted:,}, which no such file does"
+        )
 
+
+def check_npz(path: Path) -> None:
+    """Raise a UserError for a `.npz` file that is damaged or holds no plain arrays; only their headers are read."""
+    from numpy.lib import format as npy
+
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
-    except (*UNREADABLE, struct.error, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            check_growth(archive, path)
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    shape, _, dtype = headers[npy.read_magic(file)](file)
+                    size = math.prod(shape) * dtype.itemsize
+                    if dtype.hasobject or file.tell() + size != info.file_size:
+                        raise ValueError(f"{info.filename} is no whole array of numbers")
+    except UserError:
+        raise
+    except (*UNREADABLE, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, error) from error
-    if not names:
+    if not archive.infolist():
         raise UserError(f"{path} holds no arrays")
 
 
@@ -180,8 +202,9 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, o
     net.load_state_dict({name: state[name] for name in fitting}, strict=False)
 
 
-def _shown(names: list[str], at_most: int = NAMES_SHOWN) -> str:
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+def _shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
+    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
+    return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
 def misfit_of(error: BaseException) -> str:

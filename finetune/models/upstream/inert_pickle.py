@@ -1,0 +1,167 @@
+"""A pickle read as data: nothing that it names is imported, and nothing is called.
+
+A pickle is a small program for a machine with a stack, which may call any function of Python. Here an own machine does
+its steps on values that stand for themselves: a call becomes a `Call`, an object an `Instance`. The caller finds in
+them what it knows and leaves the rest. No step takes more memory than the bytes of the pickle justify.
+"""
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# The largest real archives, of a few thousand modules, take a tenth of this. More would keep the start waiting.
+MAX_STEPS = 1_000_000
+
+
+class PickleError(ValueError):
+    """The bytes are no pickle, or one with steps that a file of weights does not need."""
+
+
+@dataclass(frozen=True, eq=False)
+class Name:
+    """A class or function that the pickle names; it is not looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        """The full name: `torch._utils._rebuild_tensor_v2`."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call that the pickle asks for and that is not made."""
+
+    function: Name
+    args: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Instance:
+    """An object of a class, with the state that the pickle gives it."""
+
+    cls: Name
+    state: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Something outside the pickle: a storage of a tensor."""
+
+    key: Any
+
+
+class _Mark:
+    """Stands in the stack where a group of values begins."""
+
+
+_MARK = _Mark()
+_Stack = list[Any]
+
+
+def read_pickle(data: bytes) -> Any:
+    """The value of a pickle: None, numbers, texts, tuples, lists, dicts, and the classes of this module.
+
+    Dicts keep only the entries whose key is a text. A PickleError says which step is unknown or senseless.
+    """
+    stack: _Stack = []
+    memo: dict[int, Any] = {}
+    try:
+        for step, (opcode, operand, _) in enumerate(pickletools.genops(data)):
+            arg: Any = operand
+            if step == MAX_STEPS:
+                raise PickleError(f"its pickle has more than {MAX_STEPS:,} steps")
+            name = opcode.name
+            if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            elif name in _VALUES:
+                stack.append(arg)
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[arg] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[arg])
+            elif name == "GLOBAL":
+                stack.append(Name(*arg.split(" ", 1)))
+            elif name in _STEPS:
+                _STEPS[name](stack)
+            elif name not in ("PROTO", "STOP"):
+                raise PickleError(f"its pickle has a step {name}, which files of weights do not need")
+    except PickleError:
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise PickleError(f"its pickle is no whole one ({error})") from error
+    if len(stack) != 1:
+        raise PickleError("its pickle is no whole one")
+    return stack[0]
+
+
+def _group(stack: _Stack) -> list[Any]:
+    """Take the values above the last mark, and the mark."""
+    values = []
+    while (value := stack.pop()) is not _MARK:
+        values.append(value)
+    return values[::-1]
+
+
+def _pop(stack: _Stack, number: int) -> list[Any]:
+    values = [stack.pop() for _ in range(number)]
+    if any(value is _MARK for value in values):
+        raise PickleError("its pickle is no whole one")
+    return values[::-1]
+
+
+def _top(stack: _Stack, kind: type) -> Any:
+    if type(stack[-1]) is not kind:
+        raise PickleError(f"its pickle treats a {type(stack[-1]).__name__} as a {kind.__name__}")
+    return stack[-1]
+
+
+def _set(stack: _Stack, items: list[Any]) -> None:
+    # Numbers as keys could be chosen to collide, which takes a dict hours.
+    pairs = zip(items[::2], items[1::2], strict=True)
+    _top(stack, dict).update({key: value for key, value in pairs if isinstance(key, str)})
+
+
+def _extend(stack: _Stack, items: list[Any]) -> None:
+    _top(stack, list).extend(items)
+
+
+def _call(stack: _Stack) -> None:
+    function, args = _pop(stack, 2)
+    if not isinstance(function, Name) or not isinstance(args, tuple):
+        raise PickleError("its pickle calls what is no function")
+    stack.append(Call(function, args))
+
+
+def _make(stack: _Stack) -> None:
+    cls, _ = _pop(stack, 2)
+    if not isinstance(cls, Name):
+        raise PickleError("its pickle makes an object of what is no class")
+    stack.append(Instance(cls))
+
+
+def _build(stack: _Stack) -> None:
+    (state,) = _pop(stack, 1)
+    _top(stack, Instance).state = state
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
+_STEPS: dict[str, Callable[[_Stack], None]] = {
+    "EMPTY_LIST": lambda stack: stack.append([]),
+    "EMPTY_DICT": lambda stack: stack.append({}),
+    "TUPLE": lambda stack: stack.append(tuple(_group(stack))),
+    "TUPLE1": lambda stack: stack.append(tuple(_pop(stack, 1))),
+    "TUPLE2": lambda stack: stack.append(tuple(_pop(stack, 2))),
+    "TUPLE3": lambda stack: stack.append(tuple(_pop(stack, 3))),
+    "APPEND": lambda stack: _extend(stack, _pop(stack, 1)),
+    "APPENDS": lambda stack: _extend(stack, _group(stack)),
+    "SETITEM": lambda stack: _set(stack, _pop(stack, 2)),
+    "SETITEMS": lambda stack: _set(stack, _group(stack)),
+    "BINPERSID": lambda stack: stack.append(Reference(*_pop(stack, 1))),
+    "REDUCE": _call,
+    "NEWOBJ": _make,
+    "BUILD": _build,
+}
