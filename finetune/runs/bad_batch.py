@@ -12,9 +12,10 @@ from torch import Tensor
 
 from finetune.core.finite import StepRecord
 from finetune.core.loop import Batch
-from finetune.runs.checkpoint import load_tensors
-from finetune.runs.weights import copied_to_host
-from finetune.system.files import write_atomic, write_json
+from finetune.runs.checkpoint import check_state, load_tensors
+from finetune.runs.weights import copied_to_host, write_whole
+from finetune.system.files import write_json
+from finetune.system.seals import damaged_if_unreadable, seal
 from finetune.system.terminal import printable
 
 FOLDER = "bad_batch"
@@ -35,7 +36,12 @@ def store(
         return None
     parts = enumerate(("images", "targets", "ids"))
     content = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save(content, temporary)
+        seal(temporary)
+
+    write_whole(path, write)
     facts = {"epoch": record.epoch + 1, "step": record.step, "first_micro_batch": record.batch}
     again = f"finetune replay {run_dir} --step {record.step}"
     write_json(path.with_suffix(".json"), {**facts, "images": list(names), "rates": rates, "replay": again})
@@ -47,7 +53,7 @@ def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tenso
 
     Raises:
         FileNotFoundError: The step is not stored.
-        DamagedError: The file cannot be read.
+        DamagedError: The file cannot be read, or is not what was written.
     """
     steps = sorted(int(path.stem.partition("_")[2]) for path in (run_dir / FOLDER).glob("step_*.pt"))
     if not steps:
@@ -55,8 +61,11 @@ def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tenso
     step = steps[0] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"{run_dir} has no batch of step {step}; stored steps: {', '.join(map(str, steps))}")
-    content = load_tensors(run_dir / FOLDER / f"step_{step}.pt")
-    return step, list(zip(content["images"], content["targets"], strict=True))
+    path = run_dir / FOLDER / f"step_{step}.pt"
+    check_state(path)
+    content = load_tensors(path)
+    with damaged_if_unreadable(path):
+        return step, list(zip(content["images"], content["targets"], strict=True))
 
 
 def shown_names(names: Sequence[str], most: int = 8) -> str:

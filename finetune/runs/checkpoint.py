@@ -3,9 +3,9 @@
 The file is read with `weights_only=True`, so that a checkpoint cannot run code.
 """
 
+import os
 import pickle
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from finetune.core.loop import TrainState
 from finetune.runs.weights import copied_to_host, frozen_weights, is_frozen, write_whole
 from finetune.system.errors import UserError
 from finetune.system.reading import DamagedError
+from finetune.system.seals import check_seal, damaged_if_unreadable, seal
+from finetune.system.terminal import printable
 
 FORMAT = 4
+ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how the last bytes of a zip file begin, and how many they are
 COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
 
 Content = dict[str, Any]  # a tree of plain types and tensors
@@ -75,20 +78,29 @@ def _gpus() -> range:
 def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
     """Write a snapshot, with the checksum `frozen` of the frozen weights. The older file at `path` moves to `aside`.
 
-    torch adds a CRC-32 of every record, which `check_state` compares. See `write_whole` for errors.
+    The file ends with a checksum of all its bytes, which `check_state` compares. See `write_whole` for errors.
     """
-    write_whole(path, lambda temporary: torch.save({**content, "frozen": frozen}, temporary), aside=aside)
+
+    def write(temporary: Path) -> None:
+        torch.save({**content, "frozen": frozen}, temporary)
+        seal(temporary)
+
+    write_whole(path, write, aside=aside)
 
 
 def check_state(path: Path) -> None:
     """Compare every byte of the file with its checksum; a DamagedError if they differ or it cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedError.unreadable(path, error) from error
+    if check_seal(path):
+        return
+    # Of another program or version: a zip file has checksums of its tensors, at least, and ends with these bytes.
+    with damaged_if_unreadable(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+        file.seek(-ZIP_END_BYTES, os.SEEK_END)
+        is_whole = file.read(len(ZIP_END)) == ZIP_END
+    if not is_whole:
+        raise DamagedError.because(path, "its checksum is cut or changed")
     if damaged is not None:
-        raise DamagedError(f"{path} is damaged: the checksum of {damaged} differs from what was written")
+        raise DamagedError.because(path, f"the checksum of {printable(damaged)} differs from what was written")
 
 
 def load_tensors(path: Path) -> Any:
@@ -97,13 +109,12 @@ def load_tensors(path: Path) -> Any:
     Raises:
         DamagedError: The file cannot be read, or holds other content.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = "it holds more than numbers, texts and tensors, and loading such a file can run code"
-        raise DamagedError(f"{path} was refused: {why}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DamagedError.unreadable(path, error) from error
+    with damaged_if_unreadable(path):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            why = "it holds more than numbers, texts and tensors, and loading such a file can run code"
+            raise DamagedError(f"{path} was refused: {why}") from error
 
 
 def read_state(path: Path) -> Content:

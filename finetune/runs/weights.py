@@ -17,6 +17,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.system.errors import UserError
 from finetune.system.files import write_atomic
 from finetune.system.reading import DamagedError
+from finetune.system.seals import CHECKSUM_KEY, PLACEHOLDER, check_checksum, damaged_if_unreadable, put_checksum
 
 Tensors = Mapping[str, Tensor]
 
@@ -65,10 +66,10 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, is_durable: bool = True) -> None:
-    """Write tensors under upstream's own names, metadata, and a checksum of the tensors; see `write_atomic`."""
+    """Write tensors under upstream's own names, metadata, and a checksum of all of it; see `write_atomic`."""
     from safetensors.torch import save_file
 
-    whole = {**metadata, "sha256": checksum(tensors)}
+    whole = {**metadata, CHECKSUM_KEY: PLACEHOLDER}
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
@@ -76,6 +77,7 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, 
         mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
         temporary.chmod(mode)  # `save_file` lets nobody but the owner read
+        put_checksum(temporary)
 
     write_whole(path, write, is_durable=is_durable)
 
@@ -101,24 +103,23 @@ def checksum(tensors: Tensors) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a weights file. Compares its checksum where it has one.
+    """Tensors and metadata of a weights file that was compared with its checksum; other programs' files have none.
 
     Raises:
         FileNotFoundError: There is no such file.
         DamagedError: The file cannot be read, or its checksum differs.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise DamagedError.unreadable(path, error) from error
-    if "sha256" in metadata and metadata["sha256"] != checksum(tensors):
-        raise DamagedError(f"{path} is damaged: its checksum differs from what was written")
+    has_checksum = check_checksum(path)
+    with damaged_if_unreadable(path), safe_open(path, "pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if not has_checksum and "classes" in metadata and "sha256" not in metadata:  # which earlier versions wrote
+        raise DamagedError.because(path, "its checksum is gone")
+    metadata.pop(CHECKSUM_KEY, None)
     return tensors, metadata
 
 

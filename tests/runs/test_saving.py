@@ -210,6 +210,21 @@ def test_a_damaged_last_falls_back_to_the_one_before_it(tmp_path: Path, caplog: 
         latest_state(tmp_path)
 
 
+def test_a_damaged_name_or_method_in_the_zip_of_last_falls_back_too(tmp_path: Path) -> None:
+    """Zip readers raise NotImplementedError, UnicodeDecodeError and more there."""
+    keeper = saver(tmp_path)
+    for step in (1, 2):
+        keeper.save(at_step(step))
+        keeper.wait()
+    path = tmp_path / "last.pt"
+    data = path.read_bytes()
+    directory = data.index(b"PK\1\2")
+    for place in [*range(0, 60, 7), *range(directory, directory + 60, 3), *range(len(data) - 60, len(data), 3)]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 128]) + data[place + 1 :])
+        found = latest_state(tmp_path)
+        assert found is not None and found[0]["counters"]["step"] == 1 and found[1].name == "previous.pt"
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     keeper = saver(tmp_path)
     keeper.save(at_step(1))

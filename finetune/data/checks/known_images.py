@@ -4,8 +4,8 @@ One file a data set, `checks/<key>.npz` in the cache folder. Where it is damaged
 """
 
 import contextlib
+import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from finetune.data.caches.entries import cache_folder, lock_of
 from finetune.data.streams import Ranks, mix
 from finetune.system.files import write_atomic
 from finetune.system.locks import file_lock
+from finetune.system.reading import DamagedError
+from finetune.system.seals import damaged_if_unreadable, read_sealed, seal
 
 # One image. `key`: hash of its stamp (path, size, time), 0 where it has none; `depth`: how closely it was examined, see
 # below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read.
@@ -69,15 +71,15 @@ class KnownImages:
         text = json.dumps(self.reasons).encode()
         with open(path, "wb") as file:
             np.savez(file, records=self.records, reasons=np.frombuffer(text, dtype=np.uint8))
+        seal(path)
 
 
 def _read(path: Path) -> tuple[Records, dict[int, str]]:
     """Records and reasons of the file; none of either where it is missing, damaged or of another version."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
+    with contextlib.suppress(OSError, DamagedError):
+        content = io.BytesIO(read_sealed(path))
+        with damaged_if_unreadable(path), np.load(content, allow_pickle=False) as file:
             records, reasons = file["records"], json.loads(file["reasons"].tobytes())
-        if records.dtype == RECORD:
-            return records, {int(key): str(reason) for key, reason in reasons.items()}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
-        pass
+            if records.dtype == RECORD and records.ndim == 1:
+                return records, {int(key): str(reason) for key, reason in reasons.items()}
     return np.zeros(0, RECORD), {}

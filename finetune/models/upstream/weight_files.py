@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
 from finetune.system.errors import UserError
+from finetune.system.reading import DamagedError
+from finetune.system.seals import check_checksum, damaged_if_unreadable
 
 StateDict = dict[str, Tensor]
 
@@ -77,13 +79,14 @@ def read_state_dict(path: Path) -> StateDict:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_checksum(path)
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+        with damaged_if_unreadable(path):
+            return load_file(path)
+    except DamagedError as error:
+        raise _damaged(path, error.__cause__ or error) from error
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
@@ -219,7 +222,7 @@ def misfit_of(error: BaseException) -> str:
     return "; ".join(found) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: BaseException) -> UserError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"{path} is damaged or incomplete ({first_line}): fetch it again")
 
@@ -253,10 +256,12 @@ def read_metadata(path: Path | None) -> SavedWeights:
         return SavedWeights()
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        texts = file.metadata() or {}
-    classes, values = (json.loads(texts[key]) if key in texts else None for key in ("classes", "preprocess"))
-    preprocess = None
-    if values is not None:
-        preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-    return SavedWeights(preprocess, classes)
+    check_checksum(path)
+    with damaged_if_unreadable(path):
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+        classes, values = (json.loads(texts[key]) if key in texts else None for key in ("classes", "preprocess"))
+        preprocess = None
+        if values is not None:
+            preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        return SavedWeights(preprocess, classes)
