@@ -28,8 +28,9 @@ from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
-from finetune.runs.earlier import EarlierRun, Result, find_earlier
+from finetune.runs.earlier import EarlierRun, find_earlier
 from finetune.runs.history import History
+from finetune.runs.records import Result
 from finetune.runs.resume import find_state, first_promise, restore_run
 from finetune.system.errors import UserError
 from finetune.system.files import write_json

@@ -18,7 +18,7 @@ from finetune.models.heads.probe import features_of_split, linear_probe
 from finetune.prefix.feed import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts
-from finetune.runs.earlier import Result
+from finetune.runs.records import Result
 from finetune.runs.saver import Saver
 from finetune.runs.weights import put_weights
 from finetune.system.errors import UserError

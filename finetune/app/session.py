@@ -12,7 +12,8 @@ import yaml
 from finetune.app.build import Run
 from finetune.config import Conf, as_dict
 from finetune.core.finite import NotFiniteError
-from finetune.runs.earlier import EarlierRun, Result
+from finetune.runs.earlier import EarlierRun
+from finetune.runs.records import Result
 from finetune.system.files import write_json, write_text
 from finetune.system.signals import Interrupted
 from finetune.system.terminal import command, printable

@@ -19,8 +19,8 @@ from finetune.data import ImageError
 from finetune.prefix.feed import Feed
 from finetune.report.columns import DROPPED_FIRST, bar_texts, epoch_line
 from finetune.runs import bad_batch
-from finetune.runs.earlier import Result
 from finetune.runs.history import History
+from finetune.runs.records import Result
 from finetune.runs.saver import Saver
 from finetune.system.errors import UserError
 from finetune.system.progress import Bar

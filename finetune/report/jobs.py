@@ -1,7 +1,6 @@
 """Reads a sweep: the result of each job, which settings differ between jobs, and jobs that differ only in the seed."""
 
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -11,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.report.reading import number, read_json
+from finetune.report.reading import number
 from finetune.runs.folders import JOBS
+from finetune.runs.records import JobEntry, read_result
 from finetune.system.locks import holder
+from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, read_file
 from finetune.system.terminal import printable
 
 SPLITS = ("zeroshot/", "val/", "test/")
@@ -156,25 +157,25 @@ def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
     numbered = [path for path in sweep_dir.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
     numbered = [path for path in numbered if path not in above or (path / "result.json").exists()]
     numbered.sort(key=lambda path: (int(path.name), path.name))
-    return list(dict.fromkeys([*numbered, *(folder for folder in named if folder.is_dir())]))
+    return list(dict.fromkeys([*numbered, *(folder for folder in named if os.path.isdir(folder))]))
 
 
 def _records(sweep_dir: Path) -> list[_Record]:
     """The entries of `jobs.jsonl`, in order, without a line that a killed process left half written."""
     try:
-        lines = (sweep_dir / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_file(sweep_dir / JOBS, limit=MAX_BYTES).splitlines()
+    except (FileNotFoundError, UnfitError):
         return []
     found: dict[str, _Record] = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            entry = json.loads(line)
+        with contextlib.suppress(UnfitError, KeyError):
+            entry = parse_json(line, JobEntry)
             if "start" in entry:  # the sweep was started again: a job refused before may run now
                 found = {ident: record for ident, record in found.items() if record.refused is None}
             elif "refused" in entry:
-                found[entry["id"]] = found[entry["id"]]._replace(refused=str(entry["refused"]))
+                found[entry["id"]] = found[entry["id"]]._replace(refused=entry["refused"])
             else:
-                found[entry["id"]] = _Record(str(entry["job"]), None)
+                found[entry["id"]] = _Record(entry["job"], None)
     return list(found.values())
 
 
@@ -183,30 +184,24 @@ def read_job(folder: Path) -> JobResult:
     if owner := holder(folder):
         return _as_job(folder, {"status": "at work", "error": f"process {owner.pid} on {owner.host} is working in it"})
     try:
-        result = read_json(folder / "result.json")
+        result = read_result(folder / "result.json")
     except FileNotFoundError:
         return _as_job(folder, {"status": "failed", "error": "no result: it never started, or was killed"})
-    except (OSError, ValueError) as error:
+    except DamagedError as error:
         return _as_job(folder, {"status": "failed", "error": str(error)})
-    status = result.get("status")
-    if status == "running":  # a run writes this first; no process works in the folder, so the run was killed
+    if result["status"] == "running":  # a run writes this first; no process works in the folder, so the run was killed
         result |= {"status": "interrupted", "error": "it stopped without a word: killed, or out of memory"}
-    elif not isinstance(status, str):
-        result |= {"status": "failed", "error": "result.json is damaged: it has no status"}
     return _as_job(folder, result)
 
 
 def _as_job(folder: Path, result: dict[str, Any]) -> JobResult:
-    given = result.get("overrides")
-    words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
-    error = result.get("error")
-    lines = str(error).strip().splitlines() if error else []
+    lines = (result.get("error") or "").strip().splitlines()
     return JobResult(
         folder=folder,
         status=printable(result["status"]),
-        words=words,
+        words=result.get("overrides", []),
         numbers={name: number(value) for name, value in result.items() if name.startswith((*SPLITS, *LENGTHS))},
-        metric=str(result.get("monitor") or "val/top1").removeprefix("val/"),
+        metric=result.get("monitor", "val/top1").removeprefix("val/"),
         error=printable(lines[0]) if lines else "" if result["status"] == "finished" else "no reason given",
     )
 

@@ -32,7 +32,7 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
 
     `plan` is `rates.json`: `interval` (of the scheduler), `x` (epochs), `layers` (name to rates, from the stem up),
     `frozen` (names); `before` (`epochs`, `x`, `layers`) is the earlier plan of a run that was made longer. `rows` are
-    those of `history.jsonl`. A UserError where `plan` lacks a key, or its lists differ in length.
+    those of `history.jsonl`. A UserError where lists of `plan` differ in length.
     """
     lines, x = rate_lines(plan, rows)
     learning = [line for line in lines if not line.is_frozen]
@@ -50,9 +50,6 @@ def rates_figure(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
 
 def rate_lines(plan: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[list[RateLine], list[float]]:
     """Returns lines from the stem up, for layers or merged neighbours, and the x of planned rates, in epochs."""
-    for key in ("interval", "x", "layers", "frozen"):
-        if key not in plan:
-            raise UserError(f"rates.json is damaged: it lacks '{key}'")
     x = [number(value) for value in plan["x"]]
     planned = {name: [number(rate) for rate in rates] for name, rates in plan["layers"].items()}
     frozen = set(plan["frozen"])
@@ -158,7 +155,7 @@ def _draw_curves(axes: Any, lines: Sequence[RateLine], x: Sequence[float], *, is
 
 def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> None:
     """Draw the head's earlier plan, from before the run was made longer, as a dashed line."""
-    rates = [number(rate) for rate in list(before["layers"].values())[-1]]
+    rates = [number(rate) for rate in [[], *before["layers"].values()][-1]]
     x = [number(value) for value in before["x"]]
     if not rates or len(rates) != len(x):
         raise UserError("rates.json is damaged: `before` needs a rate for every x")

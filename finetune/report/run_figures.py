@@ -8,8 +8,9 @@ from typing import Any
 from finetune.report import look
 from finetune.report.columns import CURVES
 from finetune.report.rates_figure import rates_figure
-from finetune.report.reading import number, read_json
+from finetune.report.reading import number
 from finetune.runs.history import History
+from finetune.runs.records import read_rates, read_result
 
 Series = tuple[str, Sequence[float], str]  # name, a value for each epoch, colour
 Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
@@ -17,14 +18,14 @@ Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
 
 def plot_rates(run_dir: Path) -> None:
     """Draw `lr.png` from `rates.json` (planned rates) and `history.jsonl` (the rates at the start of each epoch)."""
-    plan = read_json(run_dir / "rates.json")
+    plan = read_rates(run_dir / "rates.json")
     look.save_figure(rates_figure(plan, History(run_dir / "history.jsonl").rows()), run_dir / "lr.png")
 
 
 def plot_curves(run_dir: Path) -> None:
     """Draw `curves.png` from `history.jsonl`, with the scores of zero-shot and test in `result.json`."""
     path = run_dir / "result.json"
-    result = read_json(path) if path.exists() else {}
+    result = read_result(path) if path.exists() else {}
     look.save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
 
 

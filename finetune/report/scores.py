@@ -4,15 +4,23 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from finetune.report import look
-from finetune.report.reading import read_json
 from finetune.system.files import write_json, write_text
+from finetune.system.reading import read_json
 
 # With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
 MATRIX_CLASSES, PAIRS = 40, 25
 NAME_CHARS = 22  # of a class in a picture
+
+
+class _SplitMetrics(TypedDict, total=False):
+    """The entries of a split in `metrics.json` that are read again."""
+
+    threshold: Annotated[float, Meta(ge=0, le=1)] | None
 
 
 def write_scores(
@@ -24,7 +32,7 @@ def write_scores(
     `finetune.core.metrics.Meter.details`.
     """
     path = run_dir / "metrics.json"
-    known = read_json(path) if path.exists() else {}
+    known = _read_metrics(path) if path.exists() else {}
     extra = {name: value for name, value in details.items() if name not in ("classes", "confusion")}
     of_class = dict(zip(classes, details["classes"], strict=True))
     write_json(path, {**known, split: {**scores, **extra, "classes": of_class}})
@@ -43,8 +51,11 @@ def write_scores(
 def chosen_threshold(run_dir: Path) -> float | None:
     """The threshold that validation picked in the best epoch; None with one label an image."""
     path = run_dir / "metrics.json"
-    threshold = read_json(path)["val"].get("threshold") if path.exists() else None
-    return None if threshold is None else float(threshold)
+    return _read_metrics(path).get("val", {}).get("threshold") if path.exists() else None
+
+
+def _read_metrics(path: Path) -> dict[str, _SplitMetrics]:
+    return read_json(path, dict[str, _SplitMetrics], mend="put it back from a copy, or start a new run")
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:

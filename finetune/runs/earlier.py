@@ -4,16 +4,16 @@ A run goes on with its own settings. Some may change: those that only say how th
 epochs, which may grow. Any other change makes another run, so it needs `resume_force=true`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.config import Conf, as_dict
-from finetune.system.errors import UserError
+from finetune.config.words.saved import base_of
+from finetune.runs.records import Result, read_result
+from finetune.system.errors import ConfigError, UserError
+from finetune.system.reading import DamagedError
 
 # A folder with one of these holds a run.
 OWN_FILES = (
@@ -30,8 +30,6 @@ FREE = (
 )
 # May change: the same arithmetic by other kernels, so the weights differ by rounding.
 ROUNDING = ("device", "deterministic", "train.class_token_only", "train.compile")
-
-Result = dict[str, Any]  # the content of `result.json`
 
 
 class RefusedError(UserError):
@@ -98,7 +96,7 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
         if is_resume:
             raise RefusedError(f"resume={run_dir}: nothing is there to continue: leave resume out to start a run")
         return EarlierRun()
-    changes = _differences(_read_settings(config_path), _flat(settings))
+    changes = _differences(_read_settings(run_dir), flat(settings))
     if changes and not is_resume:
         raise RefusedError(
             f"{run_dir} holds a run of another configuration ({'; '.join(map(str, changes))}); nothing was changed:"
@@ -118,36 +116,33 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The settings that differ. A setting that `before` lacks, since it is younger than the run, has its default."""
-    own = {**_flat(as_dict(Conf())), **before}
+    own = {**flat(as_dict(Conf())), **before}
     keys = [key for key in {**own, **now} if key not in NOT_OF_THE_RUN]
     return [Change(key, own.get(key), now.get(key)) for key in keys if own.get(key) != now.get(key)]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings in the folder's `config.yaml`, by dotted key."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RefusedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict):
-        raise RefusedError(f"{path} is damaged: it holds no settings")
-    return _flat(found)
+        return flat(as_dict(base_of(run_dir)))
+    except ConfigError as error:
+        raise RefusedError(f"{error.problems[0]}; nothing was changed") from error
 
 
 def _read_result(path: Path) -> Result:
     """The content of `result.json`; a run that was killed before it wrote the file counts as interrupted."""
     unknown: Result = {"status": "interrupted", "resumed_at": [], "overrides": []}
-    if not path.exists():
-        return unknown
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{path} is damaged: {str(error).splitlines()[0]}; remove it to continue the run") from error
-    return {**unknown, **found}
+        return {**unknown, **read_result(path)}
+    except FileNotFoundError:
+        return unknown
+    except DamagedError as error:
+        raise RefusedError(str(error)) from error

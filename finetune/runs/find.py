@@ -1,13 +1,15 @@
 """Finds the run that `resume=` means."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.config.words.saved import base_of
 from finetune.runs.folders import OUTPUTS
+from finetune.runs.records import read_result
 from finetune.system.errors import UserError
 from finetune.system.locks import holder
 from finetune.system.log import say
+from finetune.system.reading import DamagedError
 
 LATEST = "latest"
 
@@ -19,35 +21,50 @@ def find_run(word: str) -> Path:
     runs = sorted(_runs(OUTPUTS), key=_last_touched, reverse=True)
     if not runs:
         raise UserError(f"resume={LATEST}: there is no run under {OUTPUTS}; give its folder, resume=PATH")
+    finished = []
     for folder in runs:
-        status = _status(folder)
+        try:
+            status = _status(folder)
+            base_of(folder)
+        except UserError as error:
+            say(f"resume={LATEST}: {error}: looking further")
+            continue
         found = None if status == "finished" else holder(folder)
         if found is not None:
             say(f"resume={LATEST}: process {found.pid} is working in {folder}: looking further")
         elif status != "finished":
             say(f"resume={LATEST}: {folder}, {status}")
             return folder
-    say(f"resume={LATEST}: every run under {OUTPUTS} is finished; the newest is {runs[0]}")
-    return runs[0]
+        else:
+            finished.append(folder)
+    if not finished:
+        raise UserError(f"resume={LATEST}: no run under {OUTPUTS} can be continued now; give its folder, resume=PATH")
+    say(f"resume={LATEST}: every run under {OUTPUTS} is finished; the newest is {finished[0]}")
+    return finished[0]
 
 
 def _runs(outputs: Path) -> Iterator[Path]:
     """Runs and jobs of sweeps, but for those that failed before they saved anything."""
     for pattern in ("*/config.yaml", "*/*/config.yaml", "sweeps/*/*/*/config.yaml"):
         for path in outputs.glob(pattern):
-            is_saved = any((path.parent / "checkpoints").glob("*.pt"))
-            if is_saved or _status(path.parent) not in ("failed", "diverged"):
+            if any((path.parent / "checkpoints").glob("*.pt")) or not _has_failed(path.parent):
                 yield path.parent
 
 
-def _status(folder: Path) -> str:
-    """The status in `result.json`; a run that still says `running` was killed, or is at work."""
+def _has_failed(folder: Path) -> bool:
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _status(folder) in ("failed", "diverged")
+    except DamagedError:  # named later, should nothing newer be found
+        return False
+
+
+def _status(folder: Path) -> str:
+    """The status in `result.json`; a run that still says `running` was killed, or is at work. Raises DamagedError."""
+    try:
+        status = str(read_result(folder / "result.json")["status"])
+    except FileNotFoundError:
         return "stopped before its result was written"
-    status = result.get("status") if isinstance(result, dict) else None
-    return "killed while it ran" if status == "running" else str(status)
+    return "killed while it ran" if status == "running" else status
 
 
 def _last_touched(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """`history.jsonl`: a row an epoch, in a file that a kill or a full disk cannot damage.
 
-Standard library only, so that the tools for finished runs (report, sweep) need no torch.
+No torch, so that the tools for finished runs (report, sweep) are quick.
 """
 
 import json
@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.system.errors import UserError
+from finetune.runs.records import history_row
 from finetune.system.files import jsonable, write_text
-from finetune.system.terminal import printable
+from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, parse_json_lines, read_file
 
+MEND = "delete the line, or restore the file"
 # Columns of a row that depend on a clock or a cache: equal runs may differ there.
 OF_THE_CLOCK = ("seconds", "images_per_s", "data_wait", "prefix_hits", "mfu")
 
@@ -46,18 +47,14 @@ class History:
         """All rows. Leaves out a torn last line; a missing file has no rows.
 
         Raises:
-            UserError: A line before the last is no JSON object: somebody edited the file.
+            DamagedError: The file cannot be read, or a line is no row of an epoch: somebody edited the file.
         """
-        if not self.path.exists():
-            return []
-        rows = []
-        for number, line in enumerate(self._whole().decode("utf-8", "replace").split("\n"), start=1):
-            if line.strip():
-                row = _parse(line)
-                if row is None:
-                    found = f"{printable(str(self.path))}, line {number}: expected one JSON object, found"
-                    raise UserError(f"{found} {printable(line[:60])!r}; delete the line or restore the file")
-                rows.append(row)
+        try:
+            rows = [history_row(value) for value in parse_json_lines(self._whole(), dict)]
+        except UnfitError as error:
+            raise DamagedError.because(self.path, str(error), MEND) from None
+        if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+            raise DamagedError.because(self.path, "its epochs are not 1, 2, 3 and so on", MEND)
         return rows
 
     def cut(self, num_epochs: int) -> None:
@@ -68,14 +65,15 @@ class History:
 
     def _whole(self) -> bytes:
         """The file's content without a torn row at its end; a whole row that only lacks its line break stays."""
-        data = self.path.read_bytes()
+        try:
+            data = read_file(self.path, limit=MAX_BYTES)
+        except FileNotFoundError:
+            return b""
+        except UnfitError as error:
+            raise DamagedError.because(self.path, str(error), "restore the file") from None
         last = data.rfind(b"\n") + 1
-        return data if _parse(data[last:].decode("utf-8", "replace")) is not None else data[:last]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        try:
+            parse_json(data[last:], dict)
+        except UnfitError:
+            return data[:last]
+        return data

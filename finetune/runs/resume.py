@@ -1,7 +1,6 @@
 """Continue a run: find its newest checkpoint, restore it, and say how equal the result is to an unbroken run."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,10 @@ from finetune.runs.checkpoint import Content, restore
 from finetune.runs.earlier import ROUNDING, EarlierRun
 from finetune.runs.epoch_files import latest_state, settle
 from finetune.runs.history import History
+from finetune.runs.records import read_rates
 from finetune.runs.weights import restore_frozen
 from finetune.system.errors import UserError
+from finetune.system.reading import DamagedError
 
 logger = logging.getLogger("finetune")
 
@@ -128,7 +129,6 @@ def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -
 def earlier_curve(path: Path) -> dict[str, Any] | None:
     """The curve from before an earlier change of `train.epochs`, which `rates.json` at `path` carries along."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_rates(path).get("before")
+    except (FileNotFoundError, DamagedError):  # the file is written anew soon, and only a picture shows this curve
         return None
-    return found.get("before") if isinstance(found, dict) else None

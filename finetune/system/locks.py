@@ -15,12 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
+from msgspec import Meta
 
 from finetune.system import ours
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
+from finetune.system.reading import DamagedError, read_json
 
 logger = logging.getLogger("finetune")
 
@@ -39,7 +42,7 @@ class Holder:
     """The process that holds a run directory's lock; `since` is an ISO time with its time zone."""
 
     host: str
-    pid: int
+    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     since: str
 
     def __str__(self) -> str:
@@ -92,9 +95,8 @@ def holder(run_dir: Path) -> Holder | None:
 def _read(record: Path) -> Holder | None:
     """The process that a record names; None where there is no record, or a damaged one."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        return Holder(str(found["host"]), int(found["pid"]), str(found["since"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(record, Holder, limit=4096)
+    except (FileNotFoundError, DamagedError):
         return None
 
 

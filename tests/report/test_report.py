@@ -241,14 +241,14 @@ def test_the_command_sums_up_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (None, None, "holds neither a run"),
         ("rates.json", "{", "rates.json is damaged"),
-        ("rates.json", "[1]", "expected a JSON object"),
-        ("rates.json", '{"interval": "step", "x": [], "frozen": []}', "it lacks 'layers'"),
+        ("rates.json", "[1]", "expected 'object'"),
+        ("rates.json", '{"interval": "step", "x": [], "frozen": []}', "missing required field 'layers'"),
         (
             "rates.json",
             '{"interval": "step", "x": [0, 1], "frozen": [], "layers": {"stem": [1e-3]}}',
             "layer stem has 1 rates for 2",
         ),
-        ("history.jsonl", '{"epoch"\n{"epoch": 2}\n', "history.jsonl, line 1"),
+        ("history.jsonl", '{"epoch"\n{"epoch": 2}\n', "history.jsonl is damaged: line 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from finetune.runs.history import History
 from finetune.system import files
 from finetune.system.files import write_json
+from finetune.system.reading import DamagedError
 
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), st.text()
-)
-ROWS = st.lists(st.dictionaries(st.text(), st.one_of(VALUES, st.dictionaries(st.text(), VALUES))), max_size=5)
+VALUES = st.one_of(st.none(), st.integers(-(2**53), 2**53), st.floats(-1e100, 1e100))
+RATES = st.dictionaries(st.text(), VALUES)
+ROWS = st.lists(st.dictionaries(st.text(), st.one_of(VALUES, RATES)), max_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,21 @@ def test_history_reads_back_what_was_appended_also_after_a_torn_line(
     path.unlink(missing_ok=True)
     history = History(path)
     assert history.rows() == []
+    rows = [{**row, "epoch": number, "lr": {"head": 1e-3}} for number, row in enumerate(rows, start=1)]
     for row in rows:
         history.append(row)
     assert history.rows() == rows
     whole = path.read_bytes() if rows else b""
-    next_row = json.dumps({"epoch": 7, "lr": {"head.decay": 1e-3, "stem.decay": 1e-5}}).encode()
+    next_row = json.dumps({"epoch": len(rows) + 1, "lr": {"head.decay": 1e-3, "stem.decay": 1e-5}}).encode()
     path.write_bytes(whole + next_row[:torn])  # a crash in the middle of a write
     assert history.rows()[: len(rows)] == rows
     is_whole = torn >= len(next_row)
     assert len(history.rows()) == len(rows) + is_whole
-    history.append({"epoch": 8})
-    assert history.rows()[-1] == {"epoch": 8} and len(history.rows()) == len(rows) + is_whole + 1
+    last = {"epoch": len(rows) + is_whole + 1, "lr": {}}
+    history.append(last)
+    assert history.rows()[-1] == last and len(history.rows()) == len(rows) + is_whole + 1
     history.cut(kept)
-    assert history.rows() == [*rows, *[json.loads(next_row)] * is_whole, {"epoch": 8}][:kept]
+    assert history.rows() == [*rows, *[json.loads(next_row)] * is_whole, last][:kept]
     assert path.read_bytes().count(b"\n") == len(history.rows())
 
 
@@ -64,9 +66,13 @@ def test_not_finite_numbers_are_null_and_every_line_is_strict_json(tmp_path: Pat
 
 def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
-    with pytest.raises(ValueError, match=r"history\.jsonl, line 2: expected one JSON object, found '\{\"epo'"):
+    path.write_text('{"epoch": 1, "lr": {}}\n{"epo\n{"epoch": 3, "lr": {}}\n')
+    with pytest.raises(DamagedError, match=r"history\.jsonl is damaged: line 2: it is no JSON"):
         History(path).rows()
+    for rows in ('{"epoch": 2, "lr": {}}\n', '{"epoch": 1, "lr": {}, "val/top1": [1]}\n', '{"epoch": 1}\n', "[]\n\n"):
+        path.write_text(rows)
+        with pytest.raises(DamagedError, match=r"history\.jsonl is damaged"):
+            History(path).rows()
 
 
 def test_cut_of_nothing_is_nothing(tmp_path: Path) -> None:
@@ -81,7 +87,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(
     path = tmp_path / "result.json"
     write_json(path, {"status": "running"})
     history = History(tmp_path / "history.jsonl")
-    history.append({"epoch": 1})
+    history.append({"epoch": 1, "lr": {}})
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
@@ -93,7 +99,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(
         history.cut(0)
     monkeypatch.undo()
     assert json.loads(path.read_text()) == {"status": "running"}
-    assert history.rows() == [{"epoch": 1}]
+    assert history.rows() == [{"epoch": 1, "lr": {}}]
     assert sorted(child.name for child in tmp_path.iterdir()) == ["history.jsonl", "result.json"]
 
 

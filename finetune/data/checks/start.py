@@ -5,6 +5,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
+
+from msgspec import Meta
 
 from finetune.config import DataConf, OnError
 from finetune.data.caches.entries import cache_folder, size_line
@@ -15,9 +18,23 @@ from finetune.data.images.decode import ImageError
 from finetune.data.split import Source, UnreadableImage
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
+from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json_lines, read_file
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
+
+
+MEND = "restore the file, or start a new run"
+
+
+class _SkippedImage(TypedDict):
+    """A line of `skipped.txt`."""
+
+    when: Literal["start", "later"]
+    split: Literal["train", "val", "test", ""]  # empty, with index -1, where `when` is `later`
+    index: Annotated[int, Meta(ge=-1, le=2**53)]
+    name: str
+    reason: str
 
 
 class SkippedList:
@@ -40,13 +57,27 @@ class SkippedList:
         """The images that were left out at the first start; None where the run was not started before."""
         if not self.path.exists():
             return None
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return [UnreadableImage(**row) for row in rows if row.pop("when") == "start"]
+        rows = [row for row in self._rows() if row["when"] == "start"]
+        if any(row["split"] == "" or row["index"] < 0 for row in rows):
+            raise DamagedError.because(self.path, "an image has no place in a split", MEND)
+        return [UnreadableImage(row["split"], row["index"], row["name"], row["reason"]) for row in rows]
+
+    def _rows(self) -> list[_SkippedImage]:
+        """All lines, without a last one that a kill left half written; none where there is no file."""
+        if not self.path.exists():
+            return []
+        try:
+            text = read_file(self.path, limit=MAX_BYTES)
+            return parse_json_lines(text[: text.rfind(b"\n") + 1], _SkippedImage)
+        except UnfitError as error:
+            raise DamagedError.because(self.path, str(error), MEND) from None
 
     def add(self, error: ImageError) -> None:
         """Note an image that became unreadable during the run, once; its batch was trained without it."""
         if error.path in self._later:
             return
+        if not self._later:  # a kill may have left half a line, which the next one must not be written behind
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self._rows()))
         self._later.add(error.path)
         logger.warning("left out: %s", error)
         with open(self.path, "a", encoding="utf-8") as file:
