@@ -15,6 +15,7 @@ from finetune.core.loop import train_step
 from finetune.core.optim import build_optimizer
 from finetune.prefix.choice import SHARE
 from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 
 logger = logging.getLogger("finetune")
 
@@ -110,7 +111,7 @@ def out_of_memory(run: Run, *, step: int | None = None) -> str:
     if run.device.type == "cuda":
         total = torch.cuda.get_device_properties(run.device).total_memory
         peak = torch.cuda.max_memory_allocated(run.device)
-        where += f": a peak of {peak / 2**30:.1f} GiB, and the GPU has {total / 2**30:.1f} GiB"
+        where += f": a peak of {in_bytes(peak)}, and the GPU has {in_bytes(total)}"
     return f"{where}. {_advice(run.conf, is_auto=run.is_auto_batch)}"
 
 

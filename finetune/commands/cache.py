@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
+from finetune.system.limits import in_bytes
 from finetune.system.log import say
 from finetune.system.terminal import printable
 
@@ -43,9 +44,9 @@ def main(words: Sequence[str]) -> int:
     shown = [item for item in entries if not is_clear or remove_entry(item)]
     for item in shown:
         used = datetime.fromtimestamp(item.used).strftime("%Y-%m-%d %H:%M")
-        say(f"{item.kind:<11}  {item.num_bytes / 2**20:>12,.1f} MiB  {used}  {printable(str(item.path))}")
+        say(f"{item.kind:<11}  {in_bytes(item.num_bytes):>12}  {used}  {printable(str(item.path))}")
     total = sum(item.num_bytes for item in shown)
-    say(f"{'removed' if is_clear else 'total':<11}  {total / 2**20:>12,.1f} MiB  {len(shown):,} entries in {cache}")
+    say(f"{'removed' if is_clear else 'total':<11}  {in_bytes(total):>12}  {len(shown):,} entries in {cache}")
     if len(shown) < len(entries):
         say(f"{len(entries) - len(shown):,} entries stay: a run is using them, or their folder cannot be written")
     return 0

@@ -74,6 +74,12 @@ class DataConf:
     batch_size: int = setting(64, "images a micro-batch; auto or 0: as many as fit, the same images a step", ge=0)
     workers: str = setting("auto", "loader processes: a number, or auto, by measurement; only changes the speed")
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
+    max_image_mib: int = setting(
+        512, "MiB of one decoded image, 3 bytes a pixel; its file may have 4 times as many", ge=1, le=2**20
+    )
+    max_text_mib: int = setting(
+        16, "MiB of one row of a table, one json of a shard, one list of class names", ge=1, le=2**20
+    )
     check_budget_s: float = setting(15.0, "seconds in which the check at the start decodes new images", ge=0)
     cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
     cache_gib: float = setting(500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finetune.data.images.decode import Header, ImageError, decode, header_of
+from finetune.data.images.decode import MAX_PIXELS, Header, ImageError, decode, header_of
 from finetune.system.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -25,15 +25,16 @@ class ImageStore(ABC):
     defines `load` and `header`, too.
     """
 
+    max_pixels = MAX_PIXELS  # of an image; `open_source` sets it by data.max_image_mib
     encoded = True  # whether `read` returns an image file, of which `decode` makes the pixels that `load` returns
 
     def load(self, row: int) -> Tensor:
         """The image, uint8 (3, height, width), RGB; raises ImageError."""
-        return decode(self.read(row), self.name_of(row))
+        return decode(self.read(row), self.name_of(row), self.max_pixels)
 
     def header(self, row: int) -> Header:
         """Size and mode, for which as little as possible is read; raises ImageError."""
-        return header_of(self.read(row), self.name_of(row))
+        return header_of(self.read(row), self.name_of(row), self.max_pixels)
 
     @abstractmethod
     def read(self, row: int) -> bytes:

@@ -13,6 +13,7 @@ from finetune.config import PrefixCache, PrefixConf
 from finetune.data.caches.entries import GIB, size_of
 from finetune.prefix.measuring import Measured
 from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 from finetune.system.memory import free_memory
 
 # Shares of the free room that prefix.cache=auto takes; training and other programs need the rest.
@@ -57,7 +58,7 @@ def choose_place(
             return PrefixCache.none, "computing them is as fast as reading them"
         if wanted <= share * room:
             return kind, f"they fit, and computing takes {computing / reading:.0f} x longer"
-        lacking.append(f"{kind}: {wanted / GIB:.2f} GiB, and auto takes at most {share * room / GIB:.2f}")
+        lacking.append(f"{kind}: {in_bytes(wanted)}, and auto takes at most {in_bytes(share * room)}")
         if wanted <= room:
             tries.append(f"prefix.cache={kind}")
         if kind == PrefixCache.disk and wanted <= share * shutil.disk_usage(_existing(folder)).free:
@@ -105,13 +106,13 @@ def _too_small(kind: PrefixCache, wanted: float, room: float, need: RoomNeeded, 
         tries = [f"prefix.max_gib={(used + wanted) / GIB + 1:.0f}", "more room on the disk"]
         if used:
             tries.insert(1, "`finetune cache clear --kind activations`")
-            beside = f" beside the {used / GIB:.2f} GiB that are there"
+            beside = f" beside the {in_bytes(used)} that are there"
     tries += [*_smaller(need, measured), "or prefix.cache=none"]
     images = int(room // measured.bytes) // need.views
     views = f" in {need.views} views" if need.views > 1 else ""
     return (
-        f"prefix.cache={kind}: with those of {need.split} the activations need {wanted / GIB:.2f} GiB{beside} and"
-        f" {room / GIB:.2f} may be taken, enough for {images:,} images{views}. Try {', '.join(tries)}"
+        f"prefix.cache={kind}: with those of {need.split} the activations need {in_bytes(wanted)}{beside} and"
+        f" {in_bytes(room)} may be taken, enough for {images:,} images{views}. Try {', '.join(tries)}"
     )
 
 

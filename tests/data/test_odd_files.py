@@ -28,7 +28,7 @@ ODD = {
     "self.png": "Too many levels",
     "one.png": "Too many levels",
     "two.png": "Too many levels",
-    "huge.jpg": "more than 2 GiB",
+    "huge.jpg": "data.max_image_mib raises the limit",
     "empty\n.jpg": "empty",
     "\x1b[31mred.jpg": "not an image",
     os.fsdecode(b"\xff\xfe.jpg"): "not an image",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import json
@@ -27,6 +28,7 @@ from finetune.data.checks.examine import examine
 from finetune.data.checks.known_images import KnownImages
 from finetune.data.sources import fetching, remote_shards
 from finetune.data.sources.fetching import RemoteFile
+from finetune.system.limits import in_bytes
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and process groups")
 NAMES = ["train-0000.tar", "train-0001.tar", "val-0000.tar", "test-0000.tar"]
@@ -162,7 +164,7 @@ def test_nothing_is_fetched_unasked(tmp_path: Path, packed: Path, server: Server
     size = sum((packed / name).stat().st_size for name in NAMES)
     with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, .* data\.download=true") as error:
         open_source(conf(tmp_path, url(server), download=False))
-    assert f"{size / 2**30:.2f} GiB" in str(error.value) and len(server.log) == 4
+    assert in_bytes(size) in str(error.value) and len(server.log) == 4
     with pytest.raises(ValueError, match="of unknown size"):
         open_source(conf(tmp_path, f"pipe:cat {packed}/train-0000.tar", download=False))
     assert not (tmp_path / "cache").exists()
@@ -232,7 +234,7 @@ def test_room_is_looked_at_first(tmp_path: Path, server: Server, monkeypatch: py
     from collections import namedtuple
 
     monkeypatch.setattr(remote_shards.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
-    with pytest.raises(ValueError, match=r"the shards need .* GiB more in .* choose another data\.cache_dir"):
+    with pytest.raises(ValueError, match=r"the shards need .* more in .* choose another data\.cache_dir"):
         open_source(conf(tmp_path, url(server)))
     assert fetched(tmp_path) == []
 
@@ -242,12 +244,49 @@ def test_fetched_shards_keep_to_the_bound_of_the_caches(tmp_path: Path, packed: 
     small = conf(tmp_path, url(server), cache_gib=0.9 * size / 2**30)
     assert not [line for line in find_problems(Conf(data=small)) if "cache_gib" in line]
     open_source(conf(tmp_path, f"{server.base}/set/train-0000.tar", cache_gib=0.9 * size / 2**30))
-    with pytest.raises(ValueError, match=r"holds .* GiB of shards: together more than data\.cache_gib="):
+    with pytest.raises(ValueError, match=r"holds .* of shards: together more than data\.cache_gib="):
         open_source(small)
     assert len(fetched(tmp_path)) == 1
     open_source(conf(tmp_path, url(server), cache_gib=1.01 * size / 2**30))
     open_source(small)  # nothing is left to download
     assert any("cache_gib" in line for line in find_problems(Conf(data=conf(tmp_path, str(packed), cache_gib=1.0))))
+
+
+def test_a_download_without_an_end_stops_at_the_bound_of_the_caches(tmp_path: Path) -> None:
+    for command in ("pipe:yes", "pipe:yes >&2; cat x.tar"):
+        with pytest.raises(
+            ValueError, match=r"more than 1\.0. MiB; data\.cache_gib|says more than 16\.0 MiB on stderr"
+        ):
+            open_source(conf(tmp_path, command, cache_gib=1 / 1024))
+    assert fetched(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [None, "9" * 18, "9" * 5000, "1" + "0" * 12])
+def test_a_server_without_an_end_fills_no_disk(tmp_path: Path, length: str | None) -> None:
+    class Endless(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            if length is not None:
+                self.send_header("Content-Length", length)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(2**16))
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as endless:
+        thread = threading.Thread(target=endless.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ValueError, match=r"data\.cache_gib=|the shards need .* more in"):
+                address = f"http://127.0.0.1:{endless.server_port}/0.tar"
+                open_source(conf(tmp_path, address, cache_gib=1 / 1024, max_text_mib=1))
+        finally:
+            endless.shutdown()
+            thread.join()
+    assert fetched(tmp_path) == []
 
 
 # --- other schemes ---------------------------------------------------------------------------------------------------
@@ -261,7 +300,7 @@ def test_other_schemes_give_what_local_shards_give(tmp_path: Path, packed: Path)
     for path in packed.iterdir():
         memory.pipe(f"/set/{path.name}", path.read_bytes())
     root = "::".join(f"memory://set/{pattern}" for pattern in PATTERNS)
-    with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, 0\.00 GiB"):
+    with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, "):
         open_source(conf(tmp_path, root, download=False))
     assert content(open_source(conf(tmp_path, root))) == content(local(packed))
     memory.rm("/set", recursive=True)

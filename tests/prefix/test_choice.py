@@ -60,7 +60,7 @@ def test_where_activations_are_cached(tmp_path: Path, monkeypatch: pytest.Monkey
     free["disk"] = GIB // 10
     assert chosen(tmp_path) == "none" and chosen(tmp_path, need=needed(there="disk")) == "disk"
     assert chosen(tmp_path, "disk", need=needed(there="disk")) == "disk"
-    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 0\.10 may be taken"):
+    with pytest.raises(ValueError, match=r"need 1\.00 GiB and 102 MiB may be taken"):
         chosen(tmp_path, "disk")
     assert chosen(tmp_path, "disk", need=needed(there="disk"), max_gib=0.5) == "disk"  # nothing will be written
     free["disk"] = 4 * GIB
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: 
             with pytest.raises(ValueError) as told:
                 chosen(tmp_path, "ram", need=needed(views=views), measured=replace(CHEAP, dtype=dtype))
             text = str(told.value)
-            assert "those of train" in text and f"need 1.00 GiB and 0.50 may be taken, enough for {words}." in text
+            assert "those of train" in text and f"need 1.00 GiB and 512 MiB may be taken, enough for {words}." in text
             assert "prefix.cache=disk" in text and ("fewer augment.views" in text) == (views > 1)
             assert ("prefix.dtype=fp16" in text) == is_tried
 
@@ -95,7 +95,7 @@ def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monke
         return why
 
     text = told()
-    assert "ram: 1.00 GiB, and auto takes at most 0.60; disk: 1.00 GiB, and auto takes at most 0.40" in text
+    assert "ram: 1.00 GiB, and auto takes at most 614 MiB; disk: 1.00 GiB, and auto takes at most 410 MiB" in text
     assert text.endswith("Would do: prefix.cache=ram, fewer augment.views, prefix.dtype=fp16, which takes half")
     assert "prefix.dtype" not in told(dtype=torch.float16)
     free["ram"] = GIB
@@ -104,7 +104,7 @@ def test_what_fits_nowhere_unasked_is_told_with_what_would(tmp_path: Path, monke
     assert "prefix.cache=" not in told()
     need, conf, place = needed(), PrefixConf(max_gib=1.2), torch.device("cpu")
     half = replace(CHEAP, dtype=torch.float16)
-    assert choose_place(conf, half, need, place, tmp_path)[1].endswith("auto takes at most 0.40)")
+    assert choose_place(conf, half, need, place, tmp_path)[1].endswith("auto takes at most 410 MiB)")
     free["disk"] = 4 * GIB
     assert choose_place(conf, half, need, place, tmp_path)[1].endswith("Would do: prefix.cache=disk, prefix.max_gib=2")
 

@@ -396,7 +396,7 @@ def test_the_limit_counts_what_other_runs_stored(pictures: Path, tmp_path: Path)
     full = replace(conf, prefix=replace(conf.prefix, max_gib=1.02 * size / 2**30))
     came_out(full, tmp_path / "again")  # what is there already needs no room
     assert hits(tmp_path / "again") == [1.0] * 6
-    with pytest.raises(ValueError, match=r"GiB that are there .* Try prefix\.max_gib=.*finetune cache clear"):
+    with pytest.raises(ValueError, match=r"that are there .* Try prefix\.max_gib=.*finetune cache clear"):
         came_out(replace(full, seed=1), tmp_path / "b")  # other views
     assert size_of(tmp_path / "cache" / "activations") == size
     room = replace(conf, prefix=replace(conf.prefix, max_gib=2.1 * size / 2**30), seed=1)
@@ -516,7 +516,7 @@ def test_activations_beyond_the_limit_of_the_disk_are_refused(pictures: Path, tm
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
     conf = replace(conf, prefix=replace(conf.prefix, max_gib=1e-6))
-    with pytest.raises(ValueError, match=r"those of val .* need 0\.0. GiB .* [\d,]+ images\. Try prefix\.max_gib="):
+    with pytest.raises(ValueError, match=r"those of val .* need .*  [\d,]+ images\. Try prefix\.max_gib="):
         came_out(conf, tmp_path / "run")
 
 

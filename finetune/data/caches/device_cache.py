@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from finetune.config import CacheKind, DataConf
-from finetune.data.caches.entries import GIB
 from finetune.data.caches.pixel_cache import FirstStep, open_cache
 from finetune.data.images.decode import ImageError
 from finetune.data.split import Split
 from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 
 CHUNK = 1024  # images that travel to the device at once
 
@@ -29,7 +29,7 @@ class DeviceCache:
         size = step.square.size
         needed = len(split) * 3 * size**2
         if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
-            sizes = f"needs {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {device}"
+            sizes = f"needs {in_bytes(needed)}, {in_bytes(free)} are free on {device}"
             raise UserError(f"data.cache=device: {sizes}: use data.cache=ram")
         cache = open_cache(split, step, dataclasses.replace(conf, cache=CacheKind.ram))
         images = [cache.load(sample) for sample in range(len(split))]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.system.limits import in_bytes
 from finetune.system.locks import file_lock
 from finetune.system.signals import at_once
 
@@ -130,7 +131,7 @@ def size_line(cache: Path) -> str | None:
     sizes = {kind: size_of(cache / kind) for kind in NAMES}
     if not any(sizes.values()):
         return None
-    parts = ", ".join(f"{size / GIB:.2f} GiB of {kind}" for kind, size in sizes.items() if size)
+    parts = ", ".join(f"{in_bytes(size)} of {kind}" for kind, size in sizes.items() if size)
     return f"{cache} holds {parts}; `finetune cache` lists them and `finetune cache clear` removes them"
 
 

@@ -30,6 +30,7 @@ from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split
 from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 from finetune.system.memory import free_memory
 from finetune.system.processors import map_in_threads
 from finetune.system.signals import at_once
@@ -133,7 +134,7 @@ def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
         raise OSError(f"data.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    logger.info("stored %s decoded images (%.2f GiB) in %s", f"{len(split):,}", size / GIB, place)
+    logger.info("stored %s decoded images (%s) in %s", f"{len(split):,}", in_bytes(size), place)
 
 
 def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, free: Callable[[], int | None]) -> Index:
@@ -175,7 +176,7 @@ def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
     other = "data.cache=disk"
     if conf.cache == CacheKind.disk:
         other = f"a larger data.cache_gib (now {conf.cache_gib:g}), `finetune cache clear`, another data.cache_dir"
-    sizes = f"needs {needed / GIB:.2f} GiB or more, {max(0, free) / GIB:.2f} are free"
+    sizes = f"needs {in_bytes(needed)} or more, {in_bytes(max(0, free))} are free"
     raise UserError(f"data.cache={conf.cache}: {sizes}: use {other}, or data.cache=none")
 
 

@@ -168,8 +168,8 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -
 def _decode(store: ImageStore, row: int) -> Records:
     data = store.read(row)
     if store.encoded:
-        header = header_of(data, store.name_of(row))
-        decode(data, store.name_of(row))
+        header = header_of(data, store.name_of(row), store.max_pixels)
+        decode(data, store.name_of(row), store.max_pixels)
     else:
         header = store.header(row)
         store.load(row)

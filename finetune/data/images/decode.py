@@ -6,6 +6,7 @@ import io
 import os
 import re
 import stat
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from typing import IO, NamedTuple
@@ -18,6 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -30,9 +32,10 @@ EXTENSIONS = frozenset(f".{word}" for word in _WORDS.split())
 _ORIENTATION = 0x0112  # EXIF tag: how to turn the stored image upright (EXIF 2.32, section 4.6.4 A)
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _NO_TABLE = 0x0100  # cmsFLAGS_NOOPTIMIZE of Little CMS, which has a name in ImageCms since Pillow 10.3
+_RAISE = "data.max_image_mib raises the limit"
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
-MAX_PIXELS = 178_956_970  # Pillow's own limit; it warns at half of that, but such images are read
-MAX_BYTES = 2**31  # of a file: more than the largest image takes with four channels of 16 bits
+MAX_PIXELS = 178_956_970  # of data.max_image_mib=512, and Pillow's own limit
+BYTES_A_PIXEL = 12  # of a file at most: a file of the largest image with four channels of 16 bits is smaller
 _AT_ONCE = os.O_NONBLOCK if os.name == "posix" else 0
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged EXIF; they name no file
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -57,7 +60,15 @@ class ImageError(UserError):
 def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
     """A sort key that counts as people do: `class 2` before `class 10`, upper and lower case together."""
     parts = [part for part in re.split(r"(\d+)", text.casefold()) if part]
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], text
+    return [_number_key(part) if part.isdecimal() else (1, 0, part) for part in parts], text
+
+
+def _number_key(digits: str) -> tuple[int, int, str]:
+    """A sort key of a number with any count of digits: `int` takes no more than 4,300."""
+    if not digits.isascii():  # digits of other scripts
+        digits = "".join(str(unicodedata.decimal(digit)) for digit in digits)
+    digits = digits.lstrip("0")
+    return 0, len(digits), digits
 
 
 class Header(NamedTuple):
@@ -77,29 +88,35 @@ def read_image(path: str) -> Tensor:
     return decode(read_file(path), path)
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
     """The bytes of a file; raises ImageError where it cannot be read."""
-    with _opened_file(path) as file:
+    with _opened_file(path, max_pixels) as file:
         return file.read()
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str, max_pixels: int = MAX_PIXELS) -> Header:
     """Size and mode of an image file, read from its first bytes only; raises ImageError."""
-    with _opened_file(path) as file, _opened(file, path) as image:
+    with _opened_file(path, max_pixels) as file, _opened(file, path, max_pixels) as image:
         return Header(image.height, image.width, image.mode)
 
 
+def check_encoded(name: str, num_bytes: int, max_pixels: int) -> None:
+    """Raises ImageError for an image file called `name` that is longer than any file of `max_pixels` pixels."""
+    most = BYTES_A_PIXEL * max_pixels
+    if num_bytes > most:
+        raise ImageError(name, f"its file has {in_bytes(num_bytes)}, {in_bytes(most)} are read; {_RAISE}")
+
+
 @contextlib.contextmanager
-def _opened_file(path: str) -> Iterator[IO[bytes]]:
-    """Open a regular file of at most `MAX_BYTES`: a pipe or a device would be read for ever. Raises ImageError."""
+def _opened_file(path: str, max_pixels: int) -> Iterator[IO[bytes]]:
+    """Open a regular file that is not too long: a pipe or a device would be read for ever. Raises ImageError."""
     try:
         # Without waiting: a pipe opens only when another process writes into it.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("a pipe or a device, no file")
-            if status.st_size > MAX_BYTES:
-                raise OSError("more than 2 GiB")
+            check_encoded(path, status.st_size, max_pixels)
             yield file
     except ImageError:
         raise
@@ -107,19 +124,19 @@ def _opened_file(path: str) -> Iterator[IO[bytes]]:
         raise ImageError(path, error_words(error)) from error
 
 
-def header_of(data: bytes, name: str) -> Header:
+def header_of(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Header:
     """Size and mode of an encoded image called `name`; raises ImageError."""
-    with _opened(io.BytesIO(data), name) as image:
+    with _opened(io.BytesIO(data), name, max_pixels) as image:
         return Header(image.height, image.width, image.mode)
 
 
-def decode(data: bytes, name: str) -> Tensor:
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode the bytes of a file called `name`, as `read_image` does.
 
     torchvision decodes plain JPEGs: with the same library as Pillow, to the same pixels, in two thirds of the time.
     Pillow decodes all other images, and those that torchvision refuses.
     """
-    with _opened(io.BytesIO(data), name) as image:
+    with _opened(io.BytesIO(data), name, max_pixels) as image:
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             pixels = _decode_jpeg(data)
             if pixels is not None and pixels.shape[1:] == (image.height, image.width):
@@ -139,10 +156,11 @@ def _decode_jpeg(data: bytes) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+def _opened(file: IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image with Pillow. Every error, also of decoding inside the `with` block, becomes an ImageError."""
     # Other libraries set this for the whole process; a model would then train on half an image.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses twice as many
     try:
         with Image.open(file, formats=_formats()) as image:
             yield image
@@ -150,7 +168,9 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         empty = file.seek(0, os.SEEK_END) == 0
         raise ImageError(name, "the file is empty" if empty else "not an image, or of a kind unknown here") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(name, f"more than {MAX_PIXELS:,} pixels: a decompression bomb?") from error
+        raise ImageError(name, f"more than {max_pixels:,} pixels: a decompression bomb? {_RAISE}") from error
+    except MemoryError as error:
+        raise ImageError(name, "it needs more memory than is free") from error
     except Exception as error:  # decoders raise nearly any error on damaged bytes; it goes on with the file's name
         raise ImageError(name, error_words(error)) from error
 

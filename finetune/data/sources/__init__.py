@@ -6,6 +6,7 @@ a line of `_BUILDERS` and a word in `config/data.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from finetune.config import DataConf, SourceKind, member_of
 from finetune.data.selection import split_up
@@ -16,6 +17,7 @@ from finetune.data.sources.shards import find_shards
 from finetune.data.sources.tables import find_table
 from finetune.data.sources.torchvision_sets import find_torchvision
 from finetune.data.split import FoundImages, Source
+from finetune.system.limits import CLASSES, image_limit
 
 _BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
     SourceKind.digits: find_digits,
@@ -32,4 +34,9 @@ def open_source(conf: DataConf) -> Source:
 
     Raises FileNotFoundError if `data.root` or `data.table` is missing; UserError if the data cannot be used or split.
     """
-    return split_up(_BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf), conf)
+    found = _BUILDERS[member_of(SourceKind, conf.source, "data.source")](conf)
+    found.store.max_pixels = image_limit(conf.max_image_mib).most // 3
+    CLASSES.check(found.place, len(found.classes))
+    if conf.max_image_mib != DataConf().max_image_mib:  # another limit makes other images unreadable
+        found = replace(found, location=f"{found.location}:{conf.max_image_mib}")
+    return split_up(found, conf)

@@ -11,7 +11,7 @@ from finetune.data.images.decode import Header
 from finetune.data.split import FoundImages, ImageStore
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DigitStore(ImageStore):
     """Handwritten digits in memory: white ink on black."""
 

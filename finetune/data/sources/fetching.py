@@ -25,10 +25,12 @@ from urllib.parse import urlsplit, urlunsplit
 from finetune.config import nearest
 from finetune.config.data import REMOTE
 from finetune.system.errors import UserError
+from finetune.system.limits import Limit, in_bytes
 from finetune.system.locks import file_lock
 
 TRIES = 4
 DELAY_S = 1.0  # pause before the second try; each later pause is twice as long
+MESSAGES = 2**24  # bytes that a command may write to stderr
 TIMEOUT_S = 60.0  # without a byte from the server
 TEMPORARY_CODES = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -85,16 +87,20 @@ class RemoteFile:
 class Progress:
     """The progress bar of all downloads, and the switch that stops them. Several threads share it."""
 
-    def __init__(self, bar: Any) -> None:
-        """Count the downloaded bytes in `bar`, a tqdm bar."""
+    def __init__(self, bar: Any, room: Limit) -> None:
+        """Count the downloaded bytes in `bar`, a tqdm bar; together they may be no more than `room`."""
         self.commands: set[subprocess.Popen[bytes]] = set()  # those that run now
         self._bar, self._lock, self._stopping = bar, threading.Lock(), threading.Event()
+        self._room, self._count = room, 0
 
     def add(self, count: int) -> None:
-        """Advance the bar by `count` bytes; raises StoppedError after `stop`."""
+        """Advance the bar by `count` bytes; raises StoppedError after `stop`, and LimitError without room."""
         self.wait(0)
         with self._lock:
             self._bar.update(count)
+            self._count += count
+            if self._count > self._room.most:
+                raise self._room.error("data.root: the download")
 
     def wait(self, seconds: float) -> None:
         """Pause; raises StoppedError after `stop`."""
@@ -143,6 +149,9 @@ def _fetch_with_retries(remote: RemoteFile, part: Path, check: Callable[[Path], 
                 raise type(error)(f"{remote.name} cannot be fetched: {error}") from error
             if number == TRIES:
                 raise UserError(f"{remote.name} cannot be fetched ({error}), {TRIES} tries in a row") from error
+        if part.exists():
+            progress.add(-part.stat().st_size)  # the next try counts from the first byte
+            part.unlink()
         progress.wait(DELAY_S * 2 ** (number - 1))
 
 
@@ -157,8 +166,13 @@ def _run_command(address: str, part: Path, progress: Progress) -> bool:
         )
         progress.commands.add(process)
         try:
+            size = 0
             while process.poll() is None:
+                size = _add_written(stdout, size, progress)
+                if os.fstat(stderr.fileno()).st_size > MESSAGES:
+                    raise UserError(f"the command says more than {in_bytes(MESSAGES)} on stderr")
                 progress.wait(0.02)
+            _add_written(stdout, size, progress)
         finally:
             _kill(process)
             process.wait()
@@ -170,8 +184,15 @@ def _run_command(address: str, part: Path, progress: Progress) -> bool:
         raise UserError(f"the shell cannot run the command ({message})")
     if process.returncode:
         raise BrokenDownloadError(f"the command ended with exit code {process.returncode}: {message}")
-    progress.add(part.stat().st_size)
     return False
+
+
+def _add_written(file: IO[bytes], before: int, progress: Progress) -> int:
+    """The length of `file`, which a command writes; the bytes beyond `before` count as downloaded."""
+    size = os.fstat(file.fileno()).st_size
+    if size > before:
+        progress.add(size - before)
+    return size
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -194,7 +215,6 @@ def _download(address: str, part: Path, progress: Progress) -> bool:
             size += len(data)
             progress.add(len(data))
     if length is not None and size != length:
-        progress.add(-size)  # the next try counts from the first byte
         raise BrokenDownloadError(f"it ended after {size:,} of {length:,} bytes")
     return length is not None
 
@@ -241,7 +261,7 @@ def _open(address: str) -> tuple[IO[bytes], int | None]:
             raise UserError(str(error.reason)) from error
         raise BrokenDownloadError(_in_words(error)) from error
     length = answer.headers["Content-Length"] or ""
-    return answer, int(length) if length.isdecimal() else None
+    return answer, int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
 
 
 def _open_with_fsspec(address: str) -> tuple[IO[bytes], int | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
-from finetune.data.images.decode import ImageError, natural_key, read_file
+from finetune.data.images.decode import ImageError, check_encoded, natural_key, read_file
 from finetune.data.sources.stores import PartsStore
 from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.system.errors import UserError
@@ -23,7 +23,11 @@ class HuggingFaceStore(PartsStore):
         (cell,) = part[index].values()
         if cell is None:
             raise ImageError(self.name_of(row), "the cell is empty")
-        return cell["bytes"] if cell["bytes"] is not None else read_file(cell["path"])
+        if cell["bytes"] is None:
+            return read_file(cell["path"], self.max_pixels)
+        data: bytes = cell["bytes"]
+        check_encoded(self.name_of(row), len(data), self.max_pixels)
+        return data
 
     def stamp(self, row: int) -> str:
         """The library's fingerprint of the split, and the index in it."""
@@ -77,7 +81,7 @@ def _open(datasets: Any, name: str, conf: DataConf) -> Any:
             return datasets.load_from_disk(name)
         config = datasets.DownloadConfig(local_files_only=not (conf.download or os.path.exists(name)))
         return datasets.load_dataset(name, conf.subset, download_config=config)
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
+    except Exception as error:  # the library and its readers raise nearly any error on a damaged data set
         how = "" if conf.download else "; a data set of the hub that is not here yet needs data.download=true"
         raise UserError(f"data.name={name}: cannot be opened: {' '.join(str(error).split())[:300]}{how}") from error
 

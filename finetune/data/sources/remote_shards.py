@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from finetune.config import DataConf
 from finetune.data.caches.entries import GIB, cache_folder, size_of
 from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, fetch, length_of
+from finetune.data.sources.tar_files import tar_members
 from finetune.system.errors import UserError
+from finetune.system.limits import Limit, LimitError, in_bytes, text_limit
 from finetune.system.signals import at_once
 
 MEASURED = 32  # lengths that are asked for; those of more shards are estimated from these
 CLASS_FILES = ("classes.txt", "classnames.txt")  # lists with a class name a line, for labels that are numbers
-CLASS_FILE_BYTES = 2**22  # a longer file is no list of class names
 
 
 def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
@@ -38,8 +39,9 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
                 )
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                _check_room(num_bytes or 0, folder, conf.cache_gib)
-                _fetch_all(missing, _class_files_near(remotes[0]), folder, num_bytes)
+                room = _check_room(num_bytes or 0, folder, conf.cache_gib)
+                lists = {remote: text_limit(conf.max_text_mib) for remote in _class_files_near(remotes[0])}
+                _fetch_all(missing, lists, folder, num_bytes, room)
             except OSError as error:
                 raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
     return [remote.path_in(folder) for remote in remotes]
@@ -72,27 +74,42 @@ def _size(missing: Sequence[RemoteFile]) -> tuple[int | None, str]:
             return None, "of unknown size"
         total += length
     estimate = total * len(missing) // len(asked)
-    return estimate, f"{'about ' if len(asked) < len(missing) else ''}{estimate / GIB:.2f} GiB"
+    return estimate, f"{'about ' if len(asked) < len(missing) else ''}{in_bytes(estimate)}"
 
 
-def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> None:
-    """Raises UserError if `num_bytes` more do not fit on the disk or into `data.cache_gib`."""
-    needed, free, stored = (size / GIB for size in (num_bytes, shutil.disk_usage(folder).free, size_of(folder)))
-    problem = f"data.root: the shards need {needed:.2f} GiB more in {folder}"
-    if needed > free:
-        raise UserError(f"{problem}, where {free:.2f} GiB are free: choose another data.cache_dir")
-    if stored + needed > limit_gib:
-        both = f"which holds {stored:.2f} GiB of shards: together more than data.cache_gib={limit_gib:g}"
-        raise UserError(f"{problem}, {both}; raise it, or remove shards (finetune cache clear --kind shards)")
+def _check_room(num_bytes: int, folder: Path, limit_gib: float) -> Limit:
+    """How many bytes may be downloaded into `folder`, by its disk and by `data.cache_gib`.
+
+    Raises UserError if `num_bytes` do not fit.
+    """
+    free, stored = shutil.disk_usage(folder).free, size_of(folder)
+    problem = f"data.root: the shards need {in_bytes(num_bytes)} more in {folder}"
+    if num_bytes > free:
+        raise UserError(f"{problem}, where {in_bytes(free)} are free: choose another data.cache_dir")
+    room, mend = int(limit_gib * GIB) - stored, "remove shards (finetune cache clear --kind shards)"
+    if num_bytes > room:
+        both = f"which holds {in_bytes(stored)} of shards: together more than data.cache_gib={limit_gib:g}"
+        raise UserError(f"{problem}, {both}; raise it, or {mend}")
+    if free < room:
+        return Limit(free, "the disk is full then: choose another data.cache_dir")
+    return Limit(max(0, room), f"data.cache_gib={limit_gib:g} raises the limit, or {mend}")
 
 
-def _fetch_all(shards: Sequence[RemoteFile], lists: Sequence[RemoteFile], folder: Path, num_bytes: int | None) -> None:
+def _fetch_all(
+    shards: Sequence[RemoteFile],
+    lists: Mapping[RemoteFile, Limit],
+    folder: Path,
+    num_bytes: int | None,
+    room: Limit,
+) -> None:
+    """Download `lists`, each with the most bytes that it may have, and `shards`, which share the `room`."""
     with tqdm(total=num_bytes, desc="fetch shards", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        progress = Progress(bar)
+        progress = Progress(bar, room)
         # Before the shards, since a later start that finds every shard downloads nothing at all.
-        for class_list in lists:
-            with contextlib.suppress(MissingFileError):
-                fetch(class_list, folder, _check_class_file, progress)
+        for class_list, limit in lists.items():
+            # A longer file is most likely a web page, and no list of class names.
+            with contextlib.suppress(MissingFileError, LimitError):
+                fetch(class_list, folder, _check_class_file, Progress(bar, limit))
         # The threads of this pool are daemons: Ctrl-C does not wait for a server, as it would with concurrent.futures.
         with ThreadPool(4) as pool:
             try:
@@ -104,24 +121,14 @@ def _fetch_all(shards: Sequence[RemoteFile], lists: Sequence[RemoteFile], folder
 
 def _check_class_file(path: Path) -> None:
     # Some servers send a web page in the place of a missing file.
-    if path.stat().st_size > CLASS_FILE_BYTES or path.read_bytes().lstrip().startswith(b"<"):
+    if path.read_bytes().lstrip().startswith(b"<"):
         raise MissingFileError("it is no list of class names")
 
 
 def check_tar(path: Path) -> None:
     """Raises UserError if a file is not a whole tar archive, by its headers and its end."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for _ in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
-            check_end(path, tar.offset)
+        for _ in tar_members(str(path)):
+            pass
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"it is no whole tar archive: {error}") from error
-
-
-def check_end(path: Path, offset: int) -> None:
-    """Raises tarfile.ReadError unless a block of zeros begins at `offset`: a tar reader stops there, or at damage."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"it breaks off at byte {offset:,}")

@@ -6,11 +6,12 @@ Shards at a URL, or from a command, are downloaded once and read from the disk f
 
 import glob
 import json
+import math
 import os
 import re
 import tarfile
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images.decode import EXTENSIONS, ImageError, error_words, natural_key
+from finetune.data.images.decode import EXTENSIONS, ImageError, check_encoded, error_words, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.fetching import RemoteFile, is_remote
-from finetune.data.sources.remote_shards import CLASS_FILES, check_end, fetch_shards, fetched_class_files
+from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
+from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import SPLIT_WORDS, FoundImages, ImageStore
 from finetune.system.errors import UserError
+from finetune.system.limits import NAME, Limit, read_text, text_limit
 
-MAX_SHARDS = 1_000_000  # in one pattern; a larger number is a typing mistake
+SHARDS = Limit(1_000_000, "a larger number is most likely a typing mistake", "shards")  # in one pattern
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}")
 LAYOUT = "expected .tar shards with pairs such as 0001.jpg and 0001.cls (a class number or name)"
 
 
@@ -53,6 +57,7 @@ class ShardStore(ImageStore):
     def read(self, row: int) -> bytes:
         """The bytes of the image file; raises ImageError."""
         shard, offset, size = self._places[row].tolist()
+        check_encoded(self.name_of(row), size, self.max_pixels)
         try:
             with open(self._shards[shard], "rb") as file:
                 file.seek(offset)
@@ -95,11 +100,11 @@ def find_shards(conf: DataConf) -> FoundImages:
     shards = _list_shards(conf)
     index = _Index()
     for number, shard in enumerate(shards):
-        _read_shard(shard, number, conf.label_column, index)
+        _read_shard(shard, number, conf, index)
     root = "::".join(_name(part) for part in _parts(conf))
     if not index.keys:
         raise UserError(f"data.root={root}: no images in {len(shards)} shards; {LAYOUT}")
-    classes, labels = _classes(_class_files(shards[0], conf), index.labels)
+    classes, labels = _classes(_class_files(shards[0], conf), index.labels, text_limit(conf.max_text_mib))
     keys = PackedStrings(index.keys)
     return FoundImages(
         store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)),
@@ -171,48 +176,61 @@ def _with_splits(shards: Collection[Shard]) -> Collection[Shard]:
     return [replace(shard, split=split or 0) for shard, split in splits.items()]
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
+def _expand_braces(pattern: str) -> list[str]:
     """`{train,val}-{000..012}.tar` -> each of the 26 names."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    first, last, words = found.groups()
-    middles: Iterable[str] = words.split(",") if words else ()
-    if not words:
-        if abs(int(last) - int(first)) > MAX_SHARDS:
-            raise UserError(f"data.root={_name(pattern)}: more than {MAX_SHARDS:,} shards")
-        step = 1 if int(first) <= int(last) else -1
-        middles = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step))
-    for middle in middles:
-        yield from _expand_braces(f"{pattern[: found.start()]}{middle}{pattern[found.end() :]}")
+    subject = f"data.root={_name(pattern)[:200]}"
+    SHARDS.check(subject, math.prod(len(_middles(found)) for found in _BRACES.finditer(pattern)))
+    names = [pattern]
+    while found := _BRACES.search(names[0]):
+        # Every name has as many braces, since what stands in their place holds none.
+        SHARDS.check(subject, len(names) * len(_middles(found)))
+        matches = [match for name in names if (match := _BRACES.search(name))]
+        names = [
+            f"{match.string[: match.start()]}{middle}{match.string[match.end() :]}"
+            for match in matches
+            for middle in _middles(match)
+        ]
+    return names
 
 
-def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> None:
+def _middles(braces: re.Match[str]) -> Sequence[str]:
+    """What `_BRACES` stands for: the words, or the numbers with as many digits as the first one."""
+    first, last, words = braces.groups()
+    if words:
+        return str(words).split(",")
+    for end in (first, last):
+        SHARDS.check(f"data.root: {braces[0][:200]}", 0 if len(end) < 19 else 10**18)
+    count = abs(int(last) - int(first)) + 1
+    SHARDS.check(f"data.root: {braces[0]}", count)
+    step = 1 if int(first) <= int(last) else -1
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step)]
+
+
+def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index) -> None:
     """Add the images of a shard to `index`. Files of one sample share the name up to its first dot."""
+    texts = text_limit(conf.max_text_mib)
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(shard.path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the archive
-                folder, _, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                if not member.isfile() or not stem:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                if f".{ending.lower()}" in EXTENSIONS:
-                    if key in images:
-                        both = f"{images[key][0]} and {member.name}"
-                        raise UserError(f"data.root: {shard.name}: {both} are both the image of {key}")
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif ending in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    assert content is not None, "it is a file"
-                    label = _label(content.read(), ending, label_key)
-                    if label is not None and (ending == "cls" or key not in labels):
-                        labels[key] = label
-            check_end(Path(shard.path), tar.offset)
+        for member, tar in tar_members(shard.path):
+            folder, _, file = member.name.rpartition("/")
+            stem, _, ending = file.partition(".")
+            if not stem:
+                continue
+            key = f"{folder}/{stem}" if folder else stem
+            if f".{ending.lower()}" in EXTENSIONS:
+                if key in images:
+                    both = f"{images[key][0]} and {member.name}"
+                    raise UserError(f"data.root: {shard.name}: {both} are both the image of {key}")
+                images[key] = (member.name, member.offset_data, member.size)
+            elif ending in ("cls", "json"):
+                subject = f"data.root: {shard.name}: {member.name}"
+                texts.check(subject, member.size)
+                tar.seek(member.offset_data)
+                label = _label(tar.read(member.size), ending, conf.label_column)
+                if label is not None and (ending == "cls" or key not in labels):
+                    NAME.check(f"{subject}: the label", len(label))
+                    labels[key] = label
     except PermissionError as error:
         raise UserError(f"data.root: {shard.path} may not be read (permission denied); change its rights") from error
     except (tarfile.TarError, OSError) as error:
@@ -221,7 +239,9 @@ def _read_shard(shard: Shard, number: int, label_key: str, index: _Index) -> Non
     without_label = [name for key, (name, _, _) in images.items() if key not in labels]
     if without_label:
         some = f"{len(without_label):,} images have no label, such as {', '.join(without_label[:5])}"
-        raise UserError(f"data.root: {shard.name}: {some}; {LAYOUT}, or a .json with {label_key!r} (data.label_column)")
+        raise UserError(
+            f"data.root: {shard.name}: {some}; {LAYOUT}, or a .json with {conf.label_column!r} (data.label_column)"
+        )
     for key, (name, offset, size) in images.items():
         index.places.extend((number, offset, size))
         index.keys.append(f"{os.path.basename(shard.name)}/{name}")
@@ -234,7 +254,7 @@ def _label(content: bytes, ending: str, label_key: str) -> str | None:
         if ending == "cls":
             return content.decode("utf-8").strip() or None
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return str(value[label_key]) or None if isinstance(value, dict) and label_key in value else None
 
@@ -248,7 +268,7 @@ def _class_files(first: Shard, conf: DataConf) -> list[Path]:
     return [place for place in places if place.is_file()]
 
 
-def _classes(files: Sequence[Path], labels: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+def _classes(files: Sequence[Path], labels: Sequence[str], limit: Limit) -> tuple[tuple[str, ...], Tensor]:
     """Class names and labels, int64 (n,).
 
     If labels are numbers and there is a list of class names, they are line numbers of the list, from 0. Else the labels
@@ -256,10 +276,11 @@ def _classes(files: Sequence[Path], labels: Sequence[str]) -> tuple[tuple[str, .
     """
     if files and all(label.isdecimal() for label in labels):
         path = files[0]
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = read_text(path, f"data.root: {path}", limit).splitlines()
+        names = tuple(line.strip() for line in lines if line.strip())
         highest = max(map(int, labels))
         if highest >= len(names) or len(set(names)) < len(names):
-            expected = f"one for each label up to {highest}, all different"
+            expected = f"one for each label up to {str(highest)[:20]}, all different"
             raise UserError(f"{path}: has {len(names)} names, expected {expected}")
         return names, torch.tensor([int(label) for label in labels], dtype=torch.int64)
     names = tuple(sorted(set(labels), key=natural_key))

@@ -21,11 +21,11 @@ class FileStore(ImageStore):
 
     def header(self, row: int) -> Header:
         """Size and mode, from the first bytes of the file; raises ImageError."""
-        return read_header(self.name_of(row))
+        return read_header(self.name_of(row), self.max_pixels)
 
     def read(self, row: int) -> bytes:
         """The bytes of the file; raises ImageError."""
-        return read_file(self.name_of(row))
+        return read_file(self.name_of(row), self.max_pixels)
 
     def stamp(self, row: int) -> str:
         """Path, size and time of the last change; raises ImageError if there is no such file."""

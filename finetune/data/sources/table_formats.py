@@ -4,16 +4,20 @@ import csv
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from operator import itemgetter
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from finetune.config import nearest
 from finetune.system.errors import UserError
+from finetune.system.limits import COLUMNS, BoundedLines, Limit
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": "", ".pq": ""}
 ROWS = 16_384  # in a block
+BLOCK_LETTERS = 2**26  # after which a block ends with the row
+SHOWN, NAME = 20, 80  # columns that a message names, and letters of each
 
 
 class ColumnBlock(NamedTuple):
@@ -23,8 +27,8 @@ class ColumnBlock(NamedTuple):
     columns: Sequence[Sequence[Any]]  # for each wanted column the cells, one a row
 
 
-def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
-    """Yield all rows of the table at `path`, with the columns called `wanted` in that order.
+def read_blocks(path: str, wanted: Sequence[str], limit: Limit) -> Iterator[ColumnBlock]:
+    """Yield all rows of the table at `path`, with the columns called `wanted` in that order; a row has a `limit`.
 
     Raises UserError if the format is unknown, the file cannot be read, or a column or a cell is missing.
     """
@@ -33,32 +37,48 @@ def read_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
         if ending not in SEPARATORS:
             raise UserError(f"expected a name that ends in {' '.join(SEPARATORS)}; .gz may follow")
         is_text = ending not in (".parquet", ".pq")
-        yield from _text_blocks(path, wanted, SEPARATORS[ending]) if is_text else _parquet_blocks(path, wanted)
+        yield from _text_blocks(path, wanted, SEPARATORS[ending], limit) if is_text else _parquet_blocks(path, wanted)
     except UserError as error:
         raise UserError(f"data.table={path}: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.table={path}: cannot be read: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"data.table={path}: reading it takes more memory than is free; cut it into several") from error
 
 
-def _text_blocks(path: str, wanted: Sequence[str], separator: str) -> Iterator[ColumnBlock]:
+def _text_blocks(path: str, wanted: Sequence[str], separator: str, limit: Limit) -> Iterator[ColumnBlock]:
     opener: Any = gzip.open if path.lower().endswith(".gz") else open
     width = 1 + len(wanted)
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = _csv_rows(file, wanted, separator) if separator else _json_rows(file, wanted)
+        lines = BoundedLines(file, "", limit)
+        rows = _csv_rows(lines, wanted, separator, limit) if separator else _json_rows(lines, wanted)
         # Flat lists of cells. A stored tuple a row would start the garbage collector again and again, which takes four
         # times as long as reading.
-        while cells := list(chain.from_iterable(islice(rows, ROWS))):
+        while cells := list(chain.from_iterable(_next_rows(rows, lines))):
             numbers, *columns = (cells[place::width] for place in range(width))
             yield ColumnBlock(numbers, columns)
 
 
-def _csv_rows(file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[Sequence[Any]]:
+def _next_rows(rows: Iterator[Sequence[Any]], lines: BoundedLines) -> Iterator[Sequence[Any]]:
+    """The rows of the next block: `ROWS`, or fewer long ones, so that a block never takes much memory."""
+    end = lines.total + BLOCK_LETTERS
+    for row in islice(rows, ROWS):
+        yield row
+        if lines.total > end:
+            return
+
+
+def _csv_rows(lines: BoundedLines, wanted: Sequence[str], separator: str, limit: Limit) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each row below the header."""
-    reader = csv.reader(file, delimiter=separator, strict=True)
+    csv.field_size_limit(limit.most)  # of the whole process; by default 128 KiB
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        COLUMNS.check("the first line", len(header))
         wanted_of = itemgetter(*[_place(name, header) for name in wanted])  # two columns or more
+        lines.taken = 0
         for cells in reader:
+            lines.taken = 0  # a row may go over several lines
             if len(cells) == len(header):
                 yield (reader.line_num, *wanted_of(cells))
             elif cells:  # an empty line has none
@@ -68,15 +88,20 @@ def _csv_rows(file: IO[str], wanted: Sequence[str], separator: str) -> Iterator[
         raise UserError(f"row {reader.line_num}: {error}") from error
 
 
-def _json_rows(file: IO[str], wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
+def _json_rows(lines: BoundedLines, wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each line that is not empty."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(lines, start=1):
+        lines.taken = 0
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UserError(f"row {number} is no JSON: {error}") from error
+        except ValueError as error:
+            raise UserError(f"row {number} holds a number of more than 4,300 digits") from error
+        except RecursionError as error:
+            raise UserError(f"row {number}: brackets stand in more brackets than are read") from error
         if not isinstance(row, dict):
             raise UserError(f'row {number}: expected an object such as {{"{wanted[0]}": ...}}')
         for name in wanted:
@@ -94,6 +119,7 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
     try:
         with parquet.ParquetFile(path) as file:
             for name in wanted:
+                COLUMNS.check("the table", len(file.schema_arrow.names))
                 _place(name, file.schema_arrow.names)
             rows = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=list(dict.fromkeys(wanted))):
@@ -111,6 +137,7 @@ def _place(name: str, header: Sequence[str]) -> int:
 
 
 def _no_column(name: str, header: Sequence[str]) -> str:
-    known = ", ".join(header) or "nothing"
+    known = ", ".join(name[:NAME] for name in header[:SHOWN]) or "nothing"
+    known += f" and {len(header) - SHOWN:,} more" * (len(header) > SHOWN)
     keys = "data.path_column, data.label_column and data.split_column name the columns"
     return f"has no column {name}{nearest(name, header)}; it has {known} ({keys})"

@@ -20,6 +20,7 @@ from finetune.data.sources.table_formats import ColumnBlock, read_blocks
 from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
+from finetune.system.limits import CLASSES, NAME, check_memory, text_limit
 
 MAX_LISTED = 20  # rows that one message names
 
@@ -83,13 +84,14 @@ def find_table(conf: DataConf) -> FoundImages:
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
     rows = _Rows(several=True if conf.label_separator else None)
     wanted = [conf.path_column, conf.label_column, *([conf.split_column] if conf.split_column else [])]
-    names = PackedStrings(_usable_paths(read_blocks(path, wanted), conf, rows))
+    names = PackedStrings(_usable_paths(read_blocks(path, wanted, text_limit(conf.max_text_mib)), conf, rows))
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
         listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
         raise UserError(f"data.table={path}: {rows.num_problems:,} rows cannot be used: {listed}")
     if not len(names):
         raise UserError(f"data.table={path}: has no rows; expected a line an image below the names of the columns")
+    CLASSES.check(f"data.table={path}: data.label_column={conf.label_column}", len(rows.known))
     classes = tuple(sorted(rows.known, key=natural_key))
     labels = _labels(rows, classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
@@ -114,6 +116,10 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
             try:
                 if not isinstance(path, str) or not path.strip():
                     raise _RowError(f"has no {conf.path_column}")
+                if len(path) > NAME.most:
+                    raise _RowError(
+                        f"has a {conf.path_column} of {len(path):,} letters, at most {NAME.most:,} are read"
+                    )
                 # By type, too: of equal numbers 1 is the class "1" and True is the class "True".
                 key = (type(label), str(label))
                 if key not in ids_of_cell:
@@ -137,7 +143,7 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
 def _split_of(cell: Any, conf: DataConf) -> int:
     split = SPLIT_WORDS.get(str(cell).strip().lower())
     if split is None:
-        raise _RowError(f"has {conf.split_column}={cell!r}, expected one of {', '.join(SPLITS)}")
+        raise _RowError(f"has {conf.split_column}={str(cell)[:40]!r}, expected one of {', '.join(SPLITS)}")
     return split
 
 
@@ -163,6 +169,8 @@ def _labels_of(label: Any, conf: DataConf, rows: _Rows) -> Sequence[str]:
             raise _RowError(f"has no {column}")
         if isinstance(cell, (float, dict, list)):
             raise _RowError(f"has {column}={str(cell)[:40]!r}")
+        if len(str(cell)) > NAME.most:
+            raise _RowError(f"has a {column} of {len(str(cell)):,} letters, at most {NAME.most:,} are read")
         words.append(str(cell).strip())
     return list(dict.fromkeys(words))
 
@@ -175,6 +183,8 @@ def _labels(rows: _Rows, classes: Sequence[str]) -> Tensor:
     if not rows.several:
         return labels
     counts = torch.from_numpy(np.array(rows.label_counts))
+    subject = f"the table of {len(counts):,} images and {len(classes):,} classes"
+    check_memory(subject, 4 * len(counts) * len(classes), "is data.label_column the right column?")
     table = torch.zeros(len(counts), len(classes))
     table[torch.repeat_interleave(torch.arange(len(counts)), counts), labels] = 1
     return table

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finetune.config import TemplateSet, nearest
 from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
+from finetune.system.limits import NAMES, read_text
 
 PROMPTS_AT_ONCE = 256  # read by the text tower; bounds the memory, and the features do not depend on it
 
@@ -43,10 +44,12 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
         return list(classes)
     if not path.is_file():
         raise FileNotFoundError(f"model.class_names={path}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = read_text(path, f"model.class_names={path}", NAMES)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and all("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines)
-        unknown = [name for name in named if name not in classes]
+        known = set(classes)
+        unknown = [name for name in named if name not in known]
         if unknown:
             problem = f"{unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
             raise UserError(f"model.class_names={path} names {problem}")

@@ -1,0 +1,152 @@
+"""Sizes that files and settings claim are checked here, before memory, disk or file handles are asked for.
+
+Every refusal is one line: what was claimed, the limit, and the key that raises it; where no key does, what to do.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from finetune.system.errors import UserError
+from finetune.system.memory import free_memory
+
+if sys.platform != "win32":  # which has no limit of this kind
+    import resource
+
+MIB = 2**20
+SPARE_FILES = 64  # file handles that libraries, logs and sockets take beside those that a run counts
+
+
+class LimitError(UserError):
+    """A size above a limit."""
+
+
+def in_bytes(num_bytes: float) -> str:
+    """A size in the largest unit that it fills: `0 bytes`, `7.9 KiB`, `1.50 GiB`; all sizes in messages look so."""
+    size, units = float(num_bytes), ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    for unit in units:
+        if round(abs(size)) < 1024 or unit == units[-1]:
+            break
+        size /= 1024
+    if unit == "bytes":
+        return f"{size:.0f} bytes" if size != 1 else "1 byte"
+    return f"{size:,.2f} {unit}" if size < 9.995 else f"{size:,.1f} {unit}" if size < 99.95 else f"{size:,.0f} {unit}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that one thing may hold."""
+
+    most: int
+    mend: str  # the key that raises the limit, or what to do where none does; it ends the message
+    unit: str = ""  # what is counted, such as `columns`; empty: bytes
+
+    def check(self, subject: str, number: int) -> None:
+        """A LimitError where `subject`, such as `data.table=x.csv: row 3`, claims a larger `number`."""
+        if number > self.most:
+            raise LimitError(
+                f"{subject}: has {self._words(number)}, and at most {self._words(self.most)} are read; {self.mend}"
+            )
+
+    def error(self, subject: str) -> LimitError:
+        """The error for a `subject` that goes on after `most`, where nobody knows how long."""
+        return LimitError(f"{subject}: has more than {self._words(self.most)}; {self.mend}")
+
+    def _words(self, number: int) -> str:
+        return f"{number:,} {self.unit}" if self.unit else in_bytes(number)
+
+
+def image_limit(max_image_mib: int) -> Limit:
+    """The bytes of one decoded image, three a pixel."""
+    return Limit(max_image_mib * MIB, f"data.max_image_mib (now {max_image_mib}) raises the limit")
+
+
+def text_limit(max_text_mib: int) -> Limit:
+    """The bytes of one text: a row of a table, a json or label of a shard, a list of class names."""
+    return Limit(max_text_mib * MIB, f"data.max_text_mib (now {max_text_mib}) raises the limit")
+
+
+NAMES = Limit(16 * MIB, "that is no list of class names")
+CLASSES = Limit(1_000_000, "is it really the class that is read as the label?", "classes")
+NAME = Limit(4096, "a path or the name of a class is shorter", "letters")
+COLUMNS = Limit(100_000, "leave out columns that no key names", "columns")
+
+
+def check_memory(subject: str, num_bytes: int, mend: str) -> None:
+    """A LimitError where `subject` needs more bytes of memory than this process can take now.
+
+    Only for what is certainly needed at once: an estimate that is too high would refuse a run that fits.
+    """
+    free = free_memory()
+    if free is not None and num_bytes > free:
+        raise LimitError(f"{subject} needs {in_bytes(num_bytes)} of memory, {in_bytes(free)} are free; {mend}")
+
+
+def check_open_files(needed: int, mend: str) -> None:
+    """Make sure that this process may have `needed` files open, and some spare ones; raises its own limit if it may.
+
+    Raises:
+        LimitError: The system allows fewer; `mend` says what needs fewer.
+    """
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed += SPARE_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard == resource.RLIM_INFINITY or needed <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return
+    raise LimitError(
+        f"this run opens up to {needed} files, and the system allows {hard}; `ulimit -n {needed}` raises that, {mend}"
+    )
+
+
+def read_text(path: Path, subject: str, limit: Limit) -> str:
+    """The text of a UTF-8 file of a person's, with or without a byte order mark; `subject` names it, with its key.
+
+    Raises:
+        LimitError: The file is longer than `limit`.
+        UserError: The file is no UTF-8.
+        OSError: The file cannot be read; the text of the error begins with `subject`.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit.most + 1)
+            if len(data) > limit.most:
+                size = os.fstat(file.fileno()).st_size
+                limit.check(subject, max(size, len(data)))
+    except OSError as error:
+        raise OSError(f"{subject}: cannot be read: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{subject}: line {line} is no UTF-8 text; save the file as UTF-8") from error
+
+
+class BoundedLines(Iterator[str]):
+    """The lines of a text file, where a line, or several that make one record, are never longer than a limit."""
+
+    def __init__(self, file: IO[str], subject: str, limit: Limit) -> None:
+        """Read `file`; its letters count as bytes."""
+        self._file, self._subject, self._limit = file, subject, limit
+        self.number = 0  # of the last line, from 1
+        self.total = 0  # letters of all lines
+        self.taken = 0  # letters since the last record ended; whoever reads records sets it to 0 after each
+
+    def __next__(self) -> str:
+        """The next line with its line break; raises LimitError."""
+        rest = self._limit.most - self.taken
+        line = self._file.readline(rest + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.taken += len(line)
+        self.total += len(line)
+        if len(line) > rest:
+            raise self._limit.error(f"{self._subject}row {self.number}")
+        return line
