@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import PrefixCache
-from finetune.prefix.store import ActivationBlock, Fill, build_in_memory, open_on_disk
+from finetune.prefix.store import ActivationBlock, Fill, build_in_memory, is_whole, open_on_disk
 from finetune.prefix.sweep_memory import BlockKey, SweepMemory
 
 
@@ -25,9 +25,9 @@ class ActivationCache:
     folder: Path  # the blocks of kind disk, which every run with the same cache folder shares
 
     def has(self, view: int) -> bool:
-        """Whether the block of a view exists; a block on disk is not read for that."""
+        """Whether the block of a view is there, and not damaged as far as its size and description say."""
         if self.kind == PrefixCache.disk:
-            return os.path.isdir(self._path(view))
+            return os.path.isdir(self._path(view)) and is_whole(self._path(view), self.slots)
         return self._key(view) in self.memory.blocks
 
     def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:

@@ -19,6 +19,7 @@ from finetune.prefix.cache import ActivationCache
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.store import ActivationBlock, BlockBuilder
 from finetune.system.progress import Bar
+from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
 
@@ -59,6 +60,7 @@ class Feed:
         self._blocks: dict[int, ActivationBlock] = {}
         self._began = self._waited_s = 0.0  # of the current epoch
         self._fill_s = self._fill_waited_s = 0.0  # of `fill` before it
+        self._has_told_of_damage = False
         self._was_computed = False  # whether `fill` ran the frozen layers
 
     def __len__(self) -> int:
@@ -145,9 +147,12 @@ class Feed:
         slots = self._first_slot[samples] + occurrences
         present = block.present[slots]  # images that could be read
         counts = [int(part.sum()) for part in torch.split(present, size)] if len(slots) else []
+        rows = block.rows_of(slots[present])
         is_at_hand = cache.kind != PrefixCache.disk and block.values.device.type == self._device.type
-        read = self._indexed if is_at_hand else self._prefetched
-        values_of = read(block.values, block.rows_of(slots[present]), counts)
+        if is_at_hand:
+            values_of = self._indexed(block.values, rows, counts)
+        else:
+            values_of = self._prefetched(block, rows, counts, self._loader.view(epoch))
         for number, (values, ids) in enumerate(zip(values_of, torch.split(samples[present], counts), strict=True)):
             if not len(ids):
                 raise ImageError(split.name_of(int(samples[number * size])), "no image of a batch can be read")
@@ -158,22 +163,50 @@ class Feed:
         for part in torch.split(sent(rows, self._device), counts):
             yield values[part]
 
-    def _prefetched(self, values: Tensor, rows: Tensor, counts: list[int]) -> Iterator[Tensor]:
+    def _prefetched(self, block: ActivationBlock, rows: Tensor, counts: list[int], view: int) -> Iterator[Tensor]:
         """The same from another memory or the disk: a thread reads `PREFETCH` batches ahead of the loop."""
+        pin = self._device.type == "cuda"
         with ThreadPoolExecutor(1) as pool:
-            waiting: list[Future[Tensor]] = []
+            waiting: list[tuple[Future[Tensor | None], Tensor]] = []
             for part in torch.split(rows, counts):
-                waiting.append(pool.submit(_read, values, part, pin=self._device.type == "cuda"))
+                waiting.append((pool.submit(_read, block, part, pin=pin), part))
                 if len(waiting) > PREFETCH:
-                    yield self._arrived(waiting.pop(0))
-            for future in waiting:
-                yield self._arrived(future)
+                    yield self._arrived(block, *waiting.pop(0), view)
+            for future, part in waiting:
+                yield self._arrived(block, future, part, view)
 
-    def _arrived(self, future: Future[Tensor]) -> Tensor:
+    def _arrived(self, block: ActivationBlock, future: Future[Tensor | None], rows: Tensor, view: int) -> Tensor:
         began = time.perf_counter()
         values = future.result()
         self._waited_s += time.perf_counter() - began
+        if values is None:
+            self._mend(block, rows, view)
+            values = _read(block, rows, pin=self._device.type == "cuda")
+            assert values is not None, "mended just now"
         return sent(values, self._device)
+
+    def _mend(self, block: ActivationBlock, rows: Tensor, view: int) -> None:
+        """Compute the damaged ones of `rows` of a block on disk again.
+
+        No worker starts: the thread that saves may hold a lock, which a process forked now would wait for.
+        """
+        assert self._prefix is not None and block.records is not None
+        damaged = torch.tensor(block.damaged(rows), dtype=torch.int64)
+        if len(damaged) and not self._has_told_of_damage:
+            text = "%s: cached activations are damaged: they are computed again, and the file is mended"
+            logger.warning(text, printable(str(block.records.path)))
+            self._has_told_of_damage = True
+        for part in torch.split(damaged, self._loader.batch_size):
+            slots = block.present.nonzero().flatten()[part]
+            asked = self._slot_samples()[slots]
+            images, _, ids = self._loader.make_now(Showings(asked, slots - self._first_slot[asked]), view)
+            names = [self._loader.split.name_of(sample) for sample in asked.tolist()]
+            for name, is_read in zip(names, torch.isin(asked, ids).tolist(), strict=True):
+                if not is_read:
+                    raise ImageError(name, "its cached activations are damaged, and it cannot be read any more")
+            for name, row, values in zip(names, part.tolist(), self._prefix(images), strict=True):
+                if not block.mend(row, values):
+                    logger.warning("%s gives other activations than those that were cached", printable(name))
 
     def _slot_samples(self) -> Tensor:
         """The image of each slot, int64 (slots,)."""
@@ -205,6 +238,9 @@ class Feed:
             self._loader.close()
 
 
-def _read(values: Tensor, rows: Tensor, *, pin: bool) -> Tensor:
-    batch = values[rows]
+def _read(block: ActivationBlock, rows: Tensor, *, pin: bool) -> Tensor | None:
+    """The activations of `rows`; None if some of them are damaged."""
+    if block.damaged(rows):
+        return None
+    batch = block.values[rows]
     return batch.pin_memory() if pin else batch

@@ -2,30 +2,34 @@
 
 A block on disk is a folder whose name changes with everything that its numbers depend on, so an outdated block is never
 found. It is written beside its place and then renamed, under a lock: a killed run leaves no half block, and of two runs
-that want the same block one waits and then reads.
+that want the same block one waits and then reads. Every row has a checksum, which is compared when the row is first
+read: so a block of any size opens at once.
 """
 
 import contextlib
 import json
-import logging
+import math
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from finetune.data.caches.entries import beside, lock_of, made_once, mark_used
+from finetune.data.caches.entries import beside
+from finetune.data.caches.opening import open_entry
+from finetune.data.caches.records import CheckedRecords
 from finetune.system.errors import UserError
-from finetune.system.files import write_text
-from finetune.system.locks import file_lock
-
-logger = logging.getLogger("finetune")
+from finetune.system.files import sync_folder, write_text
+from finetune.system.reading import DamagedError, read_json
+from finetune.system.seals import SealedFile, damaged_if_unreadable, seal_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +44,16 @@ class ActivationBlock:
     values: Tensor  # (rows, ...), in the order of the slots
     present: Tensor  # bool (slots,) on the host: False where the image cannot be read
     native: torch.dtype  # in which the layers above take the activations
+    records: CheckedRecords | None = None  # the rows of a block on disk
+
+    def damaged(self, rows: Tensor) -> list[int]:
+        """Those of `rows`, int64 (n,), that are not what was written."""
+        return [] if self.records is None else self.records.damaged(rows.tolist())
+
+    def mend(self, row: int, values: Tensor) -> bool:
+        """Put activations, computed again, into a damaged row; whether they are what was written."""
+        assert self.records is not None
+        return self.records.mend(row, _as_bytes(values))
 
     def rows_of(self, slots: Tensor) -> Tensor:
         """The rows of slots that are present. int64 (n,) -> int64 (n,)."""
@@ -109,17 +123,31 @@ class FileBuilder(BlockBuilder):
         super().__init__(slots)
         self.shape: tuple[int, ...] = ()  # of an image's activations
         self.dtype = torch.float32
-        self.checksum = 0
+        self.sums = array("I")  # of each row
         self._folder = path.parent.parent
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def _append(self, values: Tensor) -> None:
-        data = values.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
         self.shape, self.dtype = values.shape[1:], values.dtype
-        self.checksum = zlib.crc32(data, self.checksum)
+        data = _as_bytes(values).numpy().data
+        self.sums.extend(
+            zlib.crc32(data[start : start + self.row_bytes]) for start in range(0, len(data), self.row_bytes)
+        )
+        self._write(data)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image's activations."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def _write(self, data: memoryview | bytes) -> None:
         with _write_errors(self._folder):
             while data:
                 data = data[self._file.write(data) :]
+
+    def seal(self) -> None:
+        """Write the checksums, once all rows are there."""
+        self._write(seal_of(self.sums, self.rows * self.row_bytes, self.row_bytes))
 
     def close(self) -> None:
         """Wait until all of it is on the disk."""
@@ -154,44 +182,16 @@ def open_on_disk(
     `check` is called while another run builds the block; an exception from it ends the wait. Raises OSError if the
     folder cannot be written, or the disk is full or does not give back what was written; UserError as `BlockBuilder`.
     """
-    was_built = False
-
-    def make() -> None:
-        nonlocal was_built
-        _write(place, slots, fill)
-        was_built = True
-
-    while (block := _find(place, slots)) is None:
-        if was_built:
-            raise OSError(f"{place} was written just now and reads otherwise: is the disk sound?")
-        made_once(place, make, check)
-    mark_used(place)
-    return block, was_built
+    return open_entry(place, lambda: _read(place, slots), lambda: _write(place, slots, fill), check)
 
 
-def _find(place: Path, slots: int) -> ActivationBlock | None:
-    """The block in the folder `place`, if it is there; a damaged one is removed, with a warning."""
-    if not os.path.isdir(place):  # False, too, for a folder that may not be looked at
-        return None
-    block, _ = _read(place, slots)
-    if block is None:
-        with file_lock(lock_of(place)):
-            block, reason = _read(place, slots)  # another run may have built it anew meanwhile
-            if block is None and place.is_dir():
-                logger.warning("the cached activations in %s are damaged (%s): they are computed again", place, reason)
-                _remove(place)
-    return block
-
-
-def _remove(place: Path) -> None:
-    """Remove a damaged block in one move; only for the process that holds its lock. Runs that have mapped it go on."""
-    gone = beside(place)
+def is_whole(place: Path, slots: int) -> bool:
+    """Whether the folder `place` holds a block that `open_on_disk` would not build anew; its rows are not read."""
     try:
-        os.rename(place, gone)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{place} is damaged and cannot be removed: {reason}; remove it by hand") from error
-    shutil.rmtree(gone, ignore_errors=True)
+        _read(place, slots)
+    except DamagedError:
+        return False
+    return True
 
 
 def _write(place: Path, slots: int, fill: Fill) -> None:
@@ -202,47 +202,59 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
             builder = FileBuilder(slots, folder / "activations")
         with contextlib.closing(builder):
             builder.fill(fill)
+            builder.seal()
         meta = {
             "shape": [builder.rows, *builder.shape],
             "dtype": str(builder.dtype).removeprefix("torch."),
             "native": str(builder.native).removeprefix("torch."),
-            "checksum": builder.checksum,
             "present": np.packbits(builder.present.numpy()).tobytes().hex(),
         }
         with _write_errors(place.parent):
             write_text(folder / "meta.json", json.dumps({**meta, "own_checksum": _json_checksum(meta)}))
+            sync_folder(folder)
             os.rename(folder, place)
+            sync_folder(place.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(place: Path, slots: int) -> tuple[ActivationBlock | None, str]:
-    """The block, or None and how it is damaged."""
-    path = place / "activations"
+class _Meta(TypedDict):
+    shape: list[Annotated[int, Meta(ge=0)]]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    native: Literal["float32", "float16", "bfloat16"]
+    present: str  # a bit for each slot, hexadecimal
+    own_checksum: int
+
+
+def _read(place: Path, slots: int) -> ActivationBlock:
+    """The block; a DamagedError if its description or its size is not what was written. No row is read yet."""
+    path, described = place / "activations", place / "meta.json"
     try:
-        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        if meta.pop("own_checksum") != _json_checksum(meta):
-            return None, "its description is not what was written"
-        if _checksum(path) != meta["checksum"]:
-            return None, "its content is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, str(error).splitlines()[0]
-    bits = np.frombuffer(bytes.fromhex(meta["present"]), dtype=np.uint8)
-    present = torch.from_numpy(np.unpackbits(bits, count=slots).astype(bool))
-    # Mapped as bytes, because numpy does not know bfloat16. A write would change only this process's copy.
-    data = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
-    values = data.view(DTYPES[meta["dtype"]]).view(meta["shape"])
-    return ActivationBlock(values, present, DTYPES[meta["native"]]), ""
+        meta = read_json(described, _Meta)
+        sealed = SealedFile(path)
+    except FileNotFoundError as error:
+        raise DamagedError.because(Path(error.filename), "it is missing") from None
+    plain: dict[str, Any] = {name: value for name, value in meta.items() if name != "own_checksum"}
+    if meta["own_checksum"] != _json_checksum(plain):
+        raise DamagedError.because(described, "its checksum differs from what was written")
+    with damaged_if_unreadable(described):
+        bits = np.frombuffer(bytes.fromhex(meta["present"]), dtype=np.uint8)
+        present = torch.from_numpy(np.unpackbits(bits, count=slots).astype(bool))
+    dtype, (rows, *shape) = DTYPES[meta["dtype"]], meta["shape"] or [0]
+    row_bytes = math.prod(shape) * dtype.itemsize
+    if rows != int(present.sum()) or (sealed.size, sealed.block) != (rows * row_bytes, row_bytes):
+        raise DamagedError.because(path, f"it does not hold {rows:,} rows of {row_bytes:,} bytes")
+    bounds = np.arange(rows + 1, dtype=np.int64) * row_bytes
+    records = CheckedRecords(path, bounds, np.frombuffer(sealed.sums, dtype=np.uint32))
+    # Mapped as bytes, because numpy does not know bfloat16.
+    values = records.data.view(dtype).view(meta["shape"])
+    return ActivationBlock(values, present, DTYPES[meta["native"]], records)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """The bytes of a tensor in host memory, uint8 (bytes,)."""
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def _json_checksum(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file. Reading it through also brings it into the system's file cache, as far as that reaches."""
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**26):  # 64 MiB at a time
-            value = zlib.crc32(piece, value)
-    return value

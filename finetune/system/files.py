@@ -36,7 +36,7 @@ def write_atomic(
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     if is_durable:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
@@ -51,7 +51,7 @@ def link_or_copy(source: Path, path: Path) -> None:
     Only for files that are replaced and never written into, since both names may share their content.
     """
     if _second_name(source, path):
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     else:
         write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
 
@@ -92,7 +92,7 @@ def jsonable(data: Any) -> Any:
     return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
     if os.name != "posix":  # Windows cannot open folders
         return

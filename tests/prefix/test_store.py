@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from finetune.config import PrefixCache
+from finetune.data.caches import opening
 from finetune.prefix import feed as feed_module
-from finetune.prefix import store
 from finetune.prefix.feed import Feed
-from finetune.prefix.store import BlockBuilder, build_in_memory, open_on_disk
+from finetune.prefix.store import ActivationBlock, BlockBuilder, build_in_memory, open_on_disk
 
 CPU = torch.device("cpu")
 
@@ -45,15 +45,16 @@ def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.Mon
     """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
     asked, read = [], feed_module._read
 
-    def noted(values: torch.Tensor, slots: torch.Tensor, *, pin: bool) -> torch.Tensor:
+    def noted(block: ActivationBlock, slots: torch.Tensor, *, pin: bool) -> torch.Tensor | None:
         asked.append(slots.tolist())
-        return read(values, slots, pin=pin)
+        return read(block, slots, pin=pin)
 
     monkeypatch.setattr(feed_module, "_read", noted)
     loader = Mock(num_images=12, most_showings=lambda: torch.ones(12, dtype=torch.int64))
     feed = Feed(loader, title="train", device=CPU, prefix=Mock(), cache=Mock(kind=PrefixCache.disk))
     slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    for number, values in enumerate(feed._prefetched(torch.arange(12.0)[:, None], slots, [2] * 6)):
+    block = ActivationBlock(torch.arange(12.0)[:, None], torch.ones(12, dtype=torch.bool), torch.float32)
+    for number, values in enumerate(feed._prefetched(block, slots, [2] * 6, 0)):
         assert values.flatten().tolist() == slots[2 * number : 2 * number + 2].tolist()
         deadline = time.monotonic() + 10
         while len(asked) < min(6, number + 1 + feed_module.PREFETCH) and time.monotonic() < deadline:
@@ -80,16 +81,16 @@ def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypat
     place = tmp_path / "block"
     open_on_disk(place, 4, _fill)
     (place / "activations").write_bytes(b"")
-    real = store.file_lock
+    real = opening.file_lock
 
     @contextlib.contextmanager
     def overtaken(path: Path) -> Iterator[bool]:
-        monkeypatch.setattr(store, "file_lock", real)
+        monkeypatch.setattr(opening, "file_lock", real)
         assert open_on_disk(place, 4, _fill)[1]  # the other one, in the moment before this one has the lock
         with real(path) as waited:
             yield waited
 
-    monkeypatch.setattr(store, "file_lock", overtaken)
+    monkeypatch.setattr(opening, "file_lock", overtaken)
     block, built = open_on_disk(place, 4, _fill)
     assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
 
@@ -102,9 +103,29 @@ def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monke
     def refuse(source: object, target: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(store.os, "rename", refuse)
+    monkeypatch.setattr(opening.os, "rename", refuse)
     with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
         open_on_disk(place, 4, _fill)
+
+
+def test_a_damaged_row_is_found_as_it_is_read_and_mended_for_all(tmp_path: Path) -> None:
+    place = tmp_path / "block"
+    open_on_disk(place, 4, _fill)
+    path = place / "activations"
+    whole = path.read_bytes()
+    for start in range(12, 24):  # row 1
+        path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+        block, built = open_on_disk(place, 4, _fill)
+        assert not built and block.damaged(torch.tensor([0, 2, 3])) == []
+        assert block.damaged(torch.tensor([3, 1])) == [1]
+        assert not block.mend(1, torch.full((3,), 9.0)) and path.read_bytes() != whole  # other numbers stay here
+        block = open_on_disk(place, 4, _fill)[0]
+        assert block.damaged(torch.tensor([1])) == [1] and block.mend(1, torch.ones(3))
+        assert block.values[1].tolist() == [1] * 3 and block.damaged(torch.tensor([1])) == []
+        assert path.read_bytes() == whole
+    for start in range(48, len(whole)):  # the checksums
+        path.write_bytes(whole[:start] + bytes([whole[start] ^ 8]) + whole[start + 1 :])
+        assert open_on_disk(place, 4, _fill)[1] and path.read_bytes() == whole
 
 
 def _fill(builder: BlockBuilder, pause_s: float = 0.0) -> None:

@@ -2,7 +2,8 @@
 
 An image is stored as the transform first uses it: resized to the model's square where the transform starts with that
 resize, else whole. The key of a cache on disk covers everything that its pixels depend on (each file's path, size and
-time, that resize, the libraries that decode and resize), so no run reads pixels that have become wrong.
+time, that resize, the libraries that decode and resize), so no run reads pixels that have become wrong. Every image has
+a checksum, which is compared when a process first loads it: a damaged one is decoded from its file again.
 """
 
 import hashlib
@@ -11,10 +12,11 @@ import logging
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import PIL
@@ -25,19 +27,24 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
-from finetune.data.caches.entries import GIB, beside, cache_folder, made_once, size_of
+from finetune.data.caches.entries import GIB, beside, cache_folder, size_of
+from finetune.data.caches.opening import open_entry
+from finetune.data.caches.records import CheckedRecords
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import fit_square
 from finetune.data.split import Split
 from finetune.system.errors import UserError
+from finetune.system.files import sync_file, sync_folder
 from finetune.system.limits import in_bytes
 from finetune.system.memory import free_memory
 from finetune.system.processors import map_in_threads
+from finetune.system.reading import DamagedError
+from finetune.system.seals import damaged_if_unreadable, read_sealed, seal
 from finetune.system.signals import at_once
 
 logger = logging.getLogger("finetune")
 
-FORMAT = 2  # raised when the files below change their meaning, or `read_image` the pixels
+FORMAT = 3  # raised when the files below change their meaning, or `read_image` the pixels
 CHUNK = 64  # images decoded between two looks at the room that is left
 Index = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -63,42 +70,47 @@ def first_step(preprocess: Preprocess, augment: AugmentConf | None) -> FirstStep
 
 
 class PixelCache:
-    """The stored images of a split: one block of bytes, and an index that says where in it each image lies."""
+    """The stored images of a split: their bytes, one image after the other, and an index with the size of each."""
 
-    def __init__(self, index: Index, *, pixels: Tensor | None = None, path: Path | None = None) -> None:
-        """Read images out of the bytes of all images, `pixels`, uint8 (n,), or out of the file `path` that holds them.
+    def __init__(self, index: Index, pixels: Tensor | CheckedRecords) -> None:
+        """Read images out of `pixels`: all bytes, uint8 (n,), in memory, or the records of a file, one for each image.
 
-        `index` has offset, height and width of each image, int64 (images, 3); height 0: it could not be read.
+        `index` has height, width and checksum of each image, int64 (images, 3); height 0: it could not be read.
         """
-        self._index, self._path = index, path
-        self._pixels = pixels if path is None else _mapped(path)
+        self._index, self._offsets = index, _bounds(index)
+        self._records = pixels if isinstance(pixels, CheckedRecords) else None
+        self._pixels = pixels if isinstance(pixels, Tensor) else None
 
     def load(self, sample: int) -> Tensor | None:
-        """The image, uint8 (3, height, width); None where it could not be read when the cache was made."""
-        offset, height, width = self._index[sample].tolist()
-        if not height:
+        """The image, uint8 (3, height, width); None where the cache does not have it whole, see `mend`."""
+        offset, (height, width, _) = int(self._offsets[sample]), self._index[sample].tolist()
+        if not height or (self._records is not None and self._records.damaged([sample])):
             return None
-        assert self._pixels is not None
-        return self._pixels[offset : offset + height * width * 3].view(height, width, 3).permute(2, 0, 1)
+        pixels = self._pixels if self._records is None else self._records.data
+        assert pixels is not None
+        return pixels[offset : offset + height * width * 3].view(height, width, 3).permute(2, 0, 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a worker that is not forked: the path of the file in the place of its bytes."""
-        return {**self.__dict__, "_pixels": None if self._path else self._pixels}
+    def mend(self, sample: int, image: Tensor) -> bool:
+        """Put an image that `load` did not give into its place; False where it could not be read at first, either.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the file again."""
-        self.__dict__.update(state)
-        if self._path is not None:
-            self._pixels = _mapped(self._path)
+        It is no damage if an image could not be read when the cache was made. Nor is such an image added later.
+        """
+        height, width, _ = self._index[sample].tolist()
+        if not height or self._records is None:
+            return False
+        if image.shape[1:] == (height, width):  # else the file was replaced by another image of the same size and time
+            self._records.mend(sample, image.permute(1, 2, 0).contiguous().view(-1))
+        return True
 
 
-def _mapped(path: Path) -> Tensor:
-    # Copy on write, since torch wants memory that may be written; no code writes to it.
-    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+def _bounds(index: Index) -> Index:
+    """Where each image begins and the last one ends, int64 (images + 1,)."""
+    sizes = index[:, 0] * index[:, 1] * 3
+    return np.concatenate([np.zeros(1, dtype=np.int64), sizes.cumsum()])
 
 
 def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
-    """The cache of `split`, made now if it does not exist.
+    """The cache of `split`, made now if it does not exist or is damaged.
 
     Raises ImageError if an image cannot be read and `data.on_error=stop`; UserError if memory, disk or `data.cache_gib`
     is too small; OSError if the folder cannot be written.
@@ -108,10 +120,26 @@ def open_cache(split: Split, step: FirstStep, conf: DataConf) -> PixelCache:
         index = _write(split, step, memory, conf, free=free_memory)
         pixels = torch.frombuffer(memory.getbuffer(), dtype=torch.uint8)
         # Forked workers share it as it is; others would be sent a copy each.
-        return PixelCache(index, pixels=pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
+        return PixelCache(index, pixels if sys.platform == "linux" else pixels.clone().share_memory_())  # type: ignore[no-untyped-call]
     place = cache_folder(conf.cache_dir) / "pixels" / _key(split, step)
-    made_once(place, lambda: _build(split, step, conf, place))
-    return PixelCache(np.load(place / "index.npy"), path=place / "pixels.u8")
+    return open_entry(place, lambda: _read(place, len(split)), lambda: _build(split, step, conf, place))[0]
+
+
+def _read(place: Path, images: int) -> PixelCache:
+    """The cache in the folder `place`; a DamagedError if its index or the size of its pixels is not what was written.
+
+    The pixels of an image are compared as it is loaded.
+    """
+    path = place / "index.npy"
+    try:
+        content = io.BytesIO(read_sealed(path))
+    except FileNotFoundError:
+        raise DamagedError.because(path, "it is missing") from None
+    with damaged_if_unreadable(path):
+        index = np.load(content, allow_pickle=False)
+    if index.dtype != np.int64 or index.shape != (images, 3) or (index < 0).any():
+        raise DamagedError.because(path, f"it is no list of {images:,} images")
+    return PixelCache(index, CheckedRecords(place / "pixels.u8", _bounds(index), index[:, 2]))
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
@@ -125,11 +153,14 @@ def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
     try:
         with open(folder / "pixels.u8", "wb") as file:
             index = _write(split, step, file, conf, free=free)
-            file.flush()
-            os.fsync(file.fileno())
         np.save(folder / "index.npy", index)
+        seal(folder / "index.npy")
+        for name in ("pixels.u8", "index.npy"):
+            sync_file(folder / name)
+        sync_folder(folder)
         size = (folder / "pixels.u8").stat().st_size
         os.rename(folder, place)
+        sync_folder(place.parent)
     except OSError as error:
         raise OSError(f"data.cache=disk: cannot write to {place.parent}: {error.strerror or error}") from error
     finally:
@@ -150,7 +181,7 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
             return error
 
     index = np.zeros((len(split), 3), dtype=np.int64)
-    offset = 0
+    total = 0
     if step.square is not None:
         _check_room(len(split) * 3 * step.square.size**2, free(), conf)
     with at_once(), tqdm(total=len(split), desc="decode once", unit=" images", leave=False, disable=None) as bar:
@@ -163,9 +194,10 @@ def _write(split: Split, step: FirstStep, file: IO[bytes], conf: DataConf, *, fr
             if sample % CHUNK == 0:
                 _check_room(made.numel() * min(CHUNK, len(split) - sample), free(), conf)
             rows = np.ascontiguousarray(made.permute(1, 2, 0).numpy())
-            index[sample] = offset, *rows.shape[:2]
-            offset += file.write(rows.reshape(-1).data)
-    if not offset:
+            data = rows.reshape(-1).data
+            index[sample] = *rows.shape[:2], zlib.crc32(data)
+            total += file.write(data)
+    if not total:
         raise UserError("data.cache: not one image of the split can be read")
     return index
 

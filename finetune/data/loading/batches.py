@@ -5,7 +5,7 @@ which of them makes which batch.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ class PixelBatch(NamedTuple):
     labels: Tensor  # int64 (batch,), or float32 (batch, classes)
     ids: Tensor  # indices into the split, int64 (batch,)
     left_out: list[ImageError]  # an error for each image of the key that could not be read and is not in the batch
+    mended: Sequence[int] = ()  # indices of images that a cache had damaged, so they were read from their files
 
 
 @dataclass(eq=False)
@@ -61,18 +62,21 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         """
         ids: list[int] = []
         left_out: list[ImageError] = []
+        mended: list[int] = []
         try:
-            images = self.transform(self._read(key, ids, left_out), len(key.samples))
+            images = self.transform(self._read(key, ids, left_out, mended), len(key.samples))
         except ImageError as error:
             return error
         samples = torch.tensor(ids, dtype=torch.int64)
-        return PixelBatch(images, self.split.labels[samples], samples, left_out)
+        return PixelBatch(images, self.split.labels[samples], samples, left_out, mended)
 
-    def _read(self, key: BatchKey, ids: list[int], left_out: list[ImageError]) -> Iterator[ImageToShow]:
+    def _read(
+        self, key: BatchKey, ids: list[int], left_out: list[ImageError], mended: list[int]
+    ) -> Iterator[ImageToShow]:
         """Yield the images one at a time, so that a batch of large ones takes the memory of one; note them in `ids`."""
         for sample, occurrence in zip(key.samples, key.occurrences, strict=True):
             try:
-                image = self._load(sample)
+                image = self._load(sample, mended)
             except ImageError as error:
                 if not self.skip:
                     raise
@@ -83,12 +87,16 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         if not ids:
             raise left_out[0]
 
-    def _load(self, sample: int) -> Tensor:
+    def _load(self, sample: int, mended: list[int]) -> Tensor:
         if self.cached is None:
             return self.split.load(sample)
         cache, step = self.cached
         stored = cache.load(sample)
-        return step(self.split.load(sample)) if stored is None else stored
+        if stored is None:
+            stored = step(self.split.load(sample))
+            if cache.mend(sample, stored):
+                mended.append(sample)
+        return stored
 
 
 class EpochPlan(Sampler[BatchKey]):

@@ -1,5 +1,6 @@
 """The batches of a split on the device, epoch by epoch. Workers and caches change the speed and nothing else."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,9 @@ from finetune.data.loading.order import Showings, epoch_order, most_showings
 from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
 from finetune.data.split import Split
 from finetune.data.streams import view_of
+from finetune.system.terminal import printable
+
+logger = logging.getLogger("finetune")
 
 
 class Loader:
@@ -46,7 +50,9 @@ class Loader:
         self.waited_s = 0.0  # how long the iterating code has waited for batches so far
         self._conf, self._augment, self._seed, self._device, self._on_skip = conf, augment, seed, device, on_skip
         self._skips = conf.on_error == OnError.skip
+        self._preprocess = preprocess
         self._step = first_step(preprocess, augment)
+        self._has_told_of_damage = False
         self._has_cache_to_open = conf.cache in (CacheKind.ram, CacheKind.disk)
         self._device_cache: DeviceCache | None = None
         start = self._step.rest if self._has_cache_to_open else preprocess
@@ -103,6 +109,8 @@ class Loader:
                 batch = PixelBatch(images, self.split.labels[:0], torch.empty(0, dtype=torch.int64), [])
             for error in batch.left_out:
                 self._on_skip(error)
+            if batch.mended:
+                self._tell_of_damage(batch.mended[0])
             yield self._to_device(batch)
             assert turn == self._turn, "another epoch of this loader was begun before this one ended"
 
@@ -152,6 +160,21 @@ class Loader:
         self._batches = iter(())
         self._loader = None
 
+    def make_now(self, showings: Showings, view: int) -> Batch:
+        """The batch of a few images out of their files, in this process: no worker starts. Raises ImageError."""
+        maker = BatchMaker(self.split, build_transform(self._preprocess, self._augment), self._seed, skip=self._skips)
+        batch = maker[BatchKey(showings.samples.tolist(), showings.occurrences.tolist(), view)]
+        if isinstance(batch, ImageError):
+            raise batch
+        return self._to_device(batch)
+
+    def _tell_of_damage(self, sample: int) -> None:
+        """Say once that images in the cache on disk are damaged, `sample` first."""
+        if not self._has_told_of_damage:
+            name, text = printable(self.split.name_of(sample)), "the decoded images on disk are damaged, %s first:"
+            logger.warning(f"{text} such images are read from their files again, and the cache is mended", name)
+        self._has_told_of_damage = True
+
     def _build(self) -> DataLoader[PixelBatch | ImageError]:
         if self._has_cache_to_open:
             self._maker.cached = open_cache(self.split, self._step, self._conf), self._step
@@ -176,7 +199,7 @@ class Loader:
             yield PixelBatch(images, self.split.labels[ids], ids, left_out) if len(ids) else left_out[0]
 
     def _to_device(self, batch: PixelBatch) -> Batch:
-        images, labels, ids, _ = batch
+        images, labels, ids, *_ = batch
         if self._device.type == "cpu":
             return normalise(images, self._mean, self._std), labels, ids
         early = self._device.type == "cuda"  # out of pinned memory, while the device is still busy
