@@ -28,7 +28,7 @@ from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
-from finetune.runs.earlier import EarlierRun, find_earlier
+from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
 from finetune.runs.history import History
 from finetune.runs.records import Result
 from finetune.runs.resume import find_state, first_promise, restore_run
@@ -37,7 +37,7 @@ from finetune.system.files import write_json
 from finetune.system.locks import run_lock
 from finetune.system.log import say, start_log, stop_log
 from finetune.system.memory import hand_back_freed_memory
-from finetune.system.ours import sweep_temporaries
+from finetune.system.ours import FolderKind, claim, sweep_temporaries
 from finetune.system.signals import StopSignals
 
 logger = logging.getLogger("finetune")
@@ -46,9 +46,9 @@ logger = logging.getLogger("finetune")
 def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) -> Result:
     """Fine-tune as `conf` says, leave everything in `run_dir`, and return the content of `result.json`.
 
-    `finetune.config.find_problems` found no fault in `conf`. `run_dir` exists and is empty, or holds a run: this very
-    run is continued, or left alone if it has finished. `result.json` repeats `overrides`, the words of the command
-    line. With `quiet` nothing is printed.
+    `finetune.config.find_problems` found no fault in `conf`. `run_dir` exists. It holds none of our files, or a
+    run: this very run is continued, or left alone if it has finished. `result.json` repeats `overrides`, the words of
+    the command line. With `quiet` nothing is printed.
 
     Raises:
         UserError: A mistake that only the model, the data or the folder could show.
@@ -57,6 +57,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
     """
     earlier = _find_earlier(conf, run_dir)
     if not earlier.is_finished:
+        claim(run_dir, FolderKind.run)
         with run_lock(run_dir):
             earlier = _find_earlier(conf, run_dir)  # again, since no other process can change the folder now
             if not earlier.is_finished:
@@ -77,6 +78,8 @@ def _run(session: Session, *, quiet: bool) -> Result:
     try:
         sweep_temporaries(session.run_dir)
         session.announce()
+        if session.earlier.given_up is not None:
+            remove_given_up(session.run_dir)
         if session.earlier.result is None:
             session.accept()
         with stop:

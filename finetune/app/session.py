@@ -34,7 +34,7 @@ class Session:
 
     def __post_init__(self) -> None:
         """Begin the result."""
-        before: Result = self.earlier.result or {"overrides": [], "resumed_at": []}
+        before: Result = self.earlier.result or self.earlier.given_up or {"overrides": [], "resumed_at": []}
         overrides = self.overrides
         if self.conf.resume is not None:  # the first start's words stay where no word beside `resume=` changes them
             changed = {word.partition("=")[0] for word in overrides}
@@ -44,6 +44,8 @@ class Session:
 
     def announce(self) -> None:
         """Log what the folder holds of an earlier start."""
+        if self.earlier.given_up is not None:
+            logger.info("the start before this one in %s saved no step: the run begins anew", self.run_dir)
         if self.earlier.result is None:
             return
         logger.info("continuing the run in %s, so far %s", self.run_dir, self.earlier.result["status"])

@@ -10,6 +10,7 @@ from finetune.commands.flags import configure, parse_command_line
 from finetune.config import OnError
 from finetune.runs.folders import run_folder
 from finetune.system.log import say
+from finetune.system.ours import FolderKind, claim
 
 USAGE = """usage: finetune check [GROUP=CHOICE ...] [KEY=VALUE ...]
 
@@ -34,6 +35,7 @@ def main(words: Sequence[str]) -> int:
 
     conf = prepared.conf
     with run_folder(prepared.run_dir, multirun=False) as folder:
+        claim(folder, FolderKind.check)
         source = open_source(conf.data)
         report, text = check_source(source, conf.data.cache_dir, folder)
         say(text)

@@ -10,6 +10,7 @@ from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, nearest
 from finetune.system.errors import ConfigError
 from finetune.system.log import say
+from finetune.system.ours import refuse_unless
 from finetune.system.tables import table
 
 HELP = """\
@@ -51,6 +52,7 @@ def main(words: Sequence[str]) -> int:
 
         if not flags.plot.parent.is_dir():
             raise FileNotFoundError(f"--plot {flags.plot}: the folder {flags.plot.parent} does not exist")
+        refuse_unless("replaced", flags.plot)
         save_figure(rates_figure(plan, []), flags.plot)
     say(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
     return 0

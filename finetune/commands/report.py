@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.report.jobs import read_jobs
 from finetune.report.run_figures import plot_curves, plot_rates
 from finetune.report.sweep import summarize
 from finetune.system.log import say
+from finetune.system.ours import MARKER, FolderKind, RefusedError, look, read_marker
 from finetune.system.terminal import printable
 
 
@@ -19,16 +19,21 @@ def main(words: Sequence[str]) -> int:
     folder: Path = parser.parse_args(words).folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{printable(str(folder))} is no folder: give a run or a sweep under outputs/")
+    marker, shown = read_marker(folder), printable(str(folder))
+    if marker is None or marker.kind not in (FolderKind.run, FolderKind.sweep):
+        what = f"holds a {marker.kind}" if marker else f"has no {MARKER}, so finetune did not make it"
+        raise RefusedError(f"{shown} {what}; nothing was changed: give a run or a sweep under outputs/")
+    look(folder, marker.kind)  # refuses links
+    if marker.kind == FolderKind.sweep:
+        summarize(folder)
+        return 0
     has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()
+    if not (has_rates or has_history):
+        raise FileNotFoundError(f"{shown} has neither rates.json nor history.jsonl yet: its run never began to train")
     if has_rates:
         plot_rates(folder)
         say(str(folder / "lr.png"))
     if has_history:
         plot_curves(folder)
         say(str(folder / "curves.png"))
-    if has_rates or has_history:
-        return 0
-    if not read_jobs(folder):
-        raise FileNotFoundError(f"{printable(str(folder))} holds neither a run (history.jsonl) nor a sweep (0, 1, ...)")
-    summarize(folder)
     return 0

@@ -13,10 +13,10 @@ from finetune.commands.flags import CommandLine, configure, hydra_flags, parse_c
 from finetune.commands.help import main as help_command
 from finetune.config.words.choices import folders
 from finetune.config.words.quoting import quote
-from finetune.runs.earlier import RefusedError
 from finetune.runs.folders import SweepRecord, record_failure, run_folder
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
+from finetune.system.ours import FolderKind, RefusedError, claim, refuse_links
 from finetune.system.terminal import complain
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
 
     codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
+        claim(folder, FolderKind.sweep)
         print(f"{prepared.jobs} jobs, in {folder}", flush=True)
         SweepRecord(folder).start()
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
@@ -99,6 +100,7 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         if job.sweep is not None:
+            refuse_links(job.sweep, job.folder)
             ident = SweepRecord(job.sweep).begin_job(job.folder)
         code, score = _finish(to_conf(cfg), job.folder, job.overrides)
     except RefusedError as error:

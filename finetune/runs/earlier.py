@@ -13,13 +13,9 @@ from finetune.config import Conf, as_dict
 from finetune.config.words.saved import base_of
 from finetune.runs.records import Result, read_result
 from finetune.system.errors import ConfigError, UserError
+from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
 from finetune.system.reading import DamagedError
 
-# A folder with one of these holds a run.
-OWN_FILES = (
-    *("config.yaml", "history.jsonl", "result.json", "rates.json", "run.log", "checkpoints", "bad_batch"),
-    *("metrics.json", "confusion.csv", "confusion_val.csv", "confusion.png", "lr.png", "curves.png", "skipped.txt"),
-)
 NOT_OF_THE_RUN = ("resume", "resume_force")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
 FREE = (
@@ -31,9 +27,8 @@ FREE = (
 # May change: the same arithmetic by other kernels, so the weights differ by rounding.
 ROUNDING = ("device", "deterministic", "train.class_token_only", "train.compile")
 
-
-class RefusedError(UserError):
-    """This configuration may not run in the folder. Nothing there was changed, nor is the failure recorded there."""
+UNKNOWN: Result = {"status": "interrupted", "resumed_at": [], "overrides": []}  # of a run without one
+SAVED = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,10 @@ class Change:
 class EarlierRun:
     """What a folder holds of a run, and how this start differs from it."""
 
-    result: Result | None = None  # the content of its result.json; None in a fresh folder
+    result: Result | None = None  # the content of its result.json; None where this start is the first
     changes: list[Change] = field(default_factory=list)  # all of them allowed or forced
+    # The same of a start that saved no step and had other settings, so that this one begins anew; its files go.
+    given_up: Result | None = None
 
     @property
     def epochs_before(self) -> int | None:
@@ -82,21 +79,28 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
     """What the folder `run_dir` holds of a run, before anything is written there.
 
     `settings` are those of this start, nested by section. If `is_resume` (`resume=` names the folder) some of them may
-    differ from the run's, and with `force` (`resume_force`) any.
+    differ from the run's, and with `force` (`resume_force`) any. Where no step was saved yet, all of them may differ.
 
     Raises:
-        RefusedError: The folder holds another run, files that a run would overwrite, or a damaged run.
+        RefusedError: The folder holds another run, files that are not ours, or a damaged run.
     """
-    config_path = run_dir / "config.yaml"
-    found = [name for name in OWN_FILES if (run_dir / name).exists()]
+    look(run_dir, FolderKind.run)
+    config_path, is_saved = run_dir / "config.yaml", has_step(run_dir)
     if not config_path.exists():
-        if found:
-            names = ", ".join(found)
-            raise RefusedError(f"{run_dir} has {names} but no config.yaml, so it is no run: choose another folder")
+        if is_saved:
+            raise RefusedError(f"{run_dir} has no config.yaml any more, so it cannot go on: choose another folder")
         if is_resume:
             raise RefusedError(f"resume={run_dir}: nothing is there to continue: leave resume out to start a run")
-        return EarlierRun()
-    changes = _differences(_read_settings(run_dir), flat(settings))
+        return EarlierRun(given_up=dict(UNKNOWN) if _given_up(run_dir) else None)
+    try:
+        changes = _differences(_read_settings(run_dir), flat(settings))
+        result = _read_result(run_dir / "result.json")
+    except UserError:
+        if is_saved or is_resume:
+            raise
+        return EarlierRun(given_up=dict(UNKNOWN))
+    if changes and not is_saved:
+        return EarlierRun(given_up=result)
     if changes and not is_resume:
         raise RefusedError(
             f"{run_dir} holds a run of another configuration ({'; '.join(map(str, changes))}); nothing was changed:"
@@ -111,7 +115,25 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
             f"resume={run_dir}: {'; '.join(map(str, refused))}: {why}. Nothing was changed: leave it out, start a new"
             " run, or add resume_force=true to go on all the same"
         )
-    return EarlierRun(_read_result(run_dir / "result.json"), changes)
+    return EarlierRun(result, changes)
+
+
+def has_step(run_dir: Path) -> bool:
+    """Whether a run in the folder has saved a checkpoint or finished an epoch; until then it may be begun anew."""
+    history = run_dir / "history.jsonl"
+    is_saved = any(path.parent.name == SAVED for path in own_files(run_dir, FolderKind.run))
+    return is_saved or (history.exists() and history.stat().st_size > 0)
+
+
+def remove_given_up(run_dir: Path) -> None:
+    """Remove our files of a start that saved no step, so that another run begins here; its `run.log` goes on."""
+    for path in _given_up(run_dir):
+        if path.name != "run.log":
+            path.unlink()
+
+
+def _given_up(run_dir: Path) -> list[Path]:
+    return [path for path in own_files(run_dir, FolderKind.run) if path.name not in (LOCK, LOCK_HOLDER)]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -139,10 +161,9 @@ def _read_settings(run_dir: Path) -> dict[str, Any]:
 
 def _read_result(path: Path) -> Result:
     """The content of `result.json`; a run that was killed before it wrote the file counts as interrupted."""
-    unknown: Result = {"status": "interrupted", "resumed_at": [], "overrides": []}
     try:
-        return {**unknown, **read_result(path)}
+        return {**UNKNOWN, **read_result(path)}
     except FileNotFoundError:
-        return unknown
+        return dict(UNKNOWN)
     except DamagedError as error:
         raise RefusedError(str(error)) from error

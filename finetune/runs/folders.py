@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from finetune.system.ours import MARKER, FolderKind, RefusedError, claim, open_own
+
 OUTPUTS, JOBS = Path("outputs"), "jobs.jsonl"
 
 
@@ -62,9 +64,12 @@ def run_folder(given: Path | None, *, multirun: bool) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for empty in (folder, folder.parent) if given is None else ():
-            with contextlib.suppress(OSError):  # not empty
-                empty.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            if given is None:
+                if [path.name for path in folder.iterdir()] == [MARKER]:
+                    (folder / MARKER).unlink()
+                folder.rmdir()
+                folder.parent.rmdir()
 
 
 class SweepRecord:
@@ -93,15 +98,20 @@ class SweepRecord:
         self._append({"id": ident, "refused": reason})
 
     def _append(self, entry: dict[str, object]) -> None:
-        with contextlib.suppress(OSError), open(self.sweep / JOBS, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open_own(self.sweep / JOBS, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends the torn line of a killed process
 
 
 def record_failure(folder: Path, overrides: list[str], error: Exception) -> None:
-    """Write `result.json` and `run.log` for a run that failed before it wrote its own; replaces no file."""
+    """Write `result.json` and `run.log` for a run that failed before it wrote its own; replaces no file.
+
+    Writes nothing into a folder with files that are not ours.
+    """
     result = {"status": "failed", "error": str(error) or type(error).__name__, "overrides": overrides}
     trace = "".join(traceback.format_exception(error))
-    for name, text in (("result.json", json.dumps(result, indent=1, ensure_ascii=False)), ("run.log", trace)):
-        # The disk may be full, or the folder may be missing.
-        with contextlib.suppress(OSError), open(folder / name, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
+    # The disk may be full, or the folder may be missing.
+    with contextlib.suppress(OSError, RefusedError):
+        claim(folder, FolderKind.run)
+        for name, text in (("result.json", json.dumps(result, indent=1, ensure_ascii=False)), ("run.log", trace)):
+            with contextlib.suppress(FileExistsError), open_own(folder / name, "x", encoding="utf-8") as file:
+                file.write(text + "\n")

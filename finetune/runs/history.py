@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.runs.records import history_row
 from finetune.system.files import jsonable, write_text
+from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, parse_json_lines, read_file
 
 MEND = "delete the line, or restore the file"
@@ -35,7 +36,7 @@ class History:
         line = (json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
         if not self.path.exists():
             write_text(self.path, "")  # so that the new name in the folder is on disk too
-        with open(self.path, "ab+") as file:
+        with open_own(self.path, "ab+") as file:
             whole = self._whole()
             file.truncate(len(whole))
             file.seek(0, os.SEEK_END)

@@ -62,7 +62,8 @@ def _second_name(path: Path, second: Path) -> bool:
     try:
         if second.exists() and path.samefile(second):
             return True  # a rename of a file onto itself does nothing, so it would leave `temporary` there
-        temporary.unlink(missing_ok=True)  # of a killed process with our number
+        if os.path.lexists(temporary):
+            temporary.unlink()  # of a killed process with our number
         os.link(path, temporary)
     except OSError:
         return False

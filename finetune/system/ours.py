@@ -202,6 +202,14 @@ def own_files(folder: Path, kind: FolderKind) -> list[Path]:
     return [path for path, sort in _existing(folder, OWN[kind]) if sort != "folder"]
 
 
+def refuse_links(top: Path, folder: Path) -> None:
+    """Raise a RefusedError if a folder below `top` on the way to `folder` is a symbolic link, which leads elsewhere."""
+    above = [part for part in (folder, *folder.parents) if part.absolute().is_relative_to(top.absolute())]
+    for part in above:
+        if part.absolute() != top.absolute():
+            refuse_unless("folder", part)
+
+
 def refuse_unless(sort: str, path: Path) -> None:
     """Raise a RefusedError unless `path` is missing, or is what we make there: a file, or where `sort` says a folder.
 
@@ -269,10 +277,13 @@ def temporary_of(path: Path) -> Path:
 
 def create_temporary(path: Path) -> Path:
     """Make the empty file `temporary_of(path)`. What a killed process with our number left under that name goes."""
-    temporary = temporary_of(path)
-    with contextlib.suppress(FileNotFoundError):
+    temporary, flags = temporary_of(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        handle = _open_safely(str(temporary), flags)
+    except FileExistsError:
         temporary.unlink()  # a link goes itself, and not what it names
-    os.close(_open_safely(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        handle = _open_safely(str(temporary), flags)
+    os.close(handle)
     return temporary
 
 

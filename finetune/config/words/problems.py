@@ -80,14 +80,21 @@ def _needs_multirun(override: Override) -> str:
     return several
 
 
+WRITES_ITSELF = "leave it out: finetune writes config.yaml and run.log itself, and Hydra writes nothing"
+
+
 def _hydra_problems(override: Override, *, multirun: bool) -> list[str]:
     """Why a setting of Hydra's own would be ignored; all its other mistakes Hydra finds itself."""
     ignored = {
         "hydra.run.dir": "would be ignored, a sweep goes to hydra.sweep.dir=PATH" if multirun else "",
         "hydra.sweep.dir": "" if multirun else "would be ignored, a single run goes to hydra.run.dir=PATH",
         "hydra.searchpath": "use --config-dir DIR",
+        # Hydra would write into the folder of a run, whatever is there.
+        **dict.fromkeys(("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging"), WRITES_ITSELF),
     }
-    found = ignored.get(override.key) or ("a sweep cannot vary Hydra's own settings" if override.sweep else "")
+    is_nothing = override.text.endswith(("=null", "=none"))  # our own choice for the last three
+    varied = "a sweep cannot vary Hydra's own settings" if override.sweep else ""
+    found = ("" if is_nothing else ignored.get(override.key)) or varied
     return [f"{override.text}: {found}"] if found else []
 
 
