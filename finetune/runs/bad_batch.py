@@ -32,7 +32,7 @@ def store(
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{record.step}.pt"
-    if not path.exists() and len(list(folder.glob("step_*.pt"))) >= MAX_STORED:
+    if not path.exists() and len(_stored(folder)) >= MAX_STORED:
         return None
     parts = enumerate(("images", "targets", "ids"))
     content = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
@@ -55,7 +55,7 @@ def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tenso
         FileNotFoundError: The step is not stored.
         DamagedError: The file cannot be read, or is not what was written.
     """
-    steps = sorted(int(path.stem.partition("_")[2]) for path in (run_dir / FOLDER).glob("step_*.pt"))
+    steps = _stored(run_dir / FOLDER)
     if not steps:
         raise FileNotFoundError(f"{run_dir} has no stored batch: all of its steps were finite")
     step = steps[0] if step is None else step
@@ -66,6 +66,12 @@ def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tenso
     content = load_tensors(path)
     with damaged_if_unreadable(path):
         return step, list(zip(content["images"], content["targets"], strict=True))
+
+
+def _stored(folder: Path) -> list[int]:
+    """The steps that are stored, in order; other files in the folder are somebody's."""
+    found = (path.stem.partition("_")[2] for path in folder.glob("step_*.pt"))
+    return sorted(int(digits) for digits in found if digits.isascii() and digits.isdigit())
 
 
 def shown_names(names: Sequence[str], most: int = 8) -> str:

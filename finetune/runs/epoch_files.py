@@ -14,17 +14,17 @@ from typing import Any
 from finetune.core.fit import is_better
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, read_state
-from finetune.runs.weights import read_weights
+from finetune.runs.weights import metadata_of, read_weights
 from finetune.system.errors import UserError
 from finetune.system.files import link_or_copy
 from finetune.system.ours import sweep_temporaries
 from finetune.system.reading import DamagedError
+from finetune.system.seals import CHECKSUM_KEY
 
 logger = logging.getLogger("finetune")
 
 STATE, STATE_BEFORE, DAMAGED_STATE = "last.pt", "previous.pt", "damaged.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
-OLD_NAMES = ("best.pending", "best.before")  # of best weights in run directories of earlier versions
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -32,12 +32,24 @@ def epoch_path(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:04d}.safetensors"
 
 
-def remove_epochs(folder: Path, *, but: Collection[int]) -> None:
-    """Remove the weights files of all epochs but those given."""
+def remove_epochs(folder: Path, *, but: Collection[int], last: int) -> None:
+    """Remove the weights files of all epochs up to `last` but those given; files that no run wrote there stay."""
     for path in list(folder.glob("epoch_*.safetensors")):
         digits = path.stem.partition("_")[2]
-        if digits.isdigit() and int(digits) not in but:
+        epoch = int(digits) if digits.isascii() and digits.isdigit() else 0
+        if 0 < epoch <= last and epoch not in but and path == epoch_path(folder, epoch) and _is_own(path, epoch):
             path.unlink()
+
+
+def _is_own(path: Path, epoch: int) -> bool:
+    """Whether a run wrote the file as its weights of `epoch`: its metadata say so. A renamed copy has another epoch."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        metadata = metadata_of(path)
+    except DamagedError:
+        return False
+    return metadata.get("epoch") == str(epoch) and CHECKSUM_KEY in metadata
 
 
 def score_of(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
@@ -83,10 +95,11 @@ def latest_state(folder: Path) -> tuple[Content, Path] | None:
         return content, previous
 
 
-def settle(folder: Path, state: TrainState) -> None:
+def settle(folder: Path, state: TrainState, finished: int) -> None:
     """Bring the weights files in line with the state that a run continues from.
 
-    They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage.
+    They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage. But
+    none is of a later epoch than the `finished` ones, which the history has.
     """
     sweep_temporaries(folder)
     if state.best_epoch > 0:
@@ -95,18 +108,14 @@ def settle(folder: Path, state: TrainState) -> None:
             _find_best(folder, state.best_epoch, path)
         if path.exists():
             link_or_copy(path, folder / BEST)
-    for name in OLD_NAMES:
-        (folder / name).unlink(missing_ok=True)
-    remove_epochs(folder, but=range(state.epoch + 1))
+    remove_epochs(folder, but=range(state.epoch + 1), last=finished)
 
 
 def _find_best(folder: Path, epoch: int, path: Path) -> None:
-    """Put the weights of `epoch` at `path`, from a run that has finished or that an earlier version wrote."""
-    for name in (BEST, *OLD_NAMES):
-        try:
-            found = read_weights(folder / name)[1].get("epoch")
-        except (FileNotFoundError, DamagedError):
-            continue
-        if found == str(epoch):
-            link_or_copy(folder / name, path)
-            return
+    """Put the weights of `epoch` at `path`, from a run that has finished."""
+    try:
+        found = read_weights(folder / BEST)[1].get("epoch")
+    except (FileNotFoundError, DamagedError):
+        return
+    if found == str(epoch):
+        link_or_copy(folder / BEST, path)

@@ -105,8 +105,9 @@ def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
     if found is not None:
         restore(found[0], state, str(found[1]))
         logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
-    settle(run_dir / "checkpoints", state)
-    History(run_dir / "history.jsonl").cut(state.epoch)
+    rows = History(run_dir / "history.jsonl")
+    settle(run_dir / "checkpoints", state, len(rows.rows()))
+    rows.cut(state.epoch)
 
 
 def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -> None:

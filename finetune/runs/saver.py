@@ -220,7 +220,8 @@ class Saver:
         if (self.folder / STATE_BEFORE).exists():
             check_state(self.folder / STATE)
             (self.folder / STATE_BEFORE).unlink()
-        remove_epochs(self.folder, but=best_epochs(rows, monitor, self._keep) if self._keep > 1 else [])
+        kept = best_epochs(rows, monitor, self._keep) if self._keep > 1 else []
+        remove_epochs(self.folder, but=kept, last=len(rows))
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile, an OSError; does not wait."""
@@ -306,7 +307,7 @@ class Saver:
         if best_epoch != before:
             self._make_best(best_epoch)
         if save.kept is not None:
-            remove_epochs(self.folder, but={*save.kept, before, best_epoch})
+            remove_epochs(self.folder, but={*save.kept, before, best_epoch}, last=save.content["counters"]["epoch"])
 
     def _make_best(self, epoch: int) -> None:
         link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)

@@ -102,6 +102,14 @@ def checksum(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a weights file, without its tensors; a DamagedError where it is no such file."""
+    from safetensors import safe_open
+
+    with damaged_if_unreadable(path), safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a weights file that was compared with its checksum; other programs' files have none.
 

@@ -135,7 +135,7 @@ def test_a_run_started_again_in_its_folder_continues_or_rests(stripes: Path, tmp
 
 def test_a_folder_with_somebody_elses_files_is_left_alone(stripes: Path, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"no config\.yaml.*choose another folder"):
+    with pytest.raises(ValueError, match=r"result\.json but no \.finetune\.json.*choose another folder"):
         go(small(stripes), tmp_path)
     assert (tmp_path / "result.json").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -327,7 +327,7 @@ def test_check_data_as_a_command(root: Path, tmp_path: Path, capsys: pytest.Capt
         "the file is empty",
     ):
         assert words in output
-    assert sorted(os.listdir(tmp_path / "out")) == ["contact_sheet.png", "data.txt", "unreadable.txt"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".finetune.json", "contact_sheet.png", "data.txt", "unreadable.txt"]
     assert main([*command, "data.on_error=skip"]) == 0
     assert main([*command, "data.rot=x", "data.shots=-1"]) == 1
     errors = capsys.readouterr().err

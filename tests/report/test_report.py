@@ -19,6 +19,7 @@ from finetune.report.look import short, spread
 from finetune.report.rates_figure import rate_lines, rates_figure, turning_points
 from finetune.report.run_figures import curves_figure, plot_curves, plot_rates
 from finetune.system import files
+from finetune.system.ours import FolderKind, claim
 
 
 def plan_of(num_blocks: int, epochs: int, *, frozen: int = 0, decay: float = 0.75, warmup: int = 0) -> dict[str, Any]:
@@ -217,6 +218,7 @@ def test_a_failing_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pyt
 
 def test_the_command_redraws_a_run_without_torch(tmp_path: Path) -> None:
     plan = plan_of(2, 2)
+    claim(tmp_path, FolderKind.run)
     write_run(tmp_path, plan, rows_of(plan), {"status": "finished", "test/top1": 0.9})
     code = (
         "import sys; from finetune.commands.report import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
@@ -228,6 +230,7 @@ def test_the_command_redraws_a_run_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_command_sums_up_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim(tmp_path, FolderKind.sweep)
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "result.json").write_text(
         '{"status": "finished", "overrides": ["optim.lr=1e-3"], "val/top1": 0.9}'
@@ -239,7 +242,7 @@ def test_the_command_sums_up_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (None, None, "holds neither a run"),
+        (None, None, "has neither rates.json nor history.jsonl yet"),
         ("rates.json", "{", "rates.json is damaged"),
         ("rates.json", "[1]", "expected 'object'"),
         ("rates.json", '{"interval": "step", "x": [], "frozen": []}', "missing required field 'layers'"),
@@ -254,6 +257,7 @@ def test_the_command_sums_up_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_cannot_be_drawn_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str | None, text: str | None, message: str
 ) -> None:
+    claim(tmp_path, FolderKind.run)
     if name is not None and text is not None:
         (tmp_path / name).write_text(text)
     assert main(["report", str(tmp_path)]) == 1

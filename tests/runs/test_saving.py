@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import tiny_batches, tiny_model
 from tiny_runs import load_state, save_state, save_weights, tiny_fit, tiny_state
 
@@ -26,6 +27,7 @@ from finetune.runs.checkpoint import read_state, snapshot
 from finetune.runs.epoch_files import best_epochs, latest_state, settle
 from finetune.runs.saver import NoSpaceError, Saver
 from finetune.runs.weights import put_weights, read_weights
+from finetune.system.ours import FolderKind, claim
 from finetune.system.reading import DamagedError
 
 
@@ -263,7 +265,7 @@ def assert_best_is_what_the_state_names(folder: Path) -> int:
     state = at_step(99)
     if found is not None:
         load_state(found[1], state)
-    settle(folder, state)
+    settle(folder, state, 4)
     if state.best_epoch:
         tensors, metadata = read_weights(folder / "best.safetensors")
         assert metadata["epoch"] == str(state.best_epoch)
@@ -302,6 +304,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_weights_that_the_state_n
     for limit in range(200):
         folder, calls = tmp_path / str(limit), 0
         folder.mkdir()
+        claim(folder, FolderKind.run)
         save_epochs(saver(folder, keep=keep), scores[:3])
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying(os.replace))
@@ -324,25 +327,36 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_weights_that_the_state_n
     assert limit > 5 and steps == {3, 4}
 
 
-def test_a_run_of_an_earlier_version_gets_its_best_weights(tmp_path: Path) -> None:
-    """It wrote new best weights as best.pending, and put older ones aside as best.before."""
-    for best, pending, before in ((1, 2, 0), (2, 0, 1), (2, 3, 1)):
-        for name, epoch in (("best.safetensors", best), ("best.pending", pending), ("best.before", before)):
-            if epoch:
-                save_weights(tmp_path / name, at_step(epoch).model, {"epoch": str(epoch)})
-        for wanted in {best, pending, before} - {0}:
-            folder = tmp_path / f"{best}{pending}{before}{wanted}"
-            folder.mkdir()
-            for path in tmp_path.glob("best.*"):
-                (folder / path.name).write_bytes(path.read_bytes())
-            state = at_step(9)
-            state.epoch = state.best_epoch = wanted
-            settle(folder, state)
-            assert read_weights(folder / "best.safetensors")[1]["epoch"] == str(wanted)
-            names = {"best.safetensors", f"epoch_{wanted:04d}.safetensors"}
-            assert {path.name for path in folder.iterdir()} == names
-        for path in tmp_path.glob("best.*"):
-            path.unlink()
+@pytest.mark.parametrize("epochs_before", [3, 9])
+def test_a_run_removes_only_weights_that_it_wrote(tmp_path: Path, epochs_before: int) -> None:
+    """Names of ours with other content, and copies, stay through a save, a resume from an older state, and the end."""
+    keeper = saver(tmp_path, keep=2)
+    save_epochs(keeper, [0.3, 0.9, 0.5])
+    own = {path.name for path in tmp_path.iterdir()}
+    foreign = ["epoch_0003 (copy).safetensors", "epoch_0001.safetensors.bak", "my_best.safetensors", "best.pending"]
+    foreign += [
+        "epoch_0099.safetensors",
+        "epoch_0005.safetensors",
+        "epoch_7.safetensors",
+        "epoch_\u0663.safetensors",
+        "notes.txt",
+    ]
+    for name in foreign:  # a later epoch than any that the run has finished, too
+        save_weights(tmp_path / name, at_step(1).model, {"epoch": "99" if "99" in name else "3"})
+    (tmp_path / "epoch_0006.safetensors").write_bytes(b"of another program")
+    save_file({"x": torch.zeros(1)}, tmp_path / "epoch_0007.safetensors", metadata={"epoch": "7"})
+    foreign += ["epoch_0006.safetensors", "epoch_0007.safetensors"]
+    save_weights(tmp_path / "elsewhere", at_step(1).model, {"epoch": "8"})
+    (tmp_path / "epoch_0008.safetensors").symlink_to(tmp_path / "elsewhere")
+    foreign += ["elsewhere", "epoch_0008.safetensors"]
+    before = {name: (tmp_path / name).read_bytes() for name in foreign}
+    settle(tmp_path, at_step(0), epochs_before)
+    keeper = saver(tmp_path, keep=1)
+    save_epochs(keeper, [0.3, 0.9, 0.5, 0.95])
+    keeper.finish([{"epoch": epoch, "val/top1": 0.1} for epoch in range(1, 10)], "val/top1")
+    assert {name: (tmp_path / name).read_bytes() for name in foreign} == before
+    assert (tmp_path / "epoch_0008.safetensors").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} <= own | set(foreign)
 
 
 def test_best_k_and_last_are_kept(tmp_path: Path) -> None:
@@ -361,7 +375,7 @@ def test_of_a_finished_run_the_best_and_the_last_weights_stay(tmp_path: Path) ->
     epochs = {"epoch_0003.safetensors"}  # both states on the disk name epoch 3
     names = {"last.pt", "last.safetensors", "best.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names | epochs | {"previous.pt"}
-    keeper.finish([], "val/top1")
+    keeper.finish([{"epoch": 1}] * 9, "val/top1")
     assert {path.name for path in tmp_path.iterdir()} == names
     assert assert_best_is_what_the_state_names(tmp_path) == 4  # as if more epochs were asked for
     assert {path.name for path in tmp_path.iterdir()} == names | epochs
@@ -489,7 +503,7 @@ def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speak
     again = at_step(7)
     load_state(path, again)
     assert content["counters"]["best_epoch"] == again.best_epoch == 1
-    settle(tmp_path, again)
+    settle(tmp_path, again, 9)
     assert torch.equal(read_weights(best)[0]["head.weight"], kept[1])
 
 
@@ -506,7 +520,7 @@ def test_large_best_weights_take_no_memory_and_one_file(tmp_path: Path, monkeypa
     keeper.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_0003.safetensors"]
     assert keeper._best is None
-    settle(tmp_path, at_step(0))
+    settle(tmp_path, at_step(0), 3)
     assert not list(tmp_path.iterdir())
 
 

@@ -32,6 +32,7 @@ from finetune.runs.checkpoint import read_state
 from finetune.runs.earlier import RefusedError
 from finetune.runs.weights import read_weights
 from finetune.system.locks import RUN_LOCK, InUseError, run_lock
+from finetune.system.ours import FolderKind, claim
 from finetune.system.signals import Interrupted
 
 Stop = Callable[[], None]
@@ -390,6 +391,7 @@ def test_another_machine_is_named_and_the_promise_weakened(stripes: Path, tmp_pa
 
 
 def test_the_second_process_changes_nothing(stripes: Path, tmp_path: Path) -> None:
+    claim(tmp_path, FolderKind.run)
     with run_lock(tmp_path):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
         with pytest.raises(InUseError, match="since"):
