@@ -60,6 +60,9 @@ class DataConf:
     subset: str | None = setting(None, "hf: which configuration of the data set")
     image_column: str = setting("image", "hf: column that holds the image")
     download: bool = setting(False, "torchvision, hf, webdataset: true allows the download of missing files")
+    allow_pipe: bool = setting(
+        True, "whether pipe:COMMAND may run; with resume= only if it is true on the command line"
+    )
     classes: list[str] = setting([], "use these classes only, by name; empty: all")
     shots: int = setting(0, "training images of each class; 0: all", ge=0)
     fraction: float = setting(1.0, "share of each class's training images that is used", gt=0, le=1)
@@ -159,6 +162,12 @@ def device_cache_problems(data: DataConf, recipe: str) -> list[str]:
         reason = "the host draws and warps a view of each image, so nothing can be fed from the device"
         problems.append(f"data.cache=device with augment={recipe}: {reason}; use data.cache=ram, or augment=none")
     return problems
+
+
+def pipe_commands(data: DataConf) -> list[str]:
+    """The shell commands in `data.root`, each with `pipe:`."""
+    parts = (data.root or "").split("::")
+    return [part for part in parts if data.source == SourceKind.webdataset and part.startswith("pipe:")]
 
 
 def _is_fetched(data: DataConf) -> bool:

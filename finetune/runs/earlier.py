@@ -16,7 +16,7 @@ from finetune.system.errors import ConfigError, UserError
 from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
 from finetune.system.reading import DamagedError
 
-NOT_OF_THE_RUN = ("resume", "resume_force")  # say how a run is continued
+NOT_OF_THE_RUN = ("resume", "resume_force", "data.allow_pipe")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share", "train.keep", "train.patience"),

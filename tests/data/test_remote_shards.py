@@ -20,9 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from finetune.__main__ import main
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
+from finetune.config.words.saved import read_conf
 from finetune.data import Source, open_source
 from finetune.data.checks.examine import examine
 from finetune.data.checks.known_images import KnownImages
@@ -376,6 +379,66 @@ def test_a_failure_ends_the_commands_beside_it(tmp_path: Path, packed: Path) -> 
             break
         time.sleep(0.05)
     assert alive == []
+
+
+@pytest.fixture
+def started(tmp_path: Path, packed: Path) -> Path:
+    """A run of one epoch whose images come from commands, each of which leaves a mark; its cache is gone."""
+    root = "::".join(f"pipe:touch {tmp_path}/ran; cat {packed}/{pattern}" for pattern in PATTERNS)
+    words = ["data=webdataset", f'data.root="{root}"', "data.download=true", f"data.cache_dir={tmp_path}/cache"]
+    assert main([*words, "model.head=random", "train.epochs=1", f"hydra.run.dir={tmp_path}/run"]) == 0
+    (tmp_path / "ran").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    return tmp_path / "run"
+
+
+def test_a_command_of_a_resumed_folder_is_shown_and_runs_only_when_allowed_on_the_command_line(
+    started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "allow_pipe: true" in (started / "config.yaml").read_text()  # which does not count
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    for command in ([], ["check"], ["describe"], ["train"]):
+        capsys.readouterr()
+        assert main([*command, f"resume={started}", "train.epochs=2"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        for part in (f"pipe:touch {tmp_path}/ran; cat ", "data.allow_pipe=true", str(started)):
+            assert part in line, command
+    assert not (tmp_path / "ran").exists()
+    assert before == {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    assert main([f"resume={started}", "train.epochs=2", "data.allow_pipe=true"]) == 0
+    assert (tmp_path / "ran").exists()
+    assert json.loads((started / "result.json").read_text())["epochs"] == 2
+
+
+def test_a_command_typed_beside_resume_runs(started: Path, tmp_path: Path, packed: Path) -> None:
+    root = f"pipe:touch {tmp_path}/typed; cat {packed}/{{train-0000,train-0001,val-0000,test-0000}}.tar"
+    assert main([f"resume={started}", f'data.root="{root}"', "train.epochs=2", "resume_force=true"]) == 0
+    assert (tmp_path / "typed").exists() and not (tmp_path / "ran").exists()
+
+
+def test_a_command_of_a_resumed_folder_cannot_hide_what_it_is(
+    started: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((started / "config.yaml").read_text())
+    config["data"]["root"] = "x.tar::pipe:rm -r a\x1b[2K\r\u202e\nb" + " " * 3000 + "; cat y.tar"
+    (started / "config.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert main([f"resume={started}"]) == 1
+    shown = capsys.readouterr().err
+    assert r"pipe:rm -r a\x1b[2K\x0d\u202e\x0ab ; cat y.tar" in shown and "\x1b" not in shown
+    config["data"]["root"] = "${oc.env:HOME}/x.tar"
+    (started / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main([f"resume={started}"]) == 1
+    assert "data.root is a reference" in capsys.readouterr().err
+
+
+def test_other_commands_on_a_run_directory_run_no_command_of_it(started: Path, tmp_path: Path) -> None:
+    """`finetune replay` reads the settings in this way."""
+    conf = read_conf(started)
+    assert not conf.data.allow_pipe
+    with pytest.raises(ValueError, match=r"pipe:touch .* was not run.*data\.allow_pipe=true"):
+        open_source(conf.data)
+    assert not (tmp_path / "ran").exists()
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

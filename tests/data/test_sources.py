@@ -7,7 +7,9 @@ import gzip
 import io
 import json
 import struct
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -363,8 +365,6 @@ def test_hugging_face_from_a_disk(tmp_path: Path, rows: Rows) -> None:
 
 
 def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -373,6 +373,32 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         table(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"finetune\[hf\]"):
         open_source(DataConf(source=SourceKind.hf, name="x"))
+
+
+@pytest.mark.parametrize(("version", "expected"), [("2.18.0", False), ("3.6.0", False), ("4.0.0", None)])
+def test_a_script_of_a_data_set_never_runs(
+    version: str, expected: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before version 4 the library runs `name/name.py` of a local folder unless it is told not to."""
+    asked: dict = {}
+
+    def load_dataset(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise ValueError("it needs a script")
+
+    library = types.SimpleNamespace(
+        __version__=version, DownloadConfig=lambda **_: None, load_dataset=load_dataset, Image=None
+    )
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(ValueError, match="cannot be opened: it needs a script"):
+        open_source(DataConf(source=SourceKind.hf, name=str(tmp_path)))
+    assert asked.get("trust_remote_code") is expected
+
+
+@pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
+def test_a_data_set_that_unpickles_a_file_of_the_current_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pickle.*data=folder"):
+        open_source(DataConf(source=SourceKind.torchvision, name=name, root=str(tmp_path)))
 
 
 # --- selection -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
+from finetune.models.upstream.clip_source import locate
 from finetune.models.upstream.downloads import _reachable, downloads
 from finetune.models.upstream.weight_files import load_strictly, read_state_dict
 
@@ -443,6 +446,29 @@ def test_cached_hub_repositories_work_without_a_network(hub: Path) -> None:
         vit.model.net.head.weight,
         build_model(ModelConf(family=Family.vit, name=name, head=HeadKind.keep), CLASSES).model.net.head.weight,
     )
+
+
+def test_a_tokenizer_never_brings_code_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    """open_clip passes on what a stranger's configuration says, and transformers would run it."""
+    asked: dict = {}
+
+    class AutoTokenizer:
+        @classmethod
+        def from_pretrained(cls, name: str, **options: object) -> "AutoTokenizer":
+            asked.update(options)
+            return cls()
+
+        def __call__(self, texts: list[str], **_: object) -> "AutoTokenizer":
+            self.input_ids = torch.zeros(len(texts), 77, dtype=torch.int64)
+            return self
+
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoTokenizer=AutoTokenizer))
+    text = {**CLIP_CFG["text_cfg"], "hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    config = {"model_cfg": {**CLIP_CFG, "text_cfg": text}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    located = locate(ModelConf(name=f"local-dir:{tmp_path}"), load=False)
+    located.tokenizer()(["a"])
+    assert asked["trust_remote_code"] is False
 
 
 def test_weights_of_a_hub_repository_for_a_built_in_name(hub: Path, upstream_clip: nn.Module) -> None:

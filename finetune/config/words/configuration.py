@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.conf import Conf
+from finetune.config.data import pipe_commands
 from finetune.config.words.choices import find_option, folders
 from finetune.config.words.composition import Composition, file_problem, register, to_conf
 from finetune.config.words.overrides import Override, parse_overrides
@@ -15,6 +16,7 @@ from finetune.config.words.quoting import quote
 from finetune.config.words.saved import base_of
 from finetune.config.words.settings import path_as_typed
 from finetune.system.errors import ConfigError
+from finetune.system.terminal import printable
 
 
 @dataclass
@@ -60,7 +62,11 @@ def read_settings(
     if unreadable or request.problems or first is None:
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     conf = to_conf(first.cfg)
-    if run_dir is not None:
+    if run_dir is not None and base is not None:
+        if any(override.key == "data.root" for override in overrides) or conf.data.root != base.data.root:
+            conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # the person's own command
+        if not conf.data.allow_pipe and (commands := pipe_commands(conf.data)):
+            raise ConfigError([_strange_command(run_dir, commands)])
         texts = [override.text for override in overrides if override.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -85,6 +91,12 @@ def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) 
     if problems:
         raise ConfigError(problems)
     return beside
+
+
+def _strange_command(run_dir: Path, commands: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, commands))
+    problem = f"resume={run_dir}: its config.yaml reads the images from a command, which runs with your rights: {shown}"
+    return f"{problem}. Nothing was run: if you know it, add data.allow_pipe=true"
 
 
 def _check_files(request: Request, searched: Sequence[Path]) -> None:

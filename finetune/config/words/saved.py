@@ -22,7 +22,10 @@ def read_conf(run_dir: Path) -> Conf:
 
 
 def base_of(run_dir: Path) -> Conf:
-    """`read_conf` without the rules between settings, since words beside `resume=run_dir` may still change them."""
+    """`read_conf` without the rules between settings, since words beside `resume=run_dir` may still change them.
+
+    The folder may come from a stranger: `data.allow_pipe` is false, whatever the file says.
+    """
     path = run_dir / "config.yaml"
     if not os.path.lexists(path):
         lack = "it has no config.yaml, so no run was begun there" if run_dir.exists() else "there is no such folder"
@@ -35,4 +38,7 @@ def base_of(run_dir: Path) -> Conf:
         lost = "; another version of finetune wrote it"
         lines = [f"{path}: {text}{'' if name in SETTINGS else lost}" for name, text in reading.problems.items()]
         raise ConfigError(lines)
-    return build(reading.values)
+    if reading.references:  # a run writes values; a reference could bring in a variable of the environment
+        name = min(reading.references)
+        raise ConfigError([f"{path}: {name} is a reference ${{...}}, which no run writes; put its value there"])
+    return build({**reading.values, "data.allow_pipe": False})

@@ -80,7 +80,9 @@ def _open(datasets: Any, name: str, conf: DataConf) -> Any:
         if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json")):
             return datasets.load_from_disk(name)
         config = datasets.DownloadConfig(local_files_only=not (conf.download or os.path.exists(name)))
-        return datasets.load_dataset(name, conf.subset, download_config=config)
+        # Before version 4 the library runs a script of the data set, also one in a local folder, unless told not to.
+        by_version: dict[str, Any] = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
+        return datasets.load_dataset(name, conf.subset, download_config=config, **by_version)
     except Exception as error:  # the library and its readers raise nearly any error on a damaged data set
         how = "" if conf.download else "; a data set of the hub that is not here yet needs data.download=true"
         raise UserError(f"data.name={name}: cannot be opened: {' '.join(str(error).split())[:300]}{how}") from error

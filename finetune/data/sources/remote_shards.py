@@ -16,6 +16,7 @@ from finetune.data.sources.tar_files import tar_members
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, LimitError, in_bytes, text_limit
 from finetune.system.signals import at_once
+from finetune.system.terminal import printable
 
 MEASURED = 32  # lengths that are asked for; those of more shards are estimated from these
 CLASS_FILES = ("classes.txt", "classnames.txt")  # lists with a class name a line, for labels that are numbers
@@ -30,6 +31,12 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
     folder = cache_folder(conf.cache_dir) / "shards"
     missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
     if missing:
+        commands = [printable(remote.address) for remote in missing if remote.is_command]
+        if commands and not conf.allow_pipe:
+            raise UserError(
+                f"data.root: {commands[0]} was not run: data.allow_pipe is false. If you know the command, add"
+                " data.allow_pipe=true; a run directory's own setting of it does not count"
+            )
         with at_once():  # a stop signal costs nothing but this start: the next one downloads what is still missing
             num_bytes, size = _size(missing)
             if not conf.download:

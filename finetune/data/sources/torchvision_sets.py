@@ -21,6 +21,8 @@ from finetune.system.errors import UserError
 _SPLIT_WORDS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 # Attributes in which torchvision's data sets store their labels: as a list of labels, or of (path, label).
 _LABEL_NAMES = ("targets", "labels", "_labels", "y", "_samples", "samples")
+# Data sets for which torchvision unpickles a file without comparing its checksum first.
+_PICKLED = ("LSUN", "LSUNClass")
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
@@ -71,6 +73,11 @@ def find_torchvision(conf: DataConf) -> FoundImages:
 
     name, root = conf.name or "", os.path.expanduser(conf.root or "")
     known = [word for word in library.__all__ if inspect.isclass(vars(library).get(word)) and word != "FakeData"]
+    if name in _PICKLED:
+        raise UserError(
+            f"data.name={name}: torchvision reads it by a pickle of the folder you start in, which can run any"
+            " program; give the images as data=folder"
+        )
     if name not in known:
         instead = f"{nearest(name, known)}; it has {', '.join(known)}"
         raise UserError(f"data.name={name}: torchvision has no such data set{instead}")

@@ -82,7 +82,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
             raise UserError(f"{path} is one of OpenAI's own archives, whose models use the quick GELU: {mend}")
     else:
         raise UserError(unknown_tag(conf, conf.pretrained, [*tags, "hf-hub:OWNER/NAME"]))
-    return ClipSource(conf.name, cfg, preprocess, path, label, partial(_tokenizer, name))
+    return ClipSource(conf.name, cfg, preprocess, path, label, partial(_tokenizer, name, cfg))
 
 
 def _from_hub(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -97,7 +97,7 @@ def _from_hub(conf: ModelConf, *, load: bool) -> ClipSource:
     elif conf.pretrained != "none":
         problem = f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights"
         raise UserError(f"{problem}; leave it out, or use none or a path")
-    tokenizer = partial(_tokenizer, f"hf-hub:{repository}")
+    tokenizer = partial(_tokenizer, f"hf-hub:{repository}", config["model_cfg"])
     return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, tokenizer)
 
 
@@ -118,7 +118,7 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
         if found is None:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
-    tokenizer = partial(_tokenizer, f"{FOLDER}{folder}")
+    tokenizer = partial(_tokenizer, f"{FOLDER}{folder}", config["model_cfg"])
     return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, str(path or "random"), tokenizer)
 
 
@@ -140,12 +140,15 @@ def _read_hub_config(repository: str) -> dict[str, Any]:
     return {"preprocess_cfg": {}, **config}
 
 
-def _tokenizer(name: str) -> Tokenizer:
+def _tokenizer(name: str, model_cfg: dict[str, Any]) -> Tokenizer:
+    """open_clip's tokenizer of a model; code that a repository brings for its tokenizer never runs."""
     import open_clip
 
+    # Ahead of the repository's own `tokenizer_kwargs`, which may ask for the opposite.
+    options = {"trust_remote_code": False} if model_cfg["text_cfg"].get("hf_tokenizer_name") else {}
     try:
         with downloads(f"the tokenizer of {name}"):
-            return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+            return open_clip.get_tokenizer(name, **options)  # type: ignore[no-any-return]
     except ImportError as error:
         problem = f"{name} reads text with a Hugging Face tokenizer, which needs the package transformers"
         raise UserError(f"{problem}: pip install 'finetune[transformers]', or use model.head=random") from error
