@@ -24,6 +24,7 @@ from finetune.runs.records import Result
 from finetune.runs.saver import Saver
 from finetune.system.errors import UserError
 from finetune.system.progress import Bar
+from finetune.system.reading import DamagedError
 from finetune.system.signals import Interrupted, StopSignals
 
 logger = logging.getLogger("finetune")
@@ -140,6 +141,10 @@ class _Training:
             self._save_now()
             again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
             raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
+        except DamagedError as error:  # a downloaded shard
+            self._save_now()
+            again = f"continue at step {state.step} with resume={run.folder}"
+            raise DamagedError(f"{error}; the state is saved: {again}") from error
         except NotFiniteError as error:
             saver.save_weights(state)
             error.args = (self._diverged(error),)

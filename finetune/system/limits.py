@@ -121,6 +121,11 @@ def read_text(path: Path, subject: str, limit: Limit) -> str:
                 limit.check(subject, max(size, len(data)))
     except OSError as error:
         raise OSError(f"{subject}: cannot be read: {error.strerror or error}") from error
+    return text_of(data, subject)
+
+
+def text_of(data: bytes, subject: str) -> str:
+    """The content of such a file as text; a UserError that begins with `subject` if it is no UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

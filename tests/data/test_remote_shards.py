@@ -32,6 +32,8 @@ from finetune.data.checks.known_images import KnownImages
 from finetune.data.sources import fetching, remote_shards
 from finetune.data.sources.fetching import RemoteFile
 from finetune.system.limits import in_bytes
+from finetune.system.reading import DamagedError
+from finetune.system.seals import read_sealed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and process groups")
 NAMES = ["train-0000.tar", "train-0001.tar", "val-0000.tar", "test-0000.tar"]
@@ -205,7 +207,7 @@ def test_the_rest_of_a_killed_download_is_no_trap(tmp_path: Path, packed: Path, 
     place.parent.mkdir(parents=True)
     place.with_name(f"{place.name}.part").write_bytes((packed / "train-0001.tar").read_bytes() * 2)
     open_source(conf(tmp_path, f"{server.base}/train-0000.tar"))
-    assert place.read_bytes() == (packed / "train-0000.tar").read_bytes()
+    assert read_sealed(place) == (packed / "train-0000.tar").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -494,3 +496,57 @@ def test_fetched_shards_feed_a_cache_that_lasts(tmp_path: Path, server: Server) 
         split = open_source(data).splits["train"]
         open_cache(split, first_step(Preprocess(16, (0, 0, 0), (1, 1, 1)), None), data)
     assert len([path for path in (tmp_path / "cache" / "pixels").iterdir() if path.is_dir()]) == 1
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_no_change_of_a_stored_shard_or_list_changes_an_image_a_label_or_a_name(
+    tmp_path: Path, packed: Path, server: Server
+) -> None:
+    (packed / "classes.txt").write_text("ant\nbee\n")
+    data = conf(tmp_path, f"{server.base}/set/{PATTERNS[0]}")
+    expected = content(open_source(data))
+    shards = sorted((tmp_path / "cache" / "shards").glob("*-train-0001.tar"))
+    shards += (tmp_path / "cache" / "shards").glob("*-classes.txt")
+    assert len(shards) == 3  # the list in the folder of the shards, and the one above, which is not used
+    outcomes = []
+    for path in shards:
+        whole = path.read_bytes()
+        size = len(read_sealed(path))
+        # A header and its padding, an image, a label, the zeros at the end, the seal.
+        places = [*range(0, min(size, 1024), 90), *range(min(1100, size - 1), size, 4099), *range(size, len(whole), 3)]
+        changes = [flipped(whole, place) for place in places] + [whole[:n] for n in (0, 100, size, len(whole) - 1)]
+        changes += [whole + b"x", whole[:512] + bytes(512) + whole[1024:], bytes(len(whole)), bytes(512) + whole[512:]]
+        for change in changes:
+            path.write_bytes(change)
+            for again in (data, conf(tmp_path, data.root or "", download=False)):
+                try:
+                    assert content(open_source(again)) == expected
+                    outcomes.append("fetched again" if path.read_bytes() == whole else "no effect")
+                except DamagedError as error:
+                    assert str(path) in str(error) and "data.download=true" in str(error)
+                    outcomes.append("refused")
+                path.write_bytes(change)
+            path.write_bytes(whole)
+    assert outcomes.count("fetched again") > 50 < outcomes.count("refused")
+    assert content(open_source(data)) == expected
+
+
+def test_damage_that_an_epoch_meets_is_fetched_again_at_the_next_start(
+    tmp_path: Path, packed: Path, server: Server
+) -> None:
+    data = conf(tmp_path, f"{server.base}/set/train-0000.tar")
+    source = open_source(data)
+    expected = content(source)
+    (path,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    whole = path.read_bytes()
+    source = open_source(data)  # has compared headers and labels; this small shard is one block, so those are all of it
+    path.write_bytes(flipped(whole, whole.index(b"IDAT") + 50))
+    source.splits["train"].store._sealed[0]._is_checked = bytearray(len(whole))  # type: ignore[attr-defined]
+    with pytest.raises(DamagedError, match=r"train-0000\.tar is damaged: .*data\.download=true"):
+        content(source)
+    with pytest.raises(DamagedError, match=r"data\.download=true"):
+        open_source(conf(tmp_path, data.root or "", download=False))
+    assert content(open_source(data)) == expected and path.read_bytes() == whole

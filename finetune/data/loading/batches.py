@@ -20,9 +20,12 @@ from finetune.data.images.transforms import BatchTransform
 from finetune.data.loading.order import Showings
 from finetune.data.split import Split
 from finetune.data.streams import augment_generator
+from finetune.system.reading import DamagedError
 
 # Pixels that are normalised at a time, so that all four operations find them in the cache of a core.
 CACHED_PIXELS = 2**16
+
+Failure = ImageError | DamagedError  # why there is no micro-batch
 
 
 class BatchKey(NamedTuple):
@@ -44,7 +47,7 @@ class PixelBatch(NamedTuple):
 
 
 @dataclass(eq=False)
-class BatchMaker(Dataset["PixelBatch | ImageError"]):
+class BatchMaker(Dataset["PixelBatch | Failure"]):
     """A map from keys to micro-batches, as a DataLoader wants it; small to pickle."""
 
     split: Split
@@ -53,8 +56,8 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
     skip: bool = False  # leave out unreadable images
     cached: tuple[PixelCache, FirstStep] | None = None  # read images from this cache, which stores them after this step
 
-    def __getitem__(self, key: BatchKey) -> PixelBatch | ImageError:
-        """Return the micro-batch of `key`, or the error of an image that cannot be read.
+    def __getitem__(self, key: BatchKey) -> PixelBatch | Failure:
+        """Return the micro-batch of `key`, or the error of an image that cannot be read, or of a damaged shard.
 
         The error is returned and not raised, since a worker's exception arrives with a page of traceback. With `skip`
         no other image takes the place of an unreadable one. So every other image keeps its batch and its view, for any
@@ -65,7 +68,7 @@ class BatchMaker(Dataset["PixelBatch | ImageError"]):
         mended: list[int] = []
         try:
             images = self.transform(self._read(key, ids, left_out, mended), len(key.samples))
-        except ImageError as error:
+        except (ImageError, DamagedError) as error:
             return error
         samples = torch.tensor(ids, dtype=torch.int64)
         return PixelBatch(images, self.split.labels[samples], samples, left_out, mended)

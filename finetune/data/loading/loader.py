@@ -15,7 +15,7 @@ from finetune.data.caches.device_cache import DeviceCache
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import build_transform
-from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, PixelBatch, normalise
+from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, Failure, PixelBatch, normalise
 from finetune.data.loading.order import Showings, epoch_order, most_showings
 from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
 from finetune.data.split import Split
@@ -60,8 +60,8 @@ class Loader:
         numbers = (preprocess.mean, preprocess.std)
         self._mean, self._std = torch.tensor(numbers, dtype=torch.float32, device=device)[:, :, None, None]
         self._plan = EpochPlan(conf.batch_size)
-        self._loader: DataLoader[PixelBatch | ImageError] | None = None
-        self._batches: Iterator[PixelBatch | ImageError] = iter(())
+        self._loader: DataLoader[PixelBatch | Failure] | None = None
+        self._batches: Iterator[PixelBatch | Failure] = iter(())
         self._turn = 0
         self._image_cost_s: float | None = None
 
@@ -102,8 +102,8 @@ class Loader:
             self.waited_s += time.perf_counter() - began
             if batch is None:
                 return
-            if isinstance(batch, ImageError):
-                if not (empty and self._skips):
+            if isinstance(batch, Failure):
+                if not (empty and self._skips and isinstance(batch, ImageError)):
                     raise batch
                 images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
                 batch = PixelBatch(images, self.split.labels[:0], torch.empty(0, dtype=torch.int64), [])
@@ -164,7 +164,7 @@ class Loader:
         """The batch of a few images out of their files, in this process: no worker starts. Raises ImageError."""
         maker = BatchMaker(self.split, build_transform(self._preprocess, self._augment), self._seed, skip=self._skips)
         batch = maker[BatchKey(showings.samples.tolist(), showings.occurrences.tolist(), view)]
-        if isinstance(batch, ImageError):
+        if isinstance(batch, Failure):
             raise batch
         return self._to_device(batch)
 
@@ -175,7 +175,7 @@ class Loader:
             logger.warning(f"{text} such images are read from their files again, and the cache is mended", name)
         self._has_told_of_damage = True
 
-    def _build(self) -> DataLoader[PixelBatch | ImageError]:
+    def _build(self) -> DataLoader[PixelBatch | Failure]:
         if self._has_cache_to_open:
             self._maker.cached = open_cache(self.split, self._step, self._conf), self._step
             self._has_cache_to_open = False  # opened once, also when workers are started again
@@ -190,7 +190,7 @@ class Loader:
             self._image_cost_s = seconds_per_call(lambda sample: self._maker[BatchKey([sample], [0], 0)], count)
         return self._image_cost_s
 
-    def _from_device(self) -> Iterator[PixelBatch | ImageError]:
+    def _from_device(self) -> Iterator[PixelBatch | Failure]:
         """Batches out of the cache on the device, which is filled now if it is not yet."""
         if self._device_cache is None:
             self._device_cache = DeviceCache(self.split, self._step, self._conf, self._device)

@@ -27,10 +27,14 @@ from finetune.config.data import REMOTE
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, in_bytes
 from finetune.system.locks import file_lock
+from finetune.system.reading import DamagedError
+from finetune.system.seals import SealedFile, seal
 
 TRIES = 4
 DELAY_S = 1.0  # pause before the second try; each later pause is twice as long
 MESSAGES = 2**24  # bytes that a command may write to stderr
+SMALL_BYTES = 2**20  # a downloaded file up to this size, such as a list of names, is compared whole
+SEALED_BYTES = 2**14  # of a download have a checksum of their own, so that few more are read than an image has
 TIMEOUT_S = 60.0  # without a byte from the server
 TEMPORARY_CODES = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -115,7 +119,9 @@ class Progress:
 
 
 def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progress: Progress) -> None:
-    """Download a file to `remote.path_in(folder)` if it is not there. Of several processes one downloads.
+    """Download a file to `remote.path_in(folder)` if it is not there, with a seal. Of several processes one downloads.
+
+    A file that is there without its seal is damaged, see `damage_of`, and is downloaded again.
 
     `check` raises UserError if the downloaded file is not what it should be. Raises UserError if the file cannot be
     downloaded, in TRIES tries if the failure may pass (MissingFileError is one); OSError if `folder` cannot be written;
@@ -124,15 +130,33 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
     path = remote.path_in(folder)
     part = path.with_name(f"{path.name}.part")
     with file_lock(path.with_name(f"{path.name}.lock"), on_wait=lambda: progress.wait(0)):
-        if path.exists():
+        if path.exists() and damage_of(path) is None:
             return
         try:
             _fetch_with_retries(remote, part, check, progress)
+            seal(part, block=SEALED_BYTES)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def damage_of(path: Path) -> DamagedError | None:
+    """How a downloaded file is damaged, by its size and its list of checksums; a large one's content is not read."""
+    try:
+        file = SealedFile(path)
+        if file.size <= SMALL_BYTES:
+            file.check()
+    except DamagedError as error:
+        return error
+    return None
+
+
+def condemn(path: Path) -> None:
+    """Let the next start find a downloaded file damaged, of which a block has been: its seal is cut."""
+    with contextlib.suppress(OSError):  # it may belong to another user
+        os.truncate(path, max(0, path.stat().st_size - 1))
 
 
 def _fetch_with_retries(remote: RemoteFile, part: Path, check: Callable[[Path], None], progress: Progress) -> None:

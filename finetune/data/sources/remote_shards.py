@@ -1,6 +1,7 @@
 """Downloads the shards that are not on this machine: several at a time, under one progress bar."""
 
 import contextlib
+import logging
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -11,26 +12,30 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
 from finetune.data.caches.entries import GIB, cache_folder, size_of
-from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, fetch, length_of
+from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, damage_of, fetch, length_of
 from finetune.data.sources.tar_files import tar_members
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, LimitError, in_bytes, text_limit
+from finetune.system.reading import DamagedError
 from finetune.system.signals import at_once
 from finetune.system.terminal import printable
+
+logger = logging.getLogger("finetune")
 
 MEASURED = 32  # lengths that are asked for; those of more shards are estimated from these
 CLASS_FILES = ("classes.txt", "classnames.txt")  # lists with a class name a line, for labels that are numbers
 
 
 def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
-    """Return the path of each downloaded shard; download missing ones if `data.download` allows it.
+    """Return the path of each downloaded shard; download missing and damaged ones if `data.download` allows it.
 
     Lists of class names that lie beside the first shard, or in the folder above, are downloaded with the shards. Raises
     UserError if shards may not be downloaded or have no room, or if a download fails; OSError if the folder refuses.
     """
-    folder = cache_folder(conf.cache_dir) / "shards"
-    missing = [remote for remote in remotes if not remote.path_in(folder).exists()]
-    if missing:
+    folder, near = cache_folder(conf.cache_dir) / "shards", _class_files_near(remotes[0])
+    damaged = _damaged([remote.path_in(folder) for remote in (*remotes, *near)], conf)
+    missing = [remote for remote in remotes if (path := remote.path_in(folder)) in damaged or not path.exists()]
+    if missing or damaged:
         commands = [printable(remote.address) for remote in missing if remote.is_command]
         if commands and not conf.allow_pipe:
             raise UserError(
@@ -47,11 +52,23 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 room = _check_room(num_bytes or 0, folder, conf.cache_gib)
-                lists = {remote: text_limit(conf.max_text_mib) for remote in _class_files_near(remotes[0])}
+                lists = {remote: text_limit(conf.max_text_mib) for remote in near}
                 _fetch_all(missing, lists, folder, num_bytes, room)
             except OSError as error:
                 raise OSError(f"data.root: cannot write to {folder}: {error.strerror or error}") from error
     return [remote.path_in(folder) for remote in remotes]
+
+
+def _damaged(paths: Sequence[Path], conf: DataConf) -> set[Path]:
+    """Those of some downloaded files that are damaged, with a warning; a DamagedError if none may be downloaded."""
+    found = set()
+    for path in paths:
+        if path.exists() and (damage := damage_of(path)) is not None:
+            if not conf.download:
+                raise DamagedError(f"{damage}; data.download=true fetches it again")
+            logger.warning("%s; it is fetched again", damage)
+            found.add(path)
+    return found
 
 
 def fetched_class_files(first: RemoteFile, conf: DataConf) -> list[Path]:
@@ -73,6 +90,8 @@ def _class_files_near(shard: RemoteFile) -> list[RemoteFile]:
 
 def _size(missing: Sequence[RemoteFile]) -> tuple[int | None, str]:
     """The total length of some shards in bytes, None if it is unknown; and words for it."""
+    if not missing:
+        return 0, ""
     asked = missing[:: -(-len(missing) // MEASURED)]
     total = 0
     for remote in asked:

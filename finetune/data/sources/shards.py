@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from torch import Tensor
 from finetune.config import DataConf
 from finetune.data.images.decode import EXTENSIONS, ImageError, check_encoded, error_words, natural_key
 from finetune.data.packed import PackedStrings
-from finetune.data.sources.fetching import RemoteFile, is_remote
+from finetune.data.sources.fetching import RemoteFile, condemn, is_remote
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
 from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import SPLIT_WORDS, FoundImages, ImageStore
 from finetune.system.errors import UserError
-from finetune.system.limits import NAME, Limit, read_text, text_limit
+from finetune.system.limits import NAME, Limit, read_text, text_limit, text_of
+from finetune.system.reading import DamagedError
+from finetune.system.seals import SealedFile, read_sealed
 
 SHARDS = Limit(1_000_000, "a larger number is most likely a typing mistake", "shards")  # in one pattern
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}")
@@ -48,20 +50,36 @@ class Shard:
 class ShardStore(ImageStore):
     """Images inside tar files. Each read opens the shard anew, so that worker processes share no open file."""
 
-    def __init__(self, shards: Sequence[Shard], keys: PackedStrings, places: np.ndarray[Any, Any]) -> None:
-        """Take the shards, the name of each image, and its (shard, offset, size), int64 (n, 3)."""
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        keys: PackedStrings,
+        places: np.ndarray[Any, Any],
+        sealed: Mapping[int, SealedFile],
+    ) -> None:
+        """Take the shards, the name of each image, and its (shard, offset, size), int64 (n, 3).
+
+        `sealed` has the downloaded ones of the shards by their index.
+        """
+        self._sealed = sealed
         self._shards = [shard.path for shard in shards]
         self._folders = [os.path.dirname(shard.name) for shard in shards]
         self._keys, self._places = keys, places
 
     def read(self, row: int) -> bytes:
-        """The bytes of the image file; raises ImageError."""
+        """The bytes of the image file; raises ImageError, or DamagedError for a downloaded shard."""
         shard, offset, size = self._places[row].tolist()
         check_encoded(self.name_of(row), size, self.max_pixels)
+        sealed = self._sealed.get(shard)
         try:
+            if sealed is not None:
+                return sealed.read(offset, size)
             with open(self._shards[shard], "rb") as file:
                 file.seek(offset)
                 data = file.read(size)
+        except DamagedError as error:
+            condemn(Path(self._shards[shard]))
+            raise DamagedError(f"{error}; data.download=true fetches it again") from error
         except OSError as error:
             raise ImageError(self.name_of(row), error_words(error)) from error
         if len(data) != size:
@@ -99,15 +117,19 @@ def find_shards(conf: DataConf) -> FoundImages:
     """
     shards = _list_shards(conf)
     index = _Index()
+    sealed = {}
     for number, shard in enumerate(shards):
-        _read_shard(shard, number, conf, index)
+        if shard.remote is None:
+            _read_shard(shard, number, conf, index)
+        else:
+            sealed[number] = _read_fetched(shard, shard.remote, number, conf, index)
     root = "::".join(_name(part) for part in _parts(conf))
     if not index.keys:
         raise UserError(f"data.root={root}: no images in {len(shards)} shards; {LAYOUT}")
-    classes, labels = _classes(_class_files(shards[0], conf), index.labels, text_limit(conf.max_text_mib))
+    classes, labels = _classes(_class_files(shards[0], conf), index.labels, text_limit(conf.max_text_mib), 0 in sealed)
     keys = PackedStrings(index.keys)
     return FoundImages(
-        store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3)),
+        store=ShardStore(shards, keys, np.frombuffer(index.places, dtype=np.int64).reshape(-1, 3), sealed),
         names=keys,
         classes=classes,
         labels=labels,
@@ -206,13 +228,27 @@ def _middles(braces: re.Match[str]) -> Sequence[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + step, step)]
 
 
-def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index) -> None:
+def _read_fetched(shard: Shard, remote: RemoteFile, number: int, conf: DataConf, index: _Index) -> SealedFile:
+    """`_read_shard` of a downloaded shard; a damaged one is downloaded again."""
+    path = Path(shard.path)
+    try:
+        sealed = SealedFile(path)
+        _read_shard(shard, number, conf, index, sealed)
+    except DamagedError:
+        condemn(path)
+        fetch_shards([remote], conf)
+        sealed = SealedFile(path)
+        _read_shard(shard, number, conf, index, sealed)
+    return sealed
+
+
+def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed: SealedFile | None = None) -> None:
     """Add the images of a shard to `index`. Files of one sample share the name up to its first dot."""
     texts = text_limit(conf.max_text_mib)
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     try:
-        for member, tar in tar_members(shard.path):
+        for member, tar in tar_members(shard.path, sealed):
             folder, _, file = member.name.rpartition("/")
             stem, _, ending = file.partition(".")
             if not stem:
@@ -268,7 +304,9 @@ def _class_files(first: Shard, conf: DataConf) -> list[Path]:
     return [place for place in places if place.is_file()]
 
 
-def _classes(files: Sequence[Path], labels: Sequence[str], limit: Limit) -> tuple[tuple[str, ...], Tensor]:
+def _classes(
+    files: Sequence[Path], labels: Sequence[str], limit: Limit, is_fetched: bool
+) -> tuple[tuple[str, ...], Tensor]:
     """Class names and labels, int64 (n,).
 
     If labels are numbers and there is a list of class names, they are line numbers of the list, from 0. Else the labels
@@ -276,7 +314,9 @@ def _classes(files: Sequence[Path], labels: Sequence[str], limit: Limit) -> tupl
     """
     if files and all(label.isdecimal() for label in labels):
         path = files[0]
-        lines = read_text(path, f"data.root: {path}", limit).splitlines()
+        subject = f"data.root: {path}"
+        text = text_of(read_sealed(path), subject) if is_fetched else read_text(path, subject, limit)
+        lines = text.splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         highest = max(map(int, labels))
         if highest >= len(names) or len(set(names)) < len(names):
