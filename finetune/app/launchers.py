@@ -9,7 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from finetune.config.words.choices import builtin_folder
 from finetune.config.words.composition import ANY_OF_HYDRA, PRIMARY_NAME, VERSION_BASE, one_line, register
@@ -63,4 +63,5 @@ def current_job() -> RunningJob:
     if folder.is_relative_to(start) and start == Path.cwd():
         folder = folder.relative_to(start)
     sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None
-    return RunningJob(folder, [str(text) for text in config.overrides.task], number, sweep)
+    task: Any = OmegaConf.to_container(config.overrides.task, resolve=False)  # as typed: a reference may hold a secret
+    return RunningJob(folder, [str(text) for text in task], number, sweep)

@@ -20,7 +20,7 @@ from finetune.app.rate_plan import batch_notice, log_layers, peak_optim, plan_ra
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import train_to_the_end
-from finetune.config import CompileMode, Conf, OnNonfinite, as_dict, train_problems
+from finetune.config import CompileMode, Conf, OnNonfinite, recorded, train_problems
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
 from finetune.core.freezing import set_up_layers
@@ -68,7 +68,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
 
 
 def _find_earlier(conf: Conf, run_dir: Path) -> EarlierRun:
-    return find_earlier(run_dir, as_dict(conf), is_resume=conf.resume is not None, force=conf.resume_force)
+    return find_earlier(run_dir, recorded(conf), is_resume=conf.resume is not None, force=conf.resume_force)
 
 
 def _run(session: Session, *, quiet: bool) -> Result:

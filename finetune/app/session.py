@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from finetune.app.build import Run
-from finetune.config import Conf, as_dict
+from finetune.config import Conf, recorded
 from finetune.core.finite import NotFiniteError
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.records import Result
 from finetune.system.files import write_json, write_text
 from finetune.system.signals import Interrupted
-from finetune.system.terminal import command, printable
+from finetune.system.terminal import command, printable, without_secrets
 
 logger = logging.getLogger("finetune")
 
@@ -63,7 +63,7 @@ class Session:
         """
         self.is_accepted = True
         own = dataclasses.replace(self.conf, resume=None, resume_force=False)
-        config = yaml.safe_dump(as_dict(own), sort_keys=False, allow_unicode=True)
+        config = yaml.safe_dump(recorded(own), sort_keys=False, allow_unicode=True)
         if self.earlier.result is None:
             write_text(self.run_dir / "config.yaml", config)  # first, since a folder without it is no run
             self.write_result()
@@ -118,7 +118,7 @@ def outcome(error: BaseException) -> tuple[str, str]:
         return "interrupted", f"stopped by {error.signal_name}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "stopped by Ctrl-C"
-    return "failed", str(error) or type(error).__name__
+    return "failed", without_secrets(str(error)) or type(error).__name__
 
 
 def log_summary(run_dir: Path, result: Result) -> None:

@@ -8,6 +8,7 @@ imports the room `system` only, and outside `words/` the standard library only. 
 from finetune.config.augment import AugmentConf, Policy, Recipe
 from finetune.config.conf import Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, SourceKind
+from finetune.config.environment import recorded
 from finetune.config.fields import Choice, member_of, nearest, setting
 from finetune.config.model import Family, HeadKind, Library, ModelConf, Pool, TemplateSet
 from finetune.config.optim import OPTIMIZER_READERS, OPTIMIZERS, LayerRule, OptimConf
@@ -30,5 +31,6 @@ __all__ = [
     "Choice", "ClassTokenOnly", "CompileMode", "Conf", "DataConf", "Family", "HeadKind", "Interval", "LayerRule",
     "Library", "Loss", "Mode", "ModelConf", "OnError", "OnNonfinite", "OptimConf", "PastCycle", "Policy", "Pool",
     "Precision", "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "SchedulerConf", "SourceKind", "TemplateSet",
-    "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "setting", "train_problems",
+    "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "recorded", "setting",
+    "train_problems",
 ]  # fmt: skip

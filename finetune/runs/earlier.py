@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Conf, as_dict
-from finetune.config.words.saved import base_of
+from finetune.config.words.saved import recorded_in
 from finetune.runs.records import Result, read_result
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
@@ -21,7 +21,16 @@ NOT_OF_THE_RUN = ("resume", "resume_force", "data.allow_pipe")  # say how a run 
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share", "train.keep", "train.patience"),
     *("train.on_nonfinite", "train.max_nonfinite", "prefix.cache", "prefix.max_gib"),
-    *("data.workers", "data.cache", "data.cache_dir", "data.cache_gib", "data.check_budget_s", "data.download"),
+    *(
+        "data.workers",
+        "data.cache",
+        "data.cache_dir",
+        "data.cache_gib",
+        "data.check_budget_s",
+        "data.download",
+        "data.max_image_mib",
+    ),
+    "data.max_text_mib",
     "data.on_error",  # the first start has settled which images the run learns from
 )
 # May change: the same arithmetic by other kernels, so the weights differ by rounding.
@@ -154,7 +163,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read_settings(run_dir: Path) -> dict[str, Any]:
     """The settings in the folder's `config.yaml`, by dotted key."""
     try:
-        return flat(as_dict(base_of(run_dir)))
+        return flat(recorded_in(run_dir))
     except ConfigError as error:
         raise RefusedError(f"{error.problems[0]}; nothing was changed") from error
 

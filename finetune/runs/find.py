@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.config.words.saved import base_of
+from finetune.config.words.saved import recorded_in
 from finetune.runs.folders import OUTPUTS
 from finetune.runs.records import read_result
 from finetune.system.errors import UserError
@@ -25,7 +25,7 @@ def find_run(word: str) -> Path:
     for folder in runs:
         try:
             status = _status(folder)
-            base_of(folder)
+            recorded_in(folder)
         except UserError as error:
             say(f"resume={LATEST}: {error}: looking further")
             continue

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from finetune.system.ours import MARKER, FolderKind, RefusedError, claim, open_own
+from finetune.system.terminal import without_secrets
 
 OUTPUTS, JOBS = Path("outputs"), "jobs.jsonl"
 
@@ -107,8 +108,8 @@ def record_failure(folder: Path, overrides: list[str], error: Exception) -> None
 
     Writes nothing into a folder with files that are not ours.
     """
-    result = {"status": "failed", "error": str(error) or type(error).__name__, "overrides": overrides}
-    trace = "".join(traceback.format_exception(error))
+    result = {"status": "failed", "error": without_secrets(str(error)) or type(error).__name__, "overrides": overrides}
+    trace = without_secrets("".join(traceback.format_exception(error)))
     # The disk may be full, or the folder may be missing.
     with contextlib.suppress(OSError, RefusedError):
         claim(folder, FolderKind.run)

@@ -12,13 +12,31 @@ _SHELL_SAFE = re.compile(r"[\w./+-]+='[^'\\]*'")
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+_hidden: dict[str, str] = {}  # texts that no output may show -> what stands in their place
+MIN_HIDDEN = 6  # letters: a shorter text is no secret, and stands in other words by chance
+
+
+def hide(secret: str, shown: str) -> None:
+    """From now on `printable` shows `shown` in the place of `secret`, such as a token, and of its part behind a `?`."""
+    for text in (secret, secret.partition("?")[2]):
+        if len(text) >= MIN_HIDDEN:
+            _hidden[text] = shown
+
+
+def without_secrets(text: str) -> str:
+    """`text` with every secret replaced, see `hide`."""
+    for secret, shown in _hidden.items():
+        text = text.replace(secret, shown)
+    return text
+
+
 def printable(text: str, keep: Collection[str] = "") -> str:
     r"""`text` with control characters, text-direction marks and lone surrogates as visible escapes (`\x1b`).
 
     File and class names come from anywhere: an escape sequence in a name must not steer the terminal, and a line break
-    must not forge a line of the log. Letters of all scripts stay, and the characters in `keep`.
+    must not forge a line of the log. Letters of all scripts stay, and the characters in `keep`. Secrets are replaced.
     """
-    return "".join(char if char in keep else _escape(char) for char in text)
+    return "".join(char if char in keep else _escape(char) for char in without_secrets(text))
 
 
 def _escape(char: str) -> str:

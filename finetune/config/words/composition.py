@@ -25,7 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.conf import Conf, as_dict, find_problems
+from finetune.config.environment import escaped, keep_reference
 from finetune.config.words import choices
+from finetune.config.words.references import Reference, fill_in, fill_in_one
 from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, Reading, build, path_as_typed, read_tree
 from finetune.system.errors import ConfigError, UserError
 
@@ -58,7 +60,7 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
     store = ConfigStore.instance()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
-        store.store(name=choices.SCHEMA_NAME, node=as_dict(Conf() if base is None else base))
+        store.store(name=choices.SCHEMA_NAME, node=escaped(as_dict(Conf() if base is None else base)))
         store.store(name=PRIMARY_NAME, node=OmegaConf.create(primary))
     _Folders.searched = tuple(folder for folder in searched if folder != choices.builtin_folder())
     Plugins.instance().register(_Folders)
@@ -70,7 +72,7 @@ class Composition:
     Attributes:
         overrides: In Hydra's grammar, without sweeps.
         cfg: The composed tree, with Hydra's own settings.
-        reading: The settings in it.
+        reading: The settings in it, with references filled in.
     """
 
     def __init__(self, searched: Sequence[Path], overrides: list[str]) -> None:
@@ -80,6 +82,9 @@ class Composition:
             with _hydra():
                 self.cfg = hydra.compose(PRIMARY_NAME, self.overrides, return_hydra_config=True)
             self.reading = read_composed(self.cfg)
+            filled = fill_in(self.cfg, self.reading.references)
+            self.reading.references = {}
+            self.reading.add(filled.reading)
         except ANY_OF_HYDRA as error:
             raise ConfigError([self._explained(error)]) from error
 
@@ -97,6 +102,10 @@ class Composition:
             if line is not None:
                 return f"{choices.shown(path)}, line {line}: "
         return ""
+
+    def filled(self, name: str, reference: Reference) -> Reading:
+        """The setting `name`, as if `reference` stood in its place."""
+        return fill_in_one(self.cfg, name, reference).reading
 
     def _file(self, config_path: str) -> Path | None:
         """The yaml file that Hydra knows as `data/folder`; None for the schema and for Hydra's own nodes."""
@@ -163,19 +172,15 @@ def read_composed(cfg: DictConfig) -> Reading:
 def to_conf(cfg: DictConfig) -> Conf:
     """A composition as the typed configuration, with references and `~` filled in; a ConfigError for bad values."""
     reading = read_composed(cfg)
-    for name in reading.references:
-        try:
-            value = OmegaConf.select(cfg, name)
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException as error:
-            reading.problems[name] = f"{name}: {one_line(error)}"
-        else:
-            reading.add(read_tree(value, name))
-    values = reading.values
+    filled = fill_in(cfg, reading.references)
+    values = reading.values | filled.reading.values
+    reading.problems |= filled.reading.problems
     values |= {name: path_as_typed(values[name]) for name in PATH_SETTINGS if values.get(name) is not None}
     problems = list(reading.problems.values()) or find_problems(build(values))
     if problems:
         raise ConfigError(problems)
+    for name in filled.kept:
+        keep_reference(name, values[name], reading.references[name])
     return build(values)
 
 

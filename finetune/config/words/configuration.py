@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.conf import Conf
 from finetune.config.data import pipe_commands
-from finetune.config.words.choices import find_option, folders
+from finetune.config.words.choices import default_choices, find_option, folders
 from finetune.config.words.composition import Composition, file_problem, register, to_conf
 from finetune.config.words.overrides import Override, parse_overrides
 from finetune.config.words.problems import Request, check_cells, sort_overrides
 from finetune.config.words.quoting import quote
+from finetune.config.words.references import explained, fill_in_text
 from finetune.config.words.saved import base_of
 from finetune.config.words.settings import path_as_typed
 from finetune.system.errors import ConfigError
@@ -47,14 +49,19 @@ def read_settings(
     Raises:
         ConfigError: With every mistake that can be found.
     """
-    overrides, unreadable = parse_overrides(typed, multirun=multirun)
     searched = folders(config_dir)
+    overrides, unreadable = parse_overrides(_with_choices(typed, searched), multirun=multirun)
     asked = next((o.values[0] for o in overrides if o.key == "resume" and o.values and o.values[0] is not None), None)
     run_dir: Path | None = None
     if asked is not None and not unreadable:
+        asked = fill_in_text(str(asked), "resume")
         overrides = _beside_resume(str(asked), overrides, multirun=multirun)
         run_dir = find_run(path_as_typed(str(asked)))
-    base = None if run_dir is None else replace(base_of(run_dir), resume=str(run_dir), resume_force=False)
+    base = (
+        None
+        if run_dir is None
+        else replace(base_of(run_dir, [o.key for o in overrides]), resume=str(run_dir), resume_force=False)
+    )
     register(searched, base)
     request = sort_overrides(overrides, searched, multirun=multirun)
     _check_files(request, searched)
@@ -80,6 +87,16 @@ def read_settings(
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
     """The configuration of one run for the words of a command line, such as `["model=vit", "optim.lr=1e-3"]`."""
     return read_settings(overrides, config_dir=config_dir).conf
+
+
+def _with_choices(typed: Sequence[str], searched: Sequence[Path]) -> list[str]:
+    """The words with references in choices, such as `model=${oc.env:MODEL}`, filled in: a choice is looked up first."""
+    groups, words = default_choices(searched), []
+    for word in typed:
+        key, equals, value = word.partition("=")
+        is_choice = equals and key.lstrip("+") in groups and not value.startswith("{")
+        words.append(f"{key}={fill_in_text(value, key)}" if is_choice else word)
+    return words
 
 
 def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) -> list[Override]:
@@ -118,7 +135,11 @@ def _words(request: Request, chosen: dict[str, list[str]]) -> list[str]:
 
 
 def _given_folder(cfg: DictConfig, key: str) -> str:
-    typed = OmegaConf.select(cfg, key)
+    try:
+        typed = OmegaConf.select(cfg, key)
+    except OmegaConfBaseException as error:
+        raw = OmegaConf.to_container(cfg.hydra[key.split(".")[1]], resolve=False)["dir"]  # type: ignore[index,call-overload]
+        raise ConfigError([f"{key}={raw}: {explained(error, key, raw)}"]) from None
     if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
         raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
     return str(typed)

@@ -14,6 +14,7 @@ from finetune.config.conf import find_problems
 from finetune.config.words.choices import default_choices, find_option, missing_option, options
 from finetune.config.words.composition import Composition
 from finetune.config.words.overrides import MAX_JOBS, Override
+from finetune.config.words.references import Reference
 from finetune.config.words.settings import SECTIONS, SETTINGS, Reading, build, nearest_setting, read_tree
 from finetune.system.errors import ConfigError
 
@@ -130,8 +131,6 @@ def _take_choice(request: Request, override: Override, searched: Sequence[Path])
     for value in values:
         chosen = [str(option) for option in value] if isinstance(value, list) else [str(value)]
         lost = [option for option in chosen if find_option(searched, group, option) is None]
-        if "${" in str(value):  # a reference, which Hydra fills in
-            continue
         if value is None:
             problems.append(f"{group}=null: a group is chosen or left out; one of {', '.join(names)}")
         elif isinstance(value, list) and group != "experiment":
@@ -155,7 +154,8 @@ def _take_values(request: Request, override: Override) -> list[str]:
             found.setdefault(name, []).append(good)
         for name, problem in reading.problems.items():
             problems.append(problem if problem.startswith(f"{name}=") else f"{override.text}: {problem}")
-        request.unread |= {name.partition(".")[0] for name in reading.references}
+        for name, text in reading.references.items():
+            found.setdefault(name, []).append(Reference(text))
     if override.sweep != "interval":
         request.values |= found
     return problems
@@ -181,13 +181,28 @@ def check_cells(request: Request, compose: Callable[[dict[str, list[str]]], Comp
             request.add(*error.problems)
         found.append(composed)
         lines = dict.fromkeys(reading.problems.items())
-        for cell in _combinations(request.values, MAX_CELLS // len(combinations)):
+        values = request.values if composed is None else _filled(request, composed)
+        for cell in _combinations(values, MAX_CELLS // len(combinations)):
             for line in find_problems(build({**reading.values, **cell}), unread):
                 name = line.partition("=")[0]
                 lines[name if name in SETTINGS and name not in cell else "", line] = None
         for name, line in lines:
             request.add(f"{composed.place(name) if composed is not None and name else ''}{line}")
     return found[0]
+
+
+def _filled(request: Request, composed: Composition) -> dict[str, list[Any]]:
+    """The values of the command line with references filled in; adds the mistakes in them to `request`."""
+    axes: dict[str, list[Any]] = {}
+    for name, axis in request.values.items():
+        for value in axis:
+            if isinstance(value, Reference):
+                reading = composed.filled(name, value)
+                request.add(*reading.problems.values())
+                axes.setdefault(name, []).extend(reading.values.values())
+            else:
+                axes.setdefault(name, []).append(value)
+    return axes
 
 
 def _combinations(axes: dict[str, list[Any]], most: int) -> Iterator[dict[str, Any]]:

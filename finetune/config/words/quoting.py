@@ -7,6 +7,7 @@ from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, path_as_type
 # Values that Hydra reads as a sweep; no path or text may look like one without quotes.
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_NESTED = re.compile(r"\$\{[^{}'\"]*\$\{[^'\"]*\}")
 # Letters that stand for themselves in Hydra's grammar.
 _PLAIN = re.compile(r"[A-Za-z0-9_/\-+.$%*@?|: ]*")
 
@@ -41,7 +42,10 @@ def quote_override(text: str, *, multirun: bool) -> str:
     key, equals, value = text.partition("=")
     name = key.lstrip("+")
     path = name in PATH_SETTINGS
-    if not equals or not (path or (name in SETTINGS and SETTINGS[name].kind is str)) or _SWEEP.fullmatch(value):
+    if not equals or _SWEEP.fullmatch(value):
         return text
+    if not (path or (name in SETTINGS and SETTINGS[name].kind is str)):
+        # The grammar reads no reference within another, such as `${oc.decode:${oc.env:N}}`, without quotes.
+        return f"{key}={quote(value)}" if _NESTED.fullmatch(value) else text
     values = _split_values(value) if multirun or not path else [value]
     return f"{key}=" + ",".join(_quote_value(part, path=path) for part in values)

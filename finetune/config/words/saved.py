@@ -1,11 +1,14 @@
 """The configuration in a run directory's `config.yaml`, which `resume=` starts from."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from finetune.config.conf import Conf, find_problems
-from finetune.config.words.settings import SETTINGS, build, read_tree
+from finetune.config.conf import Conf, as_dict, find_problems
+from finetune.config.environment import escaped, plain
+from finetune.config.fields import show
+from finetune.config.words.settings import SETTINGS, Reading, build, convert, read_tree
 from finetune.system.errors import ConfigError
 from finetune.system.reading import DamagedError, read_yaml
 
@@ -21,11 +24,32 @@ def read_conf(run_dir: Path) -> Conf:
     return conf
 
 
-def base_of(run_dir: Path) -> Conf:
+def base_of(run_dir: Path, given: Collection[str] = ()) -> Conf:
     """`read_conf` without the rules between settings, since words beside `resume=run_dir` may still change them.
 
-    The folder may come from a stranger: `data.allow_pipe` is false, whatever the file says.
+    A reference `${...}` is never filled in from the file, which may come from anybody: it could send what the
+    environment holds to an address of theirs. A setting with one has to be `given` again, or it is a ConfigError. For
+    the same reason `data.allow_pipe` is false, whatever the file says.
     """
+    reading = _read(run_dir)
+    if lost := {name: text for name, text in reading.references.items() if name not in given}:
+        why = "came from the environment, which a file in a run folder may not ask; give it again beside resume="
+        raise ConfigError([f"{run_dir / 'config.yaml'}: {n} {why}: '{n}={show(text)}'" for n, text in lost.items()])
+    return build(reading.values)
+
+
+def recorded_in(run_dir: Path) -> dict[str, Any]:
+    """The settings in `config.yaml` as `environment.recorded` gives them; a ConfigError as of `read_conf`."""
+    reading = _read(run_dir)
+    tree: dict[str, Any] = escaped(as_dict(build(reading.values)))
+    for name, text in reading.references.items():
+        section, _, last = name.rpartition(".")
+        (tree[section] if section else tree)[last] = text
+    return tree
+
+
+def _read(run_dir: Path) -> Reading:
+    """The settings in `config.yaml`; those with a reference are apart."""
     path = run_dir / "config.yaml"
     if not os.path.lexists(path):
         lack = "it has no config.yaml, so no run was begun there" if run_dir.exists() else "there is no such folder"
@@ -38,7 +62,9 @@ def base_of(run_dir: Path) -> Conf:
         lost = "; another version of finetune wrote it"
         lines = [f"{path}: {text}{'' if name in SETTINGS else lost}" for name, text in reading.problems.items()]
         raise ConfigError(lines)
-    if reading.references:  # a run writes values; a reference could bring in a variable of the environment
-        name = min(reading.references)
-        raise ConfigError([f"{path}: {name} is a reference ${{...}}, which no run writes; put its value there"])
-    return build({**reading.values, "data.allow_pipe": False})
+    for name, text in list(reading.references.items()):
+        if (value := plain(text)) is not None:
+            reading.values[name] = convert(SETTINGS[name], value)
+            del reading.references[name]
+    reading.values["data.allow_pipe"] = False
+    return reading

@@ -124,7 +124,7 @@ class Reading:
 
     values: dict[str, Any] = field(default_factory=dict)  # dotted key to converted value
     problems: dict[str, str] = field(default_factory=dict)  # dotted key to the mistake in its value, in one line
-    references: set[str] = field(default_factory=set)  # keys whose value is a `${...}` that is not filled in yet
+    references: dict[str, Any] = field(default_factory=dict)  # dotted key to a `${...}` that is not filled in yet
 
     @property
     def unread(self) -> set[str]:
@@ -147,7 +147,7 @@ def read_tree(tree: Any, name: str = "") -> Reading:
     if name in SETTINGS:
         try:
             if is_interpolation(tree):
-                reading.references.add(name)
+                reading.references[name] = tree
             else:
                 reading.values[name] = convert(SETTINGS[name], tree)
         except UserError as error:
