@@ -19,6 +19,14 @@ from finetune.data.split import Split
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
 HEAD = ("head", "head_scale", "head_dropout", "head_bias", "templates", "class_names", "drop_path")
 NOT_OF_THE_PREFIX = (*HEAD, "pretrained", "pool")
+# Files and folders of this package that make an image, a view or an activation, or say which slot has which image.
+# Upstream's networks and all libraries count by their versions. `tests/prefix/test_identity.py` finds what is missing.
+COMPUTING = (
+    *("core/layers.py", "core/device.py", "core/preprocess.py", "models/build.py", "models/patches.py"),
+    *("models/heads/pooling.py", "models/layering", "models/upstream", "prefix"),
+    *("data/caches", "data/images", "data/loading", "data/sources", "data/packed.py", "data/split.py"),
+    *("data/selection.py", "data/streams.py"),
+)
 
 
 def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, str]) -> str:
@@ -32,7 +40,7 @@ def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, 
         "layers": [layer.name for layer in model.layers[: model.boundary]],
         "class_token_only": model.class_token_only and model.boundary > model.num_blocks,
     }
-    _add(state, {**settings, **shape, **computing, "source": _source_digest()})
+    _add(state, {**settings, **shape, **computing, "source": source_digest()})
     with torch.no_grad():
         for name, tensor in [*model.net.named_parameters(), *model.net.named_buffers()]:
             if model.layer_ids[name] < model.boundary:
@@ -63,9 +71,17 @@ def _add(state: Any, words: Mapping[str, Any]) -> None:
 
 
 @cache
-def _source_digest() -> str:
-    """Digest of this package's source code, since a change of it may change activations."""
+def source_digest(package: Path = Path(finetune.__file__).parent) -> str:
+    """Digest of this package's source code that computes activations, see `COMPUTING`: a change may change them."""
     state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
-    for path in sorted(Path(finetune.__file__).parent.rglob("*.py")):
-        state.update(path.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if is_computing(name):
+            _add(state, {"name": name})
+            state.update(path.read_bytes())
     return state.hexdigest()
+
+
+def is_computing(name: str) -> bool:
+    """Whether the file `name` of this package, such as `core/layers.py`, can change the bits of an activation."""
+    return any(name == part or name.startswith(f"{part}/") for part in COMPUTING)
