@@ -86,7 +86,9 @@ class DataConf:
     check_budget_s: float = setting(15.0, "seconds in which the check at the start decodes new images", ge=0)
     cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
     cache_gib: float = setting(500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0)
-    cache_dir: str | None = setting(None, "of caches; null: ~/.cache/finetune, or $XDG_CACHE_HOME/finetune")
+    cache_dir: str | None = setting(
+        None, "caches lie in finetune-cache in it; null: in ~/.cache, or in $XDG_CACHE_HOME"
+    )
 
 
 # The start of a place that is not on this machine. A drive letter of Windows (C:) is none.

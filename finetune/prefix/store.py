@@ -23,7 +23,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from finetune.data.caches.entries import beside
+from finetune.data.caches.entries import begin, beside
 from finetune.data.caches.opening import open_entry
 from finetune.data.caches.records import CheckedRecords
 from finetune.system.errors import UserError
@@ -198,7 +198,7 @@ def _write(place: Path, slots: int, fill: Fill) -> None:
     folder = beside(place)
     try:
         with _write_errors(place.parent):
-            folder.mkdir()
+            begin(place)
             builder = FileBuilder(slots, folder / "activations")
         with contextlib.closing(builder):
             builder.fill(fill)

@@ -269,10 +269,16 @@ def _open_safely(name: str, flags: int) -> int:
 def temporary_of(path: Path) -> Path:
     """Where this process writes a file before it is renamed to `path`: `.name.<id>-<process>.tmp`.
 
-    The id is that of the marker in the file's folder, or in the folder above. Elsewhere it is drawn anew each time.
+    The id is that of the marker in the file's folder, or in one of the two above. Elsewhere it is drawn anew each time.
     """
-    marker = read_marker(path.parent) or read_marker(path.absolute().parent.parent)
+    marker = _marker_above(path.parent)
     return path.with_name(f".{path.name}.{marker.id if marker else secrets.token_hex(8)}-{os.getpid()}.tmp")
+
+
+def _marker_above(folder: Path) -> Marker | None:
+    """The marker of the folder of ours that `folder` belongs to; an entry of a cache lies two levels below it."""
+    near = [folder, *folder.absolute().parents[:2]]
+    return next((marker for place in near if (marker := read_marker(place)) is not None), None)
 
 
 def create_temporary(path: Path) -> Path:
@@ -292,7 +298,7 @@ def sweep_temporaries(folder: Path) -> None:
 
     Those with another id are somebody else's. A broken off `claim` left its marker in one with that marker's id.
     """
-    marker = read_marker(folder) or read_marker(folder.absolute().parent)
+    marker = _marker_above(folder)
     for path in list(folder.iterdir()):
         found = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
         if found is None or (path.is_dir() and not path.is_symlink()):

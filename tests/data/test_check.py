@@ -152,7 +152,7 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 torn", b"no archive"])
 def test_a_damaged_memory_costs_only_a_second_check(root: Path, own_cache: Path, damage: bytes) -> None:
     look(folder_conf(root))
-    (path,) = (own_cache / "finetune" / "checks").glob("*.npz")
+    (path,) = (cache_folder(None) / "checks").glob("*.npz")
     path.write_bytes(damage)
     assert look(folder_conf(root))[1].remembered == 0
     assert look(folder_conf(root))[1].remembered == 20
@@ -166,7 +166,8 @@ def test_a_cache_that_cannot_be_written_stops_nothing(root: Path, tmp_path: Path
 def test_where_caches_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/x")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder(None) == Path("/home/x/.cache/finetune") and cache_folder("~/y") == Path("/home/x/y")
+    assert cache_folder(None) == Path("/home/x/.cache/finetune-cache")
+    assert cache_folder("~/y") == Path("/home/x/y/finetune-cache")
 
 
 def test_duplicates_are_found_where_they_harm(root: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from finetune.config import AugmentConf, CacheKind, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, Source, open_source
+from finetune.data.caches.entries import cache_folder
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.system.seals import read_sealed, seal
 
@@ -41,7 +42,7 @@ def epochs(source: Source, folder: Path, kind: CacheKind, augment: AugmentConf |
 
 
 def entry(folder: Path) -> Path:
-    (place,) = (path for path in (folder / "pixels").iterdir() if path.is_dir())
+    (place,) = (path for path in (cache_folder(str(folder)) / "pixels").iterdir() if path.is_dir())
     return place
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from finetune.config import AugmentConf, CacheKind, Conf, DataConf, OnError, Recipe, SourceKind, find_problems
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, open_source
+from finetune.data.caches.entries import beside, cache_folder
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.transforms import fit_square
 from finetune.data.loading.workers import pick_workers
@@ -127,12 +128,19 @@ def test_squares_are_kept_where_the_transform_starts_with_them(resize: str) -> N
     assert step.square is None and step.rest == preprocess and step(image) is image
 
 
+def pixels_in(tmp_path: Path) -> Path:
+    return cache_folder(str(tmp_path / "cache")) / "pixels"
+
+
 def test_a_cache_on_disk_is_built_once(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     data = conf(tmp_path, CacheKind.disk, workers="0")
     expected = epoch_of(source, data, None)
     monkeypatch.setattr(FileStore, "read", lambda *_: pytest.fail("read"))
     assert epoch_of(source, data, None) == expected
-    assert [path.suffix for path in sorted((tmp_path / "cache" / "pixels").iterdir())] == ["", ".lock"]
+    assert [path.suffix for path in sorted((pixels_in(tmp_path)).iterdir())] == [
+        "",
+        ".lock",
+    ]
 
 
 def test_a_changed_file_or_resize_is_never_served_stale(tmp_path: Path, source: Source) -> None:
@@ -144,9 +152,9 @@ def test_a_changed_file_or_resize_is_never_served_stale(tmp_path: Path, source: 
     for other in (Preprocess(16, CROP.mean, CROP.std), Preprocess(16, CROP.mean, CROP.std, interpolation="bilinear")):
         assert epoch_of(source, data, None, other) == epoch_of(source, plain, None, other)
     again = Preprocess(16, (0, 0, 0), (1, 1, 1), crop_fraction=0.9)
-    places = set(os.listdir(tmp_path / "cache" / "pixels"))
+    places = set(os.listdir(pixels_in(tmp_path)))
     epoch_of(source, data, None, again)
-    assert set(os.listdir(tmp_path / "cache" / "pixels")) == places  # normalising comes later: the same cache
+    assert set(os.listdir(pixels_in(tmp_path))) == places  # normalising comes later: the same cache
 
 
 def _open(tmp_path: Path, results: object) -> None:
@@ -164,14 +172,14 @@ def test_runs_that_build_at_once_share_one_cache(tmp_path: Path, source: Source)
     for process in processes:
         process.join()
     assert found == [epoch_of(source, conf(tmp_path, CacheKind.none, workers="0"), None)] * 3
-    assert len([path for path in (tmp_path / "cache" / "pixels").iterdir() if path.is_dir()]) == 1
+    assert len([path for path in (pixels_in(tmp_path)).iterdir() if path.is_dir()]) == 1
 
 
 def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path, source: Source) -> None:
     data = conf(tmp_path, CacheKind.disk, workers="0")
     epoch_of(source, data, None)
-    (place,) = (path for path in (tmp_path / "cache" / "pixels").iterdir() if path.is_dir())
-    place.rename(place.with_name(f"{place.name}.123.tmp"))
+    (place,) = (path for path in (pixels_in(tmp_path)).iterdir() if path.is_dir())
+    place.rename(beside(place))
     epoch_of(source, data, None)
     assert [path for path in place.parent.iterdir() if path.is_dir()] == [place]
 

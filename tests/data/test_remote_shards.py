@@ -27,6 +27,7 @@ from finetune.__main__ import main
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
 from finetune.config.words.saved import read_conf
 from finetune.data import Source, open_source
+from finetune.data.caches.entries import beside, cache_folder, claim_cache
 from finetune.data.checks.examine import examine
 from finetune.data.checks.known_images import KnownImages
 from finetune.data.sources import fetching, remote_shards
@@ -148,7 +149,7 @@ def local(packed: Path) -> Source:
 
 
 def fetched(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache" / "shards").glob("*.tar"))
+    return sorted(path.name for path in (cache_folder(str(tmp_path / "cache")) / "shards").glob("*.tar"))
 
 
 def test_urls_give_what_local_shards_give_and_are_asked_once(tmp_path: Path, packed: Path, server: Server) -> None:
@@ -199,13 +200,14 @@ def test_a_broken_download_starts_again(tmp_path: Path, packed: Path, server: Se
     server.says_length = says_length
     server.plan = {"train-0001.tar": ["", "die9000", "503", "429"], "val-0000.tar": ["", "die0", "die513"]}
     assert content(open_source(conf(tmp_path, url(server)))) == content(local(packed))
-    assert not list((tmp_path / "cache" / "shards").glob("*.part"))
+    assert not list((cache_folder(str(tmp_path / "cache")) / "shards").glob("*.tmp"))
 
 
 def test_the_rest_of_a_killed_download_is_no_trap(tmp_path: Path, packed: Path, server: Server) -> None:
-    place = RemoteFile(f"{server.base}/train-0000.tar").path_in(tmp_path / "cache" / "shards")
-    place.parent.mkdir(parents=True)
-    place.with_name(f"{place.name}.part").write_bytes((packed / "train-0001.tar").read_bytes() * 2)
+    place = RemoteFile(f"{server.base}/train-0000.tar").path_in(cache_folder(str(tmp_path / "cache")) / "shards")
+    claim_cache(place.parent.parent)
+    place.parent.mkdir()
+    beside(place).write_bytes((packed / "train-0001.tar").read_bytes() * 2)
     open_source(conf(tmp_path, f"{server.base}/train-0000.tar"))
     assert read_sealed(place) == (packed / "train-0000.tar").read_bytes()
 
@@ -477,7 +479,7 @@ def test_a_signal_ends_a_fetch_at_once_and_the_next_start_fetches_the_rest(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "cache" / "shards").glob("*.part")):
+    while time.monotonic() < deadline and not list((cache_folder(str(tmp_path / "cache")) / "shards").glob("*.tmp")):
         time.sleep(0.05)
     process.send_signal(signum)
     text, _ = process.communicate(timeout=25)
@@ -495,7 +497,7 @@ def test_fetched_shards_feed_a_cache_that_lasts(tmp_path: Path, server: Server) 
     for _ in range(2):
         split = open_source(data).splits["train"]
         open_cache(split, first_step(Preprocess(16, (0, 0, 0), (1, 1, 1)), None), data)
-    assert len([path for path in (tmp_path / "cache" / "pixels").iterdir() if path.is_dir()]) == 1
+    assert len([path for path in (cache_folder(str(tmp_path / "cache")) / "pixels").iterdir() if path.is_dir()]) == 1
 
 
 def flipped(data: bytes, place: int) -> bytes:
@@ -508,8 +510,8 @@ def test_no_change_of_a_stored_shard_or_list_changes_an_image_a_label_or_a_name(
     (packed / "classes.txt").write_text("ant\nbee\n")
     data = conf(tmp_path, f"{server.base}/set/{PATTERNS[0]}")
     expected = content(open_source(data))
-    shards = sorted((tmp_path / "cache" / "shards").glob("*-train-0001.tar"))
-    shards += (tmp_path / "cache" / "shards").glob("*-classes.txt")
+    shards = sorted((cache_folder(str(tmp_path / "cache")) / "shards").glob("*-train-0001.tar"))
+    shards += (cache_folder(str(tmp_path / "cache")) / "shards").glob("*-classes.txt")
     assert len(shards) == 3  # the list in the folder of the shards, and the one above, which is not used
     outcomes = []
     for path in shards:
@@ -540,7 +542,7 @@ def test_damage_that_an_epoch_meets_is_fetched_again_at_the_next_start(
     data = conf(tmp_path, f"{server.base}/set/train-0000.tar")
     source = open_source(data)
     expected = content(source)
-    (path,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    (path,) = (cache_folder(str(tmp_path / "cache")) / "shards").glob("*.tar")
     whole = path.read_bytes()
     source = open_source(data)  # has compared headers and labels; this small shard is one block, so those are all of it
     path.write_bytes(flipped(whole, whole.index(b"IDAT") + 50))

@@ -45,7 +45,7 @@ from finetune.config import (
 )
 from finetune.core.freezing import freeze
 from finetune.data import ImageError, open_source
-from finetune.data.caches.entries import size_of
+from finetune.data.caches.entries import cache_folder, size_of
 from finetune.data.loading.order import epoch_order, most_showings
 from finetune.prefix import choice, store
 from finetune.prefix.feed import Feed
@@ -308,7 +308,7 @@ def _run_and_be_stopped(conf: Conf, folder: Path) -> None:
 
 
 def entries(root: Path) -> list[Path]:
-    return sorted(path for path in (root / "activations").iterdir() if path.is_dir())
+    return sorted(path for path in (cache_folder(str(root)) / "activations").iterdir() if path.is_dir())
 
 
 def test_jobs_share_what_is_on_disk_and_a_change_makes_another(pictures: Path, tmp_path: Path) -> None:
@@ -392,13 +392,13 @@ def test_the_limit_counts_what_other_runs_stored(pictures: Path, tmp_path: Path)
     conf = settings(pictures, augment=AugmentConf(recipe=Recipe.light, views=3), train=TrainConf(epochs=6))
     conf = with_cache(replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache"))), "disk")
     came_out(conf, tmp_path / "a")
-    size = size_of(tmp_path / "cache" / "activations")
+    size = size_of(cache_folder(str(tmp_path / "cache")) / "activations")
     full = replace(conf, prefix=replace(conf.prefix, max_gib=1.02 * size / 2**30))
     came_out(full, tmp_path / "again")  # what is there already needs no room
     assert hits(tmp_path / "again") == [1.0] * 6
     with pytest.raises(ValueError, match=r"that are there .* Try prefix\.max_gib=.*finetune cache clear"):
         came_out(replace(full, seed=1), tmp_path / "b")  # other views
-    assert size_of(tmp_path / "cache" / "activations") == size
+    assert size_of(cache_folder(str(tmp_path / "cache")) / "activations") == size
     room = replace(conf, prefix=replace(conf.prefix, max_gib=2.1 * size / 2**30), seed=1)
     came_out(room, tmp_path / "c")
     assert hits(tmp_path / "c") == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from finetune.prefix.feed import Feed
 from finetune.prefix.store import ActivationBlock, BlockBuilder, build_in_memory, open_on_disk
 
 CPU = torch.device("cpu")
+PLACE = Path("cache", "activations", f"{'1' * 32}-float32-{'2' * 32}-0")
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -33,7 +35,7 @@ def test_unreadable_images_have_a_slot_and_no_row(tmp_path: Path, on_disk: bool)
             present = nobody if values is None else torch.tensor([True, len(values) == 2])
             builder.put(values, present, torch.float32)
 
-    block = open_on_disk(tmp_path / "b", 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
+    block = open_on_disk(tmp_path / PLACE, 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
     assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
     assert block.values.tolist() == [[1] * 3, [1] * 3, [2] * 3]
     assert block.rows_of(torch.tensor([8, 2, 3])).tolist() == [2, 0, 1]
@@ -66,11 +68,11 @@ def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) ->
     def fill(builder: BlockBuilder) -> None:
         builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
 
-    block = open_on_disk(tmp_path / "b", 4, fill)[0]
+    block = open_on_disk(tmp_path / PLACE, 4, fill)[0]
     maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    assert not maps or str(tmp_path / "b") in maps
+    assert not maps or str(tmp_path / PLACE) in maps
     with open(
-        tmp_path / "b" / "activations", "r+b"
+        tmp_path / PLACE / "activations", "r+b"
     ) as file:  # as another process would: the file itself is what is seen
         file.write(np.float32(7).tobytes())
     assert block.values[0].tolist() == [7, 1, 1]
@@ -78,7 +80,7 @@ def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) ->
 
 def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one has read the damage, too, and must not remove the block that the faster one has built anew."""
-    place = tmp_path / "block"
+    place = tmp_path / PLACE
     open_on_disk(place, 4, _fill)
     (place / "activations").write_bytes(b"")
     real = opening.file_lock
@@ -96,20 +98,20 @@ def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypat
 
 
 def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "block"
+    place = tmp_path / PLACE
     open_on_disk(place, 4, _fill)
     (place / "activations").write_bytes(b"")
 
     def refuse(source: object, target: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(opening.os, "rename", refuse)
-    with pytest.raises(OSError, match=r"block is damaged and cannot be removed: Permission denied; remove it by hand"):
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match=r"-0 is damaged and cannot be removed: Permission denied; remove it by hand"):
         open_on_disk(place, 4, _fill)
 
 
 def test_a_damaged_row_is_found_as_it_is_read_and_mended_for_all(tmp_path: Path) -> None:
-    place = tmp_path / "block"
+    place = tmp_path / PLACE
     open_on_disk(place, 4, _fill)
     path = place / "activations"
     whole = path.read_bytes()
@@ -140,11 +142,11 @@ def _build(place: Path, built: object) -> None:
 
 @pytest.mark.slow
 def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
-    context, place = multiprocessing.get_context("spawn"), tmp_path / "folder" / "block"
+    context, place = multiprocessing.get_context("spawn"), tmp_path / PLACE
     built = context.Queue()
     doomed = context.Process(target=_build, args=(place, built))
     doomed.start()
-    while not list((tmp_path / "folder").glob("*.tmp")):
+    while not list((tmp_path / PLACE).parent.glob("*.tmp")):
         time.sleep(0.02)
     doomed.kill()
     doomed.join()
@@ -155,6 +157,6 @@ def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -
     assert sorted(built.get(timeout=60) for _ in pair) == [False, True]
     for process in pair:
         process.join()
-    assert not list((tmp_path / "folder").glob("*.tmp"))
+    assert not list((tmp_path / PLACE).parent.glob("*.tmp"))
     block, again = open_on_disk(place, 4, _fill)
     assert not again and torch.equal(block.values[:, 0], torch.arange(4.0))

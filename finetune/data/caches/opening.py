@@ -2,12 +2,11 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.data.caches.entries import beside, lock_of, made_once, mark_used
+from finetune.data.caches.entries import drop, lock_of, made_once, mark_used
 from finetune.system.locks import file_lock
 from finetune.system.reading import DamagedError
 
@@ -60,11 +59,9 @@ def _whole(entry: Path, read: Callable[[], T]) -> T | None:
 
 
 def _remove(entry: Path) -> None:
-    """Remove a damaged entry in one move; only for the process that holds its lock. Runs that have mapped it go on."""
-    gone = beside(entry)
+    """Remove a damaged entry; only for the process that holds its lock."""
     try:
-        os.rename(entry, gone)
+        drop(entry)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{entry} is damaged and cannot be removed: {reason}; remove it by hand") from error
-    shutil.rmtree(gone, ignore_errors=True)

@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
-from finetune.data.caches.entries import GIB, beside, cache_folder, size_of
+from finetune.data.caches.entries import GIB, begin, cache_folder, size_of
 from finetune.data.caches.opening import open_entry
 from finetune.data.caches.records import CheckedRecords
 from finetune.data.images.decode import ImageError
@@ -143,8 +143,7 @@ def _read(place: Path, images: int) -> PixelCache:
 
 
 def _build(split: Split, step: FirstStep, conf: DataConf, place: Path) -> None:
-    folder = beside(place)
-    folder.mkdir()
+    folder = begin(place)
     others = size_of(place.parent)
 
     def free() -> int:

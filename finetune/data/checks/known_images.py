@@ -1,23 +1,27 @@
 """A memory of earlier checks: which images were readable, by path, size and time. So a second check decodes nothing.
 
-One file a data set, `checks/<key>.npz` in the cache folder. Where it is damaged or missing, images are read again.
+One file a data set, `checks/<key>-<id>.npz` in the cache folder. Where it is damaged or missing, images are read again.
 """
 
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.data.caches.entries import cache_folder, lock_of
+from finetune.data.caches.entries import cache_folder, claim_cache, known_marker, lock_of
 from finetune.data.streams import Ranks, mix
 from finetune.system.files import write_atomic
 from finetune.system.locks import file_lock
+from finetune.system.ours import Marker, RefusedError
 from finetune.system.reading import DamagedError
 from finetune.system.seals import damaged_if_unreadable, read_sealed, seal
+
+logger = logging.getLogger("finetune")
 
 # One image. `key`: hash of its stamp (path, size, time), 0 where it has none; `depth`: how closely it was examined, see
 # below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read.
@@ -40,9 +44,13 @@ class KnownImages:
 
     def __init__(self, cache_dir: str | None, location: str) -> None:
         """Load the memory of the data set at `location`, see `Source.location`; empty where there is none."""
-        # `verdicts` is what earlier versions called this memory; another word would lose theirs.
-        self._path = cache_folder(cache_dir) / "checks" / f"{mix('verdicts', location):016x}.npz"
-        self.records, self.reasons = _read(self._path)
+        self._cache, self._name = cache_folder(cache_dir), f"{mix('verdicts', location):016x}"
+        marker = known_marker(self._cache)
+        self.records, self.reasons = _nothing() if marker is None else _read(self._path(marker))
+
+    def _path(self, marker: Marker) -> Path:
+        # With the id of the cache: a file of somebody else's has another name, and is never replaced.
+        return self._cache / "checks" / f"{self._name}-{marker.id}.npz"
 
     def find(self, keys: Ranks) -> tuple[Records, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]:
         """The record of each key, and whether there is one, bool; there is none for key 0."""
@@ -57,15 +65,22 @@ class KnownImages:
         learned = records[(records["key"] != 0) & (records["depth"] >= HEADER)]
         if not len(learned):
             return
+        try:
+            path = self._path(claim_cache(self._cache))
+        except OSError:
+            return
+        except RefusedError as error:
+            logger.warning("%s. What this check found is not remembered", error)
+            return
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(lock_of(self._path)):
-                before, reasons_before = _read(self._path)
+            path.parent.mkdir(exist_ok=True)
+            with file_lock(lock_of(path)):
+                before, reasons_before = _read(path)
                 everything = np.concatenate([learned, before])  # `unique` takes the first of one key: the new one
                 _, firsts = np.unique(everything["key"], return_index=True)
                 self.records = everything[firsts]
                 self.reasons = {**reasons_before, **reasons}
-                write_atomic(self._path, self._write)
+                write_atomic(path, self._write)
 
     def _write(self, path: Path) -> None:
         text = json.dumps(self.reasons).encode()
@@ -82,4 +97,8 @@ def _read(path: Path) -> tuple[Records, dict[int, str]]:
             records, reasons = file["records"], json.loads(file["reasons"].tobytes())
             if records.dtype == RECORD and records.ndim == 1:
                 return records, {int(key): str(reason) for key, reason in reasons.items()}
+    return _nothing()
+
+
+def _nothing() -> tuple[Records, dict[int, str]]:
     return np.zeros(0, RECORD), {}

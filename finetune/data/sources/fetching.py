@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from finetune.config import nearest
 from finetune.config.data import REMOTE
+from finetune.data.caches.entries import beside, header_of, lock_of, refuse_foreign, write_header
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, in_bytes
 from finetune.system.locks import file_lock
@@ -123,20 +124,26 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
 
     A file that is there without its seal is damaged, see `damage_of`, and is downloaded again.
 
+    `folder` is `shards` in a cache folder that was claimed.
+
     `check` raises UserError if the downloaded file is not what it should be. Raises UserError if the file cannot be
     downloaded, in TRIES tries if the failure may pass (MissingFileError is one); OSError if `folder` cannot be written;
     StoppedError if `progress` was stopped.
     """
     path = remote.path_in(folder)
-    part = path.with_name(f"{path.name}.part")
-    with file_lock(path.with_name(f"{path.name}.lock"), on_wait=lambda: progress.wait(0)):
-        if path.exists() and damage_of(path) is None:
-            return
+    part = beside(path)
+    with file_lock(lock_of(path), on_wait=lambda: progress.wait(0)):
+        if path.exists():
+            if damage_of(path) is None:
+                return
+            refuse_foreign(path)
+        part.unlink(missing_ok=True)  # of a killed process with our number
         try:
             _fetch_with_retries(remote, part, check, progress)
             seal(part, block=SEALED_BYTES)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
+            write_header(path, header_of(path))
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

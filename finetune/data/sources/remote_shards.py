@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
-from finetune.data.caches.entries import GIB, cache_folder, size_of
+from finetune.data.caches.entries import GIB, cache_folder, claim_cache, size_of
 from finetune.data.sources.fetching import MissingFileError, Progress, RemoteFile, damage_of, fetch, length_of
 from finetune.data.sources.tar_files import tar_members
 from finetune.system.errors import UserError
@@ -50,7 +50,8 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
                     f" first is {missing[0].name}. data.download=true fetches them once, into {folder}"
                 )
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                claim_cache(folder.parent)
+                folder.mkdir(exist_ok=True)
                 room = _check_room(num_bytes or 0, folder, conf.cache_gib)
                 lists = {remote: text_limit(conf.max_text_mib) for remote in near}
                 _fetch_all(missing, lists, folder, num_bytes, room)
