@@ -87,7 +87,7 @@ class DataConf:
     cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
     cache_gib: float = setting(500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0)
     cache_dir: str | None = setting(
-        None, "caches lie in finetune-cache in it; null: in ~/.cache, or in $XDG_CACHE_HOME"
+        None, "its folder finetune-cache holds the caches; null: ~/.cache or $XDG_CACHE_HOME"
     )
 
 
