@@ -19,6 +19,7 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import Batch, TrainState
 from finetune.core.losses import Criterion, build_criterion
 from finetune.core.metrics import Meter, build_meter
+from finetune.core.preprocess import as_asked
 from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
@@ -92,11 +93,17 @@ class Run:
         """Batches of a split: shuffled and augmented for training, else in order and plain."""
         images, preprocess, conf, device = self.source.splits[split], self.built.preprocess, self.conf, self.device
         augment, skip = conf.augment if train else None, SkippedList(self.folder).add
-        return Loader(images, preprocess, conf=conf.data, augment=augment, seed=conf.seed, device=device, on_skip=skip)
+        loader = Loader(
+            images, preprocess, conf=conf.data, augment=augment, seed=conf.seed, device=device, on_skip=skip
+        )
+        if train and conf.data.drop_last:
+            loader.drop_last(conf.data.batch_size * conf.train.accumulate)
+        return loader
 
     def mixer(self) -> Mixer:
         """MixUp and CutMix of training batches, as far as the augmentation asks for them."""
-        return Mixer(self.conf.augment, num_classes=len(self.source.classes), seed=self.conf.seed)
+        classes, size = len(self.source.classes), self.conf.data.batch_size
+        return Mixer(self.conf.augment, num_classes=classes, seed=self.conf.seed, batch_size=size)
 
     def window(self, epoch: int, batch: int) -> list[Batch]:
         """The micro-batches of the step that begins with micro-batch `batch` of `epoch`, both from 0; the same bits."""
@@ -143,6 +150,7 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     torch.manual_seed(conf.seed)
     built = build_model(with_head_bias(conf.model, is_multilabel=source.is_multilabel), source.classes)
+    built = dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)

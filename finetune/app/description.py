@@ -16,9 +16,11 @@ from finetune.core.device import WIDE, pick_precision
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.core.plan import layer_rows, planned_rates
+from finetune.core.preprocess import as_asked
 from finetune.core.rates import rate_table
 from finetune.core.sched import Curve
 from finetune.data import open_source
+from finetune.data.loading.order import in_whole_steps
 from finetune.data.streams import num_views
 from finetune.models import build_model
 from finetune.models.patches import products_dominate
@@ -42,15 +44,17 @@ def describe(
         raise UserError(f"data.batch_size=auto is found by trying sizes on the device, and {advice}")
     classes, images, assumed = _data_sizes(conf, num_classes, num_images)
     epoch_images = (conf.data.epoch_images or images) * conf.augment.repeats
+    if conf.data.drop_last:
+        epoch_images = in_whole_steps(epoch_images, images_per_step(conf))
     built = build_model(conf.model, [f"class {index}" for index in range(classes)], device="meta")
-    model, size = built.model, built.preprocess.size
+    model, size = built.model, as_asked(built.preprocess, conf.data).size
     set_up_layers(model, conf.optim, train=conf.train)
     curve = run_curve(conf, -(-epoch_images // conf.data.batch_size))
     optim = peak_optim(conf)
     plan = layer_rows(model, rate_table(model, optim))
     layers = [{**row, "rate_start": row["rate_peak"] * curve.factors()[0]} for row in plan]
-    totals: dict[str, Any] = {name: sum(row[name] for row in plan) for name in ("parameters", "decayed", "groups")}
-    totals["learning"] = sum(row["parameters"] for row in plan if row["state"] == "learns")
+    names = ("parameters", "learning", "decayed", "groups")
+    totals: dict[str, Any] = {name: sum(row[name] for row in plan) for name in names}
     totals["learning_share"] = totals["learning"] / totals["parameters"]
     words = {name: str(getattr(conf.model, name)) for name in ("family", "name", "pretrained", "head")}
     found = {

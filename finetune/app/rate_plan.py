@@ -9,6 +9,7 @@ from finetune.config import Conf, OptimConf
 from finetune.core.plan import layer_rows, planned_rates
 from finetune.core.rates import rate_table, with_peak_rate
 from finetune.core.sched import Curve
+from finetune.report.columns import state_in_words
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
 from finetune.system.tables import table
@@ -27,9 +28,10 @@ def peak_optim(conf: Conf) -> OptimConf:
 
 
 def run_curve(conf: Conf, batches_per_epoch: int) -> Curve:
-    """The schedule's curve for a run whose epochs have this many micro-batches."""
+    """The schedule's curve for a run whose epochs have this many micro-batches; see `Curve.of_run` for the error."""
     steps = -(-batches_per_epoch // conf.train.accumulate)  # the last step of an epoch may have fewer micro-batches
-    return Curve.of_run(conf.sched, epochs=conf.train.epochs, steps_per_epoch=steps)
+    peak = peak_optim(conf).lr
+    return Curve.of_run(conf.sched, epochs=conf.train.epochs, steps_per_epoch=steps, peak_lr=peak)
 
 
 def batch_notice(conf: Conf) -> str | None:
@@ -74,8 +76,10 @@ def log_layers(run: Run, num_groups: int) -> None:
     rows = layer_rows(run.model, rate_table(run.model, peak_optim(run.conf)))
     shown = {"id": "id", "layer": "layer", "rate_peak": "rate", "weight_decay": "weight decay"}
     shown |= {"parameters": "parameters", "state": "state"}
-    logger.info("%s", table([{name: row[key] for key, name in shown.items()} for row in rows], list(shown.values())))
-    everything = sum(row["parameters"] for row in rows)
-    learning = sum(row["parameters"] for row in rows if row["state"] == "learns")
-    text = f"{learning:,} of {everything:,} parameters learn, in {num_groups} groups"
-    logger.info("%s; weight decay spares biases, norms, tokens and positions", text)
+    cells = [{**{name: row[key] for key, name in shown.items()}, "state": state_in_words(row)} for row in rows]
+    logger.info("%s", table(cells, list(shown.values())))
+    everything, learning = (sum(row[key] for row in rows) for key in ("parameters", "learning"))
+    optim = run.conf.optim
+    spared = "nothing" if optim.decay_all else "biases, norms" + ", tokens and positions" * (not optim.decay_embeddings)
+    text = f"{learning:,} of {everything:,} parameters learn, in {num_groups} groups; weight decay spares {spared}"
+    logger.info("%s", text)

@@ -28,6 +28,7 @@ def main(words: Sequence[str]) -> int:
         line.problems.append("--multirun: one set of data at a time")
     prepared = configure(line)
     # Only now: these rooms import torch.
+    from finetune.core.preprocess import as_asked
     from finetune.data import open_source
     from finetune.data.checks.contact_sheet import write_contact_sheet
     from finetune.data.checks.summary import check_source
@@ -39,7 +40,8 @@ def main(words: Sequence[str]) -> int:
         source = open_source(conf.data)
         report, text = check_source(source, conf.data.cache_dir, folder)
         say(text)
-        preprocess, readable = build_model(conf.model, source.classes).preprocess, source.without(report.unreadable)
+        preprocess = as_asked(build_model(conf.model, source.classes).preprocess, conf.data)
+        readable = source.without(report.unreadable)
         sheet = folder / "contact_sheet.png"
         write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
         say(f"\n{sheet}: training images as {conf.model.name} will see them")

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, nearest
+from finetune.report.columns import state_in_words
 from finetune.system.errors import ConfigError
 from finetune.system.log import say
 from finetune.system.ours import refuse_unless
@@ -100,7 +101,9 @@ def as_text(found: dict[str, Any]) -> str:
     model, totals, compute = found["model"], found["totals"], found["compute"]
     least = compute["pflop_run_kept"]
     cached = "" if least is None else f", {least:,.4g} with the activations of the frozen layers cached"
-    rows = [{title: row[key] for title, key in COLUMNS.items()} for row in found["layers"]]
+    rows = [
+        {**{title: row[key] for title, key in COLUMNS.items()}, "state": state_in_words(row)} for row in found["layers"]
+    ]
     lines = [
         f"{model['name']} (model={model['family']}), weights {model['pretrained']},"
         f" images of {model['image_size']} pixels a side; {found['assumed']}",

@@ -5,9 +5,9 @@ settings that do not go together. `words/` turns what a person typed into a `Con
 imports the room `system` only, and outside `words/` the standard library only. Read `conf.py` first.
 """
 
-from finetune.config.augment import AugmentConf, Policy, Recipe
+from finetune.config.augment import AugmentConf, Interpolation, Policy, Recipe
 from finetune.config.conf import Conf, Precision, as_dict, find_problems
-from finetune.config.data import Balance, CacheKind, DataConf, OnError, SourceKind
+from finetune.config.data import Balance, CacheKind, DataConf, OnError, Resize, SourceKind
 from finetune.config.environment import recorded
 from finetune.config.fields import Choice, member_of, nearest, setting
 from finetune.config.model import Family, HeadKind, Library, ModelConf, Pool, TemplateSet
@@ -28,9 +28,9 @@ from finetune.config.train import (
 
 __all__ = [
     "LABEL_METRICS", "MULTILABEL_METRICS", "OPTIMIZERS", "OPTIMIZER_READERS", "AugmentConf", "Balance", "CacheKind",
-    "Choice", "ClassTokenOnly", "CompileMode", "Conf", "DataConf", "Family", "HeadKind", "Interval", "LayerRule",
-    "Library", "Loss", "Mode", "ModelConf", "OnError", "OnNonfinite", "OptimConf", "PastCycle", "Policy", "Pool",
-    "Precision", "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "SchedulerConf", "SourceKind", "TemplateSet",
-    "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "recorded", "setting",
-    "train_problems",
+    "Choice", "ClassTokenOnly", "CompileMode", "Conf", "DataConf", "Family", "HeadKind", "Interpolation", "Interval",
+    "LayerRule", "Library", "Loss", "Mode", "ModelConf", "OnError", "OnNonfinite", "OptimConf", "PastCycle", "Policy",
+    "Pool", "Precision", "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "Resize", "SchedulerConf", "SourceKind",
+    "TemplateSet", "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "recorded",
+    "setting", "train_problems",
 ]  # fmt: skip

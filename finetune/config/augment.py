@@ -23,6 +23,13 @@ class Policy(Choice):
     three_augment = "three_augment"
 
 
+class Interpolation(Choice):
+    """How pixels between pixels are computed where an image is sheared, shifted or rotated."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
 @dataclass
 class AugmentConf:
     """What happens to a training image before the model sees it; `conf/augment/` has named mixtures of these."""
@@ -38,19 +45,23 @@ class AugmentConf:
     randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", ge=1)
     randaug_magnitude: float = setting(9.0, "policy=randaug: mean strength, of 10", ge=0, le=10)
     randaug_std: float = setting(0.5, "policy=randaug: standard deviation of the strength", ge=0)
+    interpolation: Interpolation = setting(
+        Interpolation.bilinear, "policy=randaug: how it shears, shifts and rotates; the published recipes: bicubic"
+    )
     jitter: float = setting(0.0, "crop: largest change of brightness, contrast and saturation, as a share", ge=0, le=1)
     erasing: float = setting(0.0, "crop: probability that noise fills a random rectangle, as the last step", ge=0, le=1)
     mixup: float = setting(0.0, "MixUp's alpha: images are blended in pairs by a share from Beta(a, a); 0: off", ge=0)
     cutmix: float = setting(0.0, "CutMix's alpha: a rectangle comes from another image; 0: off", ge=0)
     mix_prob: float = setting(1.0, "probability that a batch is mixed at all", gt=0, le=1)
     mix_switch: float = setting(0.5, "with mixup and cutmix: probability that a mixed batch gets cutmix", gt=0, lt=1)
+    mix_images: int = setting(0, "images that are mixed by one draw, in groups of this size; 0: all of a batch", ge=0)
     repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", ge=1)
     views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", ge=0)
 
 
 _LIGHT = ("degrees", "translate", "zoom")
 _CROP = ("crop_scale", "crop_ratio", "policy", "jitter", "erasing")
-_RANDAUG = ("randaug_ops", "randaug_magnitude", "randaug_std")
+_RANDAUG = ("randaug_ops", "randaug_magnitude", "randaug_std", "interpolation")
 
 
 def augment_problems(augment: AugmentConf) -> list[str]:
@@ -63,15 +74,26 @@ def augment_problems(augment: AugmentConf) -> list[str]:
     if augment.policy != Policy.randaug:
         reasons |= dict.fromkeys(_RANDAUG, "it needs augment.policy=randaug")
     if not (augment.mixup or augment.cutmix):
-        reasons["mix_prob"] = "it needs augment.mixup or augment.cutmix above 0"
+        reasons |= dict.fromkeys(("mix_prob", "mix_images"), "it needs augment.mixup or augment.cutmix above 0")
     if not (augment.mixup and augment.cutmix):
         reasons["mix_switch"] = "there is nothing to choose between unless both augment.mixup and augment.cutmix are on"
     if augment.recipe == Recipe.none:
-        every = (*_LIGHT, "flip", *_CROP, *_RANDAUG, "mixup", "cutmix", "mix_prob", "mix_switch", "repeats", "views")
+        mixing = ("mixup", "cutmix", "mix_prob", "mix_switch", "mix_images")
+        every = (*_LIGHT, "flip", *_CROP, *_RANDAUG, *mixing, "repeats", "views")
         reasons = dict.fromkeys(every, "augment=none changes no image")
     problems = ignored("augment", augment, reasons)
+    if augment.mix_images == 1:
+        problems.append("augment.mix_images=1: an image alone has none to mix with; expected 0 (a batch) or at least 2")
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 100.0)):
         low, high = getattr(augment, name)
         if not 0 < low <= high <= most:
             problems.append(f"augment.{name}=[{low:g}, {high:g}]: expected [least, greatest], above 0, up to {most:g}")
     return problems
+
+
+def mixing_problems(augment: AugmentConf, batch_size: int) -> list[str]:
+    """Why groups of `mix_images` do not fit into micro-batches of `batch_size` images (0: not known yet)."""
+    if not 0 < batch_size < augment.mix_images:
+        return []
+    problem = f"a group lies within a micro-batch, and data.batch_size={batch_size}"
+    return [f"augment.mix_images={augment.mix_images}: {problem}; expected 0 (all of it) or at most {batch_size}"]

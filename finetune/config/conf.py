@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config.augment import AugmentConf, augment_problems
+from finetune.config.augment import AugmentConf, augment_problems, mixing_problems
 from finetune.config.data import DataConf, data_problems, device_cache_problems
 from finetune.config.fields import BOUNDS, Choice, nearest, setting
 from finetune.config.model import ModelConf, model_problems
@@ -107,8 +107,9 @@ def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:
         (("optim",), lambda: optim_problems(conf.optim)),
         (("augment",), lambda: augment_problems(conf.augment)),
         (("data", "augment"), lambda: device_cache_problems(conf.data, conf.augment.recipe)),
+        (("data", "augment"), lambda: mixing_problems(conf.augment, conf.data.batch_size)),
         (("train",), lambda: train_problems(conf.train)),
-        (("prefix", "optim"), lambda: prefix_problems(conf.prefix, conf.optim.fix_layer)),
+        (("prefix", "optim"), lambda: prefix_problems(conf.prefix, conf.optim)),
         (("sched", "train"), lambda: sched_problems(conf.sched, conf.train.epochs)),
     ]
     for sections, rule in rules:

@@ -41,6 +41,15 @@ class CacheKind(Choice):
     device = "device"
 
 
+class Resize(Choice):
+    """How an image of any shape becomes the square that the model sees, where no random crop does."""
+
+    auto = "auto"
+    shortest = "shortest"
+    squash = "squash"
+    pad = "pad"
+
+
 @dataclass
 class DataConf:
     """Images, labels, splits, batches and caches."""
@@ -74,6 +83,14 @@ class DataConf:
     val_fraction: float = setting(0.1, "share of each class for validation", gt=0, lt=1)
     test_fraction: float = setting(0.3, "share of each class for the final test", gt=0, lt=1)
     split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", ge=0)
+    resize: Resize = setting(
+        Resize.auto,
+        "shortest: shorter side, then the middle; squash: both sides; pad: longer side, then black; auto: as weights",
+    )
+    eval_resize: int = setting(0, "pixels of the shorter side before the middle is cut out; 0: as the weights", ge=0)
+    drop_last: bool = setting(
+        False, "true: leave out an epoch's last images that fill no whole step, but not its only ones"
+    )
     batch_size: int = setting(64, "images a micro-batch; auto or 0: as many as fit, the same images a step", ge=0)
     workers: str = setting("auto", "loader processes: a number, or auto, by measurement; only changes the speed")
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
@@ -141,6 +158,9 @@ def data_problems(data: DataConf) -> list[str]:
         problems.append(f"{given['fold']}: expected 0 to {data.folds - 1}, with {given['folds']}")
     if data.shots and data.fraction != 1:
         problems.append(f"{given['shots']} and {given['fraction']} exclude each other: keep one")
+    if data.eval_resize and data.resize in (Resize.squash, Resize.pad):
+        reason = f"data.resize={data.resize} cuts nothing out; use data.resize=shortest"
+        problems.append(f"{given['eval_resize']} would be ignored: {reason}")
     if data.label_separator and data.balance != Balance.none:
         problems.append(f"{given['balance']} works with one label an image; remove it or data.label_separator")
     if data.epoch_images and data.balance == Balance.sampling:

@@ -24,9 +24,11 @@ class OptimConf:
     layer_decay: float = setting(0.75, "factor from each layer's rate to that of the layer below it", gt=0, le=1)
     layer_rule: LayerRule = setting(LayerRule.beit, "beit: the final norm has the head's rate; timm: the last block's")
     fix_layer: int = setting(-1, "freeze layers up to this id; -1: none, 0: stem, L: blocks, L+1: all but head", ge=-1)
+    freeze: list[str] = setting([], "globs of parameter names that are frozen too, in layers that learn")
     weight_decay: float = setting(0.05, "of matrices, times the rate; never of biases, norms, tokens, positions", ge=0)
     no_weight_decay: list[str] = setting([], "globs of parameter names that are not decayed either")
     decay_embeddings: bool = setting(False, "true: decay tokens and position embeddings too, as MKT does")
+    decay_all: bool = setting(False, "true: decay every parameter, biases and norms too, as WiSE-FT does")
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the running means of gradient and squared gradient")
     eps: float = setting(1e-8, "AdamW's denominator floor", gt=0)
     momentum: float = setting(0.9, "sgd, muon: factor on the step before, which is added to a step", ge=0, lt=1)
@@ -55,4 +57,6 @@ def optim_problems(optim: OptimConf) -> list[str]:
     reasons = not_read_by("optim", optim.name, OPTIMIZER_READERS) if optim.name in OPTIMIZERS else {}
     if "nesterov" not in reasons and not optim.momentum:
         reasons["nesterov"] = "it needs optim.momentum above 0, such as 0.9"
+    if optim.decay_all:
+        reasons["decay_embeddings"] = "optim.decay_all=true decays them already"
     return problems + ignored("optim", optim, reasons)

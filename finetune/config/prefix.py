@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.config.fields import Choice, ignored, setting
+from finetune.config.optim import OptimConf
 
 
 class PrefixCache(Choice):
@@ -33,12 +34,13 @@ class PrefixConf:
     max_gib: float = setting(50.0, "cache=disk: GiB that the cached activations of all runs may take", gt=0)
 
 
-def prefix_problems(prefix: PrefixConf, fix_layer: int) -> list[str]:
+def prefix_problems(prefix: PrefixConf, optim: OptimConf) -> list[str]:
     """Settings that would be ignored, one line each."""
     reasons: dict[str, str] = {}
-    if fix_layer < 0:
+    freezes = optim.fix_layer >= 0 or bool(optim.freeze)
+    if not freezes:
         why = "nothing is frozen; set optim.fix_layer, such as optim.fix_layer=9"
         reasons = {"dtype": why} if prefix.cache == PrefixCache.none else {"cache": why, "dtype": why}
-    if fix_layer < 0 or prefix.cache not in (PrefixCache.auto, PrefixCache.disk):
+    if not freezes or prefix.cache not in (PrefixCache.auto, PrefixCache.disk):
         reasons["max_gib"] = "it bounds a cache on disk only"
     return ignored("prefix", prefix, reasons)

@@ -35,6 +35,7 @@ class SchedulerConf:
     mode: Mode = setting(Mode.linear, "linear: 1 - t; cosine: cos(pi/2 t); cosine_pi: (1 + cos(pi t)) / 2, t in [0, 1]")
     cycle: int = setting(0, "length of the curve in units of `interval`; 0: the whole run", ge=0)
     scale_min: float = setting(0.0, "floor of the factor: r becomes r * (1 - scale_min) + scale_min", ge=0, le=1)
+    min_lr: float = setting(0.0, "the same floor as a rate of the head: scale_min is min_lr / peak rate; 0: none", ge=0)
     interval: Interval = setting(Interval.epoch, "epoch: step once after each epoch; step: once an optimizer step")
     warmup: int = setting(0, "units ahead of the curve in which the factor rises as (t + 1) / (warmup + 1)", ge=0)
     warmup_epochs: float = setting(0.0, "interval=step: the warmup in epochs, also 0.5; 0: as `warmup` says", ge=0)
@@ -46,6 +47,8 @@ def sched_problems(sched: SchedulerConf, epochs: int) -> list[str]:
 
     With `interval=step` the length of the run depends on the data, so `create_scheduler` checks the warmup again.
     """
+    if sched.min_lr and sched.scale_min:
+        return [f"sched.min_lr={sched.min_lr:g} and sched.scale_min={sched.scale_min:g} say the same: leave one out"]
     is_by_epoch = sched.interval == Interval.epoch
     length = sched.cycle or (epochs if is_by_epoch else 0)
     given = f"sched.warmup_epochs={sched.warmup_epochs:g}"

@@ -49,6 +49,7 @@ class LayeredModel(nn.Module):
         self.layers = tuple(layers)  # the index is the layer id: freezing and rates count on this order
         self.no_weight_decay = no_weight_decay  # parameter names that upstream spares from weight decay
         self.num_frozen = 0  # layers, counted from the stem, that do not learn; `freezing.freeze` sets it
+        self.frozen_modules: frozenset[str] = frozenset()  # frozen modules (and tensors) in and above the others
         self.recompute = False  # gradient checkpointing: saves memory and costs about a third more time
         self.class_token_only = False  # True: the last block runs by `run_class_token`; False: bit-equal to upstream
         # The id of the layer that owns each parameter and buffer, by its name in `net`. Refuse an unknown name here: in
@@ -106,7 +107,7 @@ class LayeredModel(nn.Module):
     def train(self, mode: bool = True) -> LayeredModel:
         """As `nn.Module.train`, but frozen layers stay in eval mode: no dropout, drop path or BatchNorm drift."""
         super().train(mode)  # reaches all layers, so the frozen ones are put back after it
-        frozen = {name for layer in self.layers[: self.num_frozen] for name in layer.owns}
+        frozen = {name for layer in self.layers[: self.num_frozen] for name in layer.owns} | self.frozen_modules
         for name, module in self.net.named_modules():
             if name in frozen:
                 module.eval()  # reaches everything inside the module

@@ -11,8 +11,9 @@ from finetune.core.sched import Curve
 def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[dict[str, Any]]:
     """A row for each layer, from the stem up: the groups of `rate_table` by layer, and the frozen layers.
 
-    Keys: `id`, `layer`, `parameters`, `state` (frozen, learns, or empty: no parameters), `rate_peak` (of the fastest
-    group), `rates_peak` (all, falling), `weight_decay`, `decayed` (parameters that it reaches) and `groups` (number).
+    Keys: `id`, `layer`, `parameters`, `learning` (parameters that learn), `state` (frozen, learns, or empty: no
+    parameters), `rate_peak` (of the fastest group), `rates_peak` (all, falling), `weight_decay`, `decayed` (parameters
+    that it reaches) and `groups` (number).
     """
     sizes = [0] * len(model.layers)
     for name, parameter in model.net.named_parameters():
@@ -26,7 +27,8 @@ def layer_rows(model: LayeredModel, table: Sequence[GroupRate]) -> list[dict[str
             "id": index,
             "layer": layer.name,
             "parameters": sizes[index],
-            "state": "frozen" if index < model.num_frozen else "learns" if groups else "empty",
+            "learning": sum(group.num_parameters for group in groups),
+            "state": "learns" if groups else "frozen" if sizes[index] or index < model.num_frozen else "empty",
             "rate_peak": peaks[0] if peaks else 0.0,
             "rates_peak": peaks,
             "weight_decay": decayed[0].weight_decay if decayed else 0.0,

@@ -1,8 +1,15 @@
 """What a model expects of an image: the one contract that models state and the data side fulfils."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from finetune.config import DataConf, Resize
+from finetune.system.errors import UserError
+
+# The words of `data.resize` as `Preprocess.resize` has them.
+WAYS = {Resize.shortest: "crop", Resize.squash: "squash", Resize.pad: "pad"}
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,32 @@ class Preprocess:
     resize: str = "crop"
     crop_fraction: float = 1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
 
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of the shorter side ahead of the centre crop, rounded down as timm does."""
+        # A fraction that was computed as size / pixels must give back these pixels, and not one less.
+        return math.floor(self.size / self.crop_fraction + 1e-6)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain types, as a checkpoint's metadata holds them."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+
+def as_asked(preprocess: Preprocess, data: DataConf) -> Preprocess:
+    """The preprocessing of the weights, with what `data.resize` and `data.eval_resize` change.
+
+    Raises:
+        UserError: `eval_resize` would be ignored, or is smaller than the image that the model sees.
+    """
+    eval_resize = data.eval_resize
+    if data.resize != Resize.auto:
+        preprocess = dataclasses.replace(preprocess, resize=WAYS[data.resize])
+    if not eval_resize:
+        return preprocess
+    if preprocess.resize != "crop":
+        why = f"these weights {preprocess.resize} images"
+        raise UserError(f"data.eval_resize={eval_resize} would be ignored: {why}; add data.resize=shortest")
+    if eval_resize < preprocess.size:
+        problem = f"smaller than the {preprocess.size} pixels a side that the model sees"
+        raise UserError(f"data.eval_resize={eval_resize}: {problem}; expected at least that, or 0 (as the weights)")
+    return dataclasses.replace(preprocess, crop_fraction=preprocess.size / eval_resize)

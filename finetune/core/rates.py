@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from finetune.config import LayerRule, OptimConf
 from finetune.core.layers import LayeredModel
-from finetune.core.weight_decay import is_decayed, spared_globs
+from finetune.core.weight_decay import decayed_names
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[st
     `more_spared` have no weight decay either; such a glob may match nothing.
 
     Raises:
-        UserError: See `spared_globs`.
+        UserError: See `decayed_names`.
     """
-    spared, parameters = [*spared_globs(model, conf), *more_spared], dict(model.net.named_parameters())
+    decayed, parameters = decayed_names(model, conf, more_spared), dict(model.net.named_parameters())
     found: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
     for name, parameter in parameters.items():
         if parameter.requires_grad:  # the model is frozen before, or resume would meet other groups
@@ -61,8 +61,7 @@ def rate_table(model: LayeredModel, conf: OptimConf, *, more_spared: Sequence[st
             distance = distance_to_output(layer_id, model.num_blocks)
             if conf.layer_rule == LayerRule.timm:
                 distance = model.layers[layer_id].timm_steps.get(name, distance)
-            decayed = is_decayed(name, parameter, spared, decay_embeddings=conf.decay_embeddings)
-            found[layer_id, -distance, not decayed].append(name)  # so sorts from the stem up, decayed first
+            found[layer_id, -distance, name not in decayed].append(name)  # so sorts from the stem up, decayed first
     rows = []
     # A resumed optimizer needs the groups in the same order. So they are sorted, and not as the parameters come.
     for (layer_id, minus_distance, is_spared), names in sorted(found.items()):

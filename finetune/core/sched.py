@@ -56,11 +56,20 @@ class Curve:
     steps_per_epoch: int
 
     @classmethod
-    def of_run(cls, sched: SchedulerConf, *, epochs: int, steps_per_epoch: int) -> Curve:
-        """The curve of a run, with `warmup_epochs` turned into whole optimizer steps."""
+    def of_run(cls, sched: SchedulerConf, *, epochs: int, steps_per_epoch: int, peak_lr: float = 1.0) -> Curve:
+        """The curve of a run: `warmup_epochs` becomes whole optimizer steps, and `min_lr` a share of `peak_lr`.
+
+        Raises:
+            UserError: `min_lr` is not below `peak_lr`, the head's rate at its peak.
+        """
         if sched.warmup_epochs:
             steps = round(sched.warmup_epochs * steps_per_epoch)
             sched = replace(sched, warmup=steps, warmup_epochs=0.0)
+        if sched.min_lr >= peak_lr:
+            mend = "lower it, or leave it out"
+            raise UserError(f"sched.min_lr={sched.min_lr:g}: must be less than the peak rate, {peak_lr:g}: {mend}")
+        if sched.min_lr:
+            sched = replace(sched, scale_min=sched.min_lr / peak_lr, min_lr=0.0)
         return cls(sched, epochs, steps_per_epoch)
 
     @property
@@ -99,6 +108,8 @@ def create_scheduler(cfg: SchedulerConf, optimizer: Optimizer, num_steps: int) -
     if cfg.warmup_epochs:
         given = f"sched.warmup_epochs={cfg.warmup_epochs:g}"
         raise UserError(f"{given}: only a run knows its steps an epoch; give `warmup` in {cfg.interval}s")
+    if cfg.min_lr:
+        raise UserError(f"sched.min_lr={cfg.min_lr:g}: only a run knows its peak rate; give `scale_min`, a share of it")
     length = cfg.cycle or num_steps
     if not 0 <= cfg.warmup < length:
         curve = f"the length of the curve, {length} {cfg.interval}s"

@@ -1,6 +1,8 @@
 """Build the model of a run: find its library, read its weights, put a classifier on it, cut it into layers."""
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from finetune.config import Family, HeadKind, Library, ModelConf, Pool
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.models.heads.head import Head, TowerWithHead, head_kind, keep_head, put_head, scale_head
+from finetune.models.heads.imagenet import imagenet_names
 from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
 from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
 from finetune.models.layering import towers
@@ -104,10 +107,15 @@ def library_of(conf: ModelConf) -> Library:
 def _zeroshot_clip(conf: ModelConf, classes: Sequence[str], device: torch.device) -> tuple[Upstream, TowerWithHead]:
     """The image tower of a CLIP under a head that its text tower makes; the text tower itself is dropped."""
     source = clip_source.locate(conf, load=True)
-    names = read_class_names(Path(conf.class_names).expanduser() if conf.class_names else None, classes)
+    known = imagenet_names(classes)
+    names = read_class_names(Path(conf.class_names).expanduser() if conf.class_names else None, classes, known)
     tokenizer = source.tokenizer()  # ahead of the weights, which take long: its package may be missing
     upstream = from_open_clip.read(conf, source, load=True, with_text=True)
-    weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates)
+    twice = [name for name, count in Counter(known.values()).items() if count > 1]  # by ImageNet's own list
+    weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates, may_repeat=twice)
+    if known:
+        text = f"{upstream.description}; prompts have the names of {len(known):,} ImageNet classes, known by their ids"
+        upstream = dataclasses.replace(upstream, description=text)
     head = zeroshot_head(weight, dropout=conf.head_dropout, bias=conf.head_bias)
     return upstream, TowerWithHead(upstream.net.get_submodule("visual"), head)
 

@@ -67,3 +67,9 @@ def epoch_line(
 def layer_of(group_name: str) -> str:
     """The layer of a parameter group by the group's name: `block.7` for `block.7.no_decay`."""
     return group_name.removesuffix(".muon").removesuffix(".no_decay").removesuffix(".decay")
+
+
+def state_in_words(row: dict[str, Any]) -> str:
+    """The `state` of a row of `core.plan.layer_rows`, with the number of frozen parameters where a part is frozen."""
+    frozen = row["parameters"] - row["learning"]
+    return f"learns, {frozen:,} frozen" if row["state"] == "learns" and frozen else str(row["state"])

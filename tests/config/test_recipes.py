@@ -14,6 +14,7 @@ from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
 from finetune.core.optim import param_groups
 from finetune.core.sched import Curve, lr_factor
+from finetune.data.loading.order import in_whole_steps
 from finetune.models import build_model
 
 NAMES = ["a", "b", "c"]
@@ -77,7 +78,7 @@ def test_settings_that_would_be_ignored_are_errors(change: dict[str, object], wo
 
 @pytest.mark.parametrize("family", ["clip", "vit"])
 def test_mean_pooling_reads_the_patches_under_a_new_norm(family: str) -> None:
-    """Logits = head(norm(mean of the patch tokens behind the last block)), and nothing else of the readout is left."""
+    """Only patches behind the last block are read. CLIP: mean(norm(patch)), as FT-CLIP; ViT: norm(mean), as MAE."""
     torch.manual_seed(0)
     conf = ModelConf(family=Family(family), name=f"glyph_{family}", pool=Pool.mean, head_scale=0.001)
     built = build_model(conf, NAMES)
@@ -88,7 +89,9 @@ def test_mean_pooling_reads_the_patches_under_a_new_norm(family: str) -> None:
     net: nn.Module = model.net
     norm = net.get_submodule("visual.ln_post" if family == "clip" else "fc_norm")
     assert torch.equal(norm.weight, torch.ones_like(norm.weight))
-    expected = net.get_submodule("head")(norm(tokens[:, 1:].mean(dim=1)))
+    patches = tokens[:, 1:]
+    pooled = norm(patches).mean(dim=1) if family == "clip" else norm(patches.mean(dim=1))
+    expected = net.get_submodule("head")(pooled)
     torch.testing.assert_close(model(images), expected)
     torch.testing.assert_close(net(images), expected)
     readout = [name for name, _ in net.named_parameters() if model.layer_ids[name] == model.num_blocks + 1]
@@ -136,7 +139,9 @@ def test_mean_pooling_of_timm_equals_timms_own(name: str) -> None:
 CONF = Path(__file__).parent.parent.parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-PUBLISHED = ["beitv2_b16", "eva02_l", "ft_clip_b16", "ft_clip_l14", "lp_ft", "mae_b16", "mkt", "wise_ft"]
+PUBLISHED = [
+    *("beitv2_b16", "eva02_l", "ft_clip_b16", "ft_clip_l14", "ft_clip_l14_336", "lp_ft", "mae_b16", "mkt", "wise_ft"),
+]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -144,7 +149,7 @@ def test_every_experiment_composes_and_builds_at_its_own_batch(name: str) -> Non
     conf = compose([f"experiment={name}"])
     assert batch_notice(conf) is None
     model = build_model(conf.model, NAMES, device="meta").model
-    freeze(model, conf.optim.fix_layer)
+    freeze(model, conf.optim.fix_layer, conf.optim.freeze)
     assert param_groups(model, peak_optim(conf))
     header = (CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
     assert f"python -m finetune experiment={name}" in header
@@ -166,20 +171,24 @@ def test_every_model_preset_builds_with_weights_that_exist(name: str) -> None:
     ("name", "peak", "least", "steps"),
     [
         # On ImageNet-1k's 1,281,167 images: peak rate, rate at the end, optimizer steps of warmup.
-        ("ft_clip_b16", 6e-4, 1e-6, 6260),
-        ("ft_clip_l14", 4e-4, 1e-6, 3130),
-        ("mae_b16", 2e-3, 1e-6, 6260),
-        ("beitv2_b16", 5e-5, 1e-6, 25040),
-        ("eva02_l", 2e-5, 0.0, 5006),
+        ("ft_clip_b16", 6e-4, 1e-6, 6250),
+        ("ft_clip_l14", 4e-4, 1e-6, 3125),
+        ("ft_clip_l14_336", 6e-4, 1e-6, 3335),
+        ("mae_b16", 2e-3, 1e-6, 6255),
+        ("beitv2_b16", 5e-5, 1e-6, 25020),
+        ("eva02_l", 2e-5, 0.0, 5004),
         ("wise_ft", 3e-5, 0.0, 500),
-        ("mkt", 1e-3, 1e-6, 40038),
+        ("mkt", 1e-3, 1e-6, 40036),
     ],
 )
 def test_rates_of_the_published_recipes(name: str, peak: float, least: float, steps: int) -> None:
     conf = compose([f"experiment={name}"])
     assert peak_optim(conf).lr == pytest.approx(peak)
-    assert peak_optim(conf).lr * conf.sched.scale_min == pytest.approx(least, rel=1e-3)
-    curve = run_curve(conf, -(-1_281_167 // conf.data.batch_size))
+    images = 1_281_167
+    if conf.data.drop_last:
+        images = in_whole_steps(images, conf.data.batch_size * conf.train.accumulate)
+    curve = run_curve(conf, -(-images // conf.data.batch_size))
+    assert peak_optim(conf).lr * curve.sched.scale_min == pytest.approx(least)
     assert curve.sched.warmup == steps
     assert lr_factor(0, curve.sched, curve.num_units) < 0.01
     assert lr_factor(steps, curve.sched, curve.num_units) == pytest.approx(1.0)

@@ -25,7 +25,7 @@ from finetune.core.optim import build_optimizer
 from finetune.core.preprocess import Preprocess
 from finetune.data import Loader, Source, open_source
 from finetune.data.images.mix import Mixer
-from finetune.data.images.recipes import OPERATIONS, Erasing, RandAugment, RandomCrop, drawing_from
+from finetune.data.images.recipes import OPERATIONS, Erasing, Moving, RandAugment, RandomCrop, drawing_from
 from finetune.data.images.transforms import build_transform
 from finetune.data.loading.batches import BatchKey, BatchMaker
 from finetune.data.streams import augment_generator
@@ -218,7 +218,10 @@ def test_a_crop_out_of_the_thinnest_image_is_a_pixel() -> None:
 
 @pytest.mark.parametrize("strength", [0.0, 0.37, 0.9, 1.0])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_randaugment_operations_equal_timms(photo: Tensor, strength: float, sign: float, monkeypatch) -> None:
+@pytest.mark.parametrize("word", ["bilinear", "bicubic"])
+def test_randaugment_operations_equal_timms(
+    photo: Tensor, word: str, strength: float, sign: float, monkeypatch
+) -> None:
     """The fifteen operations at the same strengths; timm works on PIL images."""
     from timm.data import auto_augment as timm
 
@@ -231,11 +234,14 @@ def test_randaugment_operations_equal_timms(photo: Tensor, strength: float, sign
         arguments = level(10 * strength, {}) if level else ()
         if name == "PosterizeIncreasing" and arguments == (0,):
             arguments = (1,)  # black, if Pillow did not refuse it
-        theirs = timm.NAME_TO_OP[name](picture, *arguments, fillcolor=fill, resample=Image.Resampling.BILINEAR)
-        ours = operation(photo, strength, sign, list(fill))
+        theirs = timm.NAME_TO_OP[name](picture, *arguments, fillcolor=fill, resample=Image.Resampling[word.upper()])
+        ours = operation(photo, strength, sign, Moving(list(fill), InterpolationMode(word)))
         difference = (ours.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().float()
         # Moved edges are interpolated a little differently; colours are the same within rounding.
         moves = name.startswith(("Rotate", "Shear", "Translate"))
+        if moves and word == "bicubic":  # which PIL itself computes: all but pixels on an edge between two roundings
+            assert (difference == 0).float().mean() > 0.995, name
+            continue
         assert difference.mean() < (3 if moves else 0.6), name
         assert difference.quantile(0.9) <= (4 if moves else 1), name
 
@@ -247,7 +253,7 @@ def test_randaugment_draws_as_it_says(photo: Tensor, monkeypatch) -> None:
         return lambda image, strength, sign, fill: drawn.append((index, strength, sign)) or image
 
     monkeypatch.setattr("finetune.data.images.recipes.OPERATIONS", tuple(noted(i) for i in range(15)))
-    policy = RandAugment(2, 9.0, 0.5, [0, 0, 0])
+    policy = RandAugment(2, 9.0, 0.5, Moving([0, 0, 0]))
     with drawing_from(augment_generator(0, 0, 0, 0)):
         for _ in range(3000):
             policy(photo)
@@ -347,6 +353,26 @@ def test_mixtures_are_drawn_as_published() -> None:
             assert draw.share == 1 - (bottom - top) * (right - left) / 1200
     large, small = (mixer(mixup=1.0).draw(0, 0, batch=n, height=n, width=n) for n in (9, 4))
     assert large is not None and small is not None and large.share == small.share
+
+
+def test_groups_of_a_batch_are_mixed_as_smaller_batches_are() -> None:
+    """With `mix_images` the draws depend on neither the micro-batch nor the accumulation, and images stay in groups."""
+    labels = torch.arange(48) % 3
+    images, ids = coloured(labels), torch.arange(48)
+    whole = [(images, labels, ids)] * 2
+    parts = [tuple(tensor[i : i + 16] for tensor in (images, labels, ids)) for i in (0, 16, 32)] * 2
+    both = {"mixup": 0.8, "cutmix": 1.0}
+    grouped = Mixer(AugmentConf(**both, mix_images=16), num_classes=3, seed=0, batch_size=48)
+    single = list(mixer(**both).wrap(parts, 4))
+    for number, (pixels, targets, numbers) in enumerate(grouped.wrap(whole, 4)):
+        assert torch.equal(numbers, ids)
+        for group, (some, shares, _) in enumerate(single[3 * number : 3 * number + 3]):
+            place = slice(16 * group, 16 * group + 16)
+            assert torch.equal(pixels[place], some) and torch.equal(targets[place], shares)
+    later = next(iter(grouped.wrap(whole[1:], 4, 1)))
+    assert torch.equal(later[1], torch.cat([shares for _, shares, _ in single[3:]]))  # a resumed epoch
+    short = [(images[:20], labels[:20], ids[:20])]  # the last micro-batch: a whole group and a short one
+    assert next(iter(grouped.wrap(short, 4)))[0].shape == (20, 3, 12, 12)
 
 
 def test_without_mixing_batches_pass_untouched() -> None:

@@ -53,9 +53,9 @@ FT_CLIP = by_prefix(
     blocks=r"(?:transformer\.resblocks|blocks)",
 )
 
-# The three exceptions. The published rules send these to the top, at the head's rate: tokens and a norm that stand
+# The four exceptions. The published rules send these to the top, at the head's rate: tokens and a norm that stand
 # ahead of the first block, and a table that every block reads, so that no prefix could be frozen below it.
-EXCEPTIONS = ("reg_token", "norm_pre", "rel_pos_bias")
+EXCEPTIONS = ("reg_token", "dist_token", "norm_pre", "rel_pos_bias")
 
 
 def on_meta(name: str) -> tuple[LayeredModel, str]:
@@ -76,6 +76,7 @@ CASES = [
     ("vit_base_patch16_224", 12, [MKT_VIT, BEIT, MAE, FT_CLIP]),
     ("vit_base_patch16_clip_224", 12, [MKT_VIT, BEIT, MAE]),
     ("vit_small_patch14_reg4_dinov2", 12, [MKT_VIT, BEIT, MAE]),
+    ("deit_tiny_distilled_patch16_224", 12, [MKT_VIT, BEIT, MAE]),
     ("beit_base_patch16_224", 12, [MKT_VIT, BEIT, MAE]),
     ("ViT-B-16", 12, [MKT_CLIP, FT_CLIP]),
     ("ViT-L-14", 24, [MKT_CLIP, FT_CLIP]),
@@ -105,7 +106,11 @@ def test_ids_and_scales_are_the_published_ones(name: str, num_blocks: int, publi
         assert min(group["layer_id"], num_blocks + 1) == theirs, key
         assert group["scale"] == decay ** (num_blocks + 1 - theirs), key
         assert group["lr"] == lr * group["scale"]
-    wanted = {"vit_base_patch16_clip_224": {"norm_pre"}, "vit_small_patch14_reg4_dinov2": {"reg_token"}}
+    wanted = {
+        "vit_base_patch16_clip_224": {"norm_pre"},
+        "vit_small_patch14_reg4_dinov2": {"reg_token"},
+        "deit_tiny_distilled_patch16_224": {"dist_token"},
+    }
     assert excepted == wanted.get(name, {"rel_pos_bias"} if name.startswith("beit") else set())
 
 
@@ -195,6 +200,53 @@ def test_weight_decay_is_beits_without_it(name: str) -> None:
     spared = ("pos_embed", "cls_token", "positional_embedding", "class_embedding")
     for key, parameter in model.net.named_parameters():
         assert decayed[key] == (0.0 if parameter.ndim == 1 or key.endswith(spared) else 0.05), key
+
+
+UPSTREAM = ["xcit_nano_12_p16_224", "edgenext_xx_small", "hiera_tiny_224", "hiera_small_abswin_256", "coat_tiny"]
+
+
+@pytest.mark.parametrize(
+    "name", [*UPSTREAM, "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "tnt_s_patch16_224"]
+)
+def test_weight_decay_is_that_of_timms_own_optimizers(name: str) -> None:
+    """Names and globs of the network's `no_weight_decay()`, and none of the modules inside it (XCA's temperature)."""
+    from timm.optim import param_groups_weight_decay
+
+    model, _ = on_meta(name)
+    net: Any = model.net
+    listed = net.no_weight_decay() if name != "edgenext_xx_small" else ()  # which has no such method
+    groups = param_groups_weight_decay(net, 0.05, no_weight_decay_list=listed)
+    theirs = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    ours = {key for group in param_groups(model, OptimConf()) if group["weight_decay"] for key in group["param_names"]}
+    assert ours == {key for key, parameter in net.named_parameters() if id(parameter) in theirs}
+
+
+def test_beits_tables_decay_as_in_its_authors_code_and_those_of_swin_do_not() -> None:
+    for name in ("beit_base_patch16_224", "beitv2_base_patch16_224"):
+        with torch.device("meta"):
+            net = timm.create_model(name, num_classes=10)
+        model = LayeredModel(net, timm_layers(net), no_weight_decay=spared_names(net))
+        tables = [key for key, _ in net.named_parameters() if key.endswith("relative_position_bias_table")]
+        groups = param_groups(model, OptimConf())
+        found = {key: group["weight_decay"] > 0 for group in groups for key in group["param_names"]}
+        assert len(tables) == 12 and all(found[key] for key in tables)
+    from torchvision.models import swin_t
+
+    with torch.device("meta"):
+        swin = swin_t()
+    spared = spared_names(swin)
+    assert len(spared) == 12 and all(key.endswith("relative_position_bias_table") for key in spared)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "ViT-B-16"])
+def test_decay_all_decays_every_parameter_but_those_of_the_user(name: str) -> None:
+    model, _ = on_meta(name)
+    for globs in ([], ["*ln_1.bias", "*head.weight"] if name == "ViT-B-16" else ["pos_embed"]):
+        groups = param_groups(model, OptimConf(decay_all=True, no_weight_decay=globs))
+        found = {key: group["weight_decay"] for group in groups for key in group["param_names"]}
+        spared = {key for key, decay in found.items() if decay == 0.0}
+        assert len(found) == len(list(model.net.named_parameters()))
+        assert spared == {key for key in found if key.endswith(tuple(glob.lstrip("*") for glob in globs) or "\n")}
 
 
 def test_user_globs_spare_embeddings_from_mkts_decay_too() -> None:

@@ -30,7 +30,7 @@ def write_contact_sheet(
     data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)
     device = torch.device("cpu")
     loader = Loader(source.splits["train"], preprocess, conf=data, augment=augment, seed=seed, device=device)
-    mixer = Mixer(augment, num_classes=len(source.classes), seed=seed)
+    mixer = Mixer(augment, num_classes=len(source.classes), seed=seed, batch_size=data.batch_size)
     try:
         batches = islice(mixer.wrap(loader.epoch(0), 0), -(-wanted // data.batch_size))
         tiles = [(image, label) for images, labels, _ in batches for image, label in zip(images, labels, strict=True)]

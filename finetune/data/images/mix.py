@@ -1,9 +1,10 @@
 """MixUp and CutMix: images of a batch are mixed in pairs, on the device, and so are their labels.
 
-The mixture is drawn on the host from (seed, epoch, micro-batch) alone. So a resumed epoch mixes images as an
+The mixture is drawn on the host from (seed, epoch, group of images) alone. So a resumed epoch mixes images as an
 uninterrupted one does, and the host never waits for the device.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,11 +29,16 @@ class Mixture(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixer:
-    """MixUp (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899), one draw a batch."""
+    """MixUp (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899).
+
+    One draw for all images of a micro-batch, or, with `augment.mix_images=n`, for each group of n of them. Groups are
+    counted through an epoch. So with n = 32 eight micro-batches of 32 images are mixed as one of 256.
+    """
 
     augment: AugmentConf
     num_classes: int
     seed: int  # the run's
+    batch_size: int = 0  # images of a whole micro-batch; groups of `mix_images` are counted by it
 
     def wrap(self, batches: Iterable[Batch], epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch mixed; `batches` begins at micro-batch `skip`. Unchanged if mixing is off."""
@@ -40,10 +46,24 @@ class Mixer:
             yield from batches
             return
         for index, (images, labels, ids) in enumerate(batches, start=skip):
-            yield (*self._mixed(images, labels, epoch, index), ids)
+            parts = [
+                self._mixed(some, their_labels, epoch, group)
+                for group, some, their_labels in self._groups(images, labels, index)
+            ]
+            mixed, shares = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+            yield mixed, shares, ids
+
+    def _groups(self, images: Tensor, labels: Tensor, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The groups of micro-batch `index`, each with its number in the epoch."""
+        if not self.augment.mix_images:
+            yield index, images, labels
+            return
+        size = self.augment.mix_images
+        first = index * -(-self.batch_size // size)
+        yield from zip(itertools.count(first), torch.split(images, size), torch.split(labels, size), strict=False)
 
     def draw(self, epoch: int, index: int, *, batch: int, height: int, width: int) -> Mixture | None:
-        """The mixture of micro-batch `index` of an epoch, which has `batch` images; None: it stays unmixed."""
+        """The mixture of group `index` of an epoch, which has `batch` images; None: it stays unmixed."""
         # RandomState, since numpy promises never to change its numbers, also those of the Beta distribution.
         random = np.random.RandomState(np.random.PCG64(mix("mix", self.seed, epoch, index)))
         mixes, switch, vertical, horizontal = random.random_sample(4)

@@ -69,7 +69,8 @@ def build_crop_recipe(preprocess: Preprocess, augment: AugmentConf) -> CropRecip
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip(augment.flip))
     if augment.policy == Policy.randaug:
-        steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, fill))
+        moving = Moving(fill, InterpolationMode(augment.interpolation))
+        steps.append(RandAugment(augment.randaug_ops, augment.randaug_magnitude, augment.randaug_std, moving))
     elif augment.policy == Policy.trivial:
         steps.append(v2.TrivialAugmentWide(interpolation=BILINEAR, fill=fill))
     elif augment.policy == Policy.augmix:
@@ -140,20 +141,38 @@ def _uniform(low: float = 0.0, high: float = 1.0) -> float:
 
 
 @dataclass(frozen=True)
+class Moving:
+    """How pixels are computed where an image is shifted, sheared or rotated."""
+
+    fill: Fill  # colour of pixels that come in from outside, (red, green, blue), 0 to 255
+    interpolation: InterpolationMode = BILINEAR
+
+    def affine(self, image: Tensor, *, angle: float = 0.0, translate: Pair = (0, 0), shear: Pair = (0, 0)) -> Tensor:
+        """The image (3, height, width), moved; angles in degrees, clockwise, shifts in pixels."""
+        # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the
+        # centre. For tensors torchvision has no bicubic interpolation of these, so PIL itself computes it.
+        is_tensor = self.interpolation == BILINEAR
+        moved = image if is_tensor else F.to_pil_image(image)
+        center = [0.0, 0.0] if any(shear) else None
+        moved = F.affine(moved, angle, list(translate), 1.0, list(shear), self.interpolation, self.fill, center)
+        result: Tensor = moved if is_tensor else F.pil_to_tensor(moved)
+        return result
+
+
+@dataclass(frozen=True)
 class RandAugment:
     """RandAugment (Cubuk et al., arXiv:1909.13719) in the variant that timm calls `rand-m9-mstd0.5-inc1`.
 
     BEiT, MAE, DeiT and FT-CLIP were trained with it. `ops` times, one of fifteen operations is drawn evenly, with
     replacement. It is applied with probability 0.5, at a strength drawn from N(magnitude, std) and cut to [0, 10]. The
     effect of every operation grows with the strength ("inc1"). torchvision's own RandAugment is another recipe:
-    fourteen operations, each always applied, at 9 of 30 instead of 9 of 10. timm draws between bilinear and bicubic for
-    shears and rotations; here they are bilinear.
+    fourteen operations, each always applied, at 9 of 30 instead of 9 of 10.
     """
 
     ops: int  # operations drawn for an image
     magnitude: float  # mean strength, 0 to 10
     std: float  # standard deviation of the strength
-    fill: Fill  # colour of pixels that come in from outside, (red, green, blue), 0 to 255
+    moving: Moving
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3, height, width), the same shape back."""
@@ -162,15 +181,8 @@ class RandAugment:
             happens, noise, sign = _uniform() < 0.5, float(torch.randn(())), 1.0 if _uniform() < 0.5 else -1.0
             strength = min(10.0, max(0.0, self.magnitude + self.std * noise)) / 10
             if happens:
-                image = operation(image, strength, sign, self.fill)
+                image = operation(image, strength, sign, self.moving)
         return image
-
-
-def _affine(image: Tensor, fill: Fill, *, angle: float = 0.0, translate: Pair = (0, 0), shear: Pair = (0, 0)) -> Tensor:
-    # As PIL does, which timm and the published recipes use: shears from the top left corner, rotates around the centre.
-    center = [0.0, 0.0] if any(shear) else None
-    moved: Tensor = F.affine(image, angle, list(translate), 1.0, list(shear), BILINEAR, fill, center)
-    return moved
 
 
 def _shear(strength: float, sign: float) -> float:
@@ -183,31 +195,35 @@ def _factor(strength: float, sign: float) -> float:
     return max(0.1, 1 + 0.9 * strength * sign)
 
 
-def _solarize_add(image: Tensor, strength: float, sign: float, fill: Fill) -> Tensor:
+def _solarize_add(image: Tensor, strength: float, sign: float, moving: Moving) -> Tensor:
     """Brighten pixels of the darker half of the range by up to 110."""
     brighter = image.int().add_(int(110 * strength)).clamp_(max=255).to(torch.uint8)
     return torch.where(image < 128, brighter, image)
 
 
-# (image, strength in [0, 1], sign -1 or 1, fill) -> image. The order counts: an operation is drawn by its place here.
-OPERATIONS: tuple[Callable[[Tensor, float, float, Fill], Tensor], ...] = (
-    lambda image, strength, sign, fill: F.autocontrast(image),
-    lambda image, strength, sign, fill: F.equalize(image),
-    lambda image, strength, sign, fill: F.invert(image),
+# (image, strength in [0, 1], sign -1 or 1, moving) -> image. The order counts: an operation is drawn by its place here.
+OPERATIONS: tuple[Callable[[Tensor, float, float, Moving], Tensor], ...] = (
+    lambda image, strength, sign, moving: F.autocontrast(image),
+    lambda image, strength, sign, moving: F.equalize(image),
+    lambda image, strength, sign, moving: F.invert(image),
     # Rotate. A positive angle of PIL is counterclockwise.
-    lambda image, strength, sign, fill: _affine(image, fill, angle=-30 * strength * sign),
-    lambda image, strength, sign, fill: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits would be black
+    lambda image, strength, sign, moving: moving.affine(image, angle=-30 * strength * sign),
+    lambda image, strength, sign, moving: F.posterize(image, max(1, 4 - int(4 * strength))),  # 0 bits would be black
     # Solarize: invert pixels from a threshold on, which is 256, above all pixels, at strength 0.
-    lambda image, strength, sign, fill: torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image),
+    lambda image, strength, sign, moving: torch.where(image.int() >= 256 - int(256 * strength), 255 - image, image),
     _solarize_add,
-    lambda image, strength, sign, fill: F.adjust_saturation(image, _factor(strength, sign)),
-    lambda image, strength, sign, fill: F.adjust_contrast(image, _factor(strength, sign)),
-    lambda image, strength, sign, fill: F.adjust_brightness(image, _factor(strength, sign)),
-    lambda image, strength, sign, fill: F.adjust_sharpness(image, _factor(strength, sign)),
-    lambda image, strength, sign, fill: _affine(image, fill, shear=[_shear(strength, sign), 0.0]),
-    lambda image, strength, sign, fill: _affine(image, fill, shear=[0.0, _shear(strength, sign)]),
-    lambda image, strength, sign, fill: _affine(image, fill, translate=[-0.45 * strength * sign * image.shape[-1], 0]),
-    lambda image, strength, sign, fill: _affine(image, fill, translate=[0, -0.45 * strength * sign * image.shape[-2]]),
+    lambda image, strength, sign, moving: F.adjust_saturation(image, _factor(strength, sign)),
+    lambda image, strength, sign, moving: F.adjust_contrast(image, _factor(strength, sign)),
+    lambda image, strength, sign, moving: F.adjust_brightness(image, _factor(strength, sign)),
+    lambda image, strength, sign, moving: F.adjust_sharpness(image, _factor(strength, sign)),
+    lambda image, strength, sign, moving: moving.affine(image, shear=[_shear(strength, sign), 0.0]),
+    lambda image, strength, sign, moving: moving.affine(image, shear=[0.0, _shear(strength, sign)]),
+    lambda image, strength, sign, moving: moving.affine(
+        image, translate=[-0.45 * strength * sign * image.shape[-1], 0]
+    ),
+    lambda image, strength, sign, moving: moving.affine(
+        image, translate=[0, -0.45 * strength * sign * image.shape[-2]]
+    ),
 )
 
 

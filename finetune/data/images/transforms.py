@@ -42,8 +42,7 @@ def fit_square(image: Tensor, preprocess: Preprocess) -> Tensor:
     if max(height, width) > MAX_ASPECT * shortest:
         limit = MAX_ASPECT * shortest
         image = _centre(image, min(height, limit), min(width, limit))
-    shorter = math.floor(size / preprocess.crop_fraction)  # as timm rounds it
-    return _centre(resize(image, [shorter], preprocess.interpolation), size, size)
+    return _centre(resize(image, [preprocess.shorter_side], preprocess.interpolation), size, size)
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

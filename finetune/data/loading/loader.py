@@ -16,7 +16,7 @@ from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import build_transform
 from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, Failure, PixelBatch, normalise
-from finetune.data.loading.order import Showings, epoch_order, most_showings
+from finetune.data.loading.order import Showings, epoch_order, in_whole_steps, most_showings
 from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
 from finetune.data.split import Split
 from finetune.data.streams import view_of
@@ -64,6 +64,10 @@ class Loader:
         self._batches: Iterator[PixelBatch | Failure] = iter(())
         self._turn = 0
         self._image_cost_s: float | None = None
+
+    def drop_last(self, step: int) -> None:
+        """From now on leave out an epoch's last images that fill no step of `step`; see `in_whole_steps`."""
+        self.num_images = in_whole_steps(self.num_images, step)
 
     def __len__(self) -> int:
         """Micro-batches in an epoch; the last may be short."""
@@ -125,7 +129,7 @@ class Loader:
             return Showings(everything, torch.zeros_like(everything))
         balanced = self._conf.balance == Balance.sampling
         order = epoch_order(self.split.labels, seed=self._seed, epoch=epoch, balanced=balanced, images=self._drawn)
-        return order.repeated(self._repeats)
+        return order.repeated(self._repeats).first(self.num_images)
 
     def most_showings(self) -> Tensor | None:
         """How often an epoch shows each image at most, int64 (n,); None, without limit, with `data.epoch_images`."""

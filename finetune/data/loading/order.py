@@ -23,12 +23,21 @@ class Showings(NamedTuple):
         """The showings without the first `count`."""
         return Showings(self.samples[count:], self.occurrences[count:])
 
+    def first(self, count: int) -> Showings:
+        """The first `count` showings."""
+        return Showings(self.samples[:count], self.occurrences[:count])
+
     def repeated(self, times: int) -> Showings:
         """Each image `times` times, side by side: a batch has several views of it (Hoffer et al., arXiv:1901.09335)."""
         if times == 1:
             return self
         samples, occurrences = (values.repeat_interleave(times) for values in self)
         return Showings(samples, occurrences * times + torch.arange(times).repeat(len(self.samples)))
+
+
+def in_whole_steps(images: int, step: int) -> int:
+    """How many of an epoch's images fill whole optimizer steps of `step` images; all where there is no whole step."""
+    return images // step * step or images
 
 
 def epoch_order(labels: Tensor, *, seed: int, epoch: int, balanced: bool, images: int = 0) -> Showings:

@@ -1,7 +1,8 @@
 """`model.pool=mean`: replace the pooling of the weights by the mean of all patch tokens and a new norm.
 
-MAE and BEiT fine-tune so (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, appendix A.1), and FT-CLIP
-(arXiv:2212.06138) fine-tunes CLIP so, without its `ln_post` and `proj`. Only the readout ignores the class token.
+MAE and BEiT fine-tune so (`global_pool`, `use_mean_pooling`: arXiv:2111.06377, appendix A.1), with the norm behind the
+mean. FT-CLIP (arXiv:2212.06138) fine-tunes CLIP so, without its `ln_post` and `proj`, with the norm of every patch
+ahead of the mean. Only the readout ignores the class token.
 """
 
 from typing import Any
@@ -14,12 +15,13 @@ from finetune.system.errors import UserError
 def mean_pool_open_clip(visual: Any, name: str) -> int:
     """Make a VisionTransformer of open_clip pool by the mean, in place; return the length of its features.
 
-    The new norm is called `ln_post` like the old one; `proj` is removed. `name` is the model's, for the error.
+    The new norm is called `ln_post` like the old one, and normalises every patch ahead of the mean; `proj` is removed.
+    `name` is the model's, for the error.
     """
     if type(visual).__name__ != "VisionTransformer" or visual.attn_pool is not None:
         raise UserError(f"model.pool=mean needs a plain ViT, and {name} has none: use model.pool=auto")
     width = visual.conv1.out_channels
-    visual.pool_type, visual.final_ln_after_pool = "avg", True
+    visual.pool_type, visual.final_ln_after_pool = "avg", False
     visual.ln_post = _fresh(visual.ln_post, width)
     visual.proj = None
     visual.output_dim = width

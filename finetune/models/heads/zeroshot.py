@@ -1,7 +1,7 @@
 """A head made from class names by the text tower of a CLIP."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,15 +33,16 @@ def expand_templates(templates: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt for template in templates for prompt in sets.get(template, [template])))
 
 
-def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
+def read_class_names(path: Path | None, classes: Sequence[str], known: Mapping[str, str] | None = None) -> list[str]:
     """The names that prompts use for `classes`: the data's own names in the order of the labels, or those in a file.
 
     A line of the text file, UTF-8, holds either a name, in the order of the classes, or `CLASS<tab>NAME`, in any order;
-    a class without such a line keeps its own name. Another number of names than classes, or a class that the data
-    lacks, is a UserError, and a missing file a FileNotFoundError.
+    a class without such a line has its name in `known`, if it has one there, and else its own. Another number of names
+    than classes, or a class that the data lacks, is a UserError, and a missing file a FileNotFoundError.
     """
+    own = [(known or {}).get(name, name) for name in classes]
     if path is None:
-        return list(classes)
+        return own
     if not path.is_file():
         raise FileNotFoundError(f"model.class_names={path}: no such file")
     text = read_text(path, f"model.class_names={path}", NAMES)
@@ -53,7 +54,7 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
         if unknown:
             problem = f"{unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
             raise UserError(f"model.class_names={path} names {problem}")
-        return [named.get(name, name) for name in classes]
+        return [named.get(name, default) for name, default in zip(classes, own, strict=True)]
     if len(lines) != len(classes):
         problem = f"holds {len(lines)} names and the data has {len(classes)} classes"
         mend = "give one name a line in class order, or CLASS<tab>NAME for some"
@@ -61,13 +62,14 @@ def read_class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
     return lines
 
 
-def class_prompts(classes: Sequence[str]) -> list[str]:
+def class_prompts(classes: Sequence[str], may_repeat: Collection[str] = ()) -> list[str]:
     """Class names as a sentence holds them: underscores of folder names become spaces.
 
-    Two equal names, or an empty one, are a UserError: a text tower cannot tell such classes apart.
+    Two equal names that are not in `may_repeat`, or an empty one, are a UserError: a text tower cannot tell such
+    classes apart.
     """
     names = [" ".join(name.replace("_", " ").split()) for name in classes]
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1 and name not in may_repeat)
     if repeated:
         raise UserError(f"class names must differ for a zero-shot head; used twice: {', '.join(map(repr, repeated))}")
     if "" in names:
@@ -76,16 +78,23 @@ def class_prompts(classes: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def zeroshot_weight(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+def zeroshot_weight(
+    clip: nn.Module,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    *,
+    may_repeat: Collection[str] = (),
+) -> Tensor:
     """Classifier weights from the text tower of a whole open_clip model. -> (classes, embedding), float32.
 
     For each class: the mean over templates of normalised text features, normalised again, times the logit scale
     (Radford et al., arXiv:2103.00020, section 3.1.4). Without the scale the logits of a normalised image would be
     about 100 times too small to train. Templates are prompts, each with `{}` in the place of the class name, or names
-    of sets of prompts. Class names that a text tower cannot tell apart are a UserError.
+    of sets of prompts. Class names that a text tower cannot tell apart are a UserError, but for those `may_repeat`.
     """
     templates = expand_templates(templates)
-    prompts = [template.replace("{}", name) for name in class_prompts(classes) for template in templates]
+    prompts = [template.replace("{}", name) for name in class_prompts(classes, may_repeat) for template in templates]
     device = next(clip.parameters()).device
     clip.eval()
     features = [

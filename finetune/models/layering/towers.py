@@ -8,11 +8,13 @@ module of this package and add its line to `CHAINS`; `tests/models` then asks fo
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from finetune.core.layers import Layer, LayeredModel
+from finetune.core.weight_decay import POSITION_TABLE
 from finetune.models.layering import class_token, open_clip_networks, timm_networks, torchvision_networks
 from finetune.models.layering.class_token import RunBlock, with_class_token_run
 from finetune.models.layering.rules import Rule, ordered_layers
@@ -83,17 +85,31 @@ class SparesWeightDecay(Protocol):
     """An upstream module that names its parameters that should get no weight decay."""
 
     def no_weight_decay(self) -> set[str]:
-        """Names relative to the module."""
+        """Names or globs, relative to the module."""
 
 
 def spared_names(net: nn.Module) -> frozenset[str]:
-    """The parameters that `net`, or a module in it, spares from weight decay, by their names in `net`."""
-    existing = {name for name, _ in net.named_parameters()}
-    spared = set()
-    for path, module in net.named_modules():
-        if isinstance(module, SparesWeightDecay):
-            spared |= {f"{path}.{name}" if path else name for name in module.no_weight_decay()}
-    return frozenset(spared & existing)
+    """The parameters that upstream's network spares from weight decay, by their names in `net`.
+
+    Only the method of the whole network counts, as in timm's optimizers: modules inside it may have methods of their
+    own that no optimizer asks. BEiT's authors decay the position tables of its blocks, and timm spares them; here they
+    are decayed. torchvision's networks have no such method, and its training script spares their tables.
+    """
+    modules, names = dict(net.named_modules()), [name for name, _ in net.named_parameters()]
+    # It may stand in a `TowerWithHead`, in open_clip's wrapper around timm's networks, or in both.
+    networks = {path: modules[path] for path in ("", "visual", "trunk", "visual.trunk") if path in modules}
+    globs = {
+        f"{path}.{glob}" if path else glob
+        for path, network in networks.items()
+        if isinstance(network, SparesWeightDecay)
+        for glob in network.no_weight_decay()
+    }
+    spared = {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+    tables = {name for name in names if name.endswith(POSITION_TABLE)}
+    if any("Beit" in _kinds(network) for network in networks.values()):
+        return frozenset(spared - tables)
+    is_of_torchvision = any(kind.__module__.startswith("torchvision.") for kind in type(net).__mro__)
+    return frozenset(spared | tables if is_of_torchvision else spared)
 
 
 def layered(net: nn.Module, layers: Sequence[Layer]) -> LayeredModel:
