@@ -113,8 +113,8 @@ def _zeroshot_clip(conf: ModelConf, classes: Sequence[str], device: torch.device
     upstream = from_open_clip.read(conf, source, load=True, with_text=True)
     twice = [name for name, count in Counter(known.values()).items() if count > 1]  # by ImageNet's own list
     weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates, may_repeat=twice)
-    if known:
-        text = f"{upstream.description}; prompts have the names of {len(known):,} ImageNet classes, known by their ids"
+    if used := sum(known.get(wnid) == name for wnid, name in zip(classes, names, strict=True)):
+        text = f"{upstream.description}; prompts have ImageNet's names for {used:,} classes that are WordNet ids"
         upstream = dataclasses.replace(upstream, description=text)
     head = zeroshot_head(weight, dropout=conf.head_dropout, bias=conf.head_bias)
     return upstream, TowerWithHead(upstream.net.get_submodule("visual"), head)

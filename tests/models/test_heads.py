@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune.config import Conf, Family, HeadKind, ModelConf, find_problems
 from finetune.models import build_model
 from finetune.models.heads.head import Head, TowerWithHead, find_head
+from finetune.models.heads.imagenet import imagenet_names
 from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe
 from finetune.models.heads.zeroshot import (
     class_prompts,
@@ -149,6 +150,42 @@ def test_a_file_may_name_the_classes(tmp_path: Path) -> None:
     assert torch.equal(named, expected) and not torch.equal(named, own)
     path.write_text("1\tthe one\n")
     assert read_class_names(path, ["0", "1"]) == ["0", "the one"]
+
+
+def test_wordnet_ids_of_imagenet_have_openais_names(tmp_path: Path) -> None:
+    """By hand: tench, goldfish, construction crane and the bird; two classes are called missile; 21k has dog."""
+    by_hand = {
+        "n01440764": "tench",
+        "n01443537": "goldfish",
+        "n02012849": "crane bird",
+        "n03126707": "construction crane",
+    }
+    assert imagenet_names(["cat", *by_hand, "n1234", "n99999999", "N01440764"]) == by_hand
+    assert imagenet_names(["n02084071"]) == {"n02084071": "dog"}
+    assert imagenet_names(["n03773504", "n04008634"]) == {"n03773504": "missile", "n04008634": "missile"}
+    wnids = ["n01443537", "background", "n01440764"]
+    ours = build_model(ModelConf(), wnids)
+    words = build_model(ModelConf(), ["goldfish", "background", "tench"])
+    assert torch.equal(ours.model.net.head.weight, words.model.net.head.weight)
+    assert "names for 2 classes" in ours.description and "WordNet" not in words.description
+    path = tmp_path / "names.txt"
+    path.write_text("n01440764\tdoctor fish\n")
+    named = build_model(ModelConf(class_names=str(path)), wnids).model.net.head.weight
+    expected = build_model(ModelConf(), ["goldfish", "background", "doctor fish"]).model.net.head.weight
+    assert torch.equal(named, expected)
+    twins = build_model(ModelConf(), ["n03773504", "n04008634"]).model.net.head.weight
+    assert torch.equal(twins[0], twins[1])  # as published: equal at first, and each learns for itself
+    with pytest.raises(ValueError, match="used twice: 'tench'"):
+        build_model(ModelConf(), ["n01440764", "tench"])
+
+
+def test_all_thousand_names_are_openais_in_the_order_of_the_ids() -> None:
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from timm.data.imagenet_info import ImageNetInfo
+
+    wnids = sorted(ImageNetInfo().label_names())
+    names = imagenet_names(wnids[::-1])
+    assert [names[wnid] for wnid in wnids] == list(IMAGENET_CLASSNAMES)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def read_class_names(path: Path | None, classes: Sequence[str], known: Mapping[s
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and all("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines)
-        known = set(classes)
-        unknown = [name for name in named if name not in known]
+        of_data = set(classes)
+        unknown = [name for name in named if name not in of_data]
         if unknown:
             problem = f"{unknown[0]!r}, no class of the data{nearest(unknown[0], classes)}"
             raise UserError(f"model.class_names={path} names {problem}")
