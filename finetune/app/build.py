@@ -48,6 +48,7 @@ class Run:
     def __post_init__(self) -> None:
         """Name the model that learns, and the folder of weights and states."""
         self.model, self.checkpoints = self.built.model, self.folder / "checkpoints"
+        self.notes: dict[str, str] = {}  # that every checkpoint carries, once the start is agreed on; see `first_notes`
         # A zero-shot model is reported in top1 and in the metric that picks the best epoch.
         self.headlines = list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
 
@@ -120,9 +121,10 @@ class Run:
             digest.update(split.name_of(index).encode("utf-8", "surrogateescape"))
         return f"{len(split)} images {digest.hexdigest()[:16]}"
 
-    def notes(self) -> dict[str, str]:
-        """Machine, versions and training images: a checkpoint carries them, and a resumed run compares them."""
-        return {**environment(self.device), "images": self.fingerprint()}
+    def first_notes(self) -> dict[str, str]:
+        """Machine, versions, images and batch: a checkpoint carries them, and a resumed run compares them."""
+        batch = f"{self.conf.data.batch_size} images x {self.conf.train.accumulate}"
+        return {**environment(self.device), "images": self.fingerprint(), "batch": batch}
 
     def metadata(self) -> dict[str, str]:
         """Classes, preprocessing and model settings, as they are stored beside the weights."""

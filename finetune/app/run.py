@@ -29,9 +29,10 @@ from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
+from finetune.runs.epoch_files import latest_state
 from finetune.runs.history import History
 from finetune.runs.records import Result
-from finetune.runs.resume import find_state, first_promise, restore_run
+from finetune.runs.resume import compare_state, first_promise, notes_of, restore_run
 from finetune.system.errors import UserError
 from finetune.system.files import write_json
 from finetune.system.locks import run_lock
@@ -114,14 +115,18 @@ def _fine_tune(session: Session, stop: StopSignals) -> None:
 
 def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     """Find what to continue from, prepare the data and the head, train, test and draw."""
-    conf, earlier, result = run.conf, session.earlier, session.result
+    conf, result = run.conf, session.result
     _log_start(run, result)
     curve = run_curve(conf, len(run.loader("train", train=True)))
     _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
     is_compiled = conf.train.compile != CompileMode.none
+    found = latest_state(run.checkpoints)
+    earlier, notes = session.agree(found), run.first_notes()
     promise = first_promise(earlier, run.device, deterministic=conf.deterministic, is_compiled=is_compiled)
-    found = find_state(run.checkpoints, run.model, run.notes(), promise, force=conf.resume_force)
+    if found is not None:
+        compare_state(found, run.model, notes, promise, force=conf.resume_force or earlier.is_forced)
     plan = plan_rates(run, curve, earlier, found, promise)
+    run.notes = notes_of(notes, as_dict(session.conf), promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     past = carried_over(run, earlier, is_found=found is not None)
     if not session.is_accepted and not (conf.resume_force or earlier.is_forced):

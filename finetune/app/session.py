@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import yaml
 from finetune.app.build import Run
 from finetune.config import Conf, recorded
 from finetune.core.finite import NotFiniteError
-from finetune.runs.earlier import EarlierRun
+from finetune.runs.earlier import Change, EarlierRun, digest_of
 from finetune.runs.records import Result
+from finetune.runs.resume import SETTINGS, Saved
 from finetune.system.files import write_json, write_text
+from finetune.system.ours import RefusedError
 from finetune.system.signals import Interrupted
 from finetune.system.terminal import command, printable, without_secrets
 
@@ -31,6 +34,7 @@ class Session:
     earlier: EarlierRun  # what the folder held before
     result: Result = field(default_factory=dict)  # the content of `result.json`, filled step by step
     is_accepted: bool = False  # whether `accept` was called
+    is_refused: bool = False  # whether this start may not continue the run; then no file is written
 
     def __post_init__(self) -> None:
         """Begin the result."""
@@ -41,6 +45,7 @@ class Session:
             overrides = [word for word in before["overrides"] if word.partition("=")[0] not in changed] + overrides
         self.result |= {"status": "running", "error": None, "overrides": overrides, "seed": self.conf.seed}
         self.result["resumed_at"] = list(before["resumed_at"])
+        self.result["settings"] = digest_of(as_dict(self.conf))
 
     def announce(self) -> None:
         """Log what the folder holds of an earlier start."""
@@ -51,10 +56,26 @@ class Session:
         logger.info("continuing the run in %s, so far %s", self.run_dir, self.earlier.result["status"])
         if self.earlier.changes:
             logger.info("changed beside resume=%s:", self.run_dir)
-        for change in self.earlier.changes:
-            key, before, now = map(printable, (change.key, str(change.before), str(change.now)))
-            logger.info("  - %s: %s", key, before)
-            logger.info("  + %s: %s%s", key, now, "" if change.is_allowed else "   (forced)")
+            _log_changes(self.earlier.changes)
+
+    def agree(self, found: Saved | None) -> EarlierRun:
+        """What the folder held, with the changes since the checkpoint `found`; logs those that are not announced yet.
+
+        Raises:
+            RefusedError: Some need `resume_force`.
+        """
+        if found is None:
+            return self.earlier
+        force, text = self.conf.resume_force, found[0]["notes"].get(SETTINGS, "{}")
+        try:
+            earlier = self.earlier.since_state(text, as_dict(self.conf), force=force)
+        except RefusedError:
+            self.is_refused = True
+            raise
+        if new := [change for change in earlier.changes if change not in self.earlier.changes]:
+            logger.warning("changed in config.yaml since the checkpoint was made:")
+            _log_changes(new)
+        return earlier
 
     def accept(self, carried_over: Result | None = None, plan: dict[str, Any] | None = None) -> None:
         """Write this start into the folder: from here on nothing can refuse it.
@@ -86,7 +107,7 @@ class Session:
             OSError: The disk is full and the run has finished. After another error it is logged: it must not hide that.
         """
         if not self.is_accepted:
-            if self.earlier.changes:
+            if self.earlier.changes or self.is_refused:
                 return
             ended = {name: self.result[name] for name in ("status", "error")}
             self.result = {**(self.earlier.result or {}), **ended}
@@ -96,6 +117,13 @@ class Session:
             if self.result["status"] == "finished":
                 raise
             logger.error("result.json could not be written: %s", error)
+
+
+def _log_changes(changes: Sequence[Change]) -> None:
+    for change in changes:
+        key, before, now = map(printable, (change.key, str(change.before), str(change.now)))
+        logger.info("  - %s: %s", key, before)
+        logger.info("  + %s: %s%s", key, now, "" if change.is_allowed else "   (forced)")
 
 
 def carried_over(run: Run, earlier: EarlierRun, *, is_found: bool) -> Result:

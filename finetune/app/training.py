@@ -62,9 +62,10 @@ class _Training:
     def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed, stop: StopSignals) -> None:
         self.run, self.state, self.train, self.val, self.stop = run, state, train, val, stop
         keep, share, best = run.conf.train.keep, run.conf.train.max_save_share, state.best_epoch
-        self.saver = Saver(run.checkpoints, run.metadata(), run.notes(), keep=keep, max_share=share, best_epoch=best)
+        self.saver = Saver(run.checkpoints, run.metadata(), run.notes, keep=keep, max_share=share, best_epoch=best)
         self.validation = Validation(self.val_batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
+        self.saver.rows = self.history.rows()
         self.is_saved = True  # whether the latest epoch is
         self.speed: dict[str, float] = {}  # from `Feed.stats`, of the latest training epoch
         self.gpu: Utilisation | None = None

@@ -8,32 +8,76 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from finetune.core.loop import TrainState
+from finetune.runs.records import Count
 from finetune.runs.weights import copied_to_host, frozen_weights, is_frozen, write_whole
 from finetune.system.errors import UserError
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, UnfitError, fitted
 from finetune.system.seals import check_seal, damaged_if_unreadable, seal
 from finetune.system.terminal import printable
 
-FORMAT = 4
+FORMAT = 5
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how the last bytes of a zip file begin, and how many they are
 COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
 
 Content = dict[str, Any]  # a tree of plain types and tensors
 
 
-def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Content:
+class _Counters(TypedDict):
+    epoch: Count
+    batch: Count
+    step: Count
+    skipped: Count
+    best_score: float
+    best_epoch: Count
+    best_is_ema: bool
+    seconds: float
+
+
+class _Group(TypedDict):
+    name: str
+    optimizer: str
+
+
+class _Optimizer(TypedDict):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[_Group]
+
+
+class _Scheduler(TypedDict):
+    last_epoch: Count
+
+
+class _State(TypedDict):
+    """A snapshot and the checksum of the frozen weights; torch checks what it holds of tensors."""
+
+    model: dict[str, Any]
+    optimizer: _Optimizer
+    scheduler: _Scheduler
+    scaler: dict[str, Any]
+    sums: dict[str, Any]
+    random: dict[str, Any]
+    ema: dict[str, Any] | None
+    guard: dict[str, int]
+    rates: Any
+    counters: _Counters
+    notes: dict[str, str]
+    history: str
+    frozen: str
+
+
+def snapshot(state: TrainState, notes: Mapping[str, str] | None = None, history: str = "") -> Content:
     """A copy, in host memory, of everything that training changes.
 
     On a CPU a copy of weights, moments and averages would double their memory, so the snapshot shares them: write it
     before the next update, or swap of averages, changes them. On other devices training may go on at once. The
     snapshot has no tensors of frozen layers: a resumed run gets them where the first start got them. It carries
-    `notes`, words such as machine and versions.
+    `notes`, words such as machine and versions, and the content of `history.jsonl`.
 
     Raises:
         NotFiniteError: A step since the last look was not finite, so its state is not saved.
@@ -49,6 +93,7 @@ def snapshot(state: TrainState, notes: Mapping[str, str] | None = None) -> Conte
         "rates": state.rates,
         "counters": {name: getattr(state, name) for name in COUNTERS},
         "notes": dict(notes or {}),
+        "history": history,
     }
     learning = [p for group in state.optimizer.param_groups for p in group["params"]]
     moments = [value for of_one in state.optimizer.state.values() for value in of_one.values()]
@@ -127,7 +172,10 @@ def read_state(path: Path) -> Content:
     content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version of finetune (format {FORMAT})")
-    return content
+    try:
+        return dict(fitted(content, _State))
+    except UnfitError as error:
+        raise DamagedError.because(path, str(error)) from None
 
 
 def restore(content: Content, state: TrainState, path: str) -> None:

@@ -4,8 +4,10 @@ A run goes on with its own settings. Some may change: those that only say how th
 epochs, which may grow. Any other change makes another run, so it needs `resume_force=true`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from finetune.config.words.saved import recorded_in
 from finetune.runs.records import Result, read_result
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, parse_json
 
 NOT_OF_THE_RUN = ("resume", "resume_force", "data.allow_pipe")  # say how a run is continued
 # May change: the weights stay the same to the last bit.
@@ -42,7 +44,7 @@ SAVED = "checkpoints"
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs between the run's `config.yaml` (`before`) and this start (`now`)."""
+    """A setting of this start (`now`) that differs from the run's, in `config.yaml` or in its state (`before`)."""
 
     key: str
     before: Any
@@ -50,7 +52,7 @@ class Change:
 
     def __str__(self) -> str:
         """`key: before -> now`."""
-        return f"{self.key}: {self.before} -> {self.now}"
+        return f"{self.key}: {_short(self.before)} -> {_short(self.now)}"
 
     @property
     def is_allowed(self) -> bool:
@@ -64,6 +66,7 @@ class EarlierRun:
 
     result: Result | None = None  # the content of its result.json; None where this start is the first
     changes: list[Change] = field(default_factory=list)  # all of them allowed or forced
+    digest: str = ""  # `digest_of` the settings of this start
     # The same of a start that saved no step and had other settings, so that this one begins anew; its files go.
     given_up: Result | None = None
 
@@ -80,8 +83,30 @@ class EarlierRun:
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
-        is_done = self.result is not None and self.result["status"] == "finished"
-        return is_done and self.epochs_before is None and not self.is_forced
+        if self.result is None or self.result["status"] != "finished":
+            return False
+        # With another digest somebody has edited `config.yaml`; the state will show what.
+        is_edited = self.result.get("settings", self.digest) != self.digest
+        return self.epochs_before is None and not self.is_forced and not is_edited
+
+    def since_state(self, text: str, settings: Mapping[str, Any], *, force: bool) -> "EarlierRun":
+        """The same with the changes since a state that carries the settings `text`, see `as_text`.
+
+        `config.yaml` was edited or damaged after that state was saved, or this start or one before it changed settings.
+
+        Raises:
+            RefusedError: A change needs `force`, and was not forced in an earlier start.
+        """
+        changes = _differences(parse_json(text.encode(), dict), flat(settings))
+        refused = [change for change in changes if not change.is_allowed]
+        was_forced = self.result is not None and self.result.get("settings") == self.digest
+        if refused and not force and not was_forced:
+            raise RefusedError(
+                f"the settings are not those that the checkpoint was made with: {'; '.join(map(str, refused))}:"
+                f" {_why(refused)}. Nothing was changed: put config.yaml back, start a new run, or add"
+                " resume_force=true to go on all the same"
+            )
+        return replace(self, changes=changes)
 
 
 def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool, force: bool) -> EarlierRun:
@@ -118,13 +143,11 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
         )
     refused = [change for change in changes if not change.is_allowed]
     if refused and not force:
-        shorter = any(change.key == "train.epochs" for change in refused)
-        why = "fewer epochs than planned, and so another rate curve" if shorter else "that would be another run"
         raise RefusedError(
-            f"resume={run_dir}: {'; '.join(map(str, refused))}: {why}. Nothing was changed: leave it out, start a new"
-            " run, or add resume_force=true to go on all the same"
+            f"resume={run_dir}: {'; '.join(map(str, refused))}: {_why(refused)}. Nothing was changed: leave it out,"
+            " start a new run, or add resume_force=true to go on all the same"
         )
-    return EarlierRun(result, changes)
+    return EarlierRun(result, changes, digest_of(settings))
 
 
 def has_step(run_dir: Path) -> bool:
@@ -143,6 +166,32 @@ def remove_given_up(run_dir: Path) -> None:
 
 def _given_up(run_dir: Path) -> list[Path]:
     return [path for path in own_files(run_dir, FolderKind.run) if path.name not in (LOCK, LOCK_HOLDER)]
+
+
+def _why(refused: Sequence[Change]) -> str:
+    shorter = any(change.key == "train.epochs" for change in refused)
+    return "fewer epochs than planned, and so another rate curve" if shorter else "that would be another run"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def as_text(settings: Mapping[str, Any]) -> str:
+    """Settings, nested by section, as a state carries them: JSON by dotted key."""
+    return json.dumps({key: value for key, value in flat(settings).items() if key not in NOT_OF_THE_RUN})
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that change with each setting that needs `resume_force`, and with `train.epochs`.
+
+    Settings at their defaults do not count, so that a later version of the program with more of them finds the same.
+    """
+    defaults = flat(as_dict(Conf()))
+    skipped = (*NOT_OF_THE_RUN, *FREE, *ROUNDING)
+    own = {key: value for key, value in flat(settings).items() if key not in skipped and value != defaults.get(key)}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

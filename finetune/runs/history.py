@@ -4,6 +4,7 @@ No torch, so that the tools for finished runs (report, sweep) are quick.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,9 +15,16 @@ from finetune.system.files import jsonable, write_text
 from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, parse_json_lines, read_file
 
+logger = logging.getLogger("finetune")
+
 MEND = "delete the line, or restore the file"
 # Columns of a row that depend on a clock or a cache: equal runs may differ there.
 OF_THE_CLOCK = ("seconds", "images_per_s", "data_wait", "prefix_hits", "mfu")
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of the history without the columns `OF_THE_CLOCK`, a line of JSON each."""
+    return "".join(json.dumps(row) + "\n" for row in timeless(rows))
 
 
 def timeless(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -58,10 +66,26 @@ class History:
             raise DamagedError.because(self.path, "its epochs are not 1, 2, 3 and so on", MEND)
         return rows
 
-    def cut(self, num_epochs: int) -> None:
-        """Keep the first `num_epochs` rows, atomically: a resumed run adds the rows of the later epochs again."""
-        if self.path.exists():
-            kept = self.rows()[:num_epochs]
+    def readable_rows(self) -> list[dict[str, Any]]:
+        """All rows; none where the file is damaged."""
+        try:
+            return self.rows()
+        except DamagedError as error:
+            logger.warning("%s", error)
+            return []
+
+    def restore(self, text: str) -> None:
+        """Bring the file back to the rows that a state carries, `text` of `as_lines`; a resumed run adds later ones.
+
+        Warns where the file holds other rows of these epochs: it was edited, damaged or removed. Rows that are restored
+        lack the columns `OF_THE_CLOCK`.
+        """
+        wanted = parse_json_lines(text.encode(), dict)
+        kept = self.readable_rows()[: len(wanted)]
+        if timeless(kept) != wanted:
+            logger.warning("%s was not what the run wrote: its rows are restored from the checkpoint", self.path)
+            kept = wanted
+        if os.path.lexists(self.path) or kept:
             write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def _whole(self) -> bytes:

@@ -12,6 +12,7 @@ from finetune.system.reading import fitted, read_json
 
 Result = dict[str, Any]  # the content of `result.json`
 
+PromiseKind = Literal["bitwise", "close", "none"]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 # Pictures cannot show larger numbers; a float32 ends at 3.4e38. NaN and infinities are stored as null.
 Number = Annotated[float, Meta(ge=-1e100, le=1e100)] | None
@@ -26,7 +27,8 @@ class _Result(_ResultStatus, total=False):
     overrides: list[str]
     resumed_at: list[Count]
     monitor: str
-    promise: Literal["bitwise", "close", "none"]
+    settings: str  # see `digest_of` in earlier.py
+    promise: PromiseKind
     promise_reasons: list[str]
     auto_batch_size: Annotated[int, Meta(ge=1, le=2**31)]
     epochs: Count

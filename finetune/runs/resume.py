@@ -1,8 +1,9 @@
 """Continue a run: find its newest checkpoint, restore it, and say how equal the result is to an unbroken run."""
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.core.sched import Curve
 from finetune.runs.checkpoint import Content, restore
-from finetune.runs.earlier import ROUNDING, EarlierRun
-from finetune.runs.epoch_files import latest_state, settle
+from finetune.runs.earlier import ROUNDING, EarlierRun, as_text
+from finetune.runs.epoch_files import settle
 from finetune.runs.history import History
-from finetune.runs.records import read_rates
+from finetune.runs.records import PromiseKind, read_rates
 from finetune.runs.weights import restore_frozen
 from finetune.system.errors import UserError
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, parse_json
 
 logger = logging.getLogger("finetune")
 
 Saved = tuple[Content, Path]  # a state, and the file that holds it
+SETTINGS, PROMISE = "settings", "promise"  # names of notes
 
 # Strongest first.
 PROMISES = {
@@ -36,14 +38,19 @@ PROMISES = {
 class Promise:
     """How equal a run that is stopped and continued is to one that was never stopped."""
 
-    kind: str = "bitwise"  # a key of PROMISES
+    kind: PromiseKind = "bitwise"  # a key of PROMISES
     reasons: list[str] = dataclasses.field(default_factory=list)  # why it is not bitwise
 
-    def weaken(self, kind: str, reason: str) -> None:
+    def weaken(self, kind: PromiseKind, reason: str) -> None:
         """Promise `kind` at most, and note why, once."""
         self.kind = max(self.kind, kind, key=list(PROMISES).index)
         if reason not in self.reasons:
             self.reasons.append(reason)
+
+    def carry(self, kind: PromiseKind, reasons: Sequence[str]) -> None:
+        """Promise no more than an earlier start did."""
+        for reason in reasons:
+            self.weaken(kind, reason)
 
     def __str__(self) -> str:
         """The promise in words, with its reasons."""
@@ -51,11 +58,10 @@ class Promise:
 
 
 def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: bool, is_compiled: bool) -> Promise:
-    """The promise of a run on `device`, from its settings and its earlier starts; `find_state` may weaken it."""
+    """The promise of a run on `device`, from its settings and its earlier starts; `compare_state` may weaken it."""
     promise = Promise()
     result = earlier.result or {}
-    for reason in result.get("promise_reasons", []):
-        promise.weaken(str(result["promise"]), str(reason))
+    promise.carry(result.get("promise", "none"), result.get("promise_reasons", []))
     if device.type == "cuda" and not deterministic:
         promise.weaken("close", "CUDA kernels add up in any order; deterministic=true makes it bitwise")
     if device.type == "mps":
@@ -70,34 +76,44 @@ def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: b
     return promise
 
 
-def find_state(
-    checkpoints: Path, model: LayeredModel, notes: Mapping[str, str], promise: Promise, *, force: bool
-) -> Saved | None:
-    """The newest checkpoint that can be read; None where nothing was saved. Restores the frozen layers of `model`.
+def notes_of(first: Mapping[str, str], settings: Mapping[str, Any], promise: Promise) -> dict[str, str]:
+    """The notes that every checkpoint of a start carries: machine, versions and images; its settings and promise."""
+    return {**first, SETTINGS: as_text(settings), PROMISE: json.dumps(dataclasses.asdict(promise))}
 
-    Call it after the model is frozen, and before anything runs the frozen layers. The promise is weakened if the
-    checkpoint was saved with other `notes` (machine, versions, training images).
+
+def compare_state(
+    found: Saved, model: LayeredModel, notes: Mapping[str, str], promise: Promise, *, force: bool
+) -> None:
+    """Compare a checkpoint with this start, and restore the frozen layers of `model`.
+
+    Call it after the model is frozen, and before anything runs the frozen layers. The promise is weakened to the one
+    that the checkpoint carries, and if it was saved with other `notes` (machine, versions, images, batch).
 
     Raises:
-        UserError: No checkpoint can be read, the images differ without `force`, or see `restore_frozen`.
+        UserError: The images or the batch differ without `force`, or see `restore_frozen`.
     """
-    found = latest_state(checkpoints)
-    if found is None:
-        return None
-    changed = {name: before for name, before in found[0]["notes"].items() if before != notes[name]}
+    content, path = found
+    changed = {name: before for name, before in content["notes"].items() if name in notes and before != notes[name]}
     for name, before in changed.items():
         if name == "images" and not force:
             raise UserError(
                 f"the training images are not those that the run began with ({before} -> {notes[name]}: number, names"
                 " or labels differ); put them back, start a new run, or add resume_force=true"
             )
-        promise.weaken("none" if name == "images" else "close", f"{name}: {before} -> {notes[name]}")
-    restore_frozen(model, found[0]["frozen"], found[1])
-    return found
+        if name == "batch" and not force:
+            raise UserError(
+                f"the run has learned from {before} a step, and result.json says {notes[name]} (auto_batch_size,"
+                " auto_accumulate); put it back, start a new run, or add resume_force=true"
+            )
+        promise.weaken("none" if name in ("images", "batch") else "close", f"{name}: {before} -> {notes[name]}")
+    if PROMISE in content["notes"]:
+        saved = parse_json(content["notes"][PROMISE].encode(), Promise)
+        promise.carry(saved.kind, saved.reasons)
+    restore_frozen(model, content["frozen"], path)
 
 
 def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
-    """Bring `state`, the history and the weights files back to the checkpoint that `find_state` found.
+    """Bring `state`, the history and the weights files back to the checkpoint `found`; None: to the beginning.
 
     Raises:
         UserError: The checkpoint is of another model.
@@ -106,8 +122,8 @@ def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
         restore(found[0], state, str(found[1]))
         logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
     rows = History(run_dir / "history.jsonl")
-    settle(run_dir / "checkpoints", state, len(rows.rows()))
-    rows.cut(state.epoch)
+    settle(run_dir / "checkpoints", state, len(rows.readable_rows()))
+    rows.restore("" if found is None else found[0]["history"])
 
 
 def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -> None:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
 from finetune.runs.epoch_files import BEST, LAST, STATE, STATE_BEFORE, best_epochs, epoch_path, remove_epochs, score_of
+from finetune.runs.history import as_lines
 from finetune.runs.weights import Tensors, checksum, copied_weights, frozen_weights, read_weights, write_weights
 from finetune.system.files import link_or_copy, sync_file
 
@@ -85,6 +86,7 @@ class Saver:
         `best_epoch` is that of the state from which the run continues.
         """
         self.folder = folder
+        self.rows: Sequence[Mapping[str, Any]] = ()  # of the history so far, which every state carries
         self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
         self._metadata, self._notes = dict(metadata), dict(notes)
         self._keep, self._max_share = keep, max_share
@@ -130,6 +132,7 @@ class Saver:
         `thresholds` are those that validation chose for the weights and for their averages (None: one label an image).
         """
         began = time.perf_counter()
+        self.rows = rows
         is_best = state.best_epoch == state.epoch
         is_due = always or self._keep > 1 or self._is_affordable(state, left_s)
         if not (is_due or is_best):
@@ -155,7 +158,7 @@ class Saver:
 
     def _snapshot(self, state: TrainState) -> Content:
         self.wait()  # two copies at once would take twice the memory
-        return snapshot(state, self._notes)
+        return snapshot(state, self._notes, as_lines(self.rows[: state.epoch]))
 
     def _not_copied(self, state: TrainState) -> tuple[Tensors | None, Tensors | None]:
         """(weights, averages) to write at once, since a copy in memory would be large; else (None, None)."""

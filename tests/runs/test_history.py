@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.runs.history import History
+from finetune.runs.history import History, as_lines
 from finetune.system import files
 from finetune.system.files import write_json
 from finetune.system.reading import DamagedError
@@ -48,8 +48,9 @@ def test_history_reads_back_what_was_appended_also_after_a_torn_line(
     last = {"epoch": len(rows) + is_whole + 1, "lr": {}}
     history.append(last)
     assert history.rows()[-1] == last and len(history.rows()) == len(rows) + is_whole + 1
-    history.cut(kept)
-    assert history.rows() == [*rows, *[json.loads(next_row)] * is_whole, last][:kept]
+    everything = [*rows, *[json.loads(next_row)] * is_whole, last]
+    history.restore(as_lines(everything[:kept]))
+    assert history.rows() == everything[:kept]
     assert path.read_bytes().count(b"\n") == len(history.rows())
 
 
@@ -75,8 +76,8 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
             History(path).rows()
 
 
-def test_cut_of_nothing_is_nothing(tmp_path: Path) -> None:
-    History(tmp_path / "h.jsonl").cut(3)
+def test_restoring_nothing_is_nothing(tmp_path: Path) -> None:
+    History(tmp_path / "h.jsonl").restore("")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +97,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(
     with pytest.raises(OSError, match="no space"):
         write_json(path, {"status": "finished"})
     with pytest.raises(OSError, match="no space"):
-        history.cut(0)
+        history.restore("")
     monkeypatch.undo()
     assert json.loads(path.read_text()) == {"status": "running"}
     assert history.rows() == [{"epoch": 1, "lr": {}}]
