@@ -6,7 +6,7 @@ No torch, so that the tools for finished runs (report, sweep) are quick.
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,14 @@ class History:
             logger.warning("%s", error)
             return []
 
-    def restore(self, text: str) -> None:
+    def restore(self, text: str, found: Sequence[Mapping[str, Any]]) -> None:
         """Bring the file back to the rows that a state carries, `text` of `as_lines`; a resumed run adds later ones.
 
-        Warns where the file holds other rows of these epochs: it was edited, damaged or removed. Rows that are restored
-        lack the columns `OF_THE_CLOCK`.
+        `found` are the `readable_rows`. Warns where they differ from the state's: the file was edited, damaged or
+        removed. Rows that are restored lack the columns `OF_THE_CLOCK`.
         """
         wanted = parse_json_lines(text.encode(), dict)
-        kept = self.readable_rows()[: len(wanted)]
+        kept = list(found[: len(wanted)])
         if timeless(kept) != wanted:
             logger.warning("%s was not what the run wrote: its rows are restored from the checkpoint", self.path)
             kept = wanted

@@ -121,9 +121,10 @@ def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
     if found is not None:
         restore(found[0], state, str(found[1]))
         logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
-    rows = History(run_dir / "history.jsonl")
-    settle(run_dir / "checkpoints", state, len(rows.readable_rows()))
-    rows.restore("" if found is None else found[0]["history"])
+    history = History(run_dir / "history.jsonl")
+    rows = history.readable_rows()
+    settle(run_dir / "checkpoints", state, len(rows))
+    history.restore("" if found is None else found[0]["history"], rows)
 
 
 def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -> None:

@@ -49,7 +49,7 @@ def test_history_reads_back_what_was_appended_also_after_a_torn_line(
     history.append(last)
     assert history.rows()[-1] == last and len(history.rows()) == len(rows) + is_whole + 1
     everything = [*rows, *[json.loads(next_row)] * is_whole, last]
-    history.restore(as_lines(everything[:kept]))
+    history.restore(as_lines(everything[:kept]), everything)
     assert history.rows() == everything[:kept]
     assert path.read_bytes().count(b"\n") == len(history.rows())
 
@@ -77,7 +77,7 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_restoring_nothing_is_nothing(tmp_path: Path) -> None:
-    History(tmp_path / "h.jsonl").restore("")
+    History(tmp_path / "h.jsonl").restore("", [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,7 +97,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(
     with pytest.raises(OSError, match="no space"):
         write_json(path, {"status": "finished"})
     with pytest.raises(OSError, match="no space"):
-        history.restore("")
+        history.restore("", [])
     monkeypatch.undo()
     assert json.loads(path.read_text()) == {"status": "running"}
     assert history.rows() == [{"epoch": 1, "lr": {}}]
