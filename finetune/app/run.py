@@ -126,7 +126,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     if found is not None:
         compare_state(found, run.model, notes, promise, force=conf.resume_force or earlier.is_forced)
     plan = plan_rates(run, curve, earlier, found, promise)
-    run.notes = notes_of(notes, as_dict(session.conf), promise)
+    run.notes = notes_of(notes, recorded(session.conf), promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     past = carried_over(run, earlier, is_found=found is not None)
     if not session.is_accepted and not (conf.resume_force or earlier.is_forced):

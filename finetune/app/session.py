@@ -45,7 +45,7 @@ class Session:
             overrides = [word for word in before["overrides"] if word.partition("=")[0] not in changed] + overrides
         self.result |= {"status": "running", "error": None, "overrides": overrides, "seed": self.conf.seed}
         self.result["resumed_at"] = list(before["resumed_at"])
-        self.result["settings"] = digest_of(as_dict(self.conf))
+        self.result["settings"] = digest_of(recorded(self.conf))
 
     def announce(self) -> None:
         """Log what the folder holds of an earlier start."""
@@ -68,7 +68,7 @@ class Session:
             return self.earlier
         force, text = self.conf.resume_force, found[0]["notes"].get(SETTINGS, "{}")
         try:
-            earlier = self.earlier.since_state(text, as_dict(self.conf), force=force)
+            earlier = self.earlier.since_state(text, recorded(self.conf), force=force)
         except RefusedError:
             self.is_refused = True
             raise

@@ -81,7 +81,7 @@ class History:
         removed. Rows that are restored lack the columns `OF_THE_CLOCK`.
         """
         wanted = parse_json_lines(text.encode(), dict)
-        kept = list(found[: len(wanted)])
+        kept: Sequence[Mapping[str, Any]] = found[: len(wanted)]
         if timeless(kept) != wanted:
             logger.warning("%s was not what the run wrote: its rows are restored from the checkpoint", self.path)
             kept = wanted
