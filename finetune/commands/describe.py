@@ -1,7 +1,6 @@
 """`finetune describe`: prints layers, rates, memory and work of a run before it starts. It loads no weights."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +9,7 @@ from finetune.commands.flags import configure, parse_command_line
 from finetune.config import Conf, nearest
 from finetune.report.columns import state_in_words
 from finetune.system.errors import ConfigError
+from finetune.system.files import json_text
 from finetune.system.log import say
 from finetune.system.ours import refuse_unless
 from finetune.system.tables import table
@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
             raise FileNotFoundError(f"--plot {flags.plot}: the folder {flags.plot.parent} does not exist")
         refuse_unless("replaced", flags.plot)
         save_figure(rates_figure(plan, []), flags.plot)
-    say(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
+    say(json_text(found, indent=2) if flags.json else as_text(found))
     return 0
 
 

@@ -15,6 +15,7 @@ from finetune.config import Balance, DataConf, nearest
 from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
+from finetune.system.terminal import printable
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -37,7 +38,7 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     labels = " (several labels an image)" if several else ""
     size = f"{len(rows):,} images in {len(found.classes)} classes{labels}"
-    text = f"{found.title}: {size}; {counts}{how}{drawn}{found.note}"
+    text = printable(f"{found.title}: {size}; {counts}{how}{drawn}{found.note}")
     weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
     return Source(found.classes, splits, text, several, weights, location=found.location, warnings=warnings)
 

@@ -1,7 +1,5 @@
 """The scores of each class: writes `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -11,6 +9,7 @@ from msgspec import Meta
 from finetune.report import look
 from finetune.system.files import write_json, write_text
 from finetune.system.reading import read_json
+from finetune.system.tables import csv_text
 
 # With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
 MATRIX_CLASSES, PAIRS = 40, 25
@@ -39,11 +38,8 @@ def write_scores(
     matrix = details.get("confusion")
     if matrix is None:
         return
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["true \\ predicted", *classes])
-    rows.writerows([name, *row] for name, row in zip(classes, matrix, strict=True))
-    write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), text.getvalue())
+    rows = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, matrix, strict=True))]
+    write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), csv_text(rows))
     if split == "test":
         draw_confusion(run_dir / "confusion.png", matrix, classes)
 

@@ -1,18 +1,15 @@
 """Sums up a sweep: the tables, `summary.csv`, `sweep.png`, and which setting is best on validation."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.report import look
 from finetune.report.jobs import LENGTHS, SPLITS, JobGroup, Sweep, key_of, rank, read_sweep
-from finetune.report.sweep_figure import is_number, sweep_figure
+from finetune.report.sweep_figure import sweep_figure
 from finetune.system.files import write_text
 from finetune.system.log import say
-from finetune.system.tables import table
-from finetune.system.terminal import command, printable
+from finetune.system.tables import csv_text, table
+from finetune.system.terminal import command
 
 
 def summarize(sweep_dir: Path) -> int:
@@ -93,20 +90,13 @@ def _typed(overrides: dict[str, str]) -> str:
 def _write_csv(sweep: Sweep) -> None:
     """Write `summary.csv`: one row for each job, with all digits; an unknown value is an empty cell."""
     names = list(dict.fromkeys(f"{split}{name}" for name in ("top1", sweep.metric) for split in SPLITS))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_csv_cells(["job", "status", *sweep.varied, *names, *LENGTHS, "error"]))
+    rows = [["job", "status", *sweep.varied, *names, *LENGTHS, "error"]]
     for job in sweep.jobs:
         numbers = map(job.number, [*names, *LENGTHS])
         shown = [f"{value:.10g}" if math.isfinite(value) else "" for value in numbers]
         values = [job.overrides.get(key, "") for key in sweep.varied]
-        writer.writerow(_csv_cells([job.folder.name, job.status, *values, *shown, job.error]))
-    write_text(sweep.folder / "summary.csv", text.getvalue())
-
-
-def _csv_cells(texts: Iterable[str]) -> list[str]:
-    """Cells that a spreadsheet shows and never runs: a leading = + - @ gets an apostrophe, unless it is a number."""
-    return [f"'{text}" if text[:1] in tuple("=+-@") and not is_number(text) else text for text in map(printable, texts)]
+        rows.append([job.folder.name, job.status, *values, *shown, job.error])
+    write_text(sweep.folder / "summary.csv", csv_text(rows))
 
 
 def _answer(sweep: Sweep) -> list[str]:

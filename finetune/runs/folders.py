@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from finetune.system.files import json_text
 from finetune.system.ours import MARKER, FolderKind, RefusedError, claim, open_own
-from finetune.system.terminal import without_secrets
+from finetune.system.terminal import printable, without_secrets
 
 OUTPUTS, JOBS = Path("outputs"), "jobs.jsonl"
 
@@ -110,9 +112,10 @@ def record_failure(folder: Path, overrides: list[str], error: Exception) -> None
     """
     result = {"status": "failed", "error": without_secrets(str(error)) or type(error).__name__, "overrides": overrides}
     trace = without_secrets("".join(traceback.format_exception(error)))
+    trace = printable(textwrap.indent(trace, "    "), keep="\n\t")
     # The disk may be full, or the folder may be missing.
     with contextlib.suppress(OSError, RefusedError):
         claim(folder, FolderKind.run)
-        for name, text in (("result.json", json.dumps(result, indent=1, ensure_ascii=False)), ("run.log", trace)):
+        for name, text in (("result.json", json_text(result, indent=1)), ("run.log", trace)):
             with contextlib.suppress(FileExistsError), open_own(folder / name, "x", encoding="utf-8") as file:
                 file.write(text + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs.records import history_row
-from finetune.system.files import jsonable, write_text
+from finetune.system.files import json_text, write_text
 from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, parse_json_lines, read_file
 
@@ -41,7 +41,7 @@ class History:
 
     def append(self, row: Mapping[str, object]) -> None:
         """Add one row and flush it to the disk, NaN and infinities as null. Removes a line that a crash left torn."""
-        line = (json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (json_text(row) + "\n").encode()
         if not self.path.exists():
             write_text(self.path, "")  # so that the new name in the folder is on disk too
         with open_own(self.path, "ab+") as file:
@@ -86,7 +86,7 @@ class History:
             logger.warning("%s was not what the run wrote: its rows are restored from the checkpoint", self.path)
             kept = wanted
         if os.path.lexists(self.path) or kept:
-            write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            write_text(self.path, "".join(json_text(row) + "\n" for row in kept))
 
     def _whole(self) -> bytes:
         """The file's content without a torn row at its end; a whole row that only lacks its line break stays."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.system.errors import UserError
-from finetune.system.files import write_atomic
+from finetune.system.files import json_text, write_atomic
 from finetune.system.reading import DamagedError
 from finetune.system.seals import CHECKSUM_KEY, PLACEHOLDER, check_checksum, damaged_if_unreadable, put_checksum
 
@@ -28,7 +28,7 @@ def weights_metadata(
     """The metadata of a weights file, each value JSON; the saver adds `threshold` where images have several labels."""
     return {
         "format": "pt",
-        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "classes": json_text(list(classes)),
         "preprocess": json.dumps(preprocess.as_dict()),
         "model": json.dumps(model),
         "is_multilabel": json.dumps(is_multilabel),

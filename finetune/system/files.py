@@ -4,12 +4,16 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.system.ours import create_temporary, temporary_of
+
+# What JSON leaves as it is, beside letters. Inside of texts only: JSON has no such characters between them.
+_STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write_atomic(
@@ -77,20 +81,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """`write_atomic` of `data` as indented JSON, keys in the order given; see `jsonable`."""
-    write_text(path, json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_atomic` of `data` as indented JSON, keys in the order given; see `json_text`."""
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
-def jsonable(data: Any) -> Any:
-    """`data` with null for NaN and infinities, which strict JSON readers refuse."""
+def json_text(data: Any, indent: int | None = None) -> str:
+    """`data` as strict JSON that any terminal can show, with null for NaN and infinities.
+
+    Letters of all scripts stay. Control characters, text-direction marks, and the lone surrogates of a file name that
+    is no UTF-8 become escapes, which a reader turns back.
+    """
+    text = json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _finite(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {key: jsonable(value) for key, value in data.items()}
+        return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [jsonable(value) for value in data]
-    # A file name of undecodable bytes has lone surrogates, which UTF-8 cannot hold.
-    return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
+        return [_finite(value) for value in data]
+    return data
 
 
 def sync_folder(folder: Path) -> None:

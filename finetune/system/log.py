@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class _File(logging.FileHandler):
 
 class _FileFormatter(logging.Formatter):
     """Time, level, message and traceback, with control characters escaped."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's name)
+        """The traceback, indented: a line break in the error's message must not forge a line of the log."""
+        return textwrap.indent(super().formatException(ei), "    ")
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n\t")

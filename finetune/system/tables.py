@@ -1,9 +1,35 @@
-"""Tables as aligned plain text."""
+"""Tables as aligned plain text, and as CSV that a spreadsheet shows and never runs."""
 
+import csv
+import io
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.system.terminal import printable
+
+# Spreadsheets take a cell that begins with one of these for a formula, which may start a program: the signs, their
+# wide and small forms, and the minus of mathematics.
+_SIGNS = "=+@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b\u207c\u207a\u207b\u208c\u208a\u208b\u2212\ufb29-"
+# Some look for it behind blanks, quotes and invisible characters, and where cells end with a semicolon, behind that.
+_FORMULA = re.compile(rf"(^|;)(?=[\s\"'\u2018-\u201f\u00ad\u200b-\u200d\u2060\ufeff]*[{_SIGNS}])")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as CSV, the heading first. Control characters are visible escapes, and no cell is a formula.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front; numbers, also as texts, stay.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow([_csv_cell(value) if isinstance(value, str) else value for value in row])
+    return text.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    return text if _NUMBER.fullmatch(text) else _FORMULA.sub(r"\1'", printable(text))
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
@@ -12,7 +38,7 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     Whole numbers get thousands separators and floats four digits; True is `yes`, False is `no`, None is a dash.
     """
     cells = [[_cell(row[column]) for column in columns] for row in rows]
-    lines = [list(columns), *cells]
+    lines = [list(map(printable, columns)), *cells]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(columns))]
     is_right = [bool(cells) and all(_is_number(line[i]) for line in cells) for i in range(len(columns))]
 

@@ -46,8 +46,23 @@ def _escape(char: str) -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """Returns settings as a person pastes them into a shell: quoted where the shell would change them."""
-    return " ".join(word if _SHELL_SAFE.fullmatch(word) else shlex.quote(word) for word in words)
+    """Returns settings as a person pastes them into a shell, on one line: quoted where the shell would change them."""
+    return " ".join(
+        word if _SHELL_SAFE.fullmatch(word) and printable(word) == word else _quoted(word) for word in words
+    )
+
+
+def _quoted(word: str) -> str:
+    r"""The word in quotes; control characters, and bytes that are no text, as escapes of bash and zsh: `$'a\x0ab'`."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    shown = (char if printable(char) == char and char not in "\\'" else _as_bytes(char) for char in word)
+    return f"$'{''.join(shown)}'"
+
+
+def _as_bytes(char: str) -> str:
+    data = char.encode("utf-8", "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass")
+    return "".join(f"\\x{value:02x}" for value in data)
 
 
 def complain(problem: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import subprocess
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config.words.quoting import quote_override
@@ -41,3 +44,18 @@ def test_printable_keeps_letters_and_shows_what_it_escapes() -> None:
 def test_a_command_to_paste_means_the_same_in_a_shell(typed: str) -> None:
     word = quote_override(typed, multirun=False)
     assert [quote_override(text, multirun=False) for text in shlex.split(command([word]))] == [word]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@given(
+    st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+        | st.sampled_from("\n\x1b\x9b\u202e\udcff'\\\\")
+    )
+)
+@settings(max_examples=20, deadline=None)
+def test_a_command_with_odd_characters_is_one_line_and_means_the_same_in_bash(text: str) -> None:
+    shown = command([f"data.root={text}"])
+    assert printable(shown) == shown
+    given = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True).stdout
+    assert os.fsdecode(given) == os.fsdecode(os.fsencode(f"data.root={text}"))
