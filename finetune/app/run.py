@@ -29,7 +29,7 @@ from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
-from finetune.runs.epoch_files import latest_state
+from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
 from finetune.runs.history import History
 from finetune.runs.records import Result
 from finetune.runs.resume import compare_state, first_promise, notes_of, restore_run
@@ -125,6 +125,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     promise = first_promise(earlier, run.device, deterministic=conf.deterministic, is_compiled=is_compiled)
     if found is not None:
         compare_state(found, run.model, notes, promise, force=conf.resume_force or earlier.is_forced)
+    refuse_foreign_epochs(run.checkpoints, conf.train.epochs)
     plan = plan_rates(run, curve, earlier, found, promise)
     run.notes = notes_of(notes, recorded(session.conf), promise)
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}

@@ -34,11 +34,28 @@ def epoch_path(folder: Path, epoch: int) -> Path:
 
 def remove_epochs(folder: Path, *, but: Collection[int], last: int) -> None:
     """Remove the weights files of all epochs up to `last` but those given; files that no run wrote there stay."""
-    for path in list(folder.glob("epoch_*.safetensors")):
-        digits = path.stem.partition("_")[2]
-        epoch = int(digits) if digits.isascii() and digits.isdigit() else 0
-        if 0 < epoch <= last and epoch not in but and path == epoch_path(folder, epoch) and _is_own(path, epoch):
+    for epoch, path in _by_epoch(folder, last):
+        if epoch not in but and _is_own(path, epoch):
             path.unlink()
+
+
+def refuse_foreign_epochs(folder: Path, last: int) -> None:
+    """Raise a UserError where the name of the weights of an epoch up to `last` is taken by a file that no run wrote."""
+    for epoch, path in _by_epoch(folder, last):
+        if not _is_own(path, epoch):
+            mend = "move it elsewhere, or remove it if it is of no use"
+            raise UserError(f"{path} holds no weights of epoch {epoch}, and the run would write them there: {mend}")
+
+
+def _by_epoch(folder: Path, last: int) -> list[tuple[int, Path]]:
+    """Epochs up to `last`, and the file with the exact name of each, if there is one."""
+    found = []
+    for path in sorted(folder.glob("epoch_*.safetensors")):
+        digits = path.stem.partition("_")[2]
+        epoch = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else 0
+        if 0 < epoch <= last and path == epoch_path(folder, epoch):
+            found.append((epoch, path))
+    return found
 
 
 def _is_own(path: Path, epoch: int) -> bool:
