@@ -20,6 +20,7 @@ from finetune.models import build_model
 from finetune.models.upstream.clip_source import locate
 from finetune.models.upstream.downloads import _reachable, downloads
 from finetune.models.upstream.weight_files import load_strictly, read_state_dict
+from finetune.system.errors import UserError
 
 CLASSES = ["a", "b", "c"]
 STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3), "conv.bias": torch.ones(2), "steps": torch.tensor(3)}
@@ -399,6 +400,47 @@ def test_a_hub_folder_of_open_clip_brings_its_preprocessing(tmp_path: Path) -> N
     )
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json not found"):
         build_model(ModelConf(name=f"local-dir:{tmp_path / 'nothing'}"), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{" * 100_000,
+        "[" * 200_000,
+        '{"model_cfg": []}',
+        '{"model_cfg": {"embed_dim": "x", "vision_cfg": {}, "text_cfg": {}}}',
+        '{"model_cfg": {"embed_dim": 1, "vision_cfg": 3, "text_cfg": {}}}',
+        '{"preprocess_cfg": {}}',
+        '{"model_cfg": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_configuration_that_describes_no_model_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"open_clip_config\.json describes no open_clip model") as caught:
+        locate(ModelConf(name=f"local-dir:{tmp_path}"), load=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"layerz": 3},
+        {"layers": "x"},
+        {"head_width": 0},
+        {"width": -8},
+        {"timm_model_name": "no_such_model"},
+        {"width": []},
+    ],
+)
+def test_a_configuration_with_senseless_entries_is_one_line(vision: dict, tmp_path: Path) -> None:
+    config = {"model_cfg": {**CLIP_CFG, "vision_cfg": {**CLIP_CFG["vision_cfg"], **vision}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"its configuration describes no model of open_clip") as caught:
+        build_model(ModelConf(name=f"local-dir:{tmp_path}", pretrained="none", head=HeadKind.random), CLASSES)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Where an open_clip model comes from: the package itself, open_clip's list, a hub or a folder."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from finetune.config import ModelConf, nearest
 from finetune.models.heads.zeroshot import Tokenizer
@@ -14,8 +15,24 @@ from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, unknown_tag
 from finetune.models.upstream.torchscript import is_torchscript
 from finetune.system.errors import UserError
+from finetune.system.reading import UnfitError, parse_json, read_file
 
 HUB_CONFIG = "open_clip_config.json"
+MAX_CONFIG = 2**20  # bytes; real ones have two thousand
+
+
+class _ModelConfig(TypedDict):
+    """The entries that every model of open_clip needs; it may have more."""
+
+    embed_dim: Annotated[int, Meta(ge=1)]
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class _HubConfig(TypedDict):
+    """The content of `HUB_CONFIG`; `preprocess_cfg` may be missing."""
+
+    model_cfg: _ModelConfig
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
     if not (folder / HUB_CONFIG).is_file():
         missing = f"{folder / HUB_CONFIG} not found; such a folder holds it and the weights"
         raise FileNotFoundError(f"model.name={conf.name}: {missing}")
-    config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
+    config = _read_config(folder / HUB_CONFIG, str(folder))
     path = None
     if load and weight_files.is_path(conf.pretrained):
         path = weight_files.path_of(conf.pretrained)
@@ -134,9 +151,15 @@ def _read_hub_config(repository: str) -> dict[str, Any]:
 
     with downloads(f"{HUB_CONFIG} of {repository}"):
         path = download_pretrained_from_hf(repository, filename=HUB_CONFIG)
-    config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "model_cfg" not in config:
-        raise UserError(f"{repository}: its {HUB_CONFIG} has no model_cfg, so this is no open_clip model")
+    return _read_config(Path(path), repository)
+
+
+def _read_config(path: Path, place: str) -> dict[str, Any]:
+    """The configuration that a stranger wrote for a model; `place` is its repository or folder, for the error."""
+    try:
+        config = parse_json(read_file(path, limit=MAX_CONFIG, follow=True), _HubConfig)  # a hub's cache holds links
+    except UnfitError as error:
+        raise UserError(f"{place}: its {HUB_CONFIG} describes no open_clip model: {error}") from error
     return {"preprocess_cfg": {}, **config}
 
 

@@ -35,7 +35,7 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
     with SkipInit() if path is not None and not is_jax else contextlib.nullcontext():
         cfg = _with_drop_path(source.model_cfg, conf)
         # open_clip's reader of a JAX archive fills both towers.
-        clip = _construct(cfg, conf.image_size, whole=with_text or is_jax)
+        clip = _constructed(source, cfg, conf.image_size, whole=with_text or is_jax)
     if path is not None:
         if is_jax:
             _load_jax(clip, path, source)
@@ -59,6 +59,17 @@ def _with_drop_path(cfg: dict[str, Any], conf: ModelConf) -> dict[str, Any]:
         problem = f"the image tower of {conf.name} is open_clip's own and has no drop path; leave it 0"
         raise UserError(f"model.drop_path={conf.drop_path} would be ignored: {problem}")
     return {**cfg, "vision_cfg": {**cfg["vision_cfg"], "timm_drop_path": conf.drop_path}}
+
+
+def _constructed(source: ClipSource, cfg: dict[str, Any], image_size: int, *, whole: bool) -> nn.Module:
+    """`_construct`; a UserError where a configuration from elsewhere describes no model."""
+    try:
+        return _construct(cfg, image_size, whole=whole)
+    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        if not source.name.startswith((*network.HUB, network.FOLDER)):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source.name}: its configuration describes no model of open_clip ({reason})") from error
 
 
 def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool) -> nn.Module:
