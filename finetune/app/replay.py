@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.app.build import Run, build_run
 from finetune.config import Conf
+from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.runs import bad_batch
 from finetune.runs.weights import read_weights
@@ -30,6 +31,7 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
     step, window = bad_batch.load(run_dir, step)
     with tempfile.TemporaryDirectory() as scratch:  # for the list of unreadable images, so that the run's own stays
         run = build_run(conf, Path(scratch))
+    set_up_layers(run.model, conf.optim, train=conf.train)
     run.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])
     lines, is_bad = _compute(run, window)
     return [f"step {step}: {sum(len(images) for images, _ in window)} images", *lines], is_bad

@@ -35,15 +35,22 @@ class Ema:
         self._averages = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, *, skipped: Tensor | None = None) -> None:
         """Move the averages towards the weights after optimizer step `step`, from 1. Does not wait for the device.
+
+        A step that changed no weight moves no average either: `skipped` is 1.0 then, else 0.0, a scalar on the device.
 
         With `warmup` the decay is min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it
         with `num_updates`: the average then forgets the untrained head within some steps, not 1 / (1 - decay).
         """
         self.before_change()
         weight = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
-        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), weight)
+        averages, weights = list(self._averages.values()), list(self._weights.values())
+        if skipped is None:
+            torch._foreach_lerp_(averages, weights, weight)
+        else:  # the host does not know yet whether the step was skipped; a share of 0 leaves every bit of an average
+            share = weight * (1 - skipped)
+            torch._foreach_lerp_(averages, weights, [share.expand_as(average) for average in averages])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -38,7 +38,7 @@ class FiniteGuard:
         """Guard the weights and running statistics of `model`, which is on `device`."""
         self.limit = 0  # bad steps that are skipped; the next one ends the run, and no step after it is applied
         self.total = 0  # bad steps of the whole run that the host knows of
-        self.mask = torch.zeros((), device=device)  # 1.0 where the optimizer must leave weights and moments alone
+        self.mask = torch.zeros((), device=device)  # 1.0 where weights, moments and averages must stay as they are
         self._unread_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._unread: list[tuple[StepRecord, Tensor]] = []
         self._found: list[StepRecord] = []
@@ -140,7 +140,7 @@ def train_step(state: TrainState, window: list[Batch], conf: TrainConf) -> None:
     _update(state, window_loss, conf.clip_grad, StepRecord(state.epoch, state.step + 1, state.batch, ids))
     state.step += 1
     if state.ema is not None:
-        state.ema.update(state.step)
+        state.ema.update(state.step, skipped=state.guard.mask)
     state.batch += len(window)
 
 
@@ -159,7 +159,9 @@ def _update(state: TrainState, loss: Tensor, clip_grad: float, record: StepRecor
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        state.skipped += scaler.get_scale() < scale
+        if scaler.get_scale() < scale:
+            state.skipped += 1
+            guard.mask.fill_(1.0)
     else:
         guard.judge(torch.isfinite(loss) & torch.isfinite(norm), record)
         guard.step(optimizer)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import SchedulerConf, create_scheduler
 from finetune.config import OptimConf, TrainConf
+from finetune.core.ema import Ema
 from finetune.core.finite import NotFiniteError
 from finetune.core.fit import Validation, fit, is_better, validate
 from finetune.core.loop import train_step
@@ -196,6 +197,8 @@ def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
     model = tiny_model(batch_norm=True)
     state, straight = tiny_state(model), tiny_state(copy.deepcopy(model))
     state.guard.limit = 1
+    for each in (state, straight):
+        each.ema = Ema(each.model, 0.9, warmup=False)
     batches = tiny_batches(SIZES)
     for batch in (batches[0], batches[2]):
         train_step(straight, [batch], TrainConf())
@@ -207,6 +210,9 @@ def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
     assert (found.epoch, found.step, found.batch, found.ids.tolist()) == (0, 2, 1, list(range(8, 16)))
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
+    assert state.ema is not None and straight.ema is not None
+    averages = copy.deepcopy(straight.ema.state_dict())
+    assert all(torch.equal(value, state.ema.state_dict()[name]) for name, value in averages.items())
 
     train_step(state, [bad], TrainConf())
     train_step(state, [batches[3]], TrainConf())
@@ -215,6 +221,25 @@ def test_bad_steps_are_skipped_up_to_a_limit_and_leave_no_trace() -> None:
     assert error.value.record.step == 4
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
+    assert all(torch.equal(value, state.ema.state_dict()[name]) for name, value in averages.items())
+
+
+def test_a_step_that_the_fp16_scaler_skips_moves_no_average() -> None:
+    model = tiny_model()
+    state = tiny_state(model, scaler=2.0**20)
+    state.ema = Ema(model, 0.5, warmup=False)
+    batches = tiny_batches(SIZES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # so that an average would move, though no step is taken
+    before = copy.deepcopy(state.ema.state_dict())
+    handle = model.net.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    train_step(state, batches[:1], TrainConf())
+    assert state.skipped == 1
+    assert all(torch.equal(value, state.ema.state_dict()[name]) for name, value in before.items())
+    handle.remove()
+    train_step(state, batches[1:2], TrainConf())
+    assert not all(torch.equal(value, state.ema.state_dict()[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 5, 11, 12])

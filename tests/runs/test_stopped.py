@@ -448,6 +448,22 @@ def test_bad_steps_are_skipped_stored_and_replayed(
     assert "stored steps: 2, 7" in capsys.readouterr().err
 
 
+def test_a_replay_freezes_what_the_run_froze(
+    stripes: Path, tmp_path: Path, poisoned: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So it computes the gradients that the run computed, and no others."""
+    poisoned(1, 1)
+    conf = small(stripes, optim__fix_layer=4, optim__freeze=["*ln_post.*"])
+    conf.train.on_nonfinite = OnNonfinite.skip
+    go(conf, tmp_path)
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path), "--step", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "gradient of visual.transformer.resblocks.4." in said and "gradient of head.weight" in said
+    assert not any(f"resblocks.{block}." in said for block in range(4))
+    assert "ln_post" not in said and "conv1" not in said
+
+
 def test_one_bad_step_too_many_ends_the_run(stripes: Path, tmp_path: Path, poisoned: Any) -> None:
     poisoned(1, 4)
     conf = small(stripes)
