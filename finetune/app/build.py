@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.config import Conf, ModelConf, as_dict, measured_metrics
+from finetune.config import Conf, ModelConf, as_dict, measured_metrics, without_val_problems
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
 from finetune.core.ema import Ema
 from finetune.core.freezing import set_up_layers
@@ -26,6 +26,7 @@ from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import with_head_bias
 from finetune.models.patches import patches_as_products, products_dominate
 from finetune.runs.weights import weights_metadata
+from finetune.system.errors import UserError
 from finetune.system.memory import keep_freed_memory
 
 MOST_NAMES = 1_000_000  # of a split that a fingerprint hashes: of two million images every second; takes a second
@@ -146,7 +147,10 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
         UserError: A mistake that only the model, the data or the machine could show.
     """
     device = pick_device(conf.device)
-    source = check_at_start(open_source(conf.data), conf.data, run_dir)
+    source = open_source(conf.data)
+    if not source.has("val") and (problems := without_val_problems(conf.train)):
+        raise UserError(problems[0])
+    source = check_at_start(source, conf.data, run_dir)
     if device.type == "cpu":
         keep_freed_memory()  # only now, so that the memory of the check's threads went back to the system
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)

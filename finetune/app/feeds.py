@@ -44,7 +44,8 @@ class Feeds:
                         " (finetune describe)"
                     )
             logger.info("the frozen layers run with every batch: %s is no plain chain", name)
-        self._run, self._check, self._val = run, check, run.loader("val", train=False)
+        self._run, self._check = run, check
+        self._val = run.loader("val", train=False) if run.source.has("val") else None
         self._prefix: FrozenPrefix | None = None
         self._planner: CachePlanner | None = None
         if model.boundary:
@@ -55,8 +56,10 @@ class Feeds:
         else:
             sweep_memory().drop_all_but(())  # activations of earlier jobs would only take memory from this one
 
-    def train_and_val(self) -> tuple[Feed, Feed]:
+    def train_and_val(self) -> tuple[Feed, Feed | None]:
         """The feeds of training and validation; logs where their activations are cached, and computes validation's.
+
+        The second is None without validation images.
 
         Raises:
             UserError: The place that `prefix.cache` names is too small.
@@ -64,20 +67,26 @@ class Feeds:
         """
         train, val = self._run.loader("train", train=True), self._val
         if self._prefix is None:
-            return self._feed(train, "train"), self._feed(val, "val")
-        val_plan, train_plan = self._plan(val, "val"), self._plan(train, "train")
+            return self._feed(train, "train"), None if val is None else self._feed(val, "val")
+        plans = {} if val is None else {"val": self._plan(val, "val")}
+        plans = {"train": self._plan(train, "train"), **plans}
         measured, dtype = self._measured, str(self._measured.dtype).removeprefix("torch.")
         text = "frozen layers 0 to %d: %.3g ms and %.1f kB an image, as %s at the boundary"
         logger.info(text, self._run.model.boundary - 1, 1000 * measured.seconds, measured.bytes / 1000, dtype)
-        for split, (cache, why) in {"train": train_plan, "val": val_plan}.items():
+        for split, (cache, why) in plans.items():
             how = "computed in every epoch" if cache is None else f"computed once, cached ({cache.kind})"
             logger.info("  %s: %s: %s", split, how, why)
-        feeds = self._feed(train, "train", train_plan[0]), self._feed(val, "val", val_plan[0])
-        feeds[1].fill(0)
-        return feeds
+        train_feed = self._feed(train, "train", plans["train"][0])
+        if val is None:
+            return train_feed, None
+        val_feed = self._feed(val, "val", plans["val"][0])
+        val_feed.fill(0)
+        return train_feed, val_feed
 
-    def test(self) -> Feed:
-        """The feed of the test split."""
+    def test(self) -> Feed | None:
+        """The feed of the test split; None without test images."""
+        if not self._run.source.has("test"):
+            return None
         loader = self._run.loader("test", train=False)
         if self._prefix is None:
             return self._feed(loader, "test")
@@ -91,12 +100,14 @@ class Feeds:
     def _measure(self, prefix: FrozenPrefix) -> Measured:
         """Measure the frozen layers, once in a sweep, and make the planner where activations may be cached."""
         run, conf, memory = self._run, self._run.conf.prefix, sweep_memory()
+        split = "train" if self._val is None else "val"
+        images = self._val or run.loader(split, train=False)
         if conf.cache == PrefixCache.none:
-            return measure(prefix, self._val, conf.dtype, run.dtype)
+            return measure(prefix, images, conf.dtype, run.dtype)
         layers = prefix_digest(run.model, run.model_conf, computing(run))
-        name = f"{layers}-{conf.dtype}-{run.fingerprint('val')}"
+        name = f"{layers}-{conf.dtype}-{run.fingerprint(split)}"
         if name not in memory.measured:
-            memory.measured[name] = measure(prefix, self._val, conf.dtype, run.dtype)
+            memory.measured[name] = measure(prefix, images, conf.dtype, run.dtype)
         measured = memory.measured[name]
         folder = cache_folder(run.conf.data.cache_dir) / "activations"
         layers += f"-{str(measured.dtype).removeprefix('torch.')}"  # the precision changes the numbers, too

@@ -6,7 +6,7 @@ The run directory that it leaves: `config.yaml`, `run.log`, `history.jsonl`, `ra
 
 import dataclasses
 import logging
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -149,11 +149,12 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     session.write_result()
     stop.check()
 
-    with closing(train), closing(val):
+    with closing(train), nullcontext() if val is None else closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
     hand_back_freed_memory()  # that of gradients and activations; the best weights are read next
     try:  # while the last save goes to the disk
-        score_test(run, state, saver, feeds.test(), result, stop)
+        if (test := feeds.test()) is not None:
+            score_test(run, state, saver, test, result, stop)
         report.plot_rates(run.folder)
     finally:
         saver.wait()
@@ -165,7 +166,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 def _log_start(run: Run, result: Result) -> None:
     """Log the model, the data, the device and the batch; `result` gets the device."""
     result |= {"device": environment(run.device)["device"], "computed_in": computed_in(run.conf.precision, run.dtype)}
-    result["monitor"] = run.monitor
+    result |= {"monitor": run.monitor, "data": run.source.counts}
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)

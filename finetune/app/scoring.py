@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from finetune.app.build import Run, place
 from finetune.config import HeadKind
@@ -24,6 +25,8 @@ from finetune.runs.weights import put_weights
 from finetune.system.errors import UserError
 from finetune.system.progress import Bar
 from finetune.system.signals import StopSignals
+
+UNCHOSEN_THRESHOLD = 0.5  # of labels that are predicted, where no validation images picked a better one
 
 logger = logging.getLogger("finetune")
 
@@ -49,10 +52,10 @@ def write_scores(run: Run, split: str, meter: Meter) -> None:
     scores.write_scores(run.folder, split, meter.results(), details=meter.details(), classes=run.source.classes)
 
 
-def prepare_head(run: Run, train: Feed, val: Feed, result: Result, stop: StopSignals) -> None:
+def prepare_head(run: Run, train: Feed, val: Feed | None, result: Result, stop: StopSignals) -> None:
     """Score the zero-shot head, fit a linear probe, or set the bias for several labels, whichever the run asks for."""
     head = run.conf.model.head
-    if run.built.has_zeroshot:
+    if run.built.has_zeroshot and val is not None:
         meter = run.meter()
         zeroshot = _score(run, run.model, scored(val, "zero-shot", stop, meter), meter)
         result |= {f"zeroshot/{name}": zeroshot[name] for name in run.headlines}
@@ -66,18 +69,31 @@ def prepare_head(run: Run, train: Feed, val: Feed, result: Result, stop: StopSig
 
 
 def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
-    """Fit the head on the features of training images without augmentation, and log its score."""
+    """Fit the head on the features of training images without augmentation, and log its score.
+
+    The penalty is picked on validation images, or without any on every fifth training image, which the fit leaves out.
+    """
     if run.source.is_multilabel:
         raise UserError("model.head=linear_probe is fitted to one label an image; use model.head=random for several")
-    train, val = run.loader("train", train=False), run.loader("val", train=False)
-    bar = Bar("linear probe", total=len(train), images=train.num_images)
-    with closing(train), closing(val):
-        passes = [_stoppable(batches, stop) for batches in (bar.wrap(train.epoch(0)), val.epoch(0))]
-        features = [features_of_split(run.model, batches, run.autocast()) for batches in passes]
-    probe = linear_probe(*features[0], *features[1], num_classes=len(run.source.classes))
+    features, labels = _features(run, "train", stop)
+    if run.source.has("val"):
+        fitted, picked, where = (features, labels), _features(run, "val", stop), "val/top1"
+    else:
+        is_held_out = torch.arange(len(labels)) % 5 == 4
+        fitted, picked = ((features[part], labels[part]) for part in (~is_held_out, is_held_out))
+        where = "top1 of every fifth training image, which the fit left out,"
+    probe = linear_probe(*fitted, *picked, num_classes=len(run.source.classes))
     find_head(run.model.net).set(probe.weight, probe.bias)
     result["probe/top1"] = probe.val_top1
-    logger.info("linear probe, before fine-tuning: val/top1 %.4f (penalty %g)", probe.val_top1, probe.strength)
+    logger.info("linear probe, before fine-tuning: %s %.4f (penalty %g)", where, probe.val_top1, probe.strength)
+
+
+def _features(run: Run, split: str, stop: StopSignals) -> tuple[Tensor, Tensor]:
+    """Features and labels of the images of a split, without augmentation."""
+    loader = run.loader(split, train=False)
+    bar = Bar(f"linear probe, {split}", total=len(loader), images=loader.num_images)
+    with closing(loader):
+        return features_of_split(run.model, _stoppable(bar.wrap(loader.epoch(0)), stop), run.autocast())
 
 
 def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
@@ -92,7 +108,7 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
         if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
             put_weights(saver.best_weights(state.best_epoch), run.model, run.checkpoints / "best.safetensors")
         # The threshold comes from validation: one picked on the test split would raise the test score.
-        meter = run.meter(scores.chosen_threshold(run.folder))
+        meter = run.meter(scores.chosen_threshold(run.folder) if run.source.has("val") else UNCHOSEN_THRESHOLD)
         found = _score(run, run.model, scored(feed, "test", stop, meter), meter)
         result |= {f"test/{name}": value for name, value in found.items()}
         write_scores(run, "test", meter)

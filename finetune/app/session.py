@@ -151,15 +151,36 @@ def outcome(error: BaseException) -> tuple[str, str]:
 
 def log_summary(run_dir: Path, result: Result) -> None:
     """Log the last lines of a run: its scores, its files, and a command to try next."""
-    if "zeroshot/top1" in result:
-        test = result.get("test/zeroshot/top1", math.nan)
-        logger.info("zero-shot   val/top1 %.4f   test/top1 %.4f", result["zeroshot/top1"], test)
-    scores = "fine-tuned  val/top1 %.4f   test/top1 %.4f   (best of %d epochs: %d; %.1f s)"
-    names = ("val/top1", "test/top1", "epochs", "best_epoch", "seconds")
-    logger.info(scores, *(result.get(name, math.nan) for name in names))  # no val/top1 if the monitor was always NaN
+    splits = [split for split in ("val", "test") if result["data"][split]]
+    zeroshot = {"val": "zeroshot/top1", "test": "test/zeroshot/top1"}
+    if any(zeroshot[split] in result for split in splits):
+        logger.info("zero-shot   %s", "   ".join(_score(result, split, zeroshot[split]) for split in splits))
+    epochs, best, seconds = (result.get(name, math.nan) for name in ("epochs", "best_epoch", "seconds"))
+    which = f"best of {epochs} epochs: {best}" if "val" in splits else f"the last of {epochs} epochs"
+    scores = [*(f"{_score(result, split, f'{split}/top1')}   " for split in splits), f"({which}; {seconds:.1f} s)"]
+    logger.info("fine-tuned  %s", "".join(scores))
+    for line in _about_splits(splits):
+        logger.info("%s", line)
     logger.info("run directory: %s", run_dir)
     logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
-    logger.info("  metrics.json confusion.png     every class: how well, and what it was taken for")
+    if splits:
+        confusion = "confusion.png    " if "test" in splits else "confusion_val.csv"
+        logger.info("  metrics.json %s every class: how well, and what it was taken for", confusion)
     logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
     words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
     logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)
+
+
+def _score(result: Result, split: str, name: str) -> str:
+    return f"{split}/top1 {result.get(name, math.nan):.4f}"  # there is none if the monitor was always NaN
+
+
+def _about_splits(splits: Sequence[str]) -> list[str]:
+    """What the scores of a run are worth that has only the images of `splits` beside its training images."""
+    if splits == ["val"]:
+        how = "a test/ beside the val/ of your data; where val is cut from train, data.test_fraction=0.1"
+        return [f"no test images: the epoch was picked by this score, so it is a little high. To have a test: {how}"]
+    if "val" in splits:
+        return []
+    kept = "no validation images: no score picked an epoch, and the weights of the last one are kept"
+    return [kept] if splits else [f"{kept}; no test images either, so nothing is scored"]

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from finetune.app.batch_size import out_of_memory
@@ -30,10 +31,12 @@ from finetune.system.signals import Interrupted, StopSignals
 logger = logging.getLogger("finetune")
 
 
-def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result: Result, stop: StopSignals) -> Saver:
+def train_to_the_end(
+    run: Run, state: TrainState, train: Feed, val: Feed | None, result: Result, stop: StopSignals
+) -> Saver:
     """Train until the last epoch, and return the saver; its last save may still be under way.
 
-    However training ends, `result` gets the best epoch's scores.
+    Without `val` the last epoch is the best. However training ends, `result` gets the best epoch's scores.
 
     Raises:
         Interrupted: A signal asked for a stop; the state is saved.
@@ -59,11 +62,14 @@ def train_to_the_end(run: Run, state: TrainState, train: Feed, val: Feed, result
 class _Training:
     """What `fit` calls after each step and each epoch; it shares the saver, the history and the progress bar."""
 
-    def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed, stop: StopSignals) -> None:
-        self.run, self.state, self.train, self.val, self.stop = run, state, train, val, stop
+    def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed | None, stop: StopSignals) -> None:
+        self.run, self.state, self.train, self.stop = run, state, train, stop
         keep, share, best = run.conf.train.keep, run.conf.train.max_save_share, state.best_epoch
         self.saver = Saver(run.checkpoints, run.metadata(), run.notes, keep=keep, max_share=share, best_epoch=best)
-        self.validation = Validation(self.val_batches, run.meter(), run.meter(), run.monitor)
+        self.validation: Validation | None = None
+        if val is not None:
+            batches = partial(self.val_batches, val)
+            self.validation = Validation(batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
         self.saver.rows = self.history.rows()
         self.is_saved = True  # whether the latest epoch is
@@ -83,11 +89,11 @@ class _Training:
         yield from self.bar.wrap(self.train.epoch(epoch, skip))
         self.speed = self.train.stats()
 
-    def val_batches(self, meter: Meter) -> Iterator[Batch]:
+    def val_batches(self, val: Feed, meter: Meter) -> Iterator[Batch]:
         """The validation batches, under a progress bar that shows `meter`."""
-        if self.val.will_fork(0):
+        if val.will_fork(0):
             self.saver.wait()  # as above
-        return scored(self.val, "validate", self.stop, meter)
+        return scored(val, "validate", self.stop, meter)
 
     def on_step_end(self, state: TrainState) -> bool:
         """Update the bar and save where a save is due; True where a signal asked for a stop."""
@@ -112,7 +118,7 @@ class _Training:
         epochs, monitor = self.run.conf.train.epochs, self.run.monitor
         best = None if math.isnan(state.best_score) else state.best_score
         logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=monitor))
-        if state.best_epoch == state.epoch:
+        if state.best_epoch == state.epoch and self.validation is not None:
             write_scores(self.run, "val", self.validation.ema_meter if state.best_is_ema else self.validation.meter)
         is_stopping = self.stop.is_set  # read once, since a signal may come during the save
         self.save_epoch(always=is_stopping)  # before a stop always: no later save will hold this epoch's weights
@@ -121,11 +127,12 @@ class _Training:
 
     def save_epoch(self, *, always: bool) -> None:
         """Save the epoch just finished; unless `always`, not too soon after a save or before the end of the run."""
-        state, rows, monitor = self.state, self.history.rows(), self.validation.monitor
+        state, rows, monitor, saver = self.state, self.history.rows(), self.run.monitor, self.saver
         left_s = (self.run.conf.train.epochs - state.epoch) * float(rows[-1]["seconds"])
-        meters = self.validation.meter, self.validation.ema_meter
-        thresholds = meters[0].threshold(), None if state.ema is None else meters[1].threshold()
-        saver = self.saver
+        thresholds: tuple[float | None, float | None] = (None, None)
+        if self.validation is not None:
+            meters = self.validation.meter, self.validation.ema_meter
+            thresholds = meters[0].threshold(), None if state.ema is None else meters[1].threshold()
         self.is_saved = saver.save_epoch(state, rows, monitor, thresholds=thresholds, left_s=left_s, always=always)
 
     @contextmanager

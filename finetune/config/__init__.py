@@ -24,6 +24,7 @@ from finetune.config.train import (
     TrainConf,
     measured_metrics,
     train_problems,
+    without_val_problems,
 )  # fmt: skip
 
 __all__ = [
@@ -32,5 +33,5 @@ __all__ = [
     "LayerRule", "Library", "Loss", "Mode", "ModelConf", "OnError", "OnNonfinite", "OptimConf", "PastCycle", "Policy",
     "Pool", "Precision", "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "Resize", "SchedulerConf", "SourceKind",
     "TemplateSet", "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "recorded",
-    "setting", "train_problems",
+    "setting", "train_problems", "without_val_problems",
 ]  # fmt: skip

@@ -80,8 +80,12 @@ class DataConf:
     epoch_images: int = setting(0, "images an epoch, drawn with replacement; 0: every image once", ge=0)
     folds: int = setting(0, "cut train and val anew into this many folds; 0: no folds", ge=0)
     fold: int = setting(0, "which fold is val, from 0", ge=0)
-    val_fraction: float = setting(0.1, "share of each class for validation", gt=0, lt=1)
-    test_fraction: float = setting(0.3, "share of each class for the final test", gt=0, lt=1)
+    val_fraction: float = setting(
+        0.1, "share of each class's training images that is cut off for validation; 0: no validation", ge=0, lt=1
+    )
+    test_fraction: float = setting(
+        0.1, "share that is cut off for the final test, where the data gives neither val nor test; 0: none", ge=0, lt=1
+    )
     split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", ge=0)
     resize: Resize = setting(
         Resize.auto,

@@ -108,6 +108,12 @@ def train_problems(train: TrainConf) -> list[str]:
     return problems + ignored("train", train, reasons)
 
 
+def without_val_problems(train: TrainConf) -> list[str]:
+    """The settings that only validation images give a meaning, one line each, for a run without such images."""
+    why = "it compares epochs on validation images, and there are none (data.val_fraction cuts some)"
+    return ignored("train", train, dict.fromkeys(("monitor", "patience", "keep"), why))
+
+
 def measured_metrics(train: TrainConf, *, is_multilabel: bool) -> tuple[tuple[str, ...], str]:
     """The metrics to measure and the one that picks the best epoch, with every `auto` filled in: (names, monitor).
 

@@ -37,7 +37,7 @@ def fit(
     conf: TrainConf,
     *,
     train_batches: Callable[[int, int], Iterable[Batch]],
-    validation: Validation,
+    validation: Validation | None,
     on_step_end: Callable[[TrainState], bool],
     on_epoch_end: Callable[[TrainState, Row], None],
 ) -> bool:
@@ -45,7 +45,7 @@ def fit(
 
     `train_batches(epoch, n)` gives the micro-batches of an epoch (0 is the first) without its first `n`. `on_step_end`
     is called after each optimizer step; True stops the run there. `on_epoch_end` gets the epoch's row of the history,
-    after the scheduler has stepped.
+    after the scheduler has stepped. Without `validation` the latest epoch counts as the best.
 
     Raises:
         NotFiniteError: See `train_one_epoch`.
@@ -62,13 +62,16 @@ def fit(
             return False
         row: Row = {"epoch": state.epoch + 1}
         row |= {f"train/{name}": value for name, value in state.sums.means().items()}
-        row |= _scores(state, validation)
+        row |= {} if validation is None else _scores(state, validation)
         row |= {"lr": state.rates, "images_per_s": (state.sums.count - images_before) / trained_s}
         if state.interval == Interval.epoch:
             state.scheduler.step()
         state.epoch += 1
         state.batch = 0
-        _note_best(state, row, validation.monitor)
+        if validation is None:  # nothing says when averaged weights are worse, so they count where the run has them
+            state.best_epoch, state.best_is_ema = state.epoch, state.ema is not None
+        else:
+            _note_best(state, row, validation.monitor)
         row["seconds"] = seconds = time.perf_counter() - began
         state.seconds += seconds
         on_epoch_end(state, row)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.config import Balance, DataConf, nearest
+from finetune.config.fields import changed
 from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
-from finetune.system.terminal import printable
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -35,12 +35,18 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     chosen = {name: torch.from_numpy(np.sort(parts[name])) for name in SPLITS}
     splits = {name: Split(found.store, part, found.labels[part]) for name, part in chosen.items()}
     warnings = (*found.warnings, *_check_classes(found, splits))
-    counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    labels = " (several labels an image)" if several else ""
-    size = f"{len(rows):,} images in {len(found.classes)} classes{labels}"
-    text = printable(f"{found.title}: {size}; {counts}{how}{drawn}{found.note}")
     weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
-    return Source(found.classes, splits, text, several, weights, location=found.location, warnings=warnings)
+    return Source(
+        found.classes,
+        splits,
+        len(rows),
+        title=found.title,
+        how=f"{how}{drawn}{found.note}",
+        is_multilabel=several,
+        class_weights=weights,
+        location=found.location,
+        warnings=warnings,
+    )
 
 
 def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImages, Rows]:
@@ -78,16 +84,20 @@ def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tu
     """The rows of each split, and text for the description, such as ` (val cut by ...)`."""
     given = found.given.numpy()[rows]
     parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
-    shares = {"val": conf.val_fraction, "test": conf.test_fraction}
-    missing = {name: share for name, share in shares.items() if not len(parts[name])}
-    if not len(parts["train"]):
-        raise UserError(f"{found.place}: no training images")
+    missing = shares_to_cut(found, conf)
+    for name in dict.fromkeys(["train", *found.given_splits]):
+        if not len(parts[name]):
+            raise UserError(f"{found.place}: no image of {_listed(found.classes)} in the {name} split of the data")
     needed = ["train", *missing]
     _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed)
     train = parts["train"]
     if missing:
         order = _ranked(found.names, train, "split", conf.split_seed)
         parts |= {name: train[part] for name, part in cut(order, strata[train], shares=missing).items()}
+        for name in missing:
+            if not len(parts[name]):
+                mend = f"add images, or do without by data.{name}_fraction=0"
+                raise UserError(f"{found.place}: no images left for {name}; there are too few: {mend}")
     if conf.folds:  # after the test images were cut, so that they are the same with folds and without
         both = np.sort(np.concatenate([parts["train"], parts["val"]]))
         _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"])
@@ -100,6 +110,23 @@ def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tu
     return parts, how
 
 
+def shares_to_cut(found: FoundImages, conf: DataConf) -> dict[str, float]:
+    """The splits to cut from train, each with its share of a class. Splits that the data gives stay whole.
+
+    If the data gives val, nothing is cut: there is no test if the data has none. If it gives test, val is cut; if it
+    gives neither, both are. A share of 0 cuts nothing. Raises UserError if a share that was asked for would be ignored.
+    """
+    shares = {"val": conf.val_fraction, "test": conf.test_fraction}
+    given = found.given_splits
+    typed = changed(conf, "val_fraction", "test_fraction")
+    for name in [name for name in shares if name in given or "val" in given]:
+        if shares.pop(name) and f"{name}_fraction" in typed:
+            why = f"the data gives {name}" if name in given else "the data gives val, so train stays whole"
+            key = f"data.{name}_fraction={typed[f'{name}_fraction']}"
+            raise UserError(f"{key} would be ignored: {why} ({found.place}); leave it out")
+    return {name: share for name, share in shares.items() if share > 0}
+
+
 def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> None:
     """Raises UserError if a class has fewer images than there are splits to cut. Not for several labels an image."""
     if found.labels.ndim == 2 or len(needed) == 1:
@@ -108,7 +135,9 @@ def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> N
     small = [f"{name} ({n})" for name, n in pairs if n < len(needed)]
     if small:
         few = f"too few images to give one to each of {', '.join(needed)} in class {_listed(small)}"
-        raise UserError(f"{found.place}: {few}; add images or move the class away (data.classes names those to use)")
+        mend = "add images, move the class away (data.classes names those to use)"
+        fewer = " and ".join(f"data.{name}_fraction=0" for name in needed[:0:-1])
+        raise UserError(f"{found.place}: {few}; {mend}, or cut less: {fewer}")
 
 
 def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks:
@@ -196,12 +225,11 @@ def _check_classes(found: FoundImages, splits: Mapping[str, Split]) -> list[str]
         lost = [word for word in unseen if word not in lacking[name]]
         if lost:
             raise UserError(f"{found.place}: {name} has class {_listed(lost)}, which train has not: the splits differ")
-        if not len(splits[name]):
-            raise UserError(f"{found.place}: no images left for {name}; there are too few")
     if unseen:
         words = _listed(unseen)
         raise UserError(f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes")
-    sizes = {name: f"{len(words)} of {len(found.classes)} classes" for name, words in lacking.items() if words}
+    some = {name: words for name, words in lacking.items() if words and len(splits[name])}
+    sizes = {name: f"{len(words)} of {len(found.classes)} classes" for name, words in some.items()}
     return [f"{name} has no image of {size}: {_listed(lacking[name])}" for name, size in sizes.items()]
 
 

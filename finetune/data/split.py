@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.data.images.decode import MAX_PIXELS, Header, ImageError, decode, header_of
 from finetune.system.errors import UserError
+from finetune.system.terminal import printable
 
 SPLITS = ("train", "val", "test")
 # Words that name a split in tables, folders, shards and data sets -> index into SPLITS.
@@ -102,8 +104,10 @@ class Source:
     """Labelled images in three splits."""
 
     classes: tuple[str, ...]  # the index of a name is its label
-    splits: Mapping[str, Split]  # `train`, `val` and `test`; none is empty
-    description: str  # one line for the start of a run: counts, and how the splits were made
+    splits: Mapping[str, Split]  # `train`, `val` and `test`; `val` and `test` may be empty
+    num_images: int  # of these classes in the data, before `data.shots` or `data.fraction` drew some of `train`
+    title: str = ""  # the data in a few words
+    how: str = ""  # how the splits were made, and what was left out
     is_multilabel: bool = False  # whether an image may have several labels, or none, see `Split`
     # Factor on each class's part of the loss, float32 (classes,), mean 1 over the training images.
     class_weights: Tensor | None = None
@@ -113,9 +117,28 @@ class Source:
     def __post_init__(self) -> None:
         """Check the promises above."""
         assert tuple(self.splits) == SPLITS and len(self.classes) > 1
+        assert len(self.splits["train"])
         for split in self.splits.values():
-            assert len(split) and split.labels.dtype == (torch.float32 if self.is_multilabel else torch.int64)
+            assert split.labels.dtype == (torch.float32 if self.is_multilabel else torch.int64)
             assert split.labels.shape[1:] == ((len(self.classes),) if self.is_multilabel else ())
+
+    def has(self, name: str) -> bool:
+        """Whether there are images of this split."""
+        return len(self.splits[name]) > 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of `description`: `images`, `classes`, and the images of each split."""
+        sizes = {name: len(split) for name, split in self.splits.items()}
+        return {"images": self.num_images, "classes": len(self.classes), **sizes}
+
+    @property
+    def description(self) -> str:
+        """One line for the start of a run: counts, and how the splits were made."""
+        labels = " (several labels an image)" if self.is_multilabel else ""
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
+        size = f"{self.num_images:,} images in {len(self.classes)} classes{labels}"
+        return printable(f"{self.title}: {size}; {sizes}{self.how}")
 
     def without(self, images: Collection[UnreadableImage]) -> Source:
         """The source without these images; raises UserError if a split or a training class would become empty."""
@@ -124,14 +147,14 @@ class Source:
             keep = torch.ones(len(split), dtype=torch.bool)
             keep[torch.tensor([image.index for image in images if image.split == name], dtype=torch.int64)] = False
             splits[name] = Split(split.store, split.rows[keep], split.labels[keep])
-            if not len(splits[name]):
+            if len(split) and not len(splits[name]):
                 raise UserError(f"no image of the {name} split can be read; see the list of unreadable files")
         before, after = (class_counts(part["train"].labels, len(self.classes)) for part in (self.splits, splits))
         lost = [self.classes[label] for label in torch.nonzero((before > 0) & (after == 0)).flatten().tolist()]
         if lost:
             names = ", ".join(lost)
             raise UserError(f"no training image of class {names} can be read; see the list of unreadable files")
-        return replace(self, splits=splits)
+        return replace(self, splits=splits, num_images=self.num_images - len(images))
 
 
 @dataclass(frozen=True)
@@ -150,6 +173,12 @@ class FoundImages:
     note: str = ""  # end of the description
     location: str = ""  # see `Source`
     warnings: tuple[str, ...] = ()
+
+    @property
+    def given_splits(self) -> tuple[str, ...]:
+        """The splits that the data gives, `train` among them."""
+        counts = np.bincount(self.given.numpy(), minlength=len(SPLITS))
+        return tuple(name for name, count in zip(SPLITS, counts.tolist(), strict=True) if count)
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:

@@ -55,7 +55,7 @@ def epoch_line(
     of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema
     metrics = dict.fromkeys(["train/loss", "val/top1", monitor, *([of_average] if of_average in row else [])])
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"lr {COLUMNS['lr'].text(head_rate)}"]
-    for name in metrics:
+    for name in [name for name in metrics if name in row]:  # a run without validation images has no val/...
         note = f" (best {metric_text(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {metric_text(row[name])}{note}")
     told = {key: column for key, column in COLUMNS.items() if column.line_words and row.get(key, 0) >= 0.005}

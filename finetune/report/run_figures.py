@@ -37,11 +37,12 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
     epochs = [number(row["epoch"]) for row in rows]
     for axes, (y_name, *keys) in zip(panels, CURVES, strict=True):
         train, val = ([number(row.get(key)) for row in rows] for key in keys)
+        measured = [values for key, values in zip(keys, (train, val), strict=True) if any(key in row for row in rows)]
         look.clean_axes(axes)
         look.label_axes(axes, x="epoch", y=y_name)
         extra = _reference_scores(axes, epochs, val, result) if keys[1] == "val/top1" else {}
         _draw_series(axes, epochs, [("train", train, look.ORANGE), ("val", val, look.BLUE)], extra)
-        _mark_not_finite(axes, epochs, [train, val])
+        _mark_not_finite(axes, epochs, measured)
         axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     top1 = [number(row.get("val/top1")) for row in rows]
@@ -61,7 +62,7 @@ def _draw_series(axes: Any, epochs: Sequence[float], shown: Sequence[Series], ex
     labels |= extra
     if not labels:
         middle = {"transform": axes.transAxes, "ha": "center", "fontsize": 12, "color": look.FAINT}
-        axes.text(0.5, 0.5, "no epoch has finished", **middle)
+        axes.text(0.5, 0.5, "not measured" if epochs else "no epoch has finished", **middle)
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)

@@ -104,6 +104,8 @@ def _answer(sweep: Sweep) -> list[str]:
     if not sweep.jobs:
         return [f"no jobs in {sweep.folder}: their folders are named 0, 1, 2, ..."]
     if not sweep.groups:
+        if any(job.is_finished for job in sweep.jobs):
+            return [f"no job has a finite val/{sweep.metric}, so nothing ranks them: ranking needs validation images"]
         ran = [job for job in sweep.jobs if job.status != "refused"]
         return [f"no job finished: the reason of the first is in {ran[0].folder / 'run.log'}" if ran else "no job ran"]
     best, *equals = _best_groups(sweep)

@@ -128,8 +128,9 @@ class Saver:
         """Save `state` and its weights at the end of an epoch, if `max_share` allows it; whether it was saved.
 
         Shortly before the end of the run, in about `left_s` seconds, it is not saved either: the last save will hold
-        more. `always` saves it in any case. `rows` is the history, the epoch's own row last; `monitor` ranks epochs;
-        `thresholds` are those that validation chose for the weights and for their averages (None: one label an image).
+        more. `always` saves it in any case. `rows` is the history, the epoch's own row last; `monitor` ranks epochs,
+        where there are validation images; `thresholds` are those that validation chose for the weights and for their
+        averages (None: it chose none).
         """
         began = time.perf_counter()
         self.rows = rows
@@ -140,9 +141,11 @@ class Saver:
         content = self._snapshot(state) if is_due else None
         shared = (content["model"], content["ema"]) if content is not None else self._not_copied(state)
         score, is_ema = score_of(rows[-1], monitor)
-        about = {**self._metadata, "epoch": str(state.epoch), monitor: str(score)}
+        about = {**self._metadata, "epoch": str(state.epoch)}
+        if monitor in rows[-1]:
+            about[monitor] = str(score)
         last = best = self._weights(state, about, thresholds[0], shared[0])
-        if is_ema and state.ema is not None:
+        if (state.best_is_ema if is_best else is_ema) and state.ema is not None:
             with state.ema.swapped_in():
                 best = self._weights(state, about, thresholds[1], shared[1])
         if is_best:

@@ -46,7 +46,7 @@ def recipe(name: str, **changes: object) -> AugmentConf:
 
 @pytest.fixture(scope="module")
 def digits() -> Source:
-    return open_source(DataConf())
+    return open_source(DataConf(test_fraction=0.3))
 
 
 @pytest.fixture(scope="module")

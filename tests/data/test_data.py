@@ -32,7 +32,7 @@ SQUARE = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize="squash")
 
 @pytest.fixture(scope="module")
 def digits() -> Source:
-    return open_source(DataConf())
+    return open_source(DataConf(test_fraction=0.3))
 
 
 def make_loader(source: Source, split: str = "train", **changes: object) -> Loader:
@@ -289,9 +289,9 @@ def test_digits_split_is_stratified_complete_and_never_moves(digits: Source) -> 
     for name, share in {"train": 0.6, "val": 0.1, "test": 0.3}.items():
         assert ((digits.splits[name].labels.bincount(minlength=10) - whole * share).abs() <= 1).all()
     assert hashlib.sha256(" ".join(names).encode()).hexdigest()[:16] == "9820ca4f82c51d00"
-    again = open_source(DataConf())
+    again = open_source(DataConf(test_fraction=0.3))
     assert all(torch.equal(again.splits[name].labels, digits.splits[name].labels) for name in digits.splits)
-    other = open_source(DataConf(split_seed=1)).splits["test"]
+    other = open_source(DataConf(test_fraction=0.3, split_seed=1)).splits["test"]
     assert {other.name_of(i) for i in range(len(other))} != set(names[-539:])
 
 
@@ -340,9 +340,9 @@ def test_folder_classes_come_in_natural_order_without_hidden_ones(tmp_path: Path
     assert "10/deep/er/x y.PNG" in set().union(*found.values())
     assert "1 .txt" in source.description and str(root) in source.description
     counts = {name: split.labels.bincount(minlength=5).tolist() for name, split in source.splits.items()}
-    assert counts == {"train": [12, 1, 2, 1, 1], "val": [2, 1, 1, 1, 1], "test": [6, 1, 2, 1, 1]}
-    split = source.splits["test"]
-    assert all(Path(split.name_of(i)).relative_to(root).parts[0] == source.classes[split.labels[i]] for i in range(11))
+    assert counts == {"train": [16, 1, 3, 1, 1], "val": [2, 1, 1, 1, 1], "test": [2, 1, 1, 1, 1]}
+    split = source.splits["train"]
+    assert all(Path(split.name_of(i)).relative_to(root).parts[0] == source.classes[split.labels[i]] for i in range(22))
 
 
 def test_a_split_does_not_depend_on_where_the_folder_lies_nor_much_on_what_is_added(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert source.splits["train"].load(0).shape == (3, 7, 9)
 
 
-def test_given_splits_are_kept_and_missing_ones_cut_from_train(tmp_path: Path) -> None:
+def test_given_splits_are_kept(tmp_path: Path) -> None:
     for split, count in {"train": 20, "validation": 4, "test": 5}.items():
         make_folder(tmp_path / split, {"cat": count, "dog": count})
     source = open_source(folder_conf(tmp_path))
@@ -371,8 +371,8 @@ def test_given_splits_are_kept_and_missing_ones_cut_from_train(tmp_path: Path) -
     assert "validation/cat/1.png" in names_of(source, tmp_path)["val"]
     (tmp_path / "test").rename(tmp_path.parent / f"{tmp_path.name}_test")
     source = open_source(folder_conf(tmp_path))
-    assert {name: len(split) for name, split in source.splits.items()} == {"train": 28, "val": 8, "test": 12}
-    assert "(test cut by data.split_seed=0)" in source.description
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 40, "val": 8, "test": 0}
+    assert source.description.endswith("48 images in 2 classes; 40 train, 8 val, 0 test")
 
 
 def test_layout_errors_say_what_is_there_and_what_is_expected(tmp_path: Path) -> None:

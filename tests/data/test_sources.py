@@ -414,7 +414,7 @@ def test_shots_and_fraction_draw_from_train_only() -> None:
     assert two["train"] < eight["train"] < everything["train"] and len(two["train"]) == 20 and len(eight["train"]) == 80
     assert two["val"] == everything["val"] and two["test"] == everything["test"]
     assert parts(shots=2, shots_seed=1)["train"] != two["train"]
-    tenth = open_source(DataConf(fraction=0.1)).splits["train"]
+    tenth = open_source(DataConf(test_fraction=0.3, fraction=0.1)).splits["train"]
     assert tenth.labels.bincount().tolist() == [11] * 8 + [10, 11] or set(tenth.labels.bincount().tolist()) <= {10, 11}
     assert parts(shots=10_000) == everything
 
