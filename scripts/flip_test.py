@@ -42,7 +42,7 @@ from PIL import Image  # noqa: E402
 from finetune.__main__ import main as finetune  # noqa: E402
 from finetune.app.build import Run, build_run  # noqa: E402
 from finetune.app.feeds import Feeds  # noqa: E402
-from finetune.config import as_dict  # noqa: E402
+from finetune.config import recorded  # noqa: E402
 from finetune.config.words.saved import base_of, read_conf  # noqa: E402
 from finetune.core.finite import StepRecord  # noqa: E402
 from finetune.core.freezing import set_up_layers  # noqa: E402
@@ -289,7 +289,7 @@ class Readers:
 
     def settings(self, run_dir: Path) -> object:
         """The settings, and how they differ from those of the checkpoint: a change has to be seen."""
-        settings = as_dict(base_of(run_dir))
+        settings = recorded(base_of(run_dir))
         earlier = EarlierRun(None, []).since_state(self.state["notes"]["settings"], settings, force=False)
         if earlier.changes:
             raise UserError(f"config.yaml: {earlier.changes[0]}")  # shown, and allowed as on the command line
@@ -298,7 +298,7 @@ class Readers:
     def history(self, run_dir: Path) -> object:
         """The rows, brought in line with the checkpoint."""
         history = History(run_dir / "history.jsonl")
-        history.restore(self.state["history"])
+        history.restore(self.state["history"], history.readable_rows())
         return timeless(history.rows())
 
     def weights(self, path: Path) -> object:

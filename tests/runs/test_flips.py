@@ -48,10 +48,6 @@ def test_the_test_finds_what_it_looks_for(world: flip_test.World) -> None:
     def nameless() -> object:
         raise flip_test.UserError("something is damaged")
 
-    for read, outcome in (
-        (lambda: 2, "another result"),
-        (fails, "trace"),
-        (nameless, "unnamed"),
-        (lambda: 1, "without effect"),
-    ):
+    cases = [(lambda: 2, "another result"), (fails, "trace"), (nameless, "unnamed"), (lambda: 1, "without effect")]
+    for read, outcome in cases:
         assert flip_test.try_reader(path, read, right, content)[0] == outcome
