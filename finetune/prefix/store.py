@@ -48,7 +48,7 @@ class ActivationBlock:
 
     def damaged(self, rows: Tensor) -> list[int]:
         """Those of `rows`, int64 (n,), that are not what was written."""
-        return [] if self.records is None else self.records.damaged(rows.tolist())
+        return [] if self.records is None else self.records.damaged(rows.numpy())
 
     def mend(self, row: int, values: Tensor) -> bool:
         """Put activations, computed again, into a damaged row; whether they are what was written."""

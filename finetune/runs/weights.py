@@ -153,16 +153,20 @@ def restore_frozen(model: LayeredModel, wanted: str, path: Path) -> None:
     Raises:
         UserError: No file beside the checkpoint at `path` holds them.
     """
-    own = frozen_weights(model)
+    own, lost = frozen_weights(model), ""
     if checksum(own) == wanted:
         return
     for file in (path.with_name("last.safetensors"), path.with_name("best.safetensors")):
-        tensors = read_weights(file)[0] if file.exists() else {}
+        try:
+            tensors = read_weights(file)[0]
+        except (FileNotFoundError, DamagedError) as error:
+            lost += f" ({error})"
+            continue
         found = {name: tensors[name] for name in own if name in tensors}
         if checksum(found) == wanted:
             model.net.load_state_dict(found, strict=False)
             return
     raise UserError(
-        f"{path} was saved above other frozen layers than this model has, and no weights beside it hold them:"
+        f"{path} was saved above other frozen layers than this model has, and no weights beside it hold them{lost}:"
         " model.pretrained gives other weights by now; put the old ones back, or start a new run"
     )

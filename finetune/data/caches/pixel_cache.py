@@ -84,7 +84,7 @@ class PixelCache:
     def load(self, sample: int) -> Tensor | None:
         """The image, uint8 (3, height, width); None where the cache does not have it whole, see `mend`."""
         offset, (height, width, _) = int(self._offsets[sample]), self._index[sample].tolist()
-        if not height or (self._records is not None and self._records.damaged([sample])):
+        if not height or (self._records is not None and self._records.damaged(np.array([sample]))):
             return None
         pixels = self._pixels if self._records is None else self._records.data
         assert pixels is not None

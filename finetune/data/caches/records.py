@@ -6,7 +6,6 @@ So a cache of any size opens at once, and no number of it is believed unseen. Ea
 import contextlib
 import os
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,15 @@ class CheckedRecords:
         self.__dict__.update(state)
         self._map()
 
-    def damaged(self, records: Iterable[int]) -> list[int]:
-        """Those of `records` that differ from what was written; compares the ones that this process has not read."""
+    def damaged(self, records: Integers) -> list[int]:
+        """Those of `records`, int64 (n,), that are not what was written; compares what this process has not read."""
         found = []
-        for record in records:
-            if not self._is_checked[record]:
-                part = self._bytes[self._bounds[record] : self._bounds[record + 1]]
-                if zlib.crc32(part.data) == self._sums[record]:
-                    self._is_checked[record] = True
-                else:
-                    found.append(record)
+        for record in records[~self._is_checked[records]].tolist():
+            part = self._bytes[self._bounds[record] : self._bounds[record + 1]]
+            if zlib.crc32(part.data) == self._sums[record]:
+                self._is_checked[record] = True
+            else:
+                found.append(record)
         return found
 
     def mend(self, record: int, content: Tensor) -> bool:
