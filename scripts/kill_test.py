@@ -101,6 +101,7 @@ def compare(straight: Path, folder: Path) -> list[str]:
     sys.path.insert(0, str(ROOT))
     from finetune.runs.checkpoint import read_state
     from finetune.runs.weights import read_weights
+    from finetune.system.ours import LOCK, LOCK_HOLDER, MARKER
 
     found = [] if history(straight) == history(folder) else ["history.jsonl"]
     if (straight / "config.yaml").read_bytes() != (folder / "config.yaml").read_bytes():
@@ -115,7 +116,7 @@ def compare(straight: Path, folder: Path) -> list[str]:
     one, other = (read_state(run / "checkpoints" / "last.pt") for run in (straight, folder))
     found += differences(one, other, "last.pt")
     # A kill in the instant after the last word leaves the lock of a dead process, which holds nobody up.
-    left = [path.name for path in folder.rglob(".*") if path.name not in (".lock", ".lock.json")]
+    left = [path.name for path in folder.rglob(".*") if path.name not in (MARKER, LOCK, LOCK_HOLDER)]
     results = [json.loads((run / "result.json").read_text(encoding="utf-8")) for run in (straight, folder)]
     for key in results[0]:
         if key not in ("seconds", "seconds_saving", "resumed_at", "overrides") and results[0][key] != results[1][key]:

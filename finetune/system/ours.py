@@ -303,13 +303,13 @@ def sweep_temporaries(folder: Path) -> None:
         found = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
         if found is None or (path.is_dir() and not path.is_symlink()):
             continue
-        is_claim = found[1] == MARKER and _holds_marker(path, found[2])
+        is_claim = found[1] == MARKER and os.path.lexists(folder / MARKER) and _holds_marker(path, found[2])
         if is_claim or (marker is not None and found[2] == marker.id):
             path.unlink()
 
 
 def _holds_marker(path: Path, ident: str) -> bool:
-    """Whether a file is a marker with this id, and nothing else."""
+    """Whether a file is a marker with this id; an empty one was to become it when its process was killed."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
         return False
-    return f'"id": "{ident}"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.stat().st_size == 0 or f'"id": "{ident}"' in path.read_text(encoding="utf-8", errors="replace")

@@ -64,7 +64,7 @@ def others_names(dice: random.Random, names: Sequence[str]) -> list[str]:
 
 MAKERS: dict[str, Callable[[Path, Path, random.Random], object]] = {
     "file": lambda path, victim, dice: path.write_bytes(dice.randbytes(dice.randint(1, 40))),
-    "empty": lambda path, victim, dice: path.touch(),
+    "empty": lambda path, victim, dice: path.write_bytes(b"-" * path.name.startswith("..finetune")),
     "link": lambda path, victim, dice: path.symlink_to(victim / "letter.txt"),
     "link to a folder": lambda path, victim, dice: path.symlink_to(victim),
     "dangling": lambda path, victim, dice: path.symlink_to(victim / "new.txt"),

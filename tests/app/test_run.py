@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from finetune.config import (
     Recipe,
     SchedulerConf,
 )
+from finetune.system.ours import FolderKind, claim
 
 
 def test_the_main_job(tmp_path: Path) -> None:
@@ -130,6 +132,59 @@ def test_a_run_started_again_in_its_folder_continues_or_rests(stripes: Path, tmp
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match=r"another configuration \(seed: 0 -> 3\)"):
         go(small(stripes, seed=3), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("left", ["", "run.log", "run.log .lock .lock.json", "config.yaml", "config.yaml result.json"])
+def test_a_start_that_was_killed_before_its_first_step_is_begun_anew(stripes: Path, tmp_path: Path, left: str) -> None:
+    """Whatever it left, torn or whole, the same command and another one take the folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    claim(folder, FolderKind.run)
+    for name in left.split():
+        (folder / name).write_text("")
+    (folder / "checkpoints").mkdir()
+    assert go(small(stripes, seed=3), folder)["status"] == "finished"
+    log = (folder / "run.log").read_text()
+    assert ("the start before this one" in log) == bool(set(left.split()) - {".lock", ".lock.json"})
+
+
+def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_another(stripes: Path, tmp_path: Path) -> None:
+    folder, right = tmp_path / "run", small(stripes)
+    for wrong in (small(tmp_path / "nowhere"), small(stripes, seed=1, train__monitor="val/map")):
+        with pytest.raises((ValueError, OSError)):
+            go(wrong, folder)
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    (folder / "skipped.txt").write_text("of the images of the other start")
+    (folder / "bad_batch").mkdir()
+    (folder / "bad_batch" / "step_1.pt").write_text("of its first step")
+    (folder / "notes.txt").write_text("mine")
+    result = go(right, folder)
+    assert result["status"] == "finished" and result["resumed_at"] == []
+    left = {path.name for path in folder.iterdir()} - {"notes.txt", "bad_batch"}
+    go(right, tmp_path / "straight")
+    assert left == {path.name for path in (tmp_path / "straight").iterdir()}
+    assert not list((folder / "bad_batch").iterdir()) and (folder / "notes.txt").read_text() == "mine"
+    assert_same_run(folder, tmp_path / "straight")
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        go(small(stripes, seed=1), folder)
+
+
+def test_resume_of_a_start_that_saved_no_step_takes_other_settings(stripes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        go(small(tmp_path / "nowhere"), folder)
+    assert main([f"resume={folder}", f"data.root={stripes}", "train.epochs=1"]) == 0
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 1
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew(stripes: Path, tmp_path: Path) -> None:
+    """They are large, and somebody may have removed them; history and scores are still of worth."""
+    go(small(stripes), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        go(small(stripes, seed=1), tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
