@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from finetune.app.room import check_files, check_room
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics, without_val_problems
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
 from finetune.core.ema import Ema
@@ -147,6 +148,7 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
         UserError: A mistake that only the model, the data or the machine could show.
     """
     device = pick_device(conf.device)
+    check_files(conf, device)
     source = open_source(conf.data)
     if not source.has("val") and (problems := without_val_problems(conf.train)):
         raise UserError(problems[0])
@@ -154,8 +156,10 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
     if device.type == "cpu":
         keep_freed_memory()  # only now, so that the memory of the check's threads went back to the system
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
+    model_conf = with_head_bias(conf.model, is_multilabel=source.is_multilabel)
+    check_room(conf, model_conf, source, device)
     torch.manual_seed(conf.seed)
-    built = build_model(with_head_bias(conf.model, is_multilabel=source.is_multilabel), source.classes)
+    built = build_model(model_conf, source.classes)
     built = dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)

@@ -5,14 +5,17 @@ import logging
 from typing import Any
 
 from finetune.app.build import Run
-from finetune.config import Conf, OptimConf
+from finetune.config import Conf, Interval, OptimConf
 from finetune.core.plan import layer_rows, planned_rates
 from finetune.core.rates import rate_table, with_peak_rate
 from finetune.core.sched import Curve
 from finetune.report.columns import state_in_words
 from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
+from finetune.system.limits import Limit
 from finetune.system.tables import table
+
+STEPS = Limit(10_000_000, "every step's rate is planned ahead: lower train.epochs", "steps")
 
 logger = logging.getLogger("finetune")
 
@@ -30,6 +33,8 @@ def peak_optim(conf: Conf) -> OptimConf:
 def run_curve(conf: Conf, batches_per_epoch: int) -> Curve:
     """The schedule's curve for a run whose epochs have this many micro-batches; see `Curve.of_run` for the error."""
     steps = -(-batches_per_epoch // conf.train.accumulate)  # the last step of an epoch may have fewer micro-batches
+    subject = f"train.epochs={conf.train.epochs}: the run"
+    STEPS.check(subject, conf.train.epochs * steps if conf.sched.interval == Interval.step else 0)
     peak = peak_optim(conf).lr
     return Curve.of_run(conf.sched, epochs=conf.train.epochs, steps_per_epoch=steps, peak_lr=peak)
 

@@ -80,8 +80,8 @@ def take_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from 1 to 999,999,999")
     return int(text)
 
 

@@ -42,7 +42,7 @@ class AugmentConf:
     crop_scale: tuple[float, float] = setting((0.08, 1.0), "crop: least and greatest share of the image's area")
     crop_ratio: tuple[float, float] = setting((0.75, 4 / 3), "crop: least and greatest width over height")
     policy: Policy = setting(Policy.none, "crop: randaug, trivial, augmix or three_augment, after crop and flip")
-    randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", ge=1)
+    randaug_ops: int = setting(2, "policy=randaug: operations drawn for an image", ge=1, le=100)
     randaug_magnitude: float = setting(9.0, "policy=randaug: mean strength, of 10", ge=0, le=10)
     randaug_std: float = setting(0.5, "policy=randaug: standard deviation of the strength", ge=0)
     interpolation: Interpolation = setting(
@@ -55,7 +55,7 @@ class AugmentConf:
     mix_prob: float = setting(1.0, "probability that a batch is mixed at all", gt=0, le=1)
     mix_switch: float = setting(0.5, "with mixup and cutmix: probability that a mixed batch gets cutmix", gt=0, lt=1)
     mix_images: int = setting(0, "images that are mixed by one draw, in groups of this size; 0: all of a batch", ge=0)
-    repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", ge=1)
+    repeats: int = setting(1, "views of each image in an epoch, next to each other in the same batch", ge=1, le=1000)
     views: int = setting(0, "0: a fresh view of each image every epoch; K: K views, recycled", ge=0)
 
 

@@ -32,6 +32,9 @@ class Precision(Choice):
     fp16 = "fp16"
 
 
+MAX_INT = 2**31 - 1  # of a whole number that has no bound of its own: nothing is counted in more
+
+
 @dataclass
 class Conf:
     """One run."""
@@ -78,6 +81,8 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
     """Why `value` lies outside the range of its setting, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
+    if isinstance(value, int) and value > metadata.get("le", MAX_INT):
+        return f"{key}={str(value)[:20]}: must be at most {metadata.get('le', MAX_INT):,} ({metadata['help']})"
     is_inside = all(holds(value, metadata[name]) for name, (_, holds) in BOUNDS.items() if name in metadata)
     if math.isfinite(value) and is_inside:
         return None

@@ -91,11 +91,15 @@ class DataConf:
         Resize.auto,
         "shortest: shorter side, then the middle; squash: both sides; pad: longer side, then black; auto: as weights",
     )
-    eval_resize: int = setting(0, "pixels of the shorter side before the middle is cut out; 0: as the weights", ge=0)
+    eval_resize: int = setting(
+        0, "pixels of the shorter side before the middle is cut out; 0: as the weights", ge=0, le=16_384
+    )
     drop_last: bool = setting(
         False, "true: leave out an epoch's last images that fill no whole step, but not its only ones"
     )
-    batch_size: int = setting(64, "images a micro-batch; auto or 0: as many as fit, the same images a step", ge=0)
+    batch_size: int = setting(
+        64, "images a micro-batch; auto or 0: as many as fit, the same images a step", ge=0, le=2**20
+    )
     workers: str = setting("auto", "loader processes: a number, or auto, by measurement; only changes the speed")
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
     max_image_mib: int = setting(
@@ -106,7 +110,9 @@ class DataConf:
     )
     check_budget_s: float = setting(15.0, "seconds in which the check at the start decodes new images", ge=0)
     cache: CacheKind = setting(CacheKind.none, "where to store decoded images: same images, faster epochs")
-    cache_gib: float = setting(500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0)
+    cache_gib: float = setting(
+        500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0, le=2**30
+    )
     cache_dir: str | None = setting(
         None, "its folder finetune-cache holds the caches; null: ~/.cache or $XDG_CACHE_HOME"
     )
@@ -174,8 +180,8 @@ def data_problems(data: DataConf) -> list[str]:
         problems.append(f"{given['classes']}: one class leaves nothing to tell apart; name two or more")
     if len(set(data.classes)) < len(data.classes):
         problems.append(f"{given['classes']}: names a class twice")
-    if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)):
-        problems.append(f"{given['workers']}: expected auto or a number such as 0 or 8")
+    if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)) or (data.workers != "auto" and int(data.workers) > 1024):
+        problems.append(f"{given['workers']}: expected auto or a number from 0 to 1024, such as 8")
     return problems
 
 

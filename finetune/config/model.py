@@ -54,7 +54,7 @@ class ModelConf:
     name: str = setting("glyph_clip", "architecture, by its library's name; glyph_clip and glyph_vit are bundled")
     pretrained: str = setting("bundled", "weights: bundled, none, an open_clip or timm tag, a hub id or a path")
     library: Library = setting(Library.auto, "whose model it is, where several libraries know the name")
-    image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0)
+    image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0, le=16_384)
     head: HeadKind = setting(
         HeadKind.auto,
         "zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the checkpoint's own);"

@@ -31,7 +31,7 @@ class PrefixConf:
 
     cache: PrefixCache = setting(PrefixCache.auto, "where to cache the frozen layers' activations; changes no result")
     dtype: PrefixDtype = setting(PrefixDtype.auto, "of these activations; auto: 32 bit in fp32 runs, else 16")
-    max_gib: float = setting(50.0, "cache=disk: GiB that the cached activations of all runs may take", gt=0)
+    max_gib: float = setting(50.0, "cache=disk: GiB that the cached activations of all runs may take", gt=0, le=2**30)
 
 
 def prefix_problems(prefix: PrefixConf, optim: OptimConf) -> list[str]:

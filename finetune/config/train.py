@@ -41,8 +41,8 @@ class ClassTokenOnly(Choice):
 class TrainConf:
     """The epoch loop."""
 
-    epochs: int = setting(10, "passes over the training images", ge=1)
-    accumulate: int = setting(1, "micro-batches that make one optimizer step", ge=1)
+    epochs: int = setting(10, "passes over the training images", ge=1, le=1_000_000)
+    accumulate: int = setting(1, "micro-batches that make one optimizer step", ge=1, le=1_000_000)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     label_smoothing: float = setting(0.0, "share of each label spread over all classes", ge=0, lt=1)
     loss: Loss = setting(Loss.auto, "ce: one right class; bce: yes or no a class; asl: bce that forgets easy negatives")

@@ -17,7 +17,7 @@ if sys.platform != "win32":  # which has no limit of this kind
     import resource
 
 MIB = 2**20
-SPARE_FILES = 64  # file handles that libraries, logs and sockets take beside those that a run counts
+OPEN_FILES = 4096  # that a process allows itself where the system lets it, once its first limit is too low
 
 
 class LimitError(UserError):
@@ -32,7 +32,7 @@ def in_bytes(num_bytes: float) -> str:
             break
         size /= 1024
     if unit == "bytes":
-        return f"{size:.0f} bytes" if size != 1 else "1 byte"
+        return f"{size:,.0f} bytes" if size != 1 else "1 byte"
     return f"{size:,.2f} {unit}" if size < 9.995 else f"{size:,.1f} {unit}" if size < 99.95 else f"{size:,.0f} {unit}"
 
 
@@ -48,7 +48,7 @@ class Limit:
         """A LimitError where `subject`, such as `data.table=x.csv: row 3`, claims a larger `number`."""
         if number > self.most:
             raise LimitError(
-                f"{subject}: has {self._words(number)}, and at most {self._words(self.most)} are read; {self.mend}"
+                f"{subject}: has {self._words(number)}, and at most {self._words(self.most)} can be used; {self.mend}"
             )
 
     def error(self, subject: str) -> LimitError:
@@ -86,7 +86,7 @@ def check_memory(subject: str, num_bytes: int, mend: str) -> None:
 
 
 def check_open_files(needed: int, mend: str) -> None:
-    """Make sure that this process may have `needed` files open, and some spare ones; raises its own limit if it may.
+    """Make sure that this process may have `needed` files open; raises its own limit if it may.
 
     Raises:
         LimitError: The system allows fewer; `mend` says what needs fewer.
@@ -94,11 +94,12 @@ def check_open_files(needed: int, mend: str) -> None:
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed += SPARE_FILES
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard == resource.RLIM_INFINITY or needed <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        more = max(needed, OPEN_FILES)
+        more = more if hard == resource.RLIM_INFINITY else min(more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         return
     raise LimitError(
         f"this run opens up to {needed} files, and the system allows {hard}; `ulimit -n {needed}` raises that, {mend}"

@@ -13,6 +13,7 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 
 _hidden: dict[str, str] = {}  # texts that no output may show -> what stands in their place
+MAX_LINE = 4_000  # letters of an error
 MIN_HIDDEN = 6  # letters: a shorter text is no secret, and stands in other words by chance
 
 
@@ -66,5 +67,8 @@ def _as_bytes(char: str) -> str:
 
 
 def complain(problem: str) -> None:
-    """Print `error: <problem>` on stderr as one line, with control characters escaped."""
-    print(f"error: {printable(' '.join(problem.split()))}", file=sys.stderr)
+    """Print `error: <problem>` on stderr as one line of at most `MAX_LINE` letters, control characters escaped."""
+    text = printable(" ".join(problem.split()))
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE - 600]} [...] {text[-500:]}"  # what was typed, and how to mend it
+    print(f"error: {text}", file=sys.stderr)

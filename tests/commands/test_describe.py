@@ -206,7 +206,7 @@ def test_what_is_assumed_of_absent_data_is_said(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "code", "problem"),
     [
-        (["--classes", "0"], 2, "at least 1"),
+        (["--classes", "0"], 2, "from 1 to"),
         (["--plot"], 2, "--plot: expected one argument"),
         (["--plot", "optim.lr=1e-3"], 2, "--plot=NAME"),
         (["-m", "optim.lr=1,2"], 2, "--multirun"),

@@ -157,7 +157,7 @@ def test_a_list_of_class_names_has_a_limit_and_a_name(tmp_path: Path) -> None:
 def test_a_pattern_names_a_million_shards_at_most() -> None:
     bombs = ["{0..99999999}", "{000000..99999999}.tar", "{0..999}" * 3, "{a,b}" * 40, "{0.." + "9" * 5000 + "}"]
     for pattern in bombs:
-        with pytest.raises(UserError, match=r"at most 1,000,000 shards are read; .*typing mistake"):
+        with pytest.raises(UserError, match=r"at most 1,000,000 shards can be used; .*typing mistake"):
             _expand_braces(pattern)
     assert _expand_braces("{a,b{00..01}}-{5000000000..5000000001}") == [
         *("a-5000000000", "a-5000000001", "b00-5000000000", "b00-5000000001"),
