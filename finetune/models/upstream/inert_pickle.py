@@ -6,12 +6,15 @@ them what it knows and leaves the rest. No step takes more memory than the bytes
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-# The largest real archives, of a few thousand modules, take a tenth of this. More would keep the start waiting.
-MAX_STEPS = 1_000_000
+# The largest real files, checkpoints with a long history, take a tenth of this. More would keep the start waiting.
+MAX_STEPS = 5_000_000
+# Keys of dicts that are neither texts nor small numbers. More could be chosen to collide, which takes a dict hours.
+MAX_ODD_KEYS = 20_000
+_SMALL = 2**60  # from here on, Python gives several numbers one hash
 
 
 class PickleError(ValueError):
@@ -58,15 +61,21 @@ class _Mark:
 
 
 _MARK = _Mark()
-_Stack = list[Any]
 
 
-def read_pickle(data: bytes) -> Any:
+class _Stack(list[Any]):
+    """The machine's stack; counts the odd keys so far."""
+
+    odd_keys = 0
+
+
+def read_pickle(data: bytes | IO[bytes]) -> Any:
     """The value of a pickle: None, numbers, texts, tuples, lists, dicts, and the classes of this module.
 
-    Dicts keep only the entries whose key is a text. A PickleError says which step is unknown or senseless.
+    Dicts keep only the entries whose key is a text. A PickleError says which step is unknown, senseless, or made to
+    keep Python busy. Of an open file the next pickle is read.
     """
-    stack: _Stack = []
+    stack = _Stack()
     memo: dict[int, Any] = {}
     try:
         for step, (opcode, operand, _) in enumerate(pickletools.genops(data)):
@@ -119,9 +128,22 @@ def _top(stack: _Stack, kind: type) -> Any:
 
 
 def _set(stack: _Stack, items: list[Any]) -> None:
-    # Numbers as keys could be chosen to collide, which takes a dict hours.
+    _count_odd(stack, items[::2])
     pairs = zip(items[::2], items[1::2], strict=True)
-    _top(stack, dict).update({key: value for key, value in pairs if isinstance(key, str)})
+    if not isinstance(stack[-1], (Call, Instance)):  # an OrderedDict is a call, and its entries are left out
+        _top(stack, dict).update({key: value for key, value in pairs if isinstance(key, str)})
+
+
+def _count_odd(stack: _Stack, keys: Iterable[Any]) -> None:
+    """Count the keys that collide more easily than texts; a tuple in a tuple could overflow Python's own stack."""
+    for key in keys:
+        if isinstance(key, str) or (isinstance(key, int) and abs(key) < _SMALL):
+            continue
+        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+            raise PickleError("its pickle has nested tuples for keys")
+        stack.odd_keys += 1
+    if stack.odd_keys > MAX_ODD_KEYS:
+        raise PickleError(f"its pickle has more than {MAX_ODD_KEYS:,} odd keys")
 
 
 def _extend(stack: _Stack, items: list[Any]) -> None:
@@ -130,8 +152,17 @@ def _extend(stack: _Stack, items: list[Any]) -> None:
 
 def _call(stack: _Stack) -> None:
     function, args = _pop(stack, 2)
+    if isinstance(function, Call):  # of what another call gives: a method, for example
+        function = Name(function.function.module, f"{function.function.name}(...)")
     if not isinstance(function, Name) or not isinstance(args, tuple):
         raise PickleError("its pickle calls what is no function")
+    # A set, or an OrderedDict, may be made of a list: of its keys, or of pairs.
+    for arg in args:
+        if isinstance(arg, (list, tuple)) and function.module in ("collections", "builtins", "__builtin__"):
+            _count_odd(stack, arg)
+            _count_odd(stack, (pair[0] for pair in arg if isinstance(pair, (list, tuple)) and pair))
+        if isinstance(arg, int) and function.name == "bytearray":
+            raise PickleError("its pickle asks for empty memory")
     stack.append(Call(function, args))
 
 
@@ -144,13 +175,15 @@ def _make(stack: _Stack) -> None:
 
 def _build(stack: _Stack) -> None:
     (state,) = _pop(stack, 1)
-    _top(stack, Instance).state = state
+    if not isinstance(stack[-1], Call):
+        _top(stack, Instance).state = state
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
+_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
 _STEPS: dict[str, Callable[[_Stack], None]] = {
     "EMPTY_LIST": lambda stack: stack.append([]),
+    "EMPTY_SET": lambda stack: stack.append(Call(Name("builtins", "set"), ())),
     "EMPTY_DICT": lambda stack: stack.append({}),
     "TUPLE": lambda stack: stack.append(tuple(_group(stack))),
     "TUPLE1": lambda stack: stack.append(tuple(_pop(stack, 1))),
