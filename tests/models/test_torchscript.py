@@ -14,11 +14,12 @@ from torchvision.models import ResNet18_Weights
 
 from finetune.config import Family, Library, ModelConf
 from finetune.models import build_model
-from finetune.models.upstream import inert_pickle, torchscript
-from finetune.models.upstream.inert_pickle import Call, Instance, PickleError, Reference, read_pickle
+from finetune.models.upstream import torchscript
 from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.weight_files import read_state_dict
+from finetune.system import inert_pickle
 from finetune.system.errors import UserError
+from finetune.system.inert_pickle import Call, Instance, PickleError, Reference, read_pickle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.models.upstream.inert_pickle import Call, Instance, Name, PickleError, Reference, read_pickle
 from finetune.system.errors import UserError
+from finetune.system.inert_pickle import Call, Instance, Name, PickleError, Reference, read_pickle
 
 DTYPES = {
     "DoubleStorage": torch.float64,

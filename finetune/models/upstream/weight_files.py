@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
-from finetune.models.upstream.inert_pickle import read_pickle
 from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
 from finetune.system.errors import UserError
+from finetune.system.inert_pickle import check_pickles
 from finetune.system.reading import DamagedError
 from finetune.system.seals import check_checksum, damaged_if_unreadable
 
@@ -37,8 +37,6 @@ NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dic
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-# torch before 1.6 wrote these in a row: a magic number, a version, the system, the content, the keys of the storages.
-LEGACY_PICKLES = 5
 # Training programs nest the weights at most this deep; a pickle may hold itself.
 MAX_NESTING = 3
 # An error lists at most this many names of each kind, each of them up to this length.
@@ -94,7 +92,10 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        _check_pickles(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_growth(archive, path)
+        check_pickles(path)
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -113,22 +114,6 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
     return content
-
-
-def _check_pickles(path: Path) -> None:
-    """Raise a PickleError or a UserError for a file whose pickle or zip is made to keep Python busy for ever."""
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            for _ in range(LEGACY_PICKLES):
-                read_pickle(file)
-            return
-        with zipfile.ZipFile(file) as archive:
-            check_growth(archive, path)
-            for info in archive.infolist():
-                if info.filename.endswith("/data.pkl"):
-                    with archive.open(info) as pickled:
-                        read_pickle(pickled.read(info.file_size))
 
 
 def _harmless() -> list[Any]:

@@ -6,14 +6,18 @@ them what it knows and leaves the rest. No step takes more memory than the bytes
 """
 
 import pickletools
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 # The largest real files, checkpoints with a long history, take a tenth of this. More would keep the start waiting.
 MAX_STEPS = 5_000_000
 # Keys of dicts that are neither texts nor small numbers. More could be chosen to collide, which takes a dict hours.
 MAX_ODD_KEYS = 20_000
+# torch before 1.6 wrote these in a row: a magic number, a version, the system, the content, the keys of the storages.
+LEGACY_PICKLES = 5
 _SMALL = 2**60  # from here on, Python gives several numbers one hash
 
 
@@ -104,6 +108,24 @@ def read_pickle(data: bytes | IO[bytes]) -> Any:
     if len(stack) != 1:
         raise PickleError("its pickle is no whole one")
     return stack[0]
+
+
+def check_pickles(path: Path) -> None:
+    """Raise a PickleError for a file of `torch.save` whose pickle is made to keep Python busy; call it before torch."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            if file.read(2) == b"PK":
+                return  # a damaged zip, or one with much behind its end: torch says what it makes of it
+            file.seek(0)
+            for _ in range(LEGACY_PICKLES):
+                read_pickle(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if info.filename.endswith("/data.pkl"):
+                    with archive.open(info) as pickled:
+                        read_pickle(pickled.read(info.file_size))
 
 
 def _group(stack: _Stack) -> list[Any]:
