@@ -53,6 +53,10 @@ class ModelConf:
     family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm or torchvision network")
     name: str = setting("glyph_clip", "architecture, by its library's name; glyph_clip and glyph_vit are bundled")
     pretrained: str = setting("bundled", "weights: bundled, none, an open_clip or timm tag, a hub id or a path")
+    pretrained_key: str | None = setting(
+        None,
+        "which weights of a file that has several, such as teacher.backbone; null: where the names fit",
+    )
     library: Library = setting(Library.auto, "whose model it is, where several libraries know the name")
     image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0, le=16_384)
     head: HeadKind = setting(

@@ -18,7 +18,7 @@ from finetune.data.split import Split
 
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
 HEAD = ("head", "head_scale", "head_dropout", "head_bias", "templates", "class_names", "drop_path")
-NOT_OF_THE_PREFIX = (*HEAD, "pretrained", "pool")
+NOT_OF_THE_PREFIX = (*HEAD, "pretrained", "pretrained_key", "pool")
 # Files and folders of this package that make an image, a view or an activation, or say which slot has which image.
 # Upstream's networks and all libraries count by their versions. `tests/prefix/test_identity.py` finds what is missing.
 COMPUTING = (

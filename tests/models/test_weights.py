@@ -36,19 +36,26 @@ def same(state: dict, expected: dict = STATE) -> bool:
 @pytest.mark.parametrize(
     "content",
     [
-        STATE,
-        {"state_dict": STATE},
-        {"model": STATE, "optimizer": {"lr": 1.0}, "epoch": 3, "args": argparse.Namespace(lr=1)},
-        {"state_dict": STATE, "best_top1": np.float64(0.5), "epoch": np.int64(3)},
-        {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},
-        {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in STATE.items()}, "epoch": 1},
-        {"state_dict": {name: torch.zeros_like(t) for name, t in STATE.items()}, "state_dict_ema": STATE},
+        {"args": argparse.Namespace(lr=1), "epoch": 3, **STATE},
+        {"best_top1": np.float64(0.5), "epoch": np.int64(3), **STATE},
         {**STATE, "note": "text beside the tensors"},
+        {"conv": {"weight": STATE["conv.weight"], "bias": STATE["conv.bias"]}, "steps": STATE["steps"]},
     ],
 )
-def test_whatever_a_training_program_wrapped_around_the_weights(content: dict, tmp_path: Path) -> None:
+def test_all_tensors_whatever_stands_beside_them(content: dict, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
     assert same(read_state_dict(tmp_path / "w.pt"))
+
+
+def test_two_tensors_of_one_name_are_refused_and_one_dictionary_in_many_places_is_read_once(tmp_path: Path) -> None:
+    torch.save({"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"two of its tensors are called a\.b"):
+        read_state_dict(tmp_path / "w.pt")
+    layer: dict = {"w": torch.ones(1)}
+    for _ in range(7):
+        layer = {str(index): layer for index in range(20)}  # a billion places
+    torch.save(layer, tmp_path / "w.pt")
+    assert list(read_state_dict(tmp_path / "w.pt")) == ["0.0.0.0.0.0.0.w"]
 
 
 def test_safetensors_and_half_precision(tmp_path: Path) -> None:

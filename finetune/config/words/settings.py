@@ -54,7 +54,7 @@ SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name.partition(".")[0] for name 
 
 # Settings that are paths, whose values are never read as a number or a list.
 PATH_SETTINGS = (
-    *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained"),
+    *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained", "model.pretrained_key"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
 # Words that stand for a number.

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.config import ModelConf
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs, network, weight_files
+from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted, find_weights, has_complete
 from finetune.models.upstream.clip_source import ClipSource
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.network import Upstream
@@ -36,16 +37,18 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         cfg = _with_drop_path(source.model_cfg, conf)
         # open_clip's reader of a JAX archive fills both towers.
         clip = _constructed(source, cfg, conf.image_size, whole=with_text or is_jax)
+    note = ""
     if path is not None:
         if is_jax:
             _load_jax(clip, path, source)
         else:
-            state = _as_open_clip(clip, weight_files.read_state_dict(path), source.label)
+            found = _find(clip, weight_files.read_state_dict(path), conf.pretrained_key, source.label)
+            state, note = _as_open_clip(clip, found.state), found.note
             weight_files.load_strictly(clip, state, source=source.label)
     if conf.image_size and isinstance(clip.visual, TimmModel):
         clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
     preprocess = _preprocess(source, conf)
-    text = network.describe(source.name, "an image tower of open_clip", source.label, preprocess)
+    text = network.describe(source.name, "an image tower of open_clip", source.label, preprocess) + note
     if source.weights is not None and source.weights.parent == glyphs.FOLDER and source.name == glyphs.CLIP:
         text = glyphs.read_bundle(glyphs.CLIP).description
     return Upstream(clip, preprocess, text)
@@ -107,31 +110,48 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
         raise UserError(f"{source.label} is no big_vision archive of {source.name}: {error}") from error
 
 
-def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """The weights under open_clip's names, with position embeddings resized to the model's grid."""
+def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> Found:
+    """The weights of both towers, or of the image tower alone where `clip` has no other, under open_clip's names."""
     from open_clip.convert import convert_state_dict
-    from open_clip.model import CLIP, convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    visual = clip.get_submodule("visual")
+    tower = Wanted.by(visual)
+    tower = Wanted({f"visual.{name}": shape for name, shape in tower.shapes.items()}, known=tower.known)
+    # Below any prefix: that of a whole CLIP (`visual.`) or none, where a file holds model.visual.state_dict() alone.
+    tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual."))]
+
+    def convert(group: StateDict) -> StateDict | None:
+        """The tensors of Apple's MobileCLIP, whose names open_clip changes by itself."""
+        state = convert_state_dict(clip, group) if any(name.startswith("image_encoder.") for name in group) else {}
+        state = {name: tensor for name, tensor in state.items() if name in wanted.shapes}
+        return state if state.keys() == wanted.shapes.keys() else None
+
+    if {name for name, _ in clip.named_children()} == {"visual"}:
+        wanted = tower
+        return find_weights(tensors, tower, tower_layouts, key=key, source=label, convert=convert)
+    wanted = Wanted.by(clip)
+    layouts = [Layout.own(wanted)]
+    if "text" in wanted.known:
+        # Older files of such models have the text tower's tensors beside the image tower.
+        layouts.append(Layout.own(wanted, lambda name: name.removeprefix("text.")))
+    if not has_complete(tensors, wanted, layouts) and has_complete(tensors, tower, tower_layouts):
+        raise UserError(f"{label} has an image tower only, so no zero-shot head can be made: use model.head=random")
+    return find_weights(tensors, wanted, layouts, key=key, source=label, convert=convert)
+
+
+def _as_open_clip(clip: nn.Module, state: StateDict) -> StateDict:
+    """The weights with position embeddings resized to the model's grid."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
     # The steps are those of open_clip's `load_checkpoint`, which takes a file and no tensors.
-    own = {name for name, _ in clip.named_children()}
-    tower = {name.removeprefix("visual.") for name in clip.state_dict() if name.startswith("visual.")}
-    if tower <= state.keys():
-        # The file holds model.visual.state_dict() alone.
-        state = {f"visual.{name}": tensor for name, tensor in state.items()}
-    state = convert_state_dict(clip, state)
     _resize_attention_pool(state, clip)
     # A table that cannot be resized belongs to another model: the strict load that follows reports it with its name.
     misfit = contextlib.suppress(AssertionError, RuntimeError)
     with quiet_upstream():
         with misfit:
             resize_pos_embed(state, clip)
-        if own == {"visual"}:
-            # Only the image tower was built. A file that finetune wrote holds it and a classifier.
-            return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
-        if all(name.startswith(("visual.", "head.")) for name in state):
-            raise UserError(f"{label} has an image tower only, so no zero-shot head can be made: use model.head=random")
-        if "positional_embedding" in state and not isinstance(clip, CLIP):
-            state = convert_to_custom_text_state_dict(state)
+        if {name for name, _ in clip.named_children()} == {"visual"}:
+            return state
         state.pop("text.transformer.embeddings.position_ids", None)  # old versions of transformers wrote this
         with misfit:
             resize_text_pos_embed(state, clip)
@@ -141,7 +161,7 @@ def _as_open_clip(clip: nn.Module, state: dict[str, Tensor], label: str) -> dict
     return state
 
 
-def _resize_attention_pool(state: dict[str, Tensor], clip: nn.Module) -> None:
+def _resize_attention_pool(state: StateDict, clip: nn.Module) -> None:
     """Resize the position embeddings in the pooling of CLIP's ResNets, in place; bicubic, as open_clip does in ViTs."""
     name = "visual.attnpool.positional_embedding"
     wanted = dict(clip.named_parameters()).get(name)

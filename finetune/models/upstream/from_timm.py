@@ -7,16 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
+from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
 from finetune.system.errors import UserError
+
+# What timm's conversions and its strict loading raise on tensors of another model.
+UNFIT = (RuntimeError, LookupError, AssertionError, ValueError, TypeError, AttributeError)
 
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
@@ -33,7 +38,13 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     if conf.image_size:
         network.check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
-    state = weight_files.read_state_dict(path) if load and path is not None else {}
+    found = Found({})
+    if load and path is not None:
+        tensors = weight_files.read_state_dict(path)
+        with torch.device("meta"):
+            wanted = Wanted.by(VisionTransformer(**args), ("head.",))
+        found = find_weights(tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
+    state = found.state
     if "head.weight" in state:
         args["num_classes"] = len(state["head.weight"])
     net = VisionTransformer(**args, drop_path_rate=conf.drop_path)
@@ -47,7 +58,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     own = Preprocess(args["img_size"], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
     preprocess = dataclasses.replace(saved.preprocess or own, size=args["img_size"])
     text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
-    text = bundle.description if path == bundle.weights else text
+    text = bundle.description if path == bundle.weights else text + found.note
     return Upstream(net, preprocess, text, classifier_names, saved.classes)
 
 
@@ -64,11 +75,12 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     if conf.image_size and (config is None or config.fixed_input_size):  # others have no position embeddings
         args["img_size"] = conf.image_size
     settings = ", ".join(args)
-    if wants_weights and path is not None:
-        args |= _file_args(config, path)
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
         with downloads(f"weights of {source}") if fetches else quiet_upstream():
+            note = ""
+            if wants_weights and path is not None:
+                args, note = _file_args(name, args, path, conf.pretrained_key)
             create = partial(timm.create_model, name, pretrained=wants_weights, **args)
             net = built_from_weights(create) if wants_weights else create()
     except TypeError as error:
@@ -80,7 +92,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
             network.check_patches(conf.image_size, module.patch_size[0])
     saved = weight_files.read_metadata(path)
     preprocess = _preprocess(net, conf)
-    text = network.describe(conf.name, "a model of timm", source, preprocess)
+    text = network.describe(conf.name, "a model of timm", source, preprocess) + note
     if saved.preprocess is not None:
         preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
     elif path is not None:
@@ -130,19 +142,39 @@ def _unknown_name(name: str) -> str:
     return f"model.name={name}: {problem}; timm knows {len(names)}, which timm.list_models('vit*') and the like list"
 
 
-def _file_args(config: Any, path: Path) -> dict[str, Any]:
-    """The arguments with which timm loads a file instead of a hub's, with its own conversions and as strictly."""
+def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> tuple[dict[str, Any], str]:
+    """`args` with which timm loads a file instead of a hub's, with its own conversions and as strictly, and a note."""
+    import timm
+
     if path.suffix in (".npz", ".npy"):
         weight_files.check_npz(path)
-        return {"pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}
-    state = weight_files.read_state_dict(path)
-    named = config.classifier if config is not None else None
-    first = named if isinstance(named, str) or named is None else named[0]
-    # With the file's own number of classes timm loads it strictly; our classifier replaces the file's later.
-    key = f"{first}.weight"
-    num_classes = len(state[key]) if key in state else 0
-    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0, "custom_load": False}
-    return {"pretrained_cfg_overlay": overlay, "num_classes": num_classes}
+        return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, ""
+    with torch.device("meta"):
+        net = timm.create_model(name, pretrained=False, num_classes=1, **args)
+    wanted = Wanted.by(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
+    first = classifier_names(net)[:1]
+
+    def with_state(state: StateDict) -> dict[str, Any]:
+        # With the file's own number of classes timm loads it strictly; our classifier replaces the file's later.
+        heads = [state[f"{name}.weight"] for name in first if f"{name}.weight" in state]
+        num_classes = len(heads[0]) if heads else 0
+        overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0, "custom_load": False}
+        return {**args, "pretrained_cfg_overlay": overlay, "num_classes": num_classes}
+
+    def convert(group: StateDict) -> StateDict | None:
+        """The tensors of a layout that timm reads by itself, such as those of the authors of a model."""
+        shapes = {name: tensor.to("meta") for name, tensor in group.items()}
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, pretrained=True, **with_state(shapes))
+        except UNFIT:
+            return None
+        return group
+
+    found = find_weights(
+        weight_files.read_state_dict(path), wanted, [Layout.own(wanted)], key=key, source=str(path), convert=convert
+    )
+    return with_state(found.state), found.note
 
 
 def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:

@@ -18,6 +18,7 @@ from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.torchvision_networks import RULES
 from finetune.models.upstream import weight_files
+from finetune.models.upstream.candidates import Layout, Wanted, find_weights
 from finetune.models.upstream.downloads import downloads
 from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, unknown_tag
 from finetune.models.upstream.skip_init import SkipInit
@@ -64,11 +65,13 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
         path = weight_files.path_of(conf.pretrained) if load else None
     chosen = options[conf.pretrained] if conf.pretrained in tags else None
     with _NumbersOnCpu():
-        net = _construct(conf, chosen, path, load=load)
+        net, note = _construct(conf, chosen, path, load=load)
     saved = weight_files.read_metadata(path)
     preprocess = saved.preprocess or _preprocess(chosen or options["DEFAULT"])
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)
-    text = describe(conf.name, "a model of torchvision", path or (chosen.name if chosen else "random"), preprocess)
+    text = (
+        describe(conf.name, "a model of torchvision", path or (chosen.name if chosen else "random"), preprocess) + note
+    )
     # torchvision's own weights know ImageNet's classes in words, which are no names of folders.
     return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], saved.classes)
 
@@ -83,17 +86,23 @@ class _NumbersOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> nn.Module:
-    """The network with its own classifier and, if `load`, torchvision's own weights `chosen` or those of a file."""
+def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> tuple[nn.Module, str]:
+    """The network with its own classifier and, if `load`, torchvision's own weights `chosen` or those of a file.
+
+    Also a note about what else the file holds.
+    """
     from torchvision.models import MaxVit, VisionTransformer, get_model
     from torchvision.models.vision_transformer import interpolate_embeddings
 
-    state = weight_files.read_state_dict(path) if load and path is not None else None
-    if load and chosen is not None:
-        state = _fetch(chosen, conf.name)
+    state, note = _fetch(chosen, conf.name) if load and chosen is not None else None, ""
     args: dict[str, Any] = {}
     with torch.device("meta"), _NumbersOnCpu():
         empty = get_model(conf.name)  # costs no memory; shows patch size and classifier
+    if load and path is not None:
+        wanted = Wanted.by(empty, (f"{_classifier_name(empty)}.",))
+        tensors = weight_files.read_state_dict(path)
+        found = find_weights(tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
+        state, note = found.state, found.note
     weight = None if state is None else state.get(f"{_classifier_name(empty)}.weight")
     if isinstance(empty, VisionTransformer):
         size = conf.image_size or (chosen.meta["min_size"][0] if chosen else empty.image_size)
@@ -114,7 +123,7 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
     if state is not None:
         optional = (f"{_classifier_name(net)}.",) if weight is None else ()
         weight_files.load_strictly(net, state, source=str(path or chosen.name), optional=optional)
-    return net
+    return net, note
 
 
 def _fetch(chosen: Any, name: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.candidates import COUNTER, StateDict, shown
 from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
+from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
 from finetune.system.errors import UserError
 from finetune.system.inert_pickle import check_pickles
 from finetune.system.reading import DamagedError
 from finetune.system.seals import check_checksum, damaged_if_unreadable
 
-StateDict = dict[str, Tensor]
-
-# The keys under which training programs store the weights, best first. timm, too, prefers the average of the weights
-# over training (EMA).
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "teacher")
-# Prefixes that wrappers (DDP, torch.compile) and Lightning add to names.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-# Training programs nest the weights at most this deep; a pickle may hold itself.
-MAX_NESTING = 3
-# An error lists at most this many names of each kind, each of them up to this length.
-NAMES_SHOWN = 5
-NAME_SHOWN = 100
+MAX_NESTING = 8  # training programs nest the weights less deep
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """The tensors of a weights file by name: `.safetensors`, `.pt`, `.pth`, `.bin` or TorchScript.
+    """All tensors of a weights file by name: `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript or an index of shards.
 
-    Finds the weights inside a training program's checkpoint and removes the prefixes of wrappers. Half-precision
-    tensors become float32. A UserError where the file is damaged, holds no weights, or is a pickle that would run code;
-    a FileNotFoundError where there is none.
+    Where a training program nested dictionaries, a name has their keys in front: `teacher.backbone.cls_token`; see
+    `candidates.py` for the search in these names. Half-precision tensors become float32. A UserError where the file is
+    damaged, holds no weights, or is a pickle that would run code; a FileNotFoundError where there is none.
     """
     path = path_of(str(path))
+    if path.name.endswith(INDEX):
+        shards = [read_state_dict(shard) for shard in shards_of(path)]
+        return {name: tensor for shard in shards for name, tensor in shard.items()}
     with path.open("rb") as file:
         start = file.read(64)
     claims_safetensors = path.suffix == ".safetensors"
@@ -127,21 +121,28 @@ def _harmless() -> list[Any]:
 
 
 def _clean(content: Mapping[Any, Any], path: Path) -> StateDict:
-    """The weights inside a file's content, without the prefixes of wrappers, in single precision."""
-    for _ in range(MAX_NESTING):
-        nested = (content.get(key) for key in NESTED)
-        inner = (each for each in nested if isinstance(each, Mapping))
-        content = next((each for each in inner if any(isinstance(value, Tensor) for value in each.values())), content)
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    """All tensors in a file's content, by their names with the keys of the dictionaries around them, in float32."""
+    tensors: StateDict = {}
+    waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
+    walked: set[int] = set()
+    for start, inner, depth in waiting:  # which grows meanwhile
+        if id(inner) in walked:  # a dictionary may hold itself, or stand in many places
+            continue
+        walked.add(id(inner))
+        for key, value in inner.items():
+            name = f"{start}{key}" if isinstance(key, str) else ""
+            if name and isinstance(value, Tensor):
+                if name in tensors:
+                    raise UserError(f"{path} is refused: two of its tensors are called {shown([name])}")
+                tensors[name] = value
+            elif name and isinstance(value, Mapping) and depth < MAX_NESTING:
+                waiting.append((f"{name}.", value, depth + 1))
     if not tensors:
         keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in content]
-        raise UserError(f"{path} holds no weights: expected tensors by name, found {_shown(keys)}")
+        raise UserError(f"{path} holds no weights: expected tensors by name, found {shown(keys)}")
     _check_plain(tensors, path)
     # Position embeddings are resized later, which a CPU can do in single precision only.
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    while found := [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
-        tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
-    return tensors
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
 def _check_plain(tensors: StateDict, path: Path) -> None:
@@ -152,7 +153,7 @@ def _check_plain(tensors: StateDict, path: Path) -> None:
             kind = (
                 "quantized" if value.is_quantized else f"of the kind {value.layout}, {value.dtype}, {value.device.type}"
             )
-            problem = f"{path} is refused: {_shown([name])} is no plain tensor ({kind})"
+            problem = f"{path} is refused: {shown([name])} is no plain tensor ({kind})"
             raise UserError(f"{problem}; save its tensors dense and unquantized (safetensors.torch.save_file)")
     # One storage may stand behind many names, and one number behind a whole tensor.
     wanted, held = sum(value.numel() * 4 for value in tensors.values()), path.stat().st_size
@@ -193,23 +194,18 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, o
     mine = net.state_dict()
 
     def strict(names: Iterable[str]) -> list[str]:
-        return sorted(name for name in names if not name.startswith(optional))
+        return sorted(name for name in names if not name.startswith(optional) and not name.endswith(COUNTER))
 
     missing, unexpected = strict(mine.keys() - state.keys()), strict(state.keys() - mine.keys())
     both = mine.keys() & state.keys()
     fitting = {name for name in both if state[name].shape == mine[name].shape}
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(mine[name].shape)}" for name in strict(both - fitting)]
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    listed = [f"{len(names)} {word}: {_shown(names)}" for word, names in faults if names]
+    listed = [f"{len(names)} {word}: {shown(names)}" for word, names in faults if names]
     if listed:
         problem = f"holds the weights of another model than {type(net).__name__} built here"
         raise UserError(f"{source} {problem} ({'; '.join(listed)}); check model.name")
     net.load_state_dict({name: state[name] for name in fitting}, strict=False)
-
-
-def _shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
-    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
-    return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
 def misfit_of(error: BaseException) -> str:
@@ -218,9 +214,9 @@ def misfit_of(error: BaseException) -> str:
     for word in ("missing", "unexpected"):
         if line := re.search(rf"{word} key\(s\).*", str(error), re.IGNORECASE):
             names = re.findall(r'"([^"]+)"', line[0])
-            found.append(f"{len(names)} {word}: {_shown(names)}")
+            found.append(f"{len(names)} {word}: {shown(names)}")
     if shapes := re.findall(r"size mismatch for (.+?)\.?$", str(error), re.MULTILINE):
-        found.append(f"{len(shapes)} of another shape: {_shown(shapes, at_most=1)}")
+        found.append(f"{len(shapes)} of another shape: {shown(shapes, at_most=1)}")
     return "; ".join(found) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -230,16 +226,22 @@ def _damaged(path: Path, error: BaseException) -> UserError:
 
 
 def is_path(text: str) -> bool:
-    """Whether the text of `model.pretrained` is the path of a file, and not a tag."""
-    suffixes = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".tar", ".ckpt")
-    return os.sep in text or text.startswith("~") or text.endswith(suffixes) or Path(text).is_file()
+    """Whether the text of `model.pretrained` is the path of a file or folder, and not a tag."""
+    suffixes = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy", ".tar", ".ckpt", INDEX)
+    is_there = text not in ("bundled", "none") and Path(text).exists()
+    return os.sep in text or text.startswith("~") or text.endswith(suffixes) or is_there
 
 
 def path_of(text: str) -> Path:
-    """The file that `model.pretrained` names; a FileNotFoundError where there is none."""
+    """The file that `model.pretrained` names, or that lies in the folder that it names; see `weights_in`.
+
+    A FileNotFoundError where there is none.
+    """
     path = Path(text).expanduser()
+    if path.is_dir():
+        return weights_in(path)
     if not path.is_file():
-        formats = ".safetensors, .pt, .pth, .bin or .npz"
+        formats = "a folder, .safetensors, .pt, .pth, .bin or .npz"
         raise FileNotFoundError(f"model.pretrained={text}: no such file; expected {formats}")
     return path
 

@@ -1,0 +1,357 @@
+"""Find a network's weights in a file that holds more: other networks, averages, losses, the state of an optimizer.
+
+Training programs put prefixes in front of names (`module.`, `teacher.backbone.`) and nest dictionaries. No list of such
+words is complete, so none is kept: each prefix is tried under which some of the network's own names stand, and the
+tensors under it are a candidate. A complete one has all names, and nearly all with the network's shapes.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import nearest
+from finetune.system.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+# Parts that wrappers (DDP, torch.compile, FSDP, checkpointing) put inside names, in front of a part that they wrap.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# An optimizer's averages have the names and shapes of the weights, and are no weights.
+NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|gradients?)(\.|$)", re.IGNORECASE)
+# The adapters of LoRA change what the weights beside them compute.
+LORA = re.compile(r"(^|\.)lora_\w+(\.|$)")
+# Old files lack this counter of BatchNorm, and torch then starts it at 0.
+COUNTER = ".num_batches_tracked"
+# A complete candidate has at most this share of tensors of another shape: those that depend on the size of the images.
+MAX_MISSHAPEN = 0.25
+MAX_PARTS = 40  # of a name
+TOP = "."  # stands for the names without a prefix in `model.pretrained_key`
+SHOWN = 6  # candidates and parts that a message lists at most
+# An error lists at most this many names of each kind, each of them up to this length.
+NAMES_SHOWN = 5
+NAME_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a network needs of a file."""
+
+    shapes: Mapping[str, torch.Size]  # of all tensors of its state dict
+    optional: tuple[str, ...] = ()  # how the names of its classifier begin: they may be missing or of another shape
+    # First parts of names that mean a part of the network, which it may have or not, such as `reg_token`; others
+    # (`decoder`, `queue`) are foreign.
+    known: frozenset[str] = frozenset()
+
+    @classmethod
+    def by(cls, net: nn.Module, optional: tuple[str, ...] = ()) -> "Wanted":
+        """What `net` needs; it may be on the device `meta`."""
+        shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
+        attributes = {*vars(net), *vars(net)["_parameters"], *vars(net)["_buffers"], *vars(net)["_modules"]}
+        return cls(shapes, optional, frozenset(attributes | {name.partition(".")[0] for name in shapes}))
+
+    def needs(self, name: str) -> bool:
+        """Whether a file must have the network's tensor `name`."""
+        return not name.startswith(self.optional) and not name.endswith(COUNTER)
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file of one layout has a tensor of the network."""
+
+    names: tuple[str, ...]  # without prefix
+    make: Callable[..., Tensor] = same  # the tensors under these names -> the network's
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file names the tensors of a network: as the network does, or as another program."""
+
+    sources: Mapping[str, Source]  # the network's name -> its source
+    program: str = ""  # the other program; empty for the network's own names
+    ignored: re.Pattern[str] = re.compile(r"(?!)")  # the other program's names that the network has no use for
+
+    @classmethod
+    def own(cls, wanted: Wanted, rename: Callable[[str], str] = lambda name: name) -> "Layout":
+        """The network's own names, each changed by `rename`."""
+        return cls({name: Source((rename(name),)) for name in wanted.shapes})
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights of a network."""
+
+    state: StateDict  # under the network's own names, and with them unknown ones that look like parts of the network
+    place: str = ""  # the prefix under which they stood in the file
+    left_out: str = ""  # what else the file holds, in few words
+    program: str = ""  # see `Layout`
+
+    @property
+    def note(self) -> str:
+        """Where in the file the weights stood and what was left out, for the line about the model."""
+        words = [f"in {self.program}'s layout"] * bool(self.program) + [f"read from {self.place}"] * bool(self.place)
+        words += [f"left out of the file: {self.left_out}"] * bool(self.left_out)
+        return "".join(f"; {word}" for word in words)
+
+
+@dataclass
+class _Candidate:
+    prefix: str
+    layout: Layout
+    names: dict[str, str] = field(default_factory=dict)  # the layout's name -> the file's
+    missing: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)  # tensors of another shape, in words
+    is_complete: bool = False
+
+    @property
+    def place(self) -> str:
+        return self.prefix or TOP
+
+
+Convert = Callable[[StateDict], StateDict | None]
+
+
+def find_weights(
+    tensors: StateDict,
+    wanted: Wanted,
+    layouts: Sequence[Layout],
+    *,
+    key: str | None,
+    source: str,
+    convert: Convert = lambda group: None,
+) -> Found:
+    """The weights of a network out of all tensors of a file, by their full names.
+
+    `key` is `model.pretrained_key`, `source` the name of the file for messages. `convert` is a library's own reader of
+    other layouts: it takes the tensors under a prefix, and returns the network's or None.
+
+    Raises:
+        UserError: No candidate is complete, or several are and `key` does not choose; it lists them.
+    """
+    if any(LORA.search(name) for name in tensors):
+        mend = "merge them into the weights first (peft: model.merge_and_unload()) and save those"
+        raise UserError(f"{source} holds LoRA adapters beside the weights, which would be left out: {mend}")
+    candidates = _candidates(tensors, wanted, layouts)
+    complete = _distinct([each for each in candidates if each.is_complete], tensors)
+    if complete:
+        place = _chosen([each.place for each in complete], key, source)
+        return _found(tensors, wanted, next(each for each in complete if each.place == place), source)
+    if converted := _converted(tensors, wanted, convert):
+        place = _chosen(list(converted), key, source)
+        prefix = "" if place == TOP else place
+        return Found(converted[place], prefix, _left_out(tensors, _under(tensors, prefix).values()))
+    near = [each for each in candidates if key is None or _matches(key, each.place)]
+    if key is not None and not near:
+        places = sorted({each.place for each in candidates}, key=len)
+        raise UserError(f"model.pretrained_key={key}: {source} has no such names{nearest(key, places)}")
+    best = max(near, key=lambda each: len(each.names) - len(each.missing) - len(each.shapes), default=None)
+    raise UserError(_misfit(tensors, wanted, best, source))
+
+
+def has_complete(tensors: StateDict, wanted: Wanted, layouts: Sequence[Layout]) -> bool:
+    """Whether a file holds all tensors of a network."""
+    return any(each.is_complete for each in _candidates(tensors, wanted, layouts))
+
+
+def _candidates(tensors: StateDict, wanted: Wanted, layouts: Sequence[Layout]) -> list[_Candidate]:
+    """A candidate for each layout and each prefix under which at least one of its names stands."""
+    found: dict[tuple[int, str], _Candidate] = {}
+    theirs = [{name for source in layout.sources.values() for name in source.names} for layout in layouts]
+    for full in tensors:
+        parts = full.split(".")
+        for cut in range(len(parts) if len(parts) <= MAX_PARTS else 0):
+            for index, (layout, names) in enumerate(zip(layouts, theirs, strict=True)):
+                name = _unwrapped(parts[cut:])
+                if name in names and parts[cut] == name.partition(".")[0]:
+                    prefix = ".".join(parts[:cut])
+                    candidate = found.setdefault((index, prefix), _Candidate(prefix, layout))
+                    candidate.names.setdefault(name, full)
+    candidates = [each for each in found.values() if not NO_WEIGHTS.search(each.prefix)]
+    for candidate in candidates:
+        _judge(candidate, tensors, wanted)
+    return candidates
+
+
+def _unwrapped(parts: Iterable[str]) -> str:
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
+    """Compare a candidate's names and shapes with what the network needs."""
+    sources = {own: source for own, source in candidate.layout.sources.items() if wanted.needs(own)}
+    for source in sources.values():
+        candidate.missing += [name for name in source.names if name not in candidate.names]
+    if candidate.missing:
+        return
+    for own, source in sources.items():
+        parts = [tensors[candidate.names[name]].to("meta") for name in source.names]
+        shape = _shape(source, parts)
+        if shape != wanted.shapes[own]:
+            candidate.shapes.append(f"{own} {tuple(shape or parts[0].shape)} for {tuple(wanted.shapes[own])}")
+    candidate.is_complete = len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
+
+
+def _shape(source: Source, parts: Sequence[Tensor]) -> torch.Size | None:
+    try:
+        return source.make(*parts).shape
+    except (RuntimeError, IndexError):  # of another number of dimensions
+        return None
+
+
+def _distinct(candidates: Sequence[_Candidate], tensors: StateDict) -> list[_Candidate]:
+    """The candidates without those that hold the same numbers as an earlier one."""
+    distinct: list[_Candidate] = []
+    for candidate in sorted(candidates, key=lambda each: (len(each.prefix), each.prefix)):
+        values = {name: tensors[full] for name, full in candidate.names.items()}
+        others = ({name: tensors[full] for name, full in each.names.items()} for each in distinct)
+        if not any(_equal(values, other) for other in others):
+            distinct.append(candidate)
+    return distinct
+
+
+def _matches(key: str, place: str) -> bool:
+    """Whether a key names a place in a file: the parts of one stand side by side in the other."""
+    return key == place or f".{key}." in f".{place}."
+
+
+def _chosen(places: Sequence[str], key: str | None, source: str) -> str:
+    """The place that `key` names, or the only one."""
+    fitting = [place for place in places if key is None or place == key]
+    fitting = fitting or [place for place in places if key is not None and _matches(key, place)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise UserError(
+            f"model.pretrained_key={key}: {source} has weights of this model under {shown(places, SHOWN)}, and none"
+            f" there{nearest(key or '', places)}"
+        )
+    meaning = f" ({TOP} are the names without a prefix)" if TOP in fitting else ""
+    raise UserError(
+        f"{source} has {len(fitting)} different sets of weights of this model, under {shown(fitting, SHOWN)}{meaning}:"
+        f" choose one, such as model.pretrained_key={fitting[-1]}"
+    )
+
+
+def _found(tensors: StateDict, wanted: Wanted, chosen: _Candidate, source: str) -> Found:
+    """The network's tensors of a complete candidate."""
+    state: StateDict = {}
+    used = set(chosen.names.values())
+    names = dict(chosen.names)
+    parent = chosen.prefix.rpartition(".")[0]
+    for own, origin in chosen.layout.sources.items():
+        if not wanted.needs(own):
+            # Other programs put the classifier beside the network that has the prefix: `vit.` and `classifier.`.
+            beside = {name: f"{parent}.{name}" if parent else name for name in origin.names}
+            names |= {name: full for name, full in beside.items() if name not in names and full in tensors}
+        if all(name in names for name in origin.names):
+            tensor = origin.make(*(tensors[names[name]] for name in origin.names))
+            if wanted.needs(own) or own.endswith(COUNTER) or tensor.shape[1:] == wanted.shapes[own][1:]:
+                state[own] = tensor
+                used |= {names[name] for name in origin.names}
+    for start in wanted.optional:  # a classifier of another form is none
+        if f"{start}weight" not in state:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(start)}
+    for name, full in _under(tensors, chosen.prefix).items():
+        if full not in used and _is_part(name, tensors[full], wanted, chosen.layout):
+            state[name] = tensors[full]
+            used.add(full)
+    if chosen.layout.program and (strange := [name for name in state if name not in wanted.shapes]):
+        problem = f"{source} has parts that this model lacks: {len(strange)} unexpected: {shown(strange)}"
+        raise UserError(f"{problem}; check model.name")
+    return Found(state, chosen.prefix, _left_out(tensors, used), chosen.layout.program)
+
+
+def _under(tensors: StateDict, prefix: str) -> dict[str, str]:
+    """The names under a prefix, without it and without wrappers, each with the full name."""
+    start = f"{prefix}." if prefix else ""
+    return {_unwrapped(full[len(start) :].split(".")): full for full in tensors if full.startswith(start)}
+
+
+def _is_part(name: str, tensor: Tensor, wanted: Wanted, layout: Layout) -> bool:
+    """Whether a name that the network lacks looks like a part of it: then the file is another model's."""
+    first = name.partition(".")[0]
+    if not layout.program:
+        return first in wanted.known and not name.startswith(wanted.optional) and name not in wanted.shapes
+    known = {theirs.partition(".")[0] for origin in layout.sources.values() for theirs in origin.names}
+    is_nothing = name.endswith(".bias") and not bool(tensor.any())
+    return first in known and not is_nothing and not layout.ignored.search(name)
+
+
+def _converted(tensors: StateDict, wanted: Wanted, convert: Convert) -> dict[str, StateDict]:
+    """What a library's own reader makes of the tensors under each prefix that has at least half of what it needs."""
+    sizes: Counter[str] = Counter()
+    for full in tensors:
+        parts = full.split(".")
+        sizes.update(".".join(parts[:cut]) for cut in range(min(len(parts), MAX_PARTS)))
+    least = len([name for name in wanted.shapes if wanted.needs(name)]) / 2
+    converted: dict[str, StateDict] = {}
+    for place in sorted(place for place, size in sizes.items() if size >= least and not NO_WEIGHTS.search(place)):
+        state = convert({name: tensors[full] for name, full in _under(tensors, place).items()})
+        if state is not None and not any(_equal(state, other) for other in converted.values()):
+            converted[place or TOP] = state
+    return converted
+
+
+def _equal(state: StateDict, other: StateDict) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def _left_out(tensors: StateDict, used: Iterable[str]) -> str:
+    """The tensors that are not used: the shortest prefixes under which none is used, each with their number."""
+    used = set(used)
+    ancestors: set[str] = set()
+    for name in used:
+        parts = name.split(".")
+        ancestors.update(".".join(parts[:cut]) for cut in range(1, len(parts) + 1))
+    groups: Counter[str] = Counter()
+    for name in tensors.keys() - used:
+        parts = name.split(".")
+        cuts = (".".join(parts[:cut]) for cut in range(1, len(parts) + 1))
+        groups[next((cut for cut in cuts if cut not in ancestors), name)] += 1
+    words = [f"{name} ({number} tensors)" if number > 1 else name for name, number in sorted(groups.items())]
+    return shown(words, SHOWN) if words else ""
+
+
+def _misfit(tensors: StateDict, wanted: Wanted, best: _Candidate | None, source: str) -> str:
+    """The error of a file without a complete candidate: what the nearest one lacks."""
+    missing, shapes, place = sorted(name for name in wanted.shapes if wanted.needs(name)), [], ""
+    names = _under(tensors, best.prefix if best is not None else "")
+    known: set[str] = set()
+    if best is not None:
+        missing, shapes, place = sorted(best.missing), best.shapes, f" under {best.place}" * bool(best.prefix)
+        known = set(best.names)
+    unexpected = sorted(name for name in names if name not in known and not name.startswith(wanted.optional))
+    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    listed = "; ".join(f"{len(words)} {fault}: {shown(words)}" for fault, words in faults if words)
+    theirs, ours = _sizes({name: tensors[full].shape for name, full in names.items()}), _sizes(wanted.shapes)
+    likeness = f"; it looks like a model of {theirs}, and this one has {ours}" if theirs and theirs != ours else ""
+    problem = f"{source} holds{place} the weights of another model than the one built here"
+    return f"{problem} ({listed}){likeness}; check model.name"
+
+
+def _sizes(shapes: Mapping[str, torch.Size]) -> str:
+    """The depth and width of a transformer in words; empty where the names show none."""
+    depths: dict[str, set[str]] = defaultdict(set)
+    widths: Counter[int] = Counter()
+    for name, shape in shapes.items():
+        if block := re.match(r"(.*?(?:blocks|layers?))\.(\d+)\.", name):
+            depths[block[1]].add(block[2])
+            widths.update(shape[:1] if len(shape) == 1 and "norm" in name.replace("ln_", "norm") else ())
+    if not widths:
+        return ""
+    depth = max(map(len, depths.values()))
+    return f"{depth} block{'s' * (depth != 1)} of width {widths.most_common(1)[0][0]}"
+
+
+def shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
+    """A list of names for a message, cut at `at_most` names."""
+    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
+    return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
