@@ -105,10 +105,14 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
         if feed.will_fork(0):
             saver.wait()  # a process forked while the saving thread holds a lock would wait for that lock forever
         feed.fill(0)
-        if state.best_epoch and (state.best_epoch < state.epoch or state.best_is_ema):
-            put_weights(saver.best_weights(state.best_epoch), run.model, run.checkpoints / "best.safetensors")
-        # The threshold comes from validation: one picked on the test split would raise the test score.
-        meter = run.meter(scores.chosen_threshold(run.folder) if run.source.has("val") else UNCHOSEN_THRESHOLD)
+        # The threshold comes from validation: one picked on the test split would raise the test score. It stands in the
+        # file of the weights that it was picked for.
+        threshold, is_other = UNCHOSEN_THRESHOLD, state.best_epoch < state.epoch or state.best_is_ema
+        if state.best_epoch and (is_other or run.source.is_multilabel):
+            tensors, chosen = saver.best_weights(state.best_epoch)
+            put_weights(tensors, run.model, run.checkpoints / "best.safetensors")
+            threshold = UNCHOSEN_THRESHOLD if chosen is None else chosen
+        meter = run.meter(threshold)
         found = _score(run, run.model, scored(feed, "test", stop, meter), meter)
         result |= {f"test/{name}": value for name, value in found.items()}
         write_scores(run, "test", meter)

@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
-
-from msgspec import Meta
+from typing import Any
 
 from finetune.report import look
 from finetune.system.files import write_json, write_text
@@ -14,12 +12,6 @@ from finetune.system.tables import csv_text
 # With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
 MATRIX_CLASSES, PAIRS = 40, 25
 NAME_CHARS = 22  # of a class in a picture
-
-
-class _SplitMetrics(TypedDict, total=False):
-    """The entries of a split in `metrics.json` that are read again."""
-
-    threshold: Annotated[float, Meta(ge=0, le=1)] | None
 
 
 def write_scores(
@@ -44,14 +36,8 @@ def write_scores(
         draw_confusion(run_dir / "confusion.png", matrix, classes)
 
 
-def chosen_threshold(run_dir: Path) -> float | None:
-    """The threshold that validation picked in the best epoch; None with one label an image."""
-    path = run_dir / "metrics.json"
-    return _read_metrics(path).get("val", {}).get("threshold") if path.exists() else None
-
-
-def _read_metrics(path: Path) -> dict[str, _SplitMetrics]:
-    return read_json(path, dict[str, _SplitMetrics], mend="put it back from a copy, or start a new run")
+def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    return read_json(path, dict[str, dict[str, Any]], mend="put it back from a copy, or start a new run")
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:

@@ -23,7 +23,15 @@ from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
 from finetune.runs.epoch_files import BEST, LAST, STATE, STATE_BEFORE, best_epochs, epoch_path, remove_epochs, score_of
 from finetune.runs.history import as_lines
-from finetune.runs.weights import Tensors, checksum, copied_weights, frozen_weights, read_weights, write_weights
+from finetune.runs.weights import (
+    Tensors,
+    checksum,
+    copied_weights,
+    frozen_weights,
+    read_weights,
+    threshold_of,
+    write_weights,
+)  # fmt: skip
 from finetune.system.files import link_or_copy, sync_file
 
 SPARE_BYTES = 1 << 20  # stay free beside a save: for logs, and for the files of other programs
@@ -199,11 +207,15 @@ class Saver:
         apart_s = min(time.monotonic() - self._saved_at, left_s)
         return self._cost_s < CHEAP_S or self._cost_s <= self._max_share * apart_s
 
-    def best_weights(self, best_epoch: int) -> Tensors:
-        """The tensors of the best epoch, from their file; waits for a save under way, which may read the network."""
+    def best_weights(self, best_epoch: int) -> tuple[Tensors, float | None]:
+        """The tensors of the best epoch and the threshold that validation chose for them, from their file.
+
+        The threshold is None with one label an image. Waits for a save under way, which may read the network.
+        """
         self.wait()
         assert self._best_on_disk == best_epoch
-        return read_weights(self.folder / BEST)[0]
+        tensors, metadata = read_weights(self.folder / BEST)
+        return tensors, threshold_of(metadata, self.folder / BEST)
 
     def save_weights(self, state: TrainState) -> None:
         """Write `last.safetensors`, and the best epoch's weights if they are only in memory, before returning.

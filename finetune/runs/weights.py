@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DamagedError.because(path, "its checksum is gone")
     metadata.pop(CHECKSUM_KEY, None)
     return tensors, metadata
+
+
+def threshold_of(metadata: Mapping[str, str], path: Path) -> float | None:
+    """The threshold in the metadata of the weights file `path`, in [0, 1]; None where images have one label.
+
+    Raises:
+        DamagedError: It is no such number.
+    """
+    if "threshold" not in metadata:
+        return None
+    try:
+        threshold = float(metadata["threshold"])
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold <= 1:
+        raise DamagedError.because(path, f"its threshold is {metadata['threshold']!r}, and no number from 0 to 1")
+    return threshold
 
 
 def put_weights(tensors: Tensors, model: LayeredModel, path: Path) -> None:

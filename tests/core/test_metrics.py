@@ -34,7 +34,7 @@ from finetune.core.metrics import LabelMeter, MultilabelMeter, average_precision
 from finetune.core.metrics import classes as classes_module
 from finetune.models import build_model
 from finetune.models.heads.offsets import offsets, with_head_bias
-from finetune.report.scores import chosen_threshold, draw_confusion, write_scores
+from finetune.report.scores import draw_confusion, write_scores
 from finetune.runs.weights import put_weights, read_weights
 
 SIZES = (1, 7, 8, 9, 33)
@@ -321,11 +321,11 @@ def test_what_a_run_leaves_about_classes(tmp_path: Path) -> None:
         write_scores(tmp_path, split, found, details=meter.details(), classes=names)
     assert (tmp_path / "confusion.csv").read_text(encoding="utf-8").splitlines()[0] == 'true \\ predicted,"a,b",ü $x$,c'
     assert (tmp_path / "confusion_val.csv").exists() and (tmp_path / "confusion.png").stat().st_size > 5_000
-    assert chosen_threshold(tmp_path) is None
     several = MultilabelMeter(binary_cross_entropy, ["f1_micro"], threshold=0.25)
     found = metered(several, *multi_case(9, 3, ties=False, density=0.3), 4)
     write_scores(tmp_path, "val", found, details=several.details(), classes=names)
-    assert chosen_threshold(tmp_path) == 0.25
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["val"]["threshold"] == 0.25 and "threshold" not in metrics["test"]
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 41])
