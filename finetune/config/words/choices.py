@@ -1,5 +1,6 @@
 """The yaml files that a choice stands for: `model=clip` is `model/clip.yaml`. No Hydra, so that `--help` is quick."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 
 from finetune.config.fields import nearest
 from finetune.system.errors import ConfigError
+from finetune.system.reading import ANY_OF_YAML, UnfitError, YamlLoader, yaml_problem, yaml_text
 
 SCHEMA_NAME = "finetune_schema"  # first in the defaults list of conf/config.yaml, and so the mark of a file of ours
 PRIMARY = "config.yaml"
@@ -37,8 +39,8 @@ def folders(config_dir: str | None = None) -> list[Path]:
 def _is_ours(path: Path) -> bool:
     """Whether this `config.yaml` names our schema, and so does not belong to some other project."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = yaml_text(path, follow=True)
+    except (FileNotFoundError, UnfitError):
         return False
     return re.search(rf"^\s*-\s*{SCHEMA_NAME}\b", text, re.MULTILINE) is not None
 
@@ -55,12 +57,21 @@ def read_primary(searched: Sequence[Path]) -> dict[str, Any]:
     """The content of `primary_file`; a ConfigError where it is missing or damaged."""
     path = primary_file(searched)
     try:
-        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+        tree: dict[str, Any] = yaml.load(yaml_text(path, follow=True), Loader=YamlLoader)  # a loader of plain values
+    except ANY_OF_YAML as error:  # also an UnfitError
         raise ConfigError([unreadable(path, error)]) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("defaults"), list):
         raise ConfigError([f"{shown(path)}: expected lines like `key: value`, with a list `defaults`"])
     return tree
+
+
+def read_nodes(path: Path) -> yaml.Node | None:
+    """The nodes of a person's yaml file; a ConfigError where it is too large or too deep to go on with, or no yaml."""
+    try:
+        node: yaml.Node | None = yaml.compose(yaml_text(path, follow=True), Loader=YamlLoader)
+    except (*ANY_OF_YAML, OSError) as error:
+        raise ConfigError([unreadable(path, error)]) from None
+    return node
 
 
 def default_choices(searched: Sequence[Path]) -> dict[str, str | None]:
@@ -77,10 +88,8 @@ def unreadable(path: Path, error: Exception) -> str:
         reason = error.problem or error.context or "not yaml"
         if error.problem_mark is not None:
             where += f", line {error.problem_mark.line + 1}"
-    elif isinstance(error, UnicodeDecodeError):
-        reason = "not saved as UTF-8 text"
-    elif isinstance(error, RecursionError):
-        reason = "an alias (`*name`) contains itself"
+    elif not isinstance(error, UnfitError):
+        reason = yaml_problem(error)
     return f"{where}: cannot be read: {' '.join(reason.split())}"
 
 
@@ -90,7 +99,7 @@ def find_option(searched: Sequence[Path], group: str, option: str) -> Path | Non
     if not name or ".." in Path(name).parts or Path(name).is_absolute():
         return None
     paths = (folder / group / f"{name}.yaml" for folder in searched)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)  # False for a name that is too long
 
 
 def options(searched: Sequence[Path], group: str) -> dict[str, Path]:
@@ -102,7 +111,7 @@ def options(searched: Sequence[Path], group: str) -> dict[str, Path]:
 def missing_option(searched: Sequence[Path], group: str, option: str) -> str:
     """Why `group=option` is no choice, with the list of choices, the nearest one, and how to add one."""
     for folder in searched:
-        if (folder / group / f"{option}.yml").is_file():
+        if os.path.isfile(folder / group / f"{option}.yml"):
             return f"{group}={option}: {shown(folder / group / option)}.yml has to end in .yaml"
     found = list(options(searched, group))
     words = f"expected one of {', '.join(found)}" if found else "there are none yet"

@@ -14,11 +14,13 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +32,7 @@ from finetune.config.words import choices
 from finetune.config.words.references import Reference, fill_in, fill_in_one
 from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, Reading, build, path_as_typed, read_tree
 from finetune.system.errors import ConfigError, UserError
+from finetune.system.reading import ANY_OF_YAML, yaml_text
 
 PRIMARY_NAME = "finetune_primary_config"
 # Hydra 1.4 warns when it is told which version's defaults to use, 1.3 when it is not.
@@ -43,7 +46,21 @@ class _Folders(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in reversed(self.searched):
-            search_path.prepend("finetune", f"file://{folder}")
+            search_path.prepend("finetune", f"{_CheckedFiles.scheme()}://{folder}")
+
+
+class _CheckedFiles(FileConfigSource):
+    """Yaml files of the user, also those that a defaults list brings in: each is checked before Hydra reads it."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "checked"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.exists():
+            choices.read_nodes(path)
+        return super().load_config(config_path)
 
 
 def register(searched: Sequence[Path], base: Conf | None = None) -> None:
@@ -63,7 +80,8 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
         store.store(name=choices.SCHEMA_NAME, node=escaped(as_dict(Conf() if base is None else base)))
         store.store(name=PRIMARY_NAME, node=OmegaConf.create(primary))
     _Folders.searched = tuple(folder for folder in searched if folder != choices.builtin_folder())
-    Plugins.instance().register(_Folders)
+    for plugin in (_Folders, _CheckedFiles):
+        Plugins.instance().register(plugin)
 
 
 class Composition:
@@ -98,7 +116,7 @@ class Composition:
             inside = name.removeprefix(f"{entry.package}.") if entry.package else name
             if path is None or (entry.package and inside == name):
                 continue
-            line = _line_of(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), inside)
+            line = _line_of(choices.read_nodes(path), inside)
             if line is not None:
                 return f"{choices.shown(path)}, line {line}: "
         return ""
@@ -116,6 +134,8 @@ class Composition:
 
     def _explained(self, error: BaseException) -> str:
         """An error of the composition in one line, with the file and line of the defaults list that it came from."""
+        if isinstance(error, ConfigError):
+            return error.problems[0]
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             return choices.unreadable(Path(error.problem_mark.name), error)
         if isinstance(error, RecursionError):
@@ -133,7 +153,7 @@ class Composition:
         named = re.findall(r"^In '([^']+)'", str(error))
         chosen = [override.lstrip("+").replace("'", "").replace("=", "/") for override in self.overrides]
         for path in filter(None, map(self._file, [*named, *chosen])):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(yaml_text(path, follow=True).splitlines(), start=1):
                 if line.lstrip().startswith("-") and word in line:
                     return f"{choices.shown(path)}, line {number}: {problem}"
         return problem
@@ -153,8 +173,11 @@ def _line_of(node: yaml.Node | None, name: str) -> int | None:
 def file_problem(path: Path) -> str | None:
     """Why Hydra cannot read this yaml file, in one line; None where it can."""
     try:
+        choices.read_nodes(path)
         tree = OmegaConf.load(path)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError, OmegaConfBaseException) as error:
+    except ConfigError as error:
+        return error.problems[0]
+    except (*ANY_OF_YAML, OSError, RecursionError, OmegaConfBaseException) as error:
         return choices.unreadable(path, error)
     return None if isinstance(tree, DictConfig) else f"{choices.shown(path)}, line 1: expected lines like `key: value`"
 

@@ -1,6 +1,7 @@
 """The words `KEY=VALUE` of a command line, read by Hydra's own grammar."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from finetune.config.words.quoting import quote, quote_override
 from finetune.config.words.settings import SETTINGS, describe_kind
 
 MAX_JOBS = 10_000  # of one sweep
+MAX_LETTERS = 2**17  # of one word; Linux passes no longer ones
+MAX_DEPTH, SHOWN = 50, 60
 _SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 _SWEEPS = {ChoiceSweep: "choice", RangeSweep: "range", IntervalSweep: "interval", Glob: "glob"}
 
@@ -49,11 +52,26 @@ def parse_overrides(typed: Sequence[str], *, multirun: bool) -> tuple[list[Overr
     """Every override that Hydra's grammar can read, and one line for every other word."""
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in typed:
+        if reason := _beyond_limits(text):
+            problems.append(f"{text[:SHOWN]}...: {reason}")
+            continue
         try:
             parsed.append(_parse(parser, text, quote_override(text, multirun=multirun)))
         except (HydraException, ValueError, ArithmeticError) as error:
             problems.append(_unparsable(text, error))
     return parsed, problems
+
+
+def _beyond_limits(text: str) -> str:
+    """Why a word is too much for Hydra's grammar, which would take minutes and overflow the stack; empty: it is not."""
+    if len(text) > MAX_LETTERS:
+        return f"has {len(text):,} letters, at most {MAX_LETTERS:,} are read: write a yaml file"
+    depth = 0
+    for bracket in re.findall(r"[\[\](){}]", text):
+        depth += 1 if bracket in "[({" else -1
+        if depth > MAX_DEPTH:
+            return f"has more than {MAX_DEPTH} brackets inside each other"
+    return ""
 
 
 def _parse(parser: OverridesParser, text: str, safe: str) -> Override:

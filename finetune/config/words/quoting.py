@@ -14,7 +14,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_/\-+.$%*@?|: ]*")
 
 def quote(text: str) -> str:
     """`text` as a quoted value of Hydra's grammar, which doubles backslashes only ahead of a quote."""
-    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
+    escaped = re.sub(r"(?<!\\)(\\*)'", lambda found: found[1] * 2 + r"\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
 

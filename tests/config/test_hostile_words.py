@@ -1,0 +1,109 @@
+"""Yaml files and words of a person that are too large, too deep or no yaml end in one line that names them, soon."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.__main__ import main
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(i + 1)}: &{chr(i + 1)} [{', '.join([f'*{chr(i)}'] * 9)}]\n" for i in range(ord("a"), ord("l"))
+)
+FILES: dict[bytes, str] = {
+    b"[" * 20_000: "50 levels",
+    b"optim: " + b"{a: " * 20_000: "50 levels",
+    b"- " * 20_000: "50 levels",
+    b"optim: &a {lr: *a}": "contains itself",
+    b"optim: &a\n  lr: 1\n  <<: *a": "contains itself",
+    LAUGHS.encode(): "100,000 values",
+    b"optim: {lr: " + b"1:" * 300_000 + b"1}": "400 digits",
+    b"seed: " + b"1" * 5_000: "400 digits",
+    b"- 1\n- 2": "expected lines like",
+    b"optim:\n\tlr: 1": "line 3",
+    b"seed: 1\0": "special characters",
+    "# é\nseed: 1".encode("latin-1"): "UTF-8",
+    b"seed: !!python/object/apply:os.system [x]": "line 2",
+    b'optim: {lr: !!float ""}': "not of its type",
+    b"? [a]\n: 1": "line 2",
+    b"seed: [1": "line",
+}
+
+
+@pytest.fixture
+def conf(folder: Path) -> Path:
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    return folder / "conf"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["--cfg", "job", *words]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and len(err) < 5_000 and "at fault" not in err
+    return err
+
+
+@pytest.mark.parametrize("content", FILES, ids=range(len(FILES)))
+def test_a_yaml_file_that_cannot_be_read_is_named_also_where_another_file_brings_it_in(
+    conf: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (conf / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n" + content)
+    text = refusal(capsys, "experiment=mine")
+    assert "conf/experiment/mine.yaml" in text
+    assert FILES[content] in text
+    (conf / "experiment" / "above.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n")
+    refusal(capsys, "experiment=above")
+
+
+def test_aliases_that_end_are_fine(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "# @package _global_\noptim: &a {lr: 0.5}\nsched: {warmup: 3}\n"
+    (conf / "experiment" / "mine.yaml").write_text(text)
+    assert main(["--cfg", "job", "experiment=mine"]) == 0
+    assert "lr: 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes in folders")
+@pytest.mark.parametrize("place", ["experiment/mine.yaml", "config.yaml"])
+@pytest.mark.parametrize("kind", ["pipe", "huge", "device"])
+def test_what_is_no_small_file_neither_blocks_nor_fills_memory(
+    conf: Path, capsys: pytest.CaptureFixture[str], place: str, kind: str
+) -> None:
+    path = conf / place
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 5 * 2**30)
+    if place == "config.yaml":  # of some other project, for all that anybody knows
+        assert main(["--cfg", "job"]) == 0
+        return
+    assert ("5,368,709,120 bytes" if kind == "huge" else "no such choice") in refusal(capsys, "experiment=mine")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optim.lr=" + "[" * 200_000, "200,009 letters"),
+        ("data.classes=" + "[" * 3_000, "50 brackets"),
+        ("data.classes=" + "[" * 300 + "]" * 300, "50 brackets"),
+        ("optim={" + "a:{" * 5_000, "50 brackets"),
+        ("data.name=" + "${a:" * 5_000, "50 brackets"),
+        ("optim.lr=" + "range(0," * 5_000, "50 brackets"),
+        ("seed=" + "1" * 5_000, "seed="),
+        ("optim.lr=" + "1" * 5_000, "optim.lr="),
+        ("data.name='" + "\\" * 100_001, "data.name="),
+        ("data.name=" + "\\" * 100_001, "data.name="),
+        ("x" * 100_000 + "=1", "no such setting"),
+        ("--" + "x" * 100_000, "no such flag"),
+        ("model=" + "x" * 100_000, "model=xxx"),
+    ],
+    ids=range(13),
+)
+def test_a_word_beyond_all_bounds_is_one_short_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], word: str, expected: str
+) -> None:
+    assert expected in refusal(capsys, word)
