@@ -86,6 +86,9 @@ class DataConf:
     test_fraction: float = setting(
         0.1, "share that is cut off for the final test, where the data gives neither val nor test; 0: none", ge=0, lt=1
     )
+    group: str | None = setting(
+        None, "what no cut separates: a column (table, hf), a json key (webdataset), or a pattern on paths: '(p\\d+)_'"
+    )
     split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", ge=0)
     resize: Resize = setting(
         Resize.auto,
@@ -131,6 +134,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "label_separator": (SourceKind.table,),
     "name": (SourceKind.torchvision, SourceKind.hf),
     "subset": (SourceKind.hf,),
+    "group": (SourceKind.folder, SourceKind.table, SourceKind.hf, SourceKind.webdataset),
     "image_column": (SourceKind.hf,),
     "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
 }
@@ -162,6 +166,7 @@ def data_problems(data: DataConf) -> list[str]:
     if data.val_fraction + data.test_fraction >= 1:
         both = f"{given['val_fraction']} and {given['test_fraction']}"
         problems.append(f"{both} leave nothing to learn: their sum must be less than 1")
+    problems += _group_problems(data)
     if data.folds == 1:
         problems.append("data.folds=1: one fold leaves nothing to learn; expected 0 (no folds) or at least 2")
     if 0 < data.folds <= data.fold:
@@ -183,6 +188,27 @@ def data_problems(data: DataConf) -> list[str]:
     if not re.fullmatch(r"auto|\d{1,4}", str(data.workers)) or (data.workers != "auto" and int(data.workers) > 1024):
         problems.append(f"{given['workers']}: expected auto or a number from 0 to 1024, such as 8")
     return problems
+
+
+def group_pattern(data: DataConf) -> re.Pattern[str] | None:
+    """The pattern in `data.group`: a regular expression, with round brackets around what names a group."""
+    has_pattern = data.group is not None and "(" in data.group and data.source != SourceKind.hf
+    return re.compile(str(data.group)) if has_pattern else None
+
+
+def _group_problems(data: DataConf) -> list[str]:
+    """What is wrong with `data.group`."""
+    form = "expected a pattern with one pair of round brackets around what names a group, such as '(patient\\d+)_'"
+    if data.group is None or data.source == SourceKind.digits:
+        return []
+    try:
+        pattern = group_pattern(data)
+    except re.error as error:
+        return [f"data.group={data.group}: is no regular expression ({error}); {form}"]
+    if pattern is None:
+        return [f"data.group={data.group}: {form}"] if data.source == SourceKind.folder or not data.group else []
+    several = f"data.group={data.group}: has {pattern.groups} pairs of brackets; {form} ((?:...) groups without a name)"
+    return [several] if pattern.groups != 1 else []
 
 
 def device_cache_problems(data: DataConf, recipe: str) -> list[str]:

@@ -1,10 +1,12 @@
 """Selects images and divides them into train, val and test: classes, splits, folds, shots, class weights.
 
+`cutting.py` makes the cuts.
+
 All functions are pure. Every choice ranks the images by a hash of seed and image name, so the order of the files does
 not matter, an added image moves few others, and `data.shots=1` selects one of the images of `data.shots=2`.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,16 +15,16 @@ from torch import Tensor
 
 from finetune.config import Balance, DataConf, nearest
 from finetune.config.fields import changed
+from finetune.data.cutting import Rows, cut, in_fold, ranked_strata
 from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
 
-Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
-
-def split_up(found: FoundImages, conf: DataConf) -> Source:
+def split_up(found: FoundImages, conf: DataConf, groups: Rows | None = None) -> Source:
     """Select classes, cut the splits that the data lacks, then draw `data.shots` or `data.fraction` of `train`.
 
+    No cut separates images of one group; `groups` has the number of each image's group, int64 (n,), or is None.
     Raises UserError for an unknown class, too few images, or a setting that does not fit several labels an image.
     """
     found, rows = _select_classes(found, conf.classes)
@@ -30,11 +32,13 @@ def split_up(found: FoundImages, conf: DataConf) -> Source:
     if several and conf.balance != Balance.none:
         raise UserError(f"data.balance={conf.balance} works with one label an image; {found.place} has several")
     strata = _strata(found.labels)
-    parts, how = _cut_all(found, rows, strata, conf)
+    parts, how = _cut_all(found, rows, strata, conf, groups)
+    without = [name for name in shares_to_cut(found, conf) if not len(parts[name])]
     parts["train"], drawn = _draw(found, parts["train"], strata, conf)
     chosen = {name: torch.from_numpy(np.sort(parts[name])) for name in SPLITS}
     splits = {name: Split(found.store, part, found.labels[part]) for name, part in chosen.items()}
-    warnings = (*found.warnings, *_check_classes(found, splits))
+    stuck = [f"there is no {name}: too few groups of images, which stay together, to cut it off" for name in without]
+    warnings = (*found.warnings, *stuck, *_check_classes(found, splits))
     weights = class_weights(splits["train"].labels, len(found.classes)) if conf.balance == Balance.weights else None
     return Source(
         found.classes,
@@ -80,7 +84,9 @@ def _strata(labels: Tensor) -> Rows:
     return rarest.numpy()
 
 
-def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tuple[dict[str, Rows], str]:
+def _cut_all(
+    found: FoundImages, rows: Rows, strata: Rows, conf: DataConf, groups: Rows | None
+) -> tuple[dict[str, Rows], str]:
     """The rows of each split, and text for the description, such as ` (val cut by ...)`."""
     given = found.given.numpy()[rows]
     parts = {name: rows[given == number] for number, name in enumerate(SPLITS)}
@@ -93,21 +99,30 @@ def _cut_all(found: FoundImages, rows: Rows, strata: Rows, conf: DataConf) -> tu
     train = parts["train"]
     if missing:
         order = _ranked(found.names, train, "split", conf.split_seed)
-        parts |= {name: train[part] for name, part in cut(order, strata[train], shares=missing).items()}
+        cut_off = cut(order, strata[train], shares=missing, groups=None if groups is None else groups[train])
+        parts |= {name: train[part] for name, part in cut_off.items()}
         for name in missing:
-            if not len(parts[name]):
+            if not len(parts[name]) and groups is None:
                 mend = f"add images, or do without by data.{name}_fraction=0"
                 raise UserError(f"{found.place}: no images left for {name}; there are too few: {mend}")
     if conf.folds:  # after the test images were cut, so that they are the same with folds and without
         both = np.sort(np.concatenate([parts["train"], parts["val"]]))
         _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"])
         order = _ranked(found.names, both, "fold", conf.split_seed)
-        inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold)
+        of_both = None if groups is None else groups[both]
+        inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold, groups=of_both)
         parts["train"], parts["val"] = both[~inside], both[inside]
-    cut_off = [name for name in missing if not (conf.folds and name == "val")]
-    how = f" ({' and '.join(cut_off)} cut by data.split_seed={conf.split_seed})" if cut_off else ""
+    by_seed = [name for name in missing if not (conf.folds and name == "val")]
+    how = f" ({' and '.join(by_seed)} cut by data.split_seed={conf.split_seed})" if by_seed else ""
     how += f" (val is fold {conf.fold} of {conf.folds})" if conf.folds else ""
-    return parts, how
+    return parts, how + (_groups_in_words(groups[rows]) if how and groups is not None else "")
+
+
+def _groups_in_words(groups: Rows) -> str:
+    """How many images belong to groups of several, for the description."""
+    sizes = np.unique(groups, return_counts=True)[1]
+    together = sizes[sizes > 1]
+    return f" ({together.sum():,} images in {len(together):,} groups, which stay together)" if len(together) else ""
 
 
 def shares_to_cut(found: FoundImages, conf: DataConf) -> dict[str, float]:
@@ -148,45 +163,6 @@ def _ranked(names: Collection[str], rows: Rows, stream: str, seed: int) -> Ranks
     return ranks(stream, seed, (name for name, wanted in zip(names, chosen.tolist(), strict=True) if wanted))
 
 
-def cut(order: Ranks, strata: Rows, *, shares: Mapping[str, float]) -> dict[str, Rows]:
-    """Cut each stratum: every split of `shares` gets its share, but at least one image, and `train` gets the rest.
-
-    A stratum with too few images to give one to each split goes to `train` as a whole. `order` holds the images' ranks
-    (n,), `shares` is such as `{"val": 0.1, "test": 0.3}`. Returns split name -> ascending indices into `order`.
-    """
-    taken: dict[str, list[Rows]] = {split: [] for split in ("train", *shares)}
-    for rows in _groups(order, strata):
-        start = 0
-        for place, (split, share) in enumerate(shares.items()):
-            others = len(shares) - place  # each of the splits still to come, train among them, needs an image
-            count = max(0, min(max(1, int(len(rows) * share + 0.5)), len(rows) - start - others))
-            if len(rows) > len(shares):
-                taken[split].append(rows[start : start + count])
-                start += count
-        taken["train"].append(rows[start:])
-    nothing = np.empty(0, dtype=np.int64)
-    return {split: np.sort(np.concatenate([nothing, *parts])) for split, parts in taken.items()}
-
-
-def in_fold(order: Ranks, strata: Rows, *, folds: int, fold: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Whether each image belongs to fold number `fold`, bool (n,). The images of a stratum go to the folds in turn."""
-    inside = np.zeros(len(order), dtype=bool)
-    dealt = 0
-    for rows in _groups(order, strata):
-        inside[rows[(fold - dealt) % folds :: folds]] = True
-        dealt += len(rows)  # the next stratum begins at the next fold, or the first folds would become the largest
-    return inside
-
-
-def _groups(order: Ranks, strata: Rows) -> Iterable[Rows]:
-    """The indices of the images of each stratum, ordered by rank."""
-    # numpy sorts numbers of 16 bits in linear time. One sort by (stratum, rank) would take four times as long.
-    narrow = strata.astype(np.min_scalar_type(strata.max(initial=0)))
-    by_stratum = np.argsort(narrow, kind="stable")
-    ends = np.flatnonzero(np.diff(strata[by_stratum])) + 1
-    return (rows[np.argsort(order[rows], kind="stable")] for rows in np.split(by_stratum, ends))
-
-
 def _draw(found: FoundImages, train: Rows, strata: Rows, conf: DataConf) -> tuple[Rows, str]:
     """The training rows that `data.shots` or `data.fraction` draws, and text for the description."""
     if not conf.shots and conf.fraction == 1:
@@ -198,9 +174,9 @@ def _draw(found: FoundImages, train: Rows, strata: Rows, conf: DataConf) -> tupl
         firsts = [by_rank[np.flatnonzero(column)[: conf.shots]] for column in columns.T]
         drawn = np.unique(np.concatenate(firsts))
     elif conf.shots:
-        drawn = np.concatenate([rows[: conf.shots] for rows in _groups(order, strata[train])])
+        drawn = np.concatenate([rows[: conf.shots] for rows in ranked_strata(order, strata[train])])
     else:
-        groups = _groups(order, strata[train])
+        groups = ranked_strata(order, strata[train])
         drawn = np.concatenate([rows[: max(1, int(len(rows) * conf.fraction + 0.5))] for rows in groups])
     setting = f"data.shots={conf.shots}" if conf.shots else f"data.fraction={conf.fraction:g}"
     return train[drawn], f" (train drawn by {setting}, data.shots_seed={conf.shots_seed})"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +43,14 @@ class ImageStore(ABC):
     @abstractmethod
     def read(self, row: int) -> bytes:
         """The stored bytes: two images with the same bytes are the same image; raises ImageError."""
+
+    def size(self, row: int) -> int | None:
+        """The number of bytes that `read` gives, None where only reading shows it; raises ImageError."""
+        return None
+
+    def tail(self, row: int, count: int) -> bytes:
+        """The last `count` bytes of `read`; raises ImageError."""
+        return self.read(row)[-count:]
 
     @abstractmethod
     def stamp(self, row: int) -> str:
@@ -158,12 +168,30 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """The groups of `data.group`, such as the pictures of one patient, which no cut may separate."""
+
+    numbers: np.ndarray[tuple[int, ...], np.dtype[np.int64]]  # place in `names` of each image's group; -1: alone
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, cells: Iterable[object]) -> Groups:
+        """The groups that a cell for each image names; an image with an empty cell, or None, is alone."""
+        known: dict[str, int] = {}
+        numbers = array("q")
+        for cell in cells:
+            name = "" if cell is None else unicodedata.normalize("NFC", str(cell).strip())
+            numbers.append(known.setdefault(name, len(known)) if name else -1)
+        return cls(np.frombuffer(numbers, dtype=np.int64) if numbers else np.empty(0, dtype=np.int64), list(known))
+
+
+@dataclass(frozen=True)
 class FoundImages:
     """The images that a builder of `data/sources` finds, before images are selected and split."""
 
     store: ImageStore
     # The name by which an image is split. Builders leave the folder of the data out of it, so that splits do not depend
-    # on it. Absolute paths in a table and a local path in `data.name` (hf) stay in it.
+    # on it. Absolute paths in a table that lead elsewhere stay in it.
     names: Collection[str]
     classes: tuple[str, ...]
     labels: Tensor  # see `Split`
@@ -173,6 +201,7 @@ class FoundImages:
     note: str = ""  # end of the description
     location: str = ""  # see `Source`
     warnings: tuple[str, ...] = ()
+    groups: Groups | None = None  # of `data.group`
 
     @property
     def given_splits(self) -> tuple[str, ...]:

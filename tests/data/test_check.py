@@ -171,17 +171,22 @@ def test_where_caches_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_duplicates_are_found_where_they_harm(root: Path) -> None:
-    source = open_source(folder_conf(root))
-    names = {name: [split.name_of(i) for i in range(len(split))] for name, split in source.splits.items()}
-    of_a = {name: [path for path in paths if "/a/" in path] for name, paths in names.items()}
-    of_b = [path for path in names["train"] if "/b/" in path]
-    Path(of_a["test"][0]).write_bytes(Path(of_a["train"][0]).read_bytes())  # leak
-    Path(of_b[0]).write_bytes(Path(of_a["train"][1]).read_bytes())  # two labels
-    Path(of_b[1]).write_bytes(Path(of_b[2]).read_bytes())  # within a class of a split: no harm
-    _, report = look(folder_conf(root))
+    for name in ("train", "val", "test"):  # given splits, which no cut keeps apart
+        for label in "ab":
+            (root / name / label).mkdir(parents=True)
+    for path in sorted(root.glob("[ab]/*.png")):
+        split = {"8": "val", "9": "test"}.get(path.stem, "train")
+        path.rename(root / split / path.parent.name / path.name)
+    (root / "a").rmdir(), (root / "b").rmdir()
+    at = {path.relative_to(root).as_posix(): path for path in root.glob("*/*/*.png")}
+    at["test/a/9.png"].write_bytes(at["train/a/0.png"].read_bytes())  # leak
+    at["train/b/0.png"].write_bytes(at["train/a/1.png"].read_bytes())  # two labels
+    at["train/b/1.png"].write_bytes(at["train/b/2.png"].read_bytes())  # within a class of a split: no harm
+    source, report = look(folder_conf(root))
     groups = [{source.splits[split].name_of(i) for split, i in group} for group in find_duplicates(source, report)]
     assert len(groups) == 2
-    assert {of_a["train"][0], of_a["test"][0]} in groups and {of_a["train"][1], of_b[0]} in groups
+    for pair in (("train/a/0.png", "test/a/9.png"), ("train/a/1.png", "train/b/0.png")):
+        assert {str(at[name]) for name in pair} in groups
 
 
 def test_digits_hold_no_duplicates_and_are_read_quickly() -> None:

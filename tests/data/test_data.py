@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 import weakref
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -306,11 +307,13 @@ def test_digits_are_white_on_black(digits: Source) -> None:
 
 
 def make_folder(root: Path, classes: dict[str, int]) -> Path:
-    """One folder for each class with the given number of small grey images."""
+    """One folder for each class with the given number of small images, no two of them equal."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
-            Image.new("L", (9, 7), i * 7 % 256).save(root / name / f"{i}.png")
+            Image.new("RGB", (9, 7), (i * 7 % 256, *zlib.crc32(name.encode()).to_bytes(4, "big")[:2])).save(
+                root / name / f"{i}.png"
+            )
     return root
 
 

@@ -4,7 +4,6 @@ First every file is looked for. Then images are decoded, in an order that is spr
 is up, only headers are read. Results are remembered, so the next start continues where this one ended.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from finetune.data.checks.known_images import DECODED, HEADER, MODES, PRESENT, RECORD, UNSEEN, KnownImages, Records
+from finetune.data.checks.known_images import (
+    DECODED,
+    HEADER,
+    MODES,
+    PRESENT,
+    RECORD,
+    UNSEEN,
+    KnownImages,
+    Records,
+    content_hashes,
+    stamp_keys,
+)  # fmt: skip
 from finetune.data.images.decode import Header, ImageError, decode, header_of
 from finetune.data.split import SPLITS, ImageStore, Source, UnreadableImage
-from finetune.data.streams import ranks, shuffled
+from finetune.data.streams import shuffled
 from finetune.system.processors import map_in_threads
 
 CHUNK = 4096  # files looked for between two looks at the clock
@@ -65,13 +75,12 @@ class _Examination:
                 return
             stamps = [self._stamp(position) for position in range(start, min(start + CHUNK, len(self.rows)))]
             part = self.records[start : start + CHUNK]
-            keys = ranks("stamp", 0, (stamp or "" for stamp in stamps))
-            keys[[not stamp for stamp in stamps]] = 0
+            keys = stamp_keys([stamp or "" for stamp in stamps])
             known, is_known = self.known.find(keys)
             part["depth"] = np.where([stamp is not None for stamp in stamps], PRESENT, HEADER)
             part[is_known] = known[is_known]
             part["key"] = keys
-            self.remembered += int((is_known & (known["bad"] == 0)).sum())
+            self.remembered += int((is_known & (known["bad"] == 0) & (known["depth"] >= HEADER)).sum())
             for place in np.flatnonzero(is_known & (known["bad"] != 0)).tolist():
                 self.unreadable[start + place] = self.known.reasons.get(int(keys[place]), "unreadable")
 
@@ -134,8 +143,11 @@ class _Examination:
                 self.reasons[key] = result.reason
         else:
             self.unreadable.pop(position, None)
+            if not result["tail"]:  # a look at the header does not forget what an earlier reading has found
+                for name in ("first", "second", "tail"):
+                    result[name] = record[name]
+            result["key"] = key
             self.records[position] = result
-            self.records[position]["key"] = key
 
 
 def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -> DataReport:
@@ -174,8 +186,7 @@ def _decode(store: ImageStore, row: int) -> Records:
         header = store.header(row)
         store.load(row)
     record = _record(DECODED, header)
-    digest = hashlib.blake2b(data, digest_size=16, usedforsecurity=False).digest()
-    record["first"], record["second"] = np.frombuffer(digest, dtype="<u8")
+    record["tail"], record["first"], record["second"] = content_hashes(data)
     return record
 
 

@@ -4,17 +4,19 @@ One file a data set, `checks/<key>-<id>.npz` in the cache folder. Where it is da
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune.data.caches.entries import cache_folder, claim_cache, known_marker, lock_of
-from finetune.data.streams import Ranks, mix
+from finetune.data.split import ImageStore
+from finetune.data.streams import Ranks, mix, ranks
 from finetune.system.files import write_atomic
 from finetune.system.locks import file_lock
 from finetune.system.ours import Marker, RefusedError
@@ -24,12 +26,15 @@ from finetune.system.seals import damaged_if_unreadable, read_sealed, seal
 logger = logging.getLogger("finetune")
 
 # One image. `key`: hash of its stamp (path, size, time), 0 where it has none; `depth`: how closely it was examined, see
-# below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read.
+# below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read;
+# `tail`: hash of its last TAIL_BYTES bytes, 0 if not read.
 RECORD = np.dtype([
     ("key", "<u8"), ("depth", "u1"), ("bad", "u1"), ("mode", "u1"), ("height", "<i4"), ("width", "<i4"),
-    ("first", "<u8"), ("second", "<u8"),
+    ("first", "<u8"), ("second", "<u8"), ("tail", "<u8"),
 ])  # fmt: skip
 Records = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+TAIL_BYTES = 4096  # of a file; compressed images that differ nearly always differ there
 
 # Depths: not looked at; the file exists; its header was read; all of it was decoded.
 UNSEEN, PRESENT, HEADER, DECODED = range(4)
@@ -37,6 +42,33 @@ UNSEEN, PRESENT, HEADER, DECODED = range(4)
 MODES = tuple(
     ["?", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B", "RGBX"]
 )
+
+
+def stamp_keys(stamps: Sequence[str]) -> Ranks:
+    """`key` of images with these stamps; 0 for an empty one."""
+    keys = ranks("stamp", 0, stamps)
+    keys[[not stamp for stamp in stamps]] = 0
+    return keys
+
+
+def tail_of(data: bytes) -> int:
+    """`tail` of an image with these bytes; never 0."""
+    return int.from_bytes(_digest(data[-TAIL_BYTES:], 8), "little") or 1
+
+
+def content_of(store: ImageStore, row: int) -> tuple[int, int, int]:
+    """(`tail`, `first`, `second`) of an image; raises ImageError."""
+    return content_hashes(store.read(row))
+
+
+def content_hashes(data: bytes) -> tuple[int, int, int]:
+    """(`tail`, `first`, `second`) of an image with these bytes."""
+    first, second = np.frombuffer(_digest(data, 16), dtype="<u8").tolist()
+    return tail_of(data), first, second
+
+
+def _digest(data: bytes, size: int) -> bytes:
+    return hashlib.blake2b(data, digest_size=size, usedforsecurity=False).digest()
 
 
 class KnownImages:
@@ -62,7 +94,7 @@ class KnownImages:
 
     def save(self, records: Records, reasons: Mapping[int, str]) -> None:
         """Add `records` and `reasons` to the file, if it can be written; what other processes wrote meanwhile stays."""
-        learned = records[(records["key"] != 0) & (records["depth"] >= HEADER)]
+        learned = records[(records["key"] != 0) & ((records["depth"] >= HEADER) | (records["tail"] != 0))]
         if not len(learned):
             return
         try:

@@ -88,9 +88,11 @@ def read_image(path: str) -> Tensor:
     return decode(read_file(path), path)
 
 
-def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of a file; raises ImageError where it cannot be read."""
+def read_file(path: str, max_pixels: int = MAX_PIXELS, *, last: int = 0) -> bytes:
+    """The bytes of a file, or only its `last` ones; raises ImageError where it cannot be read."""
     with _opened_file(path, max_pixels) as file:
+        if last:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - last))
         return file.read()
 
 

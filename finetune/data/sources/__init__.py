@@ -5,10 +5,12 @@ A builder reads `data.*` and returns `FoundImages`, of which `selection.split_up
 a line of `_BUILDERS` and a word in `config/data.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from finetune.config import DataConf, SourceKind, member_of
+from finetune.config.data import group_pattern
+from finetune.data.grouping import find_groups
 from finetune.data.selection import split_up
 from finetune.data.sources.digits import find_digits
 from finetune.data.sources.folders import find_folder
@@ -16,7 +18,8 @@ from finetune.data.sources.hugging_face import find_hugging_face
 from finetune.data.sources.shards import find_shards
 from finetune.data.sources.tables import find_table
 from finetune.data.sources.torchvision_sets import find_torchvision
-from finetune.data.split import FoundImages, Source
+from finetune.data.split import FoundImages, Groups, Source
+from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, image_limit
 
 _BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
@@ -30,7 +33,9 @@ _BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
 
 
 def open_source(conf: DataConf) -> Source:
-    """Find images and labels, select among them, and split them. No image file is opened yet.
+    """Find images and labels, select among them, and split them.
+
+    If splits are cut, images of equal size are compared, and equal ones stay together. No other image file is opened.
 
     Raises FileNotFoundError if `data.root` or `data.table` is missing; UserError if the data cannot be used or split.
     """
@@ -39,4 +44,21 @@ def open_source(conf: DataConf) -> Source:
     CLASSES.check(found.place, len(found.classes))
     if conf.max_image_mib != DataConf().max_image_mib:  # another limit makes other images unreadable
         found = replace(found, location=f"{found.location}:{conf.max_image_mib}")
-    return split_up(found, conf)
+    pattern = group_pattern(conf)
+    if pattern is not None:
+        matches = map(pattern.search, found.names)
+        found = replace(found, groups=Groups.of(match and match[1] for match in matches))
+    if found.groups is not None:
+        found = replace(found, warnings=(*found.warnings, *_check_groups(found, found.groups, conf)))
+    return split_up(found, conf, find_groups(found, conf))
+
+
+def _check_groups(found: FoundImages, groups: Groups, conf: DataConf) -> list[str]:
+    """A warning where some images have no group; raises UserError where none has one."""
+    alone = int((groups.numbers < 0).sum())
+    name = found.names[0] if isinstance(found.names, Sequence) else ""
+    if not groups.names:
+        raise UserError(f"{found.place}: data.group={conf.group} gives no image a group; a name here is {name}")
+    if not alone:
+        return []
+    return [f"data.group={conf.group} gives {alone:,} of {len(groups.numbers):,} images no group: each is alone"]

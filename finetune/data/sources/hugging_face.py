@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.config import DataConf, nearest
 from finetune.data.images.decode import ImageError, check_encoded, natural_key, read_file
 from finetune.data.sources.stores import PartsStore
-from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
+from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages, Groups
 from finetune.system.errors import UserError
 
 
@@ -47,8 +47,9 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
     name = os.path.expanduser(conf.name or "")
     parts, left_out = _parts(_open(datasets, name, conf), name)
     for _, part in parts.values():
-        for key, column in (("image_column", conf.image_column), ("label_column", conf.label_column)):
-            if column not in part.column_names:
+        columns = {"image_column": conf.image_column, "label_column": conf.label_column, "group": conf.group}
+        for key, column in columns.items():
+            if column is not None and column not in part.column_names:
                 known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
                 raise UserError(f"data.{key}={column}: no such column{known}")
     first = parts["train"][1]
@@ -70,6 +71,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         title=f"hf {name}",
         note=f" [left out: {', '.join(left_out)}]" if left_out else "",
         location=f"hf:{name}",
+        groups=Groups.of(cell for _, part in parts.values() for cell in part[conf.group]) if conf.group else None,
     )
 
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
+from finetune.config.data import group_pattern
 from finetune.data.images.decode import EXTENSIONS, ImageError, check_encoded, error_words, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.fetching import RemoteFile, condemn, is_remote
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
 from finetune.data.sources.tar_files import tar_members
-from finetune.data.split import SPLIT_WORDS, FoundImages, ImageStore
+from finetune.data.split import SPLIT_WORDS, FoundImages, Groups, ImageStore
 from finetune.system.errors import UserError
 from finetune.system.limits import NAME, Limit, read_text, text_limit, text_of
 from finetune.system.reading import DamagedError
@@ -68,8 +69,17 @@ class ShardStore(ImageStore):
 
     def read(self, row: int) -> bytes:
         """The bytes of the image file; raises ImageError, or DamagedError for a downloaded shard."""
+        return self.tail(row, self.size(row))
+
+    def size(self, row: int) -> int:
+        """The length of the image file."""
+        return int(self._places[row, 2])
+
+    def tail(self, row: int, count: int) -> bytes:
+        """The last `count` bytes of the image file; raises as `read` does."""
         shard, offset, size = self._places[row].tolist()
         check_encoded(self.name_of(row), size, self.max_pixels)
+        offset, size = offset + max(0, size - count), min(size, count)
         sealed = self._sealed.get(shard)
         try:
             if sealed is not None:
@@ -108,6 +118,7 @@ class _Index:
         self.keys: list[str] = []
         self.labels: list[str] = []
         self.given = bytearray()
+        self.groups: list[Any] = []  # `data.group` in the .json of each image, if it is a key
 
 
 def find_shards(conf: DataConf) -> FoundImages:
@@ -137,6 +148,7 @@ def find_shards(conf: DataConf) -> FoundImages:
         place=f"data.root={root}",
         title=f"webdataset {root} ({len(shards)} shards)",
         location=os.path.abspath(root),
+        groups=None if _group_key(conf) is None else Groups.of(index.groups),
     )
 
 
@@ -247,6 +259,8 @@ def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed
     texts = text_limit(conf.max_text_mib)
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
+    groups: dict[str, Any] = {}
+    group_key = _group_key(conf)
     try:
         for member, tar in tar_members(shard.path, sealed):
             folder, _, file = member.name.rpartition("/")
@@ -263,7 +277,10 @@ def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed
                 subject = f"data.root: {shard.name}: {member.name}"
                 texts.check(subject, member.size)
                 tar.seek(member.offset_data)
-                label = _label(tar.read(member.size), ending, conf.label_column)
+                content = tar.read(member.size)
+                if ending == "json" and group_key is not None:
+                    groups[key] = _json(content).get(group_key)
+                label = _label(content, ending, conf.label_column)
                 if label is not None and (ending == "cls" or key not in labels):
                     NAME.check(f"{subject}: the label", len(label))
                     labels[key] = label
@@ -283,16 +300,32 @@ def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed
         index.keys.append(f"{os.path.basename(shard.name)}/{name}")
         index.labels.append(labels[key])
         index.given.append(shard.split)
+        if group_key is not None:
+            index.groups.append(groups.get(key))
+
+
+def _group_key(conf: DataConf) -> str | None:
+    """The key in `data.group`; None if it is a pattern, or if there is none."""
+    return conf.group if group_pattern(conf) is None else None
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    """The object in a .json file; empty if there is none in it."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _label(content: bytes, ending: str, label_key: str) -> str | None:
-    try:
-        if ending == "cls":
+    if ending == "cls":
+        try:
             return content.decode("utf-8").strip() or None
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return str(value[label_key]) or None if isinstance(value, dict) and label_key in value else None
+        except ValueError:
+            return None
+    value = _json(content)
+    return str(value[label_key]) or None if label_key in value else None
 
 
 def _class_files(first: Shard, conf: DataConf) -> list[Path]:

@@ -27,14 +27,25 @@ class FileStore(ImageStore):
         """The bytes of the file; raises ImageError."""
         return read_file(self.name_of(row), self.max_pixels)
 
+    def size(self, row: int) -> int:
+        """The length of the file; raises ImageError if there is no such file."""
+        return self._status(row).st_size
+
+    def tail(self, row: int, count: int) -> bytes:
+        """The last `count` bytes of the file; raises ImageError."""
+        return read_file(self.name_of(row), self.max_pixels, last=count)
+
     def stamp(self, row: int) -> str:
         """Path, size and time of the last change; raises ImageError if there is no such file."""
+        status = self._status(row)
+        return f"{status.st_size}:{status.st_mtime_ns}:{self.name_of(row)}"
+
+    def _status(self, row: int) -> os.stat_result:
         path = self.name_of(row)
         try:
-            status = os.stat(path)
+            return os.stat(path)
         except (OSError, ValueError) as error:
             raise ImageError(path, error_words(error)) from error
-        return f"{status.st_size}:{status.st_mtime_ns}:{path}"
 
     def name_of(self, row: int) -> str:
         """The path of the file."""
@@ -65,5 +76,6 @@ class PartsStore(ImageStore):
         return f"{self._name}/{word}[{index}]"
 
     def names(self) -> list[str]:
-        """The name of every image."""
-        return [self.name_of(row) for row in range(int(self._ends[-1]))]
+        """A name of every image without the place of the data set: `word[index]`."""
+        words = (f"{word}[{index}]" for word, part in self._parts for index in range(len(part)))
+        return list(words)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
+from finetune.config.data import group_pattern
 from finetune.data.images.decode import ImageError, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
-from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages
+from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages, Groups
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, NAME, check_memory, text_limit
@@ -70,6 +71,7 @@ class _Rows:
         self.label_ids = array("i")  # the labels of all rows, one row after the other
         self.label_counts = array("i")  # how many labels each row has, if it may have several
         self.splits = bytearray()  # index into SPLITS of each row
+        self.groups: list[Any] = []  # cell of the column `data.group` of each row, if there is one
         self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
         self.num_problems = 0  # how many rows cannot be used
 
@@ -83,7 +85,8 @@ def find_table(conf: DataConf) -> FoundImages:
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
     rows = _Rows(several=True if conf.label_separator else None)
-    wanted = [conf.path_column, conf.label_column, *([conf.split_column] if conf.split_column else [])]
+    group_column = conf.group if conf.group and group_pattern(conf) is None else None
+    wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, group_column])]
     names = PackedStrings(_usable_paths(read_blocks(path, wanted, text_limit(conf.max_text_mib)), conf, rows))
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
@@ -97,7 +100,7 @@ def find_table(conf: DataConf) -> FoundImages:
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
     return FoundImages(
         store=TableStore(root, names, np.array(rows.numbers), os.path.basename(path)),
-        names=names,
+        names=_names_without_place(names, root),
         classes=classes,
         labels=labels,
         given=torch.frombuffer(rows.splits, dtype=torch.uint8),
@@ -105,14 +108,24 @@ def find_table(conf: DataConf) -> FoundImages:
         title=f"table {path}",
         location=os.path.abspath(root),
         warnings=_check_repeats(path, names, labels, np.array(rows.numbers)),
+        groups=None if group_column is None else Groups.of(rows.groups),
     )
+
+
+def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:
+    """The names by which rows are split: absolute paths into `root` count from there, others as the table has them."""
+    folders = tuple(os.path.join(folder, "") for folder in (os.path.abspath(root), os.path.realpath(root)))
+    if not any(name.startswith(folders) for name in names):
+        return names
+    lengths = ((name, next((len(folder) for folder in folders if name.startswith(folder)), 0)) for name in names)
+    return PackedStrings(name[length:] for name, length in lengths)
 
 
 def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) -> Iterator[str]:
     """The paths of the usable rows; adds their other cells to `rows`."""
     for block in blocks:
         ids_of_cell: dict[tuple[type, str], list[int]] = {}  # most labels repeat, and parsing each again is slow
-        for number, path, label, *split in zip(block.numbers, *block.columns, strict=True):
+        for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
                 if not isinstance(path, str) or not path.strip():
                     raise _RowError(f"has no {conf.path_column}")
@@ -126,14 +139,15 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
                     words = _labels_of(label, conf, rows)
                     ids_of_cell[key] = [rows.known.setdefault(word, len(rows.known)) for word in words]
                 ids = ids_of_cell[key]
-                splits = [_split_of(cell, conf) for cell in split]
+                split = _split_of(others[0], conf) if conf.split_column else 0
             except _RowError as error:
                 rows.num_problems += 1
                 if len(rows.problems) < MAX_LISTED:
                     rows.problems.append(f"row {number} {error}")
                 continue
             rows.numbers.append(number)
-            rows.splits.extend(splits or b"\0")
+            rows.splits.append(split)
+            rows.groups.extend(others[bool(conf.split_column) :])
             rows.label_ids.extend(ids)
             if rows.several:
                 rows.label_counts.append(len(ids))

@@ -57,6 +57,12 @@ class TorchvisionStore(PartsStore):
         pixels = self.load(row)
         return str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()
 
+    def size(self, row: int) -> int | None:
+        """The number of bytes of an image that lies in memory; None where each would have to be decoded."""
+        _, part, _ = self.find(row)
+        pixels = vars(part).get("data")
+        return int(np.prod(pixels.shape[1:])) if isinstance(pixels, (np.ndarray, Tensor)) else None
+
     def stamp(self, row: int) -> str:
         """Folder, split and number: a downloaded data set does not change, and torchvision compares its checksums."""
         word, part, index = self.find(row)
