@@ -2,7 +2,8 @@
 
 The room knows its own section of the settings, and neither models nor runs. Read `split.py` first: a `Source` is what
 every part of this room makes or uses. From the bottom to the top: `streams` (random numbers), `images` (decode, resize,
-crop, mix), `split` and `selection`, `sources` and `caches`, `loading` (workers and batches), `checks`.
+crop, mix), `split`, `cutting`, `selection` and `caches`, `loading` (workers and batches), `checks`, `grouping` (what
+stays together), `sources`.
 """
 
 from finetune.data.checks.start import SkippedList, check_at_start

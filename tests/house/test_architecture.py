@@ -29,10 +29,12 @@ FLOORS = {
     "packed": 0, "streams": 1,
     "images": 2,
     "split": 3,
-    "selection": 4, "caches": 4,
-    "sources": 5, "loading": 5,
+    "cutting": 4, "caches": 4,
+    "selection": 5, "loading": 5,
     "checks": 6,
-    "__init__": 7,
+    "grouping": 7,
+    "sources": 8,
+    "__init__": 9,
 }  # fmt: skip
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "numpy")
