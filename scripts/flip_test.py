@@ -54,7 +54,9 @@ from finetune.runs import bad_batch  # noqa: E402
 from finetune.runs.checkpoint import read_state  # noqa: E402
 from finetune.runs.earlier import EarlierRun  # noqa: E402
 from finetune.runs.epoch_files import latest_state  # noqa: E402
+from finetune.runs.finished import OF_THE_START, check_finished  # noqa: E402
 from finetune.runs.history import History, timeless  # noqa: E402
+from finetune.runs.records import read_rates, read_result  # noqa: E402
 from finetune.runs.saver import Saver  # noqa: E402
 from finetune.runs.weights import read_weights  # noqa: E402
 from finetune.system.errors import EXPECTED_ERRORS, UserError  # noqa: E402
@@ -271,6 +273,9 @@ class Readers:
             ".lock.json": lambda: holder(run_dir),
             ".finetune.json": lambda: self.marker(run_dir),
         }
+        if run_dir == self.world.done:
+            numbers = ("result.json", "history.jsonl", "rates.json", "metrics.json")
+            readers |= dict.fromkeys(numbers, lambda: self.numbers(run_dir))
         if name in readers:
             return f"{run_dir.name} {name}", readers[name]
         if name.endswith(".safetensors"):
@@ -300,6 +305,15 @@ class Readers:
         history = History(run_dir / "history.jsonl")
         history.restore(self.state["history"], history.readable_rows())
         return timeless(history.rows())
+
+    def numbers(self, run_dir: Path) -> object:
+        """What a report shows of a finished run."""
+        check_finished(run_dir)
+        result = read_result(run_dir / "result.json")
+        for name in OF_THE_START:
+            result.pop(name, None)
+        rows = History(run_dir / "history.jsonl").rows()
+        return [result, timeless(rows), read_rates(run_dir / "rates.json")]
 
     def weights(self, path: Path) -> object:
         """Tensors and metadata, as a run and as `model.pretrained` read them."""
@@ -417,7 +431,7 @@ def try_reader(path: Path, read: Callable[[], object], right: Sequence[str], con
 def outcome_of(run_dir: Path) -> object:
     """Everything that a run has found out, without what clocks and folders say."""
     result = json.loads((run_dir / "result.json").read_text())
-    for name in ("seconds", "seconds_saving", "resumed_at", "overrides"):
+    for name in OF_THE_START:
         result.pop(name, None)
     rows = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
     weights = [read_weights(run_dir / "checkpoints" / f"{name}.safetensors") for name in ("best", "last")]
@@ -525,8 +539,10 @@ def clean(world: World, snapshot: Snapshot) -> None:
 
 
 def note(seen: Counter[str], path: Path, name: str, outcome: str, detail: str) -> None:
-    """Count an outcome, and print a bad one."""
+    """Count an outcome; print a bad one, and now and then how far the test is."""
     seen[outcome] += 1
+    if seen.total() % 1000 == 0:
+        print(figures("so far", seen), flush=True)
     if outcome in BAD:
         print(f"{outcome}: {name}, {path}\n{detail[-2000:]}", flush=True)
 

@@ -14,6 +14,7 @@ from finetune.app.build import Run
 from finetune.config import Conf, recorded
 from finetune.core.finite import NotFiniteError
 from finetune.runs.earlier import Change, EarlierRun, digest_of
+from finetune.runs.finished import CHECKSUMS, checksums
 from finetune.runs.records import Result
 from finetune.runs.resume import SETTINGS, Saved
 from finetune.system.files import write_json, write_text
@@ -111,6 +112,8 @@ class Session:
                 return
             ended = {name: self.result[name] for name in ("status", "error")}
             self.result = {**(self.earlier.result or {}), **ended}
+        if self.result["status"] == "finished":
+            self.result[CHECKSUMS] = checksums(self.run_dir, self.result)
         try:
             self.write_result()
         except OSError as error:

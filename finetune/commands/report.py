@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.report.run_figures import plot_curves, plot_rates
 from finetune.report.sweep import summarize
+from finetune.runs.finished import check_finished
 from finetune.system.log import say
 from finetune.system.ours import MARKER, FolderKind, RefusedError, look, read_marker
 from finetune.system.terminal import printable
@@ -30,6 +31,8 @@ def main(words: Sequence[str]) -> int:
     has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()
     if not (has_rates or has_history):
         raise FileNotFoundError(f"{shown} has neither rates.json nor history.jsonl yet: its run never began to train")
+    if (folder / "result.json").exists():
+        check_finished(folder)
     if has_rates:
         plot_rates(folder)
         say(str(folder / "lr.png"))

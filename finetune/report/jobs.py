@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.report.reading import number
+from finetune.runs.finished import check_finished
 from finetune.runs.folders import JOBS
 from finetune.runs.records import JobEntry, read_result
 from finetune.system.locks import holder
@@ -185,6 +186,7 @@ def read_job(folder: Path) -> JobResult:
         return _as_job(folder, {"status": "at work", "error": f"process {owner.pid} on {owner.host} is working in it"})
     try:
         result = read_result(folder / "result.json")
+        check_finished(folder, result)
     except FileNotFoundError:
         return _as_job(folder, {"status": "failed", "error": "no result: it never started, or was killed"})
     except DamagedError as error:

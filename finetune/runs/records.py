@@ -28,6 +28,7 @@ class _Result(_ResultStatus, total=False):
     resumed_at: list[Count]
     monitor: str
     settings: str  # see `digest_of` in earlier.py
+    checksums: dict[str, str]  # see finished.py
     promise: PromiseKind
     promise_reasons: list[str]
     auto_batch_size: Annotated[int, Meta(ge=1, le=2**31)]
