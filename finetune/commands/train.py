@@ -13,7 +13,7 @@ from finetune.commands.flags import CommandLine, configure, hydra_flags, parse_c
 from finetune.commands.help import main as help_command
 from finetune.config.words.choices import folders
 from finetune.config.words.quoting import quote
-from finetune.runs.folders import SweepRecord, record_failure, run_folder
+from finetune.runs.folders import SweepRecord, record_failure, run_folder, where_traceback
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
 from finetune.system.ours import FolderKind, RefusedError, claim, refuse_links
@@ -137,7 +137,7 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
     except Exception as error:  # a mistake, or a fault of the program: a sweep goes on after either
         record_failure(folder, overrides, error)
         is_expected = isinstance(error, EXPECTED_ERRORS)
-        complain(str(error) if is_expected else fault_line(error, f"the traceback is in {folder / 'run.log'}"))
+        complain(str(error) if is_expected else fault_line(error, where_traceback(folder, error)))
         return 1, None
     score = number(result.get(str(result.get("monitor", "val/top1"))))
     return 0, score if math.isfinite(score) else None

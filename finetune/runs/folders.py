@@ -105,6 +105,17 @@ class SweepRecord:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends the torn line of a killed process
 
 
+def where_traceback(folder: Path, error: Exception) -> str:
+    """Where the traceback of a fault is: in `run.log`, unless that could not be written."""
+    log = folder / "run.log"
+    last = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:80]
+    with contextlib.suppress(OSError), open_own(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2**20))
+        if printable(last).encode("utf-8", "backslashreplace") in file.read():
+            return f"the traceback is in {log}"
+    return f"its traceback could not be written to {log}"
+
+
 def record_failure(folder: Path, overrides: list[str], error: Exception) -> None:
     """Write `result.json` and `run.log` for a run that failed before it wrote its own; replaces no file.
 

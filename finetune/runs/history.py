@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs.records import history_row
+from finetune.system.errors import naming
 from finetune.system.files import json_text, write_text
 from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json, parse_json_lines, read_file
@@ -44,7 +45,7 @@ class History:
         line = (json_text(row) + "\n").encode()
         if not self.path.exists():
             write_text(self.path, "")  # so that the new name in the folder is on disk too
-        with open_own(self.path, "ab+") as file:
+        with naming(self.path), open_own(self.path, "ab+") as file:
             whole = self._whole()
             file.truncate(len(whole))
             file.seek(0, os.SEEK_END)

@@ -1,7 +1,8 @@
 """Mistakes of people, apart from faults of the program."""
 
+import contextlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -25,6 +26,17 @@ class ConfigError(UserError):
 # Shown as one line without a traceback: a mistake, a file that cannot be read or written, a run that diverged. All
 # others, also a ValueError of torch or numpy, are faults of the program and shown as such.
 EXPECTED_ERRORS = (UserError, OSError, FloatingPointError)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every OSError name `path`: a full disk, unlike a missing file, raises one that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def fault_line(error: BaseException, how_to_see: str) -> str:

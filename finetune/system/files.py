@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.system.errors import naming
 from finetune.system.ours import create_temporary, temporary_of
 
 # What JSON leaves as it is, beside letters. Inside of texts only: JSON has no such characters between them.
@@ -29,9 +30,10 @@ def write_atomic(
     """
     temporary = create_temporary(path)
     try:
-        write(temporary)
-        if is_durable:
-            sync_file(temporary)
+        with naming(path):
+            write(temporary)
+            if is_durable:
+                sync_file(temporary)
         # The old file has a name at every moment; without hard links it lacks one until the next move.
         if aside is not None and path.exists() and not _second_name(path, aside):
             os.replace(path, aside)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 import finetune
-from finetune.system.errors import UserError
+from finetune.system.errors import UserError, naming
 from finetune.system.reading import DamagedError, read_json
 
 MARKER, FORMAT = ".finetune.json", 1
@@ -176,7 +176,7 @@ def _write_marker(path: Path, marker: Marker) -> None:
 
 
 def _write_new(path: Path, text: str) -> None:
-    with open(path, "x", encoding="utf-8", opener=_open_safely) as file:
+    with naming(path), open(path, "x", encoding="utf-8", opener=_open_safely) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from finetune.data.checks.known_images import KnownImages
 from finetune.data.checks.summary import duplicate_lines, imbalance, unreadable_lines, write_lines
 from finetune.data.images.decode import ImageError
 from finetune.data.split import Source, UnreadableImage
-from finetune.system.errors import UserError
+from finetune.system.errors import UserError, naming
 from finetune.system.files import write_text
 from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json_lines, read_file
@@ -81,7 +81,7 @@ class SkippedList:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self._rows()))
         self._later.add(error.path)
         logger.warning("left out: %s", error)
-        with open_own(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open_own(self.path, "a", encoding="utf-8") as file:
             file.write(_line("later", UnreadableImage("", -1, error.path, error.reason)))
 
 
