@@ -433,7 +433,7 @@ def test_a_command_of_a_resumed_folder_cannot_hide_what_it_is(
     config["data"]["root"] = "${oc.env:HOME}/x.tar"
     (started / "config.yaml").write_text(yaml.safe_dump(config))
     assert main([f"resume={started}"]) == 1
-    assert "data.root is a reference" in capsys.readouterr().err
+    assert "data.root came from the environment" in capsys.readouterr().err
 
 
 def test_other_commands_on_a_run_directory_run_no_command_of_it(started: Path, tmp_path: Path) -> None:
