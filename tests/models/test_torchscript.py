@@ -362,7 +362,7 @@ def test_checkpoints_with_long_histories_are_read(is_legacy: bool, tmp_path: Pat
         "empty": set(),
     }
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not is_legacy)
-    assert read_state_dict(tmp_path / "w.pt").keys() == {"weight"}
+    assert read_state_dict(tmp_path / "w.pt").keys() == {"model.weight"}
 
 
 def test_what_an_inert_pickle_gives() -> None:
