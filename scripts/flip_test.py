@@ -247,6 +247,7 @@ class Readers:
         state = latest_state(world.stopped / "checkpoints")
         assert state is not None
         self.state = state[0]
+        self.names = sorted(read_result(world.done / "result.json").keys() - {*OF_THE_START})
 
     def _built(self) -> Run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -310,8 +311,7 @@ class Readers:
         """What a report shows of a finished run."""
         check_finished(run_dir)
         result = read_result(run_dir / "result.json")
-        for name in OF_THE_START:
-            result.pop(name, None)
+        result = {name: result.get(name) for name in self.names}  # an entry of another name is shown nowhere
         rows = History(run_dir / "history.jsonl").rows()
         return [result, timeless(rows), read_rates(run_dir / "rates.json")]
 
