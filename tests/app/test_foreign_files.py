@@ -251,7 +251,8 @@ def test_a_folder_from_elsewhere_leads_nowhere(
         "clear": ["cache", "clear", f"data.cache_dir={world.root / 'caches'}"],
         "plot": ["describe", "model=vit", "--plot", str(path)],
     }[command]
-    for sort in ("link", world.dice.choice(["link to a folder", "dangling", "fifo"])):
+    other = world.dice.choice(["link to a folder", "dangling", "fifo"])
+    for sort in ("link", "link to a folder" if path.is_dir() else other):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         world.foreign.clear()
         world.put(path.parent, [path.name], [sort])
