@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from finetune.__main__ import main
 from finetune.config import CacheKind, Conf, DataConf, SourceKind, find_problems
 from finetune.config.words.saved import read_conf
-from finetune.data import Source, open_source
+from finetune.core.preprocess import Preprocess
+from finetune.data import Loader, Source, open_source
 from finetune.data.caches.entries import beside, cache_folder, claim_cache
 from finetune.data.checks.examine import examine
 from finetune.data.checks.known_images import KnownImages
@@ -552,3 +554,22 @@ def test_damage_that_an_epoch_meets_is_fetched_again_at_the_next_start(
     with pytest.raises(DamagedError, match=r"data\.download=true"):
         open_source(conf(tmp_path, data.root or "", download=False))
     assert content(open_source(data)) == expected and path.read_bytes() == whole
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_epoch_over_a_damaged_shard_stops_and_leaves_no_image_out(
+    tmp_path: Path, packed: Path, server: Server, workers: str
+) -> None:
+    data = conf(tmp_path, f"{server.base}/set/train-0000.tar", on_error="skip", workers=workers, batch_size=2)
+    source = open_source(data)
+    (path,) = (tmp_path / "cache").rglob("shards/*.tar")
+    whole = path.read_bytes()
+    path.write_bytes(flipped(whole, whole.index(b"IDAT") + 50))
+    split = source.splits["train"]
+    split.store._sealed[0]._is_checked = bytearray(len(whole))  # type: ignore[attr-defined]
+    square = Preprocess(16, (0, 0, 0), (1, 1, 1))
+    loader = Loader(split, square, conf=data, augment=None, seed=0, device=torch.device("cpu"))
+    with pytest.raises(DamagedError, match=r"train-0000\.tar is damaged: .*data\.download=true"):
+        list(loader.epoch(0))
+    loader.close()
