@@ -56,7 +56,9 @@ def _schema(setting: Setting) -> dict[str, Any]:
     bounds = {word: metadata[name] for name, word in _BOUNDS.items() if name in metadata}
     alternatives = [_kind(setting) | bounds]
     if setting.name in NUMBER_WORDS:
-        alternatives.append({"enum": list(NUMBER_WORDS[setting.name])})
+        words = NUMBER_WORDS[setting.name]
+        alternatives[0]["minimum"] = max(words.values()) + 1  # below, only the word may stand
+        alternatives.append({"enum": list(words)})
     if setting.optional:
         alternatives.append({"type": "null"})
     if setting.kind is not str:  # a reference such as ${optim.lr}, which is filled in when the files are composed

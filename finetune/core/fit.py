@@ -142,13 +142,16 @@ def _scores(state: TrainState, validation: Validation) -> Row:
     return row
 
 
-def is_better(score: float, best: float, monitor: str) -> bool:
+def is_better(score: float, best: float, monitor: str, *, loss: float = math.nan, best_loss: float = math.nan) -> bool:
     """Whether `score` beats `best` (NaN: there is none yet). NaN never wins.
 
-    A monitor that ends in `loss` or `ece` is minimised, any other maximised.
+    A monitor that ends in `loss` or `ece` is minimised, any other maximised. Of equal scores the one with the lower
+    loss is better: on few images many epochs have one score, and it says nothing more about them.
     """
     if math.isnan(score) or math.isnan(best):
         return not math.isnan(score)
+    if score == best:
+        return not math.isnan(loss) and not loss >= best_loss
     return score < best if monitor.endswith(("loss", "ece")) else score > best
 
 
@@ -159,5 +162,7 @@ def _note_best(state: TrainState, row: Row, monitor: str) -> None:
         if not isinstance(score, float):
             names = ", ".join(name for name in row if name.startswith("val/"))
             raise UserError(f"train.monitor={monitor}: validation gives {names}")
-        if is_better(score, state.best_score, monitor):
+        loss = float(str(row.get(f"{name.partition('/')[0]}/loss", math.nan)))
+        if is_better(score, state.best_score, monitor, loss=loss, best_loss=state.best_loss):
             state.best_score, state.best_epoch, state.best_is_ema = score, state.epoch, name != monitor
+            state.best_loss = loss

@@ -111,6 +111,7 @@ class TrainState:
     skipped: int = 0  # steps that the fp16 scaler skipped
     rates: dict[str, float] = field(default_factory=dict)  # each group's rate at the start of the current epoch
     best_score: float = math.nan
+    best_loss: float = math.nan  # of the same weights
     best_epoch: int = 0
     best_is_ema: bool = False  # whether the averages of the best epoch had that score, and not its weights
     seconds: float = 0.0  # of training and validation, over all sessions of a resumed run

@@ -23,7 +23,7 @@ from finetune.system.terminal import printable
 
 FORMAT = 5
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how the last bytes of a zip file begin, and how many they are
-COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_epoch", "best_is_ema", "seconds")
+COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_loss", "best_epoch", "best_is_ema", "seconds")
 
 Content = dict[str, Any]  # a tree of plain types and tensors
 
@@ -34,6 +34,7 @@ class _Counters(TypedDict):
     step: Count
     skipped: Count
     best_score: float
+    best_loss: float
     best_epoch: Count
     best_is_ema: bool
     seconds: float

@@ -69,24 +69,31 @@ def _is_own(path: Path, epoch: int) -> bool:
     return metadata.get("epoch") == str(epoch) and CHECKSUM_KEY in metadata
 
 
-def score_of(row: Mapping[str, Any], monitor: str) -> tuple[float, bool]:
-    """The score of an epoch by its row of the history, NaN for null; and whether the averaged weights have it.
+def score_of(row: Mapping[str, Any], monitor: str) -> tuple[float, float, bool]:
+    """The score of an epoch by its row of the history, its loss, and whether the averaged weights have them.
 
-    `monitor` is the metric that ranks epochs, such as `val/top1`.
+    `monitor` is the metric that ranks epochs, such as `val/top1`. NaN stands for null.
     """
-    found = (row.get(name) for name in (monitor, monitor.replace("val/", "val_ema/", 1)))
-    plain, averaged = (math.nan if score is None else float(score) for score in found)
-    return (averaged, True) if is_better(averaged, plain, monitor) else (plain, False)
+    plain, averaged = (monitor, "val/loss"), (monitor.replace("val/", "val_ema/", 1), "val_ema/loss")
+    (score, loss), (other, other_loss) = (
+        [math.nan if row.get(name) is None else float(row[name]) for name in names] for names in (plain, averaged)
+    )
+    is_ema = is_better(other, score, monitor, loss=other_loss, best_loss=loss)
+    return (other, other_loss, True) if is_ema else (score, loss, False)
 
 
 def best_epochs(rows: Sequence[Mapping[str, Any]], monitor: str, count: int) -> list[int]:
-    """The `count` best epochs, best first; of equals the earlier ones."""
-    best: list[tuple[float, int]] = []
+    """The `count` best epochs, best first; of equals those with a lower loss, and then the earlier ones."""
+    best: list[tuple[float, float, int]] = []
     for row in rows:
-        score = score_of(row, monitor)[0]
-        place = next((i for i, (other, _) in enumerate(best) if is_better(score, other, monitor)), len(best))
-        best.insert(place, (score, int(row["epoch"])))
-    return [epoch for _, epoch in best[:count]]
+        score, loss, _ = score_of(row, monitor)
+        worse = (
+            index
+            for index, (other, other_loss, _) in enumerate(best)
+            if is_better(score, other, monitor, loss=loss, best_loss=other_loss)
+        )
+        best.insert(next(worse, len(best)), (score, loss, int(row["epoch"])))
+    return [epoch for _, _, epoch in best[:count]]
 
 
 def latest_state(folder: Path) -> tuple[Content, Path] | None:

@@ -148,7 +148,7 @@ class Saver:
             return False
         content = self._snapshot(state) if is_due else None
         shared = (content["model"], content["ema"]) if content is not None else self._not_copied(state)
-        score, is_ema = score_of(rows[-1], monitor)
+        score, _, is_ema = score_of(rows[-1], monitor)
         about = {**self._metadata, "epoch": str(state.epoch)}
         if monitor in rows[-1]:
             about[monitor] = str(score)
@@ -273,7 +273,7 @@ class Saver:
             self._best = None
         if self._hook is None and state.device.type == "cpu":
             self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._wait_before_update())
-            if state.ema is not None:  # averages also move after a step whose update was skipped
+            if state.ema is not None:  # averages are written to even by a step that is skipped, with the same bits
                 state.ema.before_change = self._wait_before_update
         # A daemon: after a second Ctrl-C nobody waits for it. Its unfinished file has a temporary name.
         self._thread = threading.Thread(target=self._work, args=(save,), name="saver", daemon=True)

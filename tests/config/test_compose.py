@@ -413,6 +413,10 @@ def test_own_group_with_a_plus(folder: Path) -> None:
 def test_a_word_for_a_number_works_in_a_file_too(folder: Path) -> None:
     write("conf/data/mine.yaml", "batch_size: auto\n")
     assert compose(["data=mine"]).data.batch_size == compose(["data.batch_size=auto"]).data.batch_size == 0
+    write("conf/data/zero.yaml", "batch_size: 0\n")
+    for word in ("data.batch_size=0", "data=zero"):
+        with pytest.raises(ConfigError, match=r"data\.batch_size=0: write data\.batch_size=auto"):
+            compose([word])
 
 
 def test_merge_keys_and_anchors(folder: Path) -> None:

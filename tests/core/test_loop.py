@@ -18,11 +18,12 @@ from finetune import SchedulerConf, create_scheduler
 from finetune.config import OptimConf, TrainConf
 from finetune.core.ema import Ema
 from finetune.core.finite import NotFiniteError
-from finetune.core.fit import Validation, fit, is_better, validate
+from finetune.core.fit import Validation, _note_best, fit, is_better, validate
 from finetune.core.loop import train_step
 from finetune.core.losses import cross_entropy
 from finetune.core.metrics import LabelMeter, Sums, top5
 from finetune.core.optim import build_optimizer
+from finetune.runs.epoch_files import best_epochs, score_of
 from finetune.runs.history import timeless
 
 
@@ -284,6 +285,39 @@ def test_scores_compare_by_the_monitors_direction() -> None:
     assert is_better(0.1, 0.2, "val/loss")
     assert not is_better(nan, 0.2, "val/loss")
     assert not is_better(nan, nan, "val/top1")
+    assert is_better(0.8, 0.8, "val/top1", loss=0.1, best_loss=0.2)
+    assert is_better(0.3, 0.3, "val/ece", loss=0.1, best_loss=nan)
+    assert not is_better(0.8, 0.8, "val/top1", loss=0.2, best_loss=0.2)
+    assert not is_better(0.8, 0.8, "val/top1", loss=nan, best_loss=0.2)
+    assert not is_better(0.7, 0.8, "val/top1", loss=0.1, best_loss=0.2)
+
+
+def test_among_equal_scores_the_lower_loss_is_the_best_epoch() -> None:
+    """By the state, which a checkpoint carries, and by the rows, which rank the files of `train.keep` epochs."""
+    rows: list[dict[str, Any]] = []
+    losses = iter([0.5, 0.3, 0.4, 0.3, 0.9, 0.2])
+    scores = iter([0.8, 0.8, 0.8, 0.8, 0.9, 0.8])
+    state = tiny_state(tiny_model())
+    best = []
+    for epoch in range(1, 7):
+        state.epoch = epoch
+        rows.append({"epoch": epoch, "val/top1": next(scores), "val/loss": next(losses)})
+        _note_best(state, rows[-1], "val/top1")
+        best.append(state.best_epoch)
+    assert best == [1, 2, 2, 2, 5, 5]
+    assert state.best_loss == 0.9
+    assert best_epochs(rows, "val/top1", 6) == [5, 6, 2, 4, 3, 1]
+
+
+def test_of_weights_and_averages_with_one_score_the_lower_loss_is_kept() -> None:
+    state = tiny_state(tiny_model())
+    state.ema = Ema(state.model, 0.5)
+    state.epoch = 1
+    row = {"epoch": 1, "val/top1": 0.8, "val/loss": 0.5, "val_ema/top1": 0.8, "val_ema/loss": 0.4}
+    _note_best(state, row, "val/top1")
+    assert state.best_is_ema and state.best_loss == 0.4 and score_of(row, "val/top1") == (0.8, 0.4, True)
+    row |= {"val_ema/loss": 0.6}
+    assert score_of(row, "val/top1") == (0.8, 0.5, False)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])

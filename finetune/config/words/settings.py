@@ -57,7 +57,7 @@ PATH_SETTINGS = (
     *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained", "model.pretrained_key"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
-# Words that stand for a number.
+# Words that stand for a number, which nobody may write in their place.
 NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
 
 
@@ -85,6 +85,9 @@ def convert(setting: Setting, value: Any) -> Any:
         return None
     if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
         return NUMBER_WORDS[setting.name][value]
+    for word, number in NUMBER_WORDS.get(setting.name, {}).items():
+        if value == number and not isinstance(value, bool):
+            raise UserError(f"{setting.name}={value}: write {setting.name}={word} ({setting.meaning})")
     if value == "???":
         raise UserError(f"{setting.name}=???: a value has to be given ({setting.meaning})")
     try:
