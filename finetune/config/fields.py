@@ -39,6 +39,7 @@ def setting(default: Any, help: str, **bounds: float) -> Any:
     return field(default=default, metadata=metadata)
 
 
+MOST_NAMES, MOST_LETTERS = 10_000, 200  # that `nearest` compares
 C = TypeVar("C", bound=Choice)
 
 
@@ -46,7 +47,9 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
     valid = list(words)
     same = [candidate for candidate in valid if candidate.lower() == word.lower()]
-    found = same or difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    # Within bounds, since the names may be a table's: comparing takes time by the product of both lengths.
+    short = [name for name in valid[:MOST_NAMES] if len(name) <= MOST_LETTERS]
+    found = same or difflib.get_close_matches(word[:MOST_LETTERS], short, n=1, cutoff=0.6)
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 

@@ -579,11 +579,3 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before_it_whole(
     conf.train.epochs = 4
     go(conf, tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_whatever_a_person_types_ends_in_order(tmp_path: Path) -> None:
-    """A few random override sets; scripts/fuzz.py does five hundred. In a process of its own: it starts many runs."""
-    words = [sys.executable, str(ROOT / "scripts" / "fuzz.py"), "--examples", "10", "--seed", "1"]
-    process = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr

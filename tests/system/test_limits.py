@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.config.fields import nearest
 from finetune.system import limits
-from finetune.system.errors import UserError
+from finetune.system.errors import UserError, fault_line
 from finetune.system.limits import BoundedLines, Limit, LimitError, check_memory, in_bytes, read_text
 from finetune.system.terminal import MAX_LINE, complain
 
@@ -89,3 +90,14 @@ def test_an_error_is_never_longer_than_a_page(capsys: pytest.CaptureFixture[str]
     complain("seed=" + "9" * 10**6 + ": expected a whole number")
     text = capsys.readouterr().err
     assert len(text) < MAX_LINE + 10 and text.startswith("error: seed=999") and text.endswith("a whole number\n")
+
+
+def test_a_word_is_compared_within_bounds() -> None:
+    names = ["n" * 5000, *(f"column {i}" for i in range(200_000))]
+    assert nearest("colunm 7", names) == " (did you mean 'column 7'?)"
+    assert nearest("x" * 10**6, names) == ""
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_program() -> None:
+    text = fault_line(MemoryError(), "see the log")
+    assert text.startswith("out of memory (no more is free): lower data.batch_size") and "fault" not in text

@@ -126,7 +126,9 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
                 numbers = range(rows + 1, rows + 1 + batch.num_rows)
                 yield ColumnBlock(numbers, [batch.column(name).to_pylist() for name in wanted])
                 rows += batch.num_rows
-    except ArrowException as error:
+    except UserError:
+        raise
+    except (ArrowException, ValueError, ArithmeticError) as error:  # also of cells: texts that are none, odd dates
         raise UserError(f"cannot be read: {' '.join(str(error).split())}") from error
 
 
