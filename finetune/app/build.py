@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -131,7 +132,8 @@ class Run:
     def metadata(self) -> dict[str, str]:
         """Classes, preprocessing and model settings, as they are stored beside the weights."""
         classes, model, is_multilabel = self.source.classes, as_dict(self.model_conf), self.source.is_multilabel
-        return weights_metadata(classes, self.built.preprocess, model, is_multilabel=is_multilabel)
+        metadata = weights_metadata(classes, self.built.preprocess, model, is_multilabel=is_multilabel)
+        return metadata | ({"changes": json.dumps(self.built.changes)} if self.built.changes else {})
 
 
 def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:

@@ -148,4 +148,5 @@ def computing(run: Run) -> dict[str, str]:
         "tf32": str(conf.precision == Precision.tf32),
         "deterministic": str(conf.deterministic),
         "batch size": str(conf.data.batch_size),
+        **{name: str(value) for name, value in run.built.changes.items()},
     }

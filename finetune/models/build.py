@@ -40,6 +40,7 @@ class BuiltModel:
     preprocess: Preprocess  # how its weights expect their images
     description: str  # the line about the model with which a run starts
     has_zeroshot: bool  # whether the head was made from class names, and so classifies before any training
+    changes: dict[str, str | float]  # where the network differs from the library's of this name; mostly empty
 
 
 def build_model(
@@ -75,7 +76,9 @@ def build_model(
     model = towers.layered(net, layers).to(target)
     if conf.head_scale != 1:
         scale_head(model, conf.head_scale)
-    return BuiltModel(model.train(), upstream.preprocess, upstream.description, has_zeroshot)
+    return BuiltModel(
+        model.train(), upstream.preprocess, upstream.description, has_zeroshot, upstream.changes.as_dict()
+    )
 
 
 def library_of(conf: ModelConf) -> Library:

@@ -212,7 +212,8 @@ def _distinct(candidates: Sequence[_Candidate], tensors: StateDict) -> list[_Can
     for candidate in sorted(candidates, key=lambda each: (len(each.prefix), each.prefix)):
         values = {name: tensors[full] for name, full in candidate.names.items()}
         others = ({name: tensors[full] for name, full in each.names.items()} for each in distinct)
-        if not any(_equal(values, other) for other in others):
+        is_there = any(set(each.names.values()) == set(candidate.names.values()) for each in distinct)
+        if not is_there and not any(_equal(values, other) for other in others):
             distinct.append(candidate)
     return distinct
 

@@ -20,6 +20,8 @@ from finetune.models.upstream.clip_source import ClipSource
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
+from finetune.models.upstream.transformers_config import Beside, read_beside
+from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
 from finetune.system.errors import UserError
 
 
@@ -37,21 +39,24 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         cfg = _with_drop_path(source.model_cfg, conf)
         # open_clip's reader of a JAX archive fills both towers.
         clip = _constructed(source, cfg, conf.image_size, whole=with_text or is_jax)
-    note = ""
+    beside, note = Beside(weight_files.read_metadata(path).changes), ""
+    beside.network.put_into(clip)
     if path is not None:
         if is_jax:
             _load_jax(clip, path, source)
         else:
             found = _find(clip, weight_files.read_state_dict(path), conf.pretrained_key, source.label)
-            state, note = _as_open_clip(clip, found.state), found.note
-            weight_files.load_strictly(clip, state, source=source.label)
+            weight_files.load_strictly(clip, _as_open_clip(clip, found.state), source=source.label)
+            if found.program:
+                beside = read_beside(path, table_of(found.program), clip)
+            note = found.note + beside.note
     if conf.image_size and isinstance(clip.visual, TimmModel):
         clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
-    preprocess = _preprocess(source, conf)
+    preprocess = beside.preprocess(_preprocess(source, conf))
     text = network.describe(source.name, "an image tower of open_clip", source.label, preprocess) + note
     if source.weights is not None and source.weights.parent == glyphs.FOLDER and source.name == glyphs.CLIP:
         text = glyphs.read_bundle(glyphs.CLIP).description
-    return Upstream(clip, preprocess, text)
+    return Upstream(clip, preprocess, text, changes=beside.network)
 
 
 def _with_drop_path(cfg: dict[str, Any], conf: ModelConf) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> F
     tower = Wanted.by(visual)
     tower = Wanted({f"visual.{name}": shape for name, shape in tower.shapes.items()}, known=tower.known)
     # Below any prefix: that of a whole CLIP (`visual.`) or none, where a file holds model.visual.state_dict() alone.
-    tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual."))]
+    tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual.")), *transformers_layouts(tower)]
 
     def convert(group: StateDict) -> StateDict | None:
         """The tensors of Apple's MobileCLIP, whose names open_clip changes by itself."""
@@ -130,7 +135,7 @@ def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> F
         wanted = tower
         return find_weights(tensors, tower, tower_layouts, key=key, source=label, convert=convert)
     wanted = Wanted.by(clip)
-    layouts = [Layout.own(wanted)]
+    layouts = [Layout.own(wanted), *transformers_layouts(wanted)]
     if "text" in wanted.known:
         # Older files of such models have the text tower's tensors beside the image tower.
         layouts.append(Layout.own(wanted, lambda name: name.removeprefix("text.")))

@@ -18,6 +18,8 @@ from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
+from finetune.models.upstream.transformers_config import Beside, read_beside
+from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
 from finetune.system.errors import UserError
 
 # What timm's conversions and its strict loading raise on tensors of another model.
@@ -78,9 +80,9 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
         with downloads(f"weights of {source}") if fetches else quiet_upstream():
-            note = ""
+            found = Found({})
             if wants_weights and path is not None:
-                args, note = _file_args(name, args, path, conf.pretrained_key)
+                args, found = _file_args(name, args, path, conf.pretrained_key)
             create = partial(timm.create_model, name, pretrained=wants_weights, **args)
             net = built_from_weights(create) if wants_weights else create()
     except TypeError as error:
@@ -91,15 +93,19 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         if isinstance(module, PatchEmbed) and conf.image_size:
             network.check_patches(conf.image_size, module.patch_size[0])
     saved = weight_files.read_metadata(path)
-    preprocess = _preprocess(net, conf)
-    text = network.describe(conf.name, "a model of timm", source, preprocess) + note
+    beside = Beside(saved.changes, saved.classes)
+    beside.network.put_into(net)
+    if found.program and path is not None:
+        beside = read_beside(path, table_of(found.program), net)
+    preprocess = beside.preprocess(_preprocess(net, conf))
+    text = network.describe(conf.name, "a model of timm", source, preprocess) + found.note + beside.note
     if saved.preprocess is not None:
         preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
-    elif path is not None:
+    elif path is not None and not beside.has_preprocess:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
         own = f"that of the architecture's own weights is used (mean {mean})"
         text += f"; the file does not say its preprocessing, so {own}"
-    return Upstream(net, preprocess, text, classifier_names, saved.classes)
+    return Upstream(net, preprocess, text, classifier_names, beside.classes, beside.network)
 
 
 def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
@@ -142,13 +148,13 @@ def _unknown_name(name: str) -> str:
     return f"model.name={name}: {problem}; timm knows {len(names)}, which timm.list_models('vit*') and the like list"
 
 
-def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> tuple[dict[str, Any], str]:
-    """`args` with which timm loads a file instead of a hub's, with its own conversions and as strictly, and a note."""
+def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> tuple[dict[str, Any], Found]:
+    """`args` with which timm loads a file instead of a hub's, with its own conversions and as strictly."""
     import timm
 
     if path.suffix in (".npz", ".npy"):
         weight_files.check_npz(path)
-        return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, ""
+        return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, Found({})
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=1, **args)
     wanted = Wanted.by(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
@@ -171,10 +177,9 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
             return None
         return group
 
-    found = find_weights(
-        weight_files.read_state_dict(path), wanted, [Layout.own(wanted)], key=key, source=str(path), convert=convert
-    )
-    return with_state(found.state), found.note
+    layouts, tensors = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_state_dict(path)
+    found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
+    return with_state(found.state), found
 
 
 def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:

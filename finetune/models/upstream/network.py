@@ -8,6 +8,7 @@ from torch import nn
 from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs
+from finetune.models.upstream.transformers_config import Network
 from finetune.system.errors import UserError
 
 # How the names of models on the Hugging Face hub and in a local folder begin.
@@ -27,6 +28,7 @@ class Upstream:
     # `classifiers(net)` gives the names of the modules that give logits.
     classifiers: Callable[[nn.Module], Sequence[str]] = lambda net: ()
     classes: Sequence[str] | None = None  # the class names that the weights were trained with, where they are known
+    changes: Network = Network()  # where the network differs from the library's of this name
 
 
 def describe(name: str, kind: str, weights: object, preprocess: Preprocess) -> str:

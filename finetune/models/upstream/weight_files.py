@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.candidates import COUNTER, StateDict, shown
 from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
+from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
 from finetune.system.errors import UserError
 from finetune.system.inert_pickle import check_pickles
@@ -252,6 +253,7 @@ class SavedWeights:
 
     preprocess: Preprocess | None = None  # how the model expects its images
     classes: list[str] | None = None  # class names in the order of the logits
+    changes: Network = Network()  # where the network differs from the library's
 
 
 def read_metadata(path: Path | None) -> SavedWeights:
@@ -264,8 +266,9 @@ def read_metadata(path: Path | None) -> SavedWeights:
     with damaged_if_unreadable(path):
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
-        classes, values = (json.loads(texts[key]) if key in texts else None for key in ("classes", "preprocess"))
+        keys = ("classes", "preprocess", "changes")
+        classes, values, changes = (json.loads(texts[key]) if key in texts else None for key in keys)
         preprocess = None
         if values is not None:
             preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        return SavedWeights(preprocess, classes)
+        return SavedWeights(preprocess, classes, Network(**(changes or {})))

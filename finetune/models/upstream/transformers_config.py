@@ -1,0 +1,188 @@
+"""What the files beside transformers' weights say: activation, norms, heads, class names and preprocessing.
+
+Shapes show none of these. A network with another activation has the same tensors and gives other outputs.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from torch import nn
+
+from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.transformers_tables import DINOV2, Table
+from finetune.system.errors import UserError
+from finetune.system.reading import UnfitError, parse_json, read_file
+
+MAX_CONFIG = 2**24  # bytes; the names of 21,000 classes take one megabyte
+# transformers' words for the activations that finetune can put into a network.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+class _Part(TypedDict, total=False):
+    hidden_act: str
+    layer_norm_eps: float
+    num_attention_heads: int
+    rope_theta: float
+    id2label: dict[str, str] | None
+
+
+class _Config(_Part, total=False):
+    vision_config: _Part | None
+    text_config: _Part | None
+
+
+class _Processor(TypedDict, total=False):
+    image_mean: list[float]
+    image_std: list[float]
+    resample: int | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network differs from the one that its library builds by the same name."""
+
+    activation: str = ""  # gelu, gelu_tanh or quick_gelu; empty: the library's own
+    norm_eps: float = 0.0  # of every LayerNorm; 0: the library's own
+
+    def __str__(self) -> str:
+        """In words, for the line about the model."""
+        words = [self.activation] * bool(self.activation) + [f"norms with epsilon {self.norm_eps:g}"] * (
+            self.norm_eps > 0
+        )
+        return ", ".join(words)
+
+    def as_dict(self) -> dict[str, str | float]:
+        """The changes that there are, as the metadata of weights hold them."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    def put_into(self, net: nn.Module) -> None:
+        """Change the network in place."""
+        for name, module in list(net.named_modules()):
+            if self.norm_eps and isinstance(module, nn.LayerNorm):
+                module.eps = self.norm_eps
+            elif self.activation and activation_of(module) not in ("", self.activation):
+                net.set_submodule(name, _make(self.activation))
+
+
+def activation_of(module: nn.Module) -> str:
+    """The word for a module that is an activation function of a transformer; empty for any other module."""
+    from timm.layers import activations
+
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if isinstance(module, activations.GELU):
+        return "gelu"
+    if isinstance(module, activations.GELUTanh):
+        return "gelu_tanh"
+    return {"QuickGELU": "quick_gelu", "SiLU": "silu"}.get(type(module).__name__, "")
+
+
+def _make(activation: str) -> nn.Module:
+    from open_clip.transformer import QuickGELU
+
+    return QuickGELU() if activation == "quick_gelu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside transformers' weights."""
+
+    network: Network = Network()
+    classes: list[str] | None = None
+    note: str = ""  # for the line about the model
+    _processor: _Processor | None = None
+
+    @property
+    def has_preprocess(self) -> bool:
+        """Whether a preprocessor_config.json says mean and deviation."""
+        return self._processor is not None
+
+    def preprocess(self, own: Preprocess) -> Preprocess:
+        """Mean, deviation and interpolation of preprocessor_config.json in the place of the model's own."""
+        found = self._processor
+        if found is None:
+            return own
+        red, green, blue = found.get("image_mean", own.mean)
+        mean = (red, green, blue)
+        red, green, blue = found.get("image_std", own.std)
+        interpolation = RESAMPLING.get(found.get("resample") or 0, own.interpolation)
+        return replace(own, mean=mean, std=(red, green, blue), interpolation=interpolation)
+
+
+def read_beside(path: Path, table: Table, net: nn.Module) -> Beside:
+    """What the files beside the weights `path` say; checks `net`, and changes its activation and norms in place.
+
+    `net` has both towers of a CLIP, or the image tower alone.
+
+    Raises:
+        UserError: The configuration does not fit the network, and cannot be made to.
+    """
+    config = _read(path.with_name("config.json"), _Config)
+    processor = _read(path.with_name("preprocessor_config.json"), _Processor)
+    if processor is not None and not len(processor.get("image_mean", ())) == len(processor.get("image_std", ())) == 3:
+        processor = None  # it says nothing, or something about images with another number of channels
+    if config is None:
+        note = "; no config.json beside them says their activation, so that of model.name is used"
+        return Beside(note=note, _processor=processor)
+    text = dict(net.named_children()).get("text") or (net if "transformer" in dict(net.named_children()) else None)
+    if (part := config.get("text_config")) and text is not None:
+        outside = [child for name, child in net.named_children() if name != "visual"] if text is net else [text]
+        for child in outside:
+            _fit(child, part, table, path)
+    visual = dict(net.named_children()).get("visual", net)
+    network = _fit(visual, config.get("vision_config") or config, table, path)
+    labels = config.get("id2label") or {}
+    names = [labels[key] for key in sorted(labels, key=lambda key: (len(key), key))]
+    classes = None if all(name.startswith("LABEL_") for name in names) else names
+    return Beside(network, classes, f"; {network} as its config.json says" if str(network) else "", processor)
+
+
+def _fit(net: nn.Module, config: _Part, table: Table, path: Path) -> Network:
+    """Change a tower as the configuration says, and return the changes."""
+    place = path.with_name("config.json")
+    heads = {vars(module)["num_heads"] for module in net.modules() if "num_heads" in vars(module)}
+    wanted = config.get("num_attention_heads")
+    if wanted is not None and heads - {wanted}:
+        raise UserError(f"{place} has {wanted} attention heads and this model has {max(heads)}; check model.name")
+    theta: Any = config.get("rope_theta")
+    temperatures = {vars(module)["temperature"] for module in net.modules() if "temperature" in vars(module)}
+    if theta is not None and temperatures - {theta, None}:
+        raise UserError(f"{place} has rope_theta {theta:g} and this model has another; check model.name")
+    word = config.get("hidden_act", table.activation)
+    if word not in ACTIVATIONS:
+        raise UserError(f"{place}: hidden_act={word} is none of the activations {', '.join(ACTIVATIONS)}")
+    own, activation = {kind for module in net.modules() if (kind := activation_of(module))}, ACTIVATIONS[word]
+    # DINOv2's gated layers have SiLU whatever the configuration says, and other layers cannot be made gated.
+    if table in DINOV2 and own == {"silu"}:
+        activation = "silu"
+    if own and (activation == "silu") != (own == {"silu"}):
+        raise UserError(f"{place} has hidden_act={word} and this model has {', '.join(sorted(own))}; check model.name")
+    activation = "" if own <= {activation} else activation
+    eps = config.get("layer_norm_eps", table.norm_eps)
+    has_own = all(module.eps == eps for module in net.modules() if isinstance(module, nn.LayerNorm))
+    network = Network(activation, 0.0 if has_own else eps)
+    network.put_into(net)
+    return network
+
+
+C = TypeVar("C")
+
+
+def _read(path: Path, kind: type[C]) -> C | None:
+    try:
+        return parse_json(read_file(path, limit=MAX_CONFIG, follow=True), kind)
+    except FileNotFoundError:
+        return None
+    except UnfitError as error:
+        raise UserError(f"{path} cannot be used: {error}; mend it, or move it away") from error
