@@ -46,7 +46,8 @@ C = TypeVar("C", bound=Choice)
 def nearest(word: str, words: Iterable[str]) -> str:
     """The valid word most like the one that was typed, as ` (did you mean 'x'?)`, or nothing where none is close."""
     valid = list(words)
-    same = [candidate for candidate in valid if candidate.lower() == word.lower()]
+    lowered = word.lower()
+    same = [candidate for candidate in valid if candidate.lower() == lowered]
     # Within bounds, since the names may be a table's: comparing takes time by the product of both lengths.
     short = [name for name in valid[:MOST_NAMES] if len(name) <= MOST_LETTERS]
     found = same or difflib.get_close_matches(word[:MOST_LETTERS], short, n=1, cutoff=0.6)
