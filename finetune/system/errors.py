@@ -42,7 +42,8 @@ def naming(path: Path) -> Iterator[None]:
 def fault_line(error: BaseException, how_to_see: str) -> str:
     """A fault of the program in one line: the error, the place in this package, and `how_to_see` its traceback."""
     if isinstance(error, MemoryError):
-        return f"out of memory ({str(error) or 'no more is free'}): lower data.batch_size, model.image_size or data.workers"
+        why = str(error) or "no more is free"
+        return f"out of memory ({why}): lower data.batch_size, model.image_size or data.workers"
     package = Path(__file__).resolve().parent.parent
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
