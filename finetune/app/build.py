@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from finetune.core.loop import Batch, TrainState
 from finetune.core.losses import Criterion, build_criterion
 from finetune.core.metrics import Meter, build_meter
 from finetune.core.preprocess import as_asked
-from finetune.data import Loader, SkippedList, Source, check_at_start, open_source
+from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source
 from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import with_head_bias
@@ -32,6 +33,7 @@ from finetune.system.errors import UserError
 from finetune.system.memory import keep_freed_memory
 
 MOST_NAMES = 1_000_000  # of a split that a fingerprint hashes: of two million images every second; takes a second
+MOST_SIZES, MOST_READ = 100_000, 32  # images of a split whose size is looked at, and that are read
 
 
 @dataclass
@@ -116,18 +118,49 @@ class Run:
         batches = self.mixer().wrap(loader.epoch(epoch, batch), epoch, batch)
         return list(islice(batches, self.conf.train.accumulate))
 
-    def fingerprint(self, name: str = "train") -> str:
-        """Number and digest of a split's images, by names and labels. A run only continues on the same images."""
+    def split_digest(self, name: str) -> str:
+        """Number and digest of a split's images, by their places and labels."""
         split = self.source.splits[name]
         digest = hashlib.sha256(split.labels.cpu().contiguous().numpy().tobytes())
         for index in range(0, len(split), max(1, len(split) // MOST_NAMES)):
             digest.update(split.name_of(index).encode("utf-8", "surrogateescape"))
         return f"{len(split)} images {digest.hexdigest()[:16]}"
 
+    def fingerprint(self) -> str:
+        """Number and digest of all images, by names without places, labels and classes."""
+        digest = hashlib.sha256(json.dumps(self.source.classes).encode())
+        for split in self.source.splits.values():
+            digest.update(split.labels.cpu().contiguous().numpy().tobytes())
+            for row in split.rows[:: max(1, len(split) // MOST_NAMES)].tolist():
+                digest.update(split.store.key_of(row).encode("utf-8", "surrogateescape"))
+        return f"{sum(map(len, self.source.splits.values()))} images {digest.hexdigest()[:16]}"
+
+    def content(self) -> str:
+        """Digest of the sizes of at most MOST_SIZES images of each split, and of the bytes of a few."""
+        digest = hashlib.sha256()
+        for split in self.source.splits.values():
+            for row in split.rows[:: max(1, len(split) // MOST_SIZES)].tolist():
+                digest.update(split.store.num_bytes(row).to_bytes(8, "little"))
+            for row in split.rows[:: max(1, len(split) // MOST_READ)].tolist():
+                try:
+                    digest.update(split.store.read(row))
+                except ImageError:
+                    digest.update(b"unreadable")
+        return digest.hexdigest()[:16]
+
     def first_notes(self) -> dict[str, str]:
-        """Machine, versions, images and batch: a checkpoint carries them, and a resumed run compares them."""
+        """Machine, versions, images, batch and files: a checkpoint carries them, and a resumed run compares them."""
         batch = f"{self.conf.data.batch_size} images x {self.conf.train.accumulate}"
-        return {**environment(self.device), "images": self.fingerprint(), "batch": batch}
+        notes = {**environment(self.device), "images": self.fingerprint(), "content": self.content(), "batch": batch}
+        for name in ("pretrained", "class_names"):
+            path = getattr(self.conf.model, name)
+            if path is not None and os.path.isabs(path) and os.path.isfile(path):
+                digest = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while piece := file.read(2**20):
+                        digest.update(piece)
+                notes[name] = digest.hexdigest()[:16]
+        return notes
 
     def metadata(self) -> dict[str, str]:
         """Classes, preprocessing and model settings, as they are stored beside the weights."""

@@ -105,7 +105,7 @@ class Feeds:
         if conf.cache == PrefixCache.none:
             return measure(prefix, images, conf.dtype, run.dtype)
         layers = prefix_digest(run.model, run.model_conf, computing(run))
-        name = f"{layers}-{conf.dtype}-{run.fingerprint(split)}"
+        name = f"{layers}-{conf.dtype}-{run.split_digest(split)}"
         if name not in memory.measured:
             memory.measured[name] = measure(prefix, images, conf.dtype, run.dtype)
         measured = memory.measured[name]

@@ -51,6 +51,7 @@ class RunningJob:
     overrides: list[str]
     number: int | None  # of the job in its sweep
     sweep: Path | None  # the sweep's folder, absolute
+    start: Path  # the folder in which the command was typed
 
 
 def current_job() -> RunningJob:
@@ -64,4 +65,4 @@ def current_job() -> RunningJob:
         folder = folder.relative_to(start)
     sweep = Path(os.path.abspath(start / str(config.sweep.dir))) if multirun else None
     task: Any = OmegaConf.to_container(config.overrides.task, resolve=False)  # as typed: a reference may hold a secret
-    return RunningJob(folder, [str(text) for text in task], number, sweep)
+    return RunningJob(folder, [str(text) for text in task], number, sweep, start)

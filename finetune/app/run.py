@@ -126,7 +126,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     earlier, notes = session.agree(found), run.first_notes()
     promise = first_promise(earlier, run.device, deterministic=conf.deterministic, is_compiled=is_compiled)
     if found is not None:
-        compare_state(found, run.model, notes, promise, force=conf.resume_force or earlier.is_forced)
+        compare_state(found, run.model, notes, promise, earlier.changes, force=conf.resume_force or earlier.is_forced)
     refuse_foreign_epochs(run.checkpoints, conf.train.epochs)
     plan = plan_rates(run, curve, earlier, found, promise)
     run.notes = notes_of(notes, recorded(session.conf), promise)

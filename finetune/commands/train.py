@@ -102,7 +102,7 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
         if job.sweep is not None:
             refuse_links(job.sweep, job.folder)
             ident = SweepRecord(job.sweep).begin_job(job.folder)
-        code, score = _finish(to_conf(cfg), job.folder, job.overrides)
+        code, score = _finish(to_conf(cfg, job.start), job.folder, job.overrides)
     except RefusedError as error:
         if job.sweep is not None:
             SweepRecord(job.sweep).refuse_job(ident, str(error))

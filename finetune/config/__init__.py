@@ -6,7 +6,7 @@ imports the room `system` only, and outside `words/` the standard library only. 
 """
 
 from finetune.config.augment import AugmentConf, Interpolation, Policy, Recipe
-from finetune.config.conf import Conf, Precision, as_dict, find_problems
+from finetune.config.conf import PLACES, Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, Resize, SourceKind
 from finetune.config.environment import recorded
 from finetune.config.fields import Choice, member_of, nearest, setting
@@ -28,10 +28,51 @@ from finetune.config.train import (
 )  # fmt: skip
 
 __all__ = [
-    "LABEL_METRICS", "MULTILABEL_METRICS", "OPTIMIZERS", "OPTIMIZER_READERS", "AugmentConf", "Balance", "CacheKind",
-    "Choice", "ClassTokenOnly", "CompileMode", "Conf", "DataConf", "Family", "HeadKind", "Interpolation", "Interval",
-    "LayerRule", "Library", "Loss", "Mode", "ModelConf", "OnError", "OnNonfinite", "OptimConf", "PastCycle", "Policy",
-    "Pool", "Precision", "PrefixCache", "PrefixConf", "PrefixDtype", "Recipe", "Resize", "SchedulerConf", "SourceKind",
-    "TemplateSet", "TrainConf", "as_dict", "find_problems", "measured_metrics", "member_of", "nearest", "recorded",
-    "setting", "train_problems", "without_val_problems",
+    "LABEL_METRICS",
+    "MULTILABEL_METRICS",
+    "OPTIMIZERS",
+    "OPTIMIZER_READERS",
+    "PLACES",
+    "AugmentConf",
+    "Balance",
+    "CacheKind",
+    "Choice",
+    "ClassTokenOnly",
+    "CompileMode",
+    "Conf",
+    "DataConf",
+    "Family",
+    "HeadKind",
+    "Interpolation",
+    "Interval",
+    "LayerRule",
+    "Library",
+    "Loss",
+    "Mode",
+    "ModelConf",
+    "OnError",
+    "OnNonfinite",
+    "OptimConf",
+    "PastCycle",
+    "Policy",
+    "Pool",
+    "Precision",
+    "PrefixCache",
+    "PrefixConf",
+    "PrefixDtype",
+    "Recipe",
+    "Resize",
+    "SchedulerConf",
+    "SourceKind",
+    "TemplateSet",
+    "TrainConf",
+    "as_dict",
+    "find_problems",
+    "measured_metrics",
+    "member_of",
+    "nearest",
+    "recorded",
+    "setting",
+    "train_problems",
+    "without_val_problems",
 ]  # fmt: skip

@@ -72,6 +72,10 @@ def leaves(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
             yield f"{prefix}{item.name}", conf, item
 
 
+# Settings that are places, by dotted key: a run that continues may find the same data or weights elsewhere.
+PLACES: tuple[str, ...] = tuple(name for name, _, item in leaves(Conf()) if item.metadata["place"])
+
+
 def range_in_words(metadata: Any) -> str:
     """`at least 0 and less than 1`; empty for a setting without a range."""
     return " and ".join(f"{words} {metadata[name]:g}" for name, (words, _) in BOUNDS.items() if name in metadata)

@@ -58,9 +58,11 @@ class DataConf:
         SourceKind.digits, "digits: bundled handwriting; folder: one folder a class; table, torchvision, hf, webdataset"
     )
     root: str | None = setting(
-        None, "folder of images (folder), a data set (torchvision) or tar shards (also https://, s3://, pipe:COMMAND)"
+        None,
+        "folder of images (folder), a data set (torchvision) or tar shards (also https://, s3://, pipe:COMMAND)",
+        place=True,
     )
-    table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image")
+    table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image", place=True)
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
     label_column: str = setting("label", "column (table, hf) or json key (webdataset) that holds the label")
     split_column: str | None = setting(None, "table: column that says train, val or test; null: cut by data.split_seed")
@@ -115,7 +117,9 @@ class DataConf:
         500.0, "cache=disk: GiB that decoded images may take; as many for fetched shards", gt=0, le=2**30
     )
     cache_dir: str | None = setting(
-        None, "its folder finetune-cache holds the caches; null: ~/.cache or $XDG_CACHE_HOME"
+        None,
+        "its folder finetune-cache holds the caches; null: ~/.cache or $XDG_CACHE_HOME",
+        place=True,
     )
 
 

@@ -27,13 +27,14 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
-def setting(default: Any, help: str, **bounds: float) -> Any:
+def setting(default: Any, help: str, *, place: bool = False, **bounds: float) -> Any:
     """A dataclass field with its range, which `find_problems` checks, and its meaning, which `--help-all` shows.
 
-    `help` is one line, with the unit. `bounds` are any of `BOUNDS`, such as `ge=0`.
+    `help` is one line, with the unit. `bounds` are any of `BOUNDS`, such as `ge=0`. A `place` is a path that a run
+    may find elsewhere when it continues; `config.yaml` has it absolute.
     """
     assert bounds.keys() <= BOUNDS.keys()
-    metadata = {"help": help, **bounds}
+    metadata = {"help": help, "place": place, **bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -52,7 +52,9 @@ class ModelConf:
 
     family: Family = setting(Family.clip, "clip: an open_clip image tower; vit: a timm or torchvision network")
     name: str = setting("glyph_clip", "architecture, by its library's name; glyph_clip and glyph_vit are bundled")
-    pretrained: str = setting("bundled", "weights: bundled, none, an open_clip or timm tag, a hub id or a path")
+    pretrained: str = setting(
+        "bundled", "weights: bundled, none, an open_clip or timm tag, a hub id or a path", place=True
+    )
     pretrained_key: str | None = setting(
         None,
         "which weights of a file that has several, such as teacher.backbone; null: where the names fit",
@@ -68,7 +70,9 @@ class ModelConf:
         ["default"], "prompts of the zero-shot head, {} is the class name; or sets: default, simple (7), imagenet (80)"
     )
     class_names: str | None = setting(
-        None, "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes'"
+        None,
+        "text file for the zero-shot head: a name a line in class order, or CLASS<tab>NAME; null: the classes'",
+        place=True,
     )
     drop_path: float = setting(0.0, "ViT: probability of dropping the last block; rises linearly from 0", ge=0, lt=1)
     head_dropout: float = setting(0.0, "dropout on the features ahead of the classifier", ge=0, lt=1)

@@ -56,6 +56,14 @@ class ImageStore(ABC):
     def stamp(self, row: int) -> str:
         """A text that changes when the image does: path, size and time; empty if there is none; raises ImageError."""
 
+    def key_of(self, row: int) -> str:
+        """The image's name without the place where the data lies."""
+        return self.name_of(row)
+
+    def num_bytes(self, row: int) -> int:
+        """The size of the stored image where it is quickly known, else 0."""
+        return 0
+
     @abstractmethod
     def name_of(self, row: int) -> str:
         """The image's name in messages: its path, or the source and the row, such as `digits[17]`."""

@@ -6,12 +6,13 @@ epochs, which may grow. Any other change makes another run, so it needs `resume_
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Conf, as_dict
+from finetune.config import PLACES, Conf, as_dict
 from finetune.config.words.saved import recorded_in
 from finetune.runs.records import Result, read_result
 from finetune.system.errors import ConfigError, UserError
@@ -57,7 +58,14 @@ class Change:
     @property
     def is_allowed(self) -> bool:
         """Whether it needs no `resume_force`."""
-        return bool(self.now > self.before) if self.key == "train.epochs" else self.key in (*FREE, *ROUNDING)
+        if self.key == "train.epochs":
+            return bool(self.now > self.before)
+        return self.key in (*FREE, *ROUNDING) or self.is_place
+
+    @property
+    def is_place(self) -> bool:
+        """Whether the same data or weights may lie elsewhere now; their fingerprints will tell."""
+        return self.key in PLACES and _is_path(self.key, self.before) and _is_path(self.key, self.now)
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
         return EarlierRun(given_up=dict(UNKNOWN))
     if changes and not is_saved:
         return EarlierRun(given_up=result)
-    if changes and not is_resume:
+    if not is_resume and not all(change.is_place for change in changes):
         raise RefusedError(
             f"{run_dir} holds a run of another configuration ({'; '.join(map(str, changes))}); nothing was changed:"
             " choose another folder, or start with the same settings to continue it"
@@ -173,6 +181,11 @@ def _why(refused: Sequence[Change]) -> str:
     return "fewer epochs than planned, and so another rate curve" if shorter else "that would be another run"
 
 
+def _is_path(key: str, value: Any) -> bool:
+    """Whether the value of one of the PLACES is no word with a meaning of its own, such as a tag of weights."""
+    return not key.startswith("model.") or (isinstance(value, str) and os.path.isabs(value))
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
@@ -190,7 +203,11 @@ def digest_of(settings: Mapping[str, Any]) -> str:
     """
     defaults = flat(as_dict(Conf()))
     skipped = (*NOT_OF_THE_RUN, *FREE, *ROUNDING)
-    own = {key: value for key, value in flat(settings).items() if key not in skipped and value != defaults.get(key)}
+    own = {
+        key: value
+        for key, value in flat(settings).items()
+        if key not in skipped and value != defaults.get(key) and not (key in PLACES and _is_path(key, value))
+    }
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from finetune.core.layers import LayeredModel
 from finetune.core.loop import TrainState
 from finetune.core.sched import Curve
 from finetune.runs.checkpoint import Content, restore
-from finetune.runs.earlier import ROUNDING, EarlierRun, as_text
+from finetune.runs.earlier import ROUNDING, Change, EarlierRun, as_text
 from finetune.runs.epoch_files import settle
 from finetune.runs.history import History
 from finetune.runs.records import PromiseKind, read_rates
@@ -25,6 +25,14 @@ logger = logging.getLogger("finetune")
 
 Saved = tuple[Content, Path]  # a state, and the file that holds it
 SETTINGS, PROMISE = "settings", "promise"  # names of notes
+# Notes without which a run would be another one -> what is wrong where they differ.
+DIFFERENT = {
+    "images": "the training images are not those that the run began with (or of val, or test)",
+    "content": "the images are not those that the run began with, by their sizes or bytes",
+    "batch": "result.json (auto_batch_size) says another number of images a step than the run has learned with",
+    "pretrained": "model.pretrained is not the file that the run began with",
+    "class_names": "model.class_names is not the file that the run began with",
+}
 
 # Strongest first.
 PROMISES = {
@@ -82,7 +90,13 @@ def notes_of(first: Mapping[str, str], settings: Mapping[str, Any], promise: Pro
 
 
 def compare_state(
-    found: Saved, model: LayeredModel, notes: Mapping[str, str], promise: Promise, *, force: bool
+    found: Saved,
+    model: LayeredModel,
+    notes: Mapping[str, str],
+    promise: Promise,
+    changes: Sequence[Change],
+    *,
+    force: bool,
 ) -> None:
     """Compare a checkpoint with this start, and restore the frozen layers of `model`.
 
@@ -90,22 +104,20 @@ def compare_state(
     that the checkpoint carries, and if it was saved with other `notes` (machine, versions, images, batch).
 
     Raises:
-        UserError: The images or the batch differ without `force`, or see `restore_frozen`.
+        UserError: One of DIFFERENT without `force`, or see `restore_frozen`. The content of images counts only if they
+            lie elsewhere now, by the `changes` of settings: one that was damaged on its place is left out by the run.
     """
     content, path = found
     changed = {name: before for name, before in content["notes"].items() if name in notes and before != notes[name]}
+    moved = [str(change) for change in changes if change.is_place]
     for name, before in changed.items():
-        if name == "images" and not force:
+        if name in DIFFERENT and not force and (name != "content" or moved):
+            where = f" ({'; '.join(moved)})" if moved else ""
             raise UserError(
-                f"the training images are not those that the run began with ({before} -> {notes[name]}: number, names"
-                " or labels differ); put them back, start a new run, or add resume_force=true"
+                f"{DIFFERENT[name]}{where}: {before} -> {notes[name]}; put back what was there, start a new run, or add"
+                " resume_force=true"
             )
-        if name == "batch" and not force:
-            raise UserError(
-                f"the run has learned from {before} a step, and result.json says {notes[name]} (auto_batch_size,"
-                " auto_accumulate); put it back, start a new run, or add resume_force=true"
-            )
-        promise.weaken("none" if name in ("images", "batch") else "close", f"{name}: {before} -> {notes[name]}")
+        promise.weaken("none" if name in DIFFERENT else "close", f"{name}: {before} -> {notes[name]}")
     if PROMISE in content["notes"]:
         saved = parse_json(content["notes"][PROMISE].encode(), Promise)
         promise.carry(saved.kind, saved.reasons)

@@ -238,5 +238,5 @@ def test_the_batch_that_auto_found_is_that_of_the_state(
             go(small(stripes, data__batch_size=0), folder)
     size = json.loads((folder / "result.json").read_text())["auto_batch_size"]
     edit_result(folder, auto_batch_size=size // 2)
-    with pytest.raises(UserError, match=f"learned from {size} images x 1 a step, and result.json says {size // 2}"):
+    with pytest.raises(UserError, match=f"auto_batch_size.*{size} images x 1 -> {size // 2} images x 2"):
         again(folder)

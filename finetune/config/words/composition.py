@@ -26,11 +26,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config.conf import Conf, as_dict, find_problems
+from finetune.config.conf import PLACES, Conf, as_dict, find_problems
 from finetune.config.environment import escaped, keep_reference
 from finetune.config.words import choices
 from finetune.config.words.references import Reference, fill_in, fill_in_one
-from finetune.config.words.settings import PATH_SETTINGS, SECTIONS, Reading, build, path_as_typed, read_tree
+from finetune.config.words.settings import (
+    PATH_SETTINGS,
+    SECTIONS,
+    Reading,
+    absolute_place,
+    build,
+    path_as_typed,
+    read_tree,
+)
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.reading import ANY_OF_YAML, yaml_text
 
@@ -192,13 +200,18 @@ def read_composed(cfg: DictConfig) -> Reading:
     return read_tree({name: part for name, part in tree.items() if name != "hydra"})
 
 
-def to_conf(cfg: DictConfig) -> Conf:
-    """A composition as the typed configuration, with references and `~` filled in; a ConfigError for bad values."""
+def to_conf(cfg: DictConfig, start: Path | None = None) -> Conf:
+    """A composition as the typed configuration, with references and `~` filled in; a ConfigError for bad values.
+
+    Places become absolute, from the folder `start` (None: the current one), in which a person typed them.
+    """
     reading = read_composed(cfg)
     filled = fill_in(cfg, reading.references)
     values = reading.values | filled.reading.values
     reading.problems |= filled.reading.problems
     values |= {name: path_as_typed(values[name]) for name in PATH_SETTINGS if values.get(name) is not None}
+    here = str(start or Path.cwd())
+    values |= {name: absolute_place(name, values[name], here) for name in PLACES if values.get(name)}
     problems = list(reading.problems.values()) or find_problems(build(values))
     if problems:
         raise ConfigError(problems)

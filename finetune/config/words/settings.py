@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from finetune.config.conf import Conf, leaves
+from finetune.config.conf import PLACES, Conf, leaves
+from finetune.config.data import REMOTE
 from finetune.config.fields import nearest, show
 from finetune.system.errors import UserError
 
@@ -54,8 +55,8 @@ SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name.partition(".")[0] for name 
 
 # Settings that are paths, whose values are never read as a number or a list.
 PATH_SETTINGS = (
-    *("data.root", "data.table", "data.cache_dir", "resume", "model.pretrained", "model.pretrained_key"),
-    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
+    *PLACES,
+    *("resume", "model.pretrained_key", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
 # Words that stand for a number, which nobody may write in their place.
 NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
@@ -199,3 +200,19 @@ def nearest_setting(name: str, groups: Iterable[str] = ()) -> str:
 def path_as_typed(text: str) -> str:
     """`~` and `~name` at the start become the home folder; everything else, and an unknown name, stays."""
     return os.path.expanduser(text)  # pathlib raises where the name is unknown
+
+
+def absolute_place(name: str, text: str, start: str) -> str:
+    """The value of one of the PLACES as an absolute path, from the folder `start`; an address or a tag stays."""
+    if name == "data.root":  # may hold several
+        return "::".join(part if REMOTE.match(part) else _absolute(part, start) for part in text.split("::"))
+    if name == "model.pretrained" and not os.path.isfile(os.path.join(start, text)):
+        return text  # a tag
+    return _absolute(text, start)
+
+
+def _absolute(text: str, start: str) -> str:
+    path = os.path.join(start, text)
+    short = os.path.normpath(path)
+    # Behind a link, `..` is the folder above the link's target, so it must not be cut out.
+    return short if ".." not in path.split(os.sep) or os.path.realpath(short) == os.path.realpath(path) else path

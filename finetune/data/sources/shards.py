@@ -105,6 +105,14 @@ class ShardStore(ImageStore):
             raise ImageError(self.name_of(row), error_words(error)) from error
         return f"{status.st_size}:{status.st_mtime_ns}:{offset}:{size}:{self._shards[shard]}"
 
+    def key_of(self, row: int) -> str:
+        """The name of the shard, then the name of the file in it."""
+        return f"{os.path.basename(self._shards[int(self._places[row, 0])])}/{self._keys[row]}"
+
+    def num_bytes(self, row: int) -> int:
+        """The size of the image file in its shard."""
+        return int(self._places[row, 2])
+
     def name_of(self, row: int) -> str:
         """Path or address of the shard, then the name of the file in it."""
         return os.path.join(self._folders[int(self._places[row, 0])], self._keys[row])

@@ -47,6 +47,17 @@ class FileStore(ImageStore):
         except (OSError, ValueError) as error:
             raise ImageError(path, error_words(error)) from error
 
+    def key_of(self, row: int) -> str:
+        """The path of the file from the folder of all images."""
+        return str(self._names[row])
+
+    def num_bytes(self, row: int) -> int:
+        """The size of the file; 0 where there is none."""
+        try:
+            return os.stat(FileStore.name_of(self, row)).st_size
+        except (OSError, ValueError):
+            return 0
+
     def name_of(self, row: int) -> str:
         """The path of the file."""
         return os.path.join(self._root, self._names[row])

@@ -1,0 +1,120 @@
+"""Where data and weights lie is no setting: a run continues wherever their fingerprints match, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from small_runs import assert_same_run
+from test_edited import kill_at
+
+from finetune.__main__ import main
+
+WORDS = ("data=folder", "data.batch_size=8", "train.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def straight(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert main([*WORDS, f"data.root={stripes}", f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def begun(stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run in `tmp_path/home` with the relative root `images`, killed in its second epoch."""
+    shutil.copytree(stripes, tmp_path / "home" / "images")
+    monkeypatch.chdir(tmp_path / "home")
+    with monkeypatch.context() as patch:
+        kill_at(8, patch)
+        assert main([*WORDS, "data.root=images", "hydra.run.dir=run"]) == 1
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home" / "run"
+
+
+def result(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def test_a_relative_place_is_kept_absolute_and_found_from_elsewhere(begun: Path, straight: Path) -> None:
+    assert yaml.safe_load((begun / "config.yaml").read_text())["data"]["root"] == str(begun.parent / "images")
+    assert main([f"resume={begun}"]) == 0
+    assert result(begun)["promise"] == "bitwise"
+    assert_same_run(straight, begun)
+
+
+@pytest.mark.parametrize("is_same_command", [False, True])
+def test_data_that_moved_goes_on_to_the_bit(begun: Path, straight: Path, tmp_path: Path, is_same_command: bool) -> None:
+    (begun.parent / "images").rename(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    words = [*WORDS, f"hydra.run.dir={begun}"] if is_same_command else [f"resume={begun}"]
+    assert main([*words, "data.root=home/../link/"]) == 0
+    assert result(begun)["promise"] == "bitwise"
+    assert yaml.safe_load((begun / "config.yaml").read_text())["data"]["root"] == str(tmp_path / "link")
+    assert_same_run(straight, begun)
+
+
+def change_name(root: Path) -> None:
+    (root / "flat" / "0.png").rename(root / "flat" / "zero.png")
+
+
+def change_size(root: Path) -> None:
+    Image.new("RGB", (32, 32)).save(root / "flat" / "0.png")
+
+
+def change_bytes(root: Path) -> None:
+    for path in root.rglob("*.png"):  # one byte of each file, in its checksums
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [change_name, change_size, change_bytes])
+def test_other_images_at_the_new_place_are_refused(
+    begun: Path, tmp_path: Path, change: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (begun.parent / "images").rename(tmp_path / "other")
+    change(tmp_path / "other")  # type: ignore[operator]
+    assert main([f"resume={begun}", "data.root=other"]) == 1
+    said = capsys.readouterr().err
+    assert "images are not those that the run began with" in said and f"-> {tmp_path / 'other'}" in said
+    if change is not change_bytes:
+        assert main([f"resume={begun}", "data.root=other", "resume_force=true"]) == 0
+        assert result(begun)["promise"] == "none"
+
+
+def test_weights_that_moved(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    shutil.copy(begun / "checkpoints" / "last.safetensors", tmp_path / "a.safetensors")
+    words = [*WORDS, f"data.root={begun.parent / 'images'}", "model.head=random", "hydra.run.dir=tuned"]
+    with monkeypatch.context() as patch:
+        kill_at(8, patch)
+        assert main([*words, "model.pretrained=a.safetensors"]) == 1
+    os.rename("a.safetensors", "b.safetensors")
+    shutil.copy(begun / "checkpoints" / "best.safetensors", tmp_path / "c.safetensors")
+    data = bytearray(Path("b.safetensors").read_bytes())
+    data[-1] ^= 1
+    Path("d.safetensors").write_bytes(data)
+    capsys.readouterr()
+    assert main(["resume=tuned", "model.pretrained=none"]) == 1
+    assert "model.pretrained: " in capsys.readouterr().err
+    assert main(["resume=tuned", "model.pretrained=d.safetensors"]) == 1
+    capsys.readouterr()
+    assert main(["resume=tuned", "model.pretrained=b.safetensors"]) == 0
+    assert result(tmp_path / "tuned")["promise"] == "bitwise"
+
+
+def test_a_sweeps_jobs_find_the_same_place_also_from_their_own_folders(
+    stripes: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stripes, folder / "images")
+    words = [*WORDS[:2], "train.epochs=1", "data.root=images", "seed=0,1", "hydra.job.chdir=true"]
+    assert main(["-m", *words, "hydra.sweep.dir=sweep"]) == 0
+    for job in ("0", "1"):
+        config = yaml.safe_load((folder / "sweep" / job / "config.yaml").read_text())
+        assert config["data"]["root"] == str(folder / "images")
