@@ -14,7 +14,7 @@ import yaml
 from small_runs import assert_same_run, go, history, small
 
 from finetune.app.run import run
-from finetune.config import as_dict
+from finetune.config import PLACES, as_dict
 from finetune.config.words.saved import base_of
 from finetune.core import fit as fitting
 from finetune.runs.checkpoint import read_state
@@ -196,7 +196,12 @@ def test_every_flipped_bit_of_the_config_is_refused_shown_or_without_effect(half
             continue
         now = flat(settings)
         assert {c.key for c in changes} == {key for key in now if now[key] != before[key] and key != "resume"}
-        assert {c.key for c in changes} <= {*FREE, *ROUNDING, "train.epochs"}
+        assert {c.key for c in changes} <= {
+            *FREE,
+            *ROUNDING,
+            *PLACES,
+            "train.epochs",
+        }  # images at a place have a fingerprint
     assert seen == {"ConfigError", "RefusedError"}
 
 
