@@ -239,6 +239,8 @@ def problems_of(
         code = -1
     if any(isinstance(item, str) and f"it ran for {LIMIT_S} s" in item for item in [*found, err.getvalue()]):
         found.append("a hang")
+    if code == 130:
+        raise KeyboardInterrupt
     if code not in (0, 1, 2):
         found.append(f"exit code {code}")
     counts["finished" if code == 0 else f"exit code {code}"] += 1
@@ -303,6 +305,8 @@ def run_examples(examples: int, number: int, work: Path) -> tuple[list[str], Cou
     os.chdir(work)
     try:
         try_all()
+    except KeyboardInterrupt:
+        counts["sets"] -= 1  # the one that Ctrl-C broke off; the figures are of the others
     finally:
         os.chdir(before)
     return wrong, counts
