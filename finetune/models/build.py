@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
 from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
 from finetune.models.layering import towers
 from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
+from finetune.models.upstream.candidates import shown
 from finetune.models.upstream.network import FOLDER, HUB, Upstream
 from finetune.system.errors import UserError
 
@@ -70,7 +71,8 @@ def build_model(
             upstream, net = _plain_clip(conf, len(classes), normalize=kind == HeadKind.zeroshot, load=load)
         else:
             upstream = READERS[library](conf, load=load)
-            net = _with_classifier(upstream, conf, classes, keep=kind == HeadKind.keep and load)
+            net, note = _with_classifier(upstream, conf, classes, keep=kind == HeadKind.keep and load)
+            upstream = replace(upstream, description=upstream.description + note)
     find = LAYERS[library]
     layers = towers.tower_with_head_layers(find(net.visual)) if isinstance(net, TowerWithHead) else find(net)
     model = towers.layered(net, layers).to(target)
@@ -136,8 +138,13 @@ def _plain_clip(conf: ModelConf, num_classes: int, *, normalize: bool, load: boo
     return upstream, TowerWithHead(visual, head)
 
 
-def _with_classifier(upstream: Upstream, conf: ModelConf, classes: Sequence[str], *, keep: bool) -> nn.Module:
-    """A network of timm or torchvision with our classifier in the place of its own, or with its own as a `Head`."""
+def _with_classifier(
+    upstream: Upstream, conf: ModelConf, classes: Sequence[str], *, keep: bool
+) -> tuple[nn.Module, str]:
+    """A network of timm or torchvision with our classifier in the place of its own, or with its own as a `Head`.
+
+    Also a note about the classes that its own does not know.
+    """
     net = upstream.net
     if conf.pool == Pool.mean:
         mean_pool_timm(net, conf.name)
@@ -146,17 +153,18 @@ def _with_classifier(upstream: Upstream, conf: ModelConf, classes: Sequence[str]
         if len(names) != 1:
             found = f"{conf.name} has {len(names)} classifiers, not one"
             raise UserError(f"model.head=keep: {found}; use model.head=random")
-        keep_head(net, names[0], classes, dropout=conf.head_dropout, known=upstream.classes)
-        return net
+        new = keep_head(net, names[0], classes, dropout=conf.head_dropout, known=upstream.classes)
+        kept = f"; {len(classes) - len(new)} of {len(classes)} classes keep their classifier, new are: {shown(new)}"
+        return net, kept if new else ""
     if isinstance(net, Resettable):
         # timm's own change of the number of classes knows every place that depends on it; the modules are ours.
         net.reset_classifier(len(classes))
     elif not upstream.classifiers(net):
         # An encoder of a language model: the head classifies the mean of the encoder's output.
-        return TowerWithHead(net, Head(_width(upstream), len(classes), dropout=conf.head_dropout))
+        return TowerWithHead(net, Head(_width(upstream), len(classes), dropout=conf.head_dropout)), ""
     for name in upstream.classifiers(net):
         put_head(net, name, len(classes), dropout=conf.head_dropout)
-    return net
+    return net, ""
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """Heads: from CLIP's text tower, random, kept from the weights, and fitted by a linear probe."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.config import Conf, Family, HeadKind, ModelConf, find_problems
+from finetune.config import Conf, Family, HeadKind, Library, ModelConf, find_problems
 from finetune.models import build_model
-from finetune.models.heads.head import Head, TowerWithHead, find_head
+from finetune.models.heads.head import Head, TowerWithHead, find_head, rows_of
 from finetune.models.heads.imagenet import imagenet_names
 from finetune.models.heads.probe import STRENGTHS, features_of, linear_probe
 from finetune.models.heads.zeroshot import (
@@ -255,22 +256,68 @@ def test_a_kept_head_of_other_classes_is_refused(tmp_path: Path) -> None:
     conf = ModelConf(
         family=Family.vit, name="glyph_vit", pretrained=str(vit_file(tmp_path, ["a", "b", "c"])), head=HeadKind.keep
     )
-    with pytest.raises(ValueError, match=r"classify into 3 classes and the data has 2"):
-        build_model(conf, ["a", "b"])
-    with pytest.raises(ValueError, match=r"other classes than the data, such as 'b' for 'x'"):
-        build_model(conf, ["a", "x", "c"])
+    with pytest.raises(ValueError, match=r"other classes than the data, such as 'a' for 'x', and none"):
+        build_model(conf, ["x", "y", "z"])
+    unnamed = dataclasses.replace(conf, pretrained=str(vit_file(tmp_path, None)))
+    with pytest.raises(ValueError, match=r"classify into 3 classes and the data has 2, and nothing says"):
+        build_model(unnamed, ["a", "b"])
     with pytest.raises(ValueError, match=r"a CLIP has no classifier to keep"):
         build_model(ModelConf(head=HeadKind.keep), ["a", "b", "c"])
     with pytest.raises(ValueError, match=r"a model without weights has no classifier"):
         build_model(ModelConf(family=Family.vit, name="glyph_vit", pretrained="none", head=HeadKind.keep), ["a"])
 
 
+def test_a_kept_head_has_the_rows_of_the_names_and_new_ones(tmp_path: Path) -> None:
+    path = vit_file(tmp_path, ["a", "Sea_lion", "c"])
+    conf = ModelConf(family=Family.vit, name="glyph_vit", pretrained=str(path), head=HeadKind.keep)
+    weight, bias = (load_file(path)[f"head.{name}"] for name in ("weight", "bias"))
+    built = build_model(conf, ["c", "new", "sea lion", "other"])
+    head = built.model.net.head
+    assert torch.equal(head.weight[[0, 2]], weight[[2, 1]]) and torch.equal(head.bias[[0, 2]], bias[[2, 1]])
+    assert head.weight[1].std() > 0 and not torch.equal(head.weight[1], head.weight[3]) and head.bias[1] == 0
+    assert "; 2 of 4 classes keep their classifier, new are: new, other" in built.description
+    built = build_model(conf, ["a", "c"])
+    assert torch.equal(built.model.net.head.weight, weight[[0, 2]]) and "new are" not in built.description
+
+
+def test_rows_go_by_names_and_never_by_a_guess() -> None:
+    imagenet = ["n01440764, tench, Tinca tinca", "n02012849, crane", "n03126707, crane"]
+    assert rows_of(imagenet, ["n03126707", "Tench", "crane"]) == [2, 0, None]
+    assert rows_of(["A", "a", "b"], ["a", "A", "B"]) == [1, 0, 2]
+    assert rows_of(["A", "a"], ["a"]) == [1]
+    assert rows_of(["cat", "dog"], ["Cat", "cat"]) == [None, 0]
+
+
+def test_imagenets_classes_are_known_of_the_libraries_own_weights(monkeypatch, tmp_path: Path) -> None:
+    import timm
+    from torchvision import models
+
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    whole = timm.create_model
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained=False, **args: whole(
+            name, pretrained=pretrained, pretrained_cfg_overlay={"state_dict": net.state_dict()}, **args
+        ),
+    )
+    conf = ModelConf(family=Family.vit, name="vit_tiny_patch16_224", head=HeadKind.keep, image_size=32)
+    built = build_model(dataclasses.replace(conf, pretrained="augreg_in21k_ft_in1k"), ["goldfish", "n01440764", "newt"])
+    assert torch.equal(built.model.net.head.weight[:2], net.head.weight[[1, 0]])
+    resnet = models.resnet18()
+    monkeypatch.setattr("finetune.models.upstream.from_torchvision._fetch", lambda *place: dict(resnet.state_dict()))
+    settings = {"name": "resnet18", "library": Library.torchvision, "pretrained": "DEFAULT", "image_size": 0}
+    built = build_model(dataclasses.replace(conf, **settings), ["n01443537", "gizmo"])
+    assert torch.equal(built.model.net.fc.weight[0], resnet.fc.weight[1]) and "new are: gizmo" in built.description
+
+
 def test_the_bundled_vits_own_62_characters_are_kept() -> None:
     characters = list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     conf = ModelConf(family=Family.vit, name="glyph_vit", head=HeadKind.keep)
     assert build_model(conf, characters).model.net.head.out_features == 62
-    with pytest.raises(ValueError, match="62 classes"):
-        build_model(conf, characters[:10])
+    weight = build_model(conf, characters).model.net.head.weight
+    assert torch.equal(build_model(conf, ["B", "0"]).model.net.head.weight, weight[[11, 0]])
 
 
 # The linear probe.

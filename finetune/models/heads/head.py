@@ -4,7 +4,8 @@ A random head draws its first values from torch's global generator. `app` seeds 
 `build_model`, so the same seed gives the same head.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,30 +125,72 @@ def put_head(net: nn.Module, name: str, num_classes: int, *, dropout: float) -> 
     net.set_submodule(name, new)
 
 
+@torch.no_grad()
 def keep_head(
     net: nn.Module, name: str, classes: Sequence[str], *, dropout: float, known: Sequence[str] | None
-) -> None:
-    """Turn the module `name`, which gives the logits, into a `Head` with the same weights.
+) -> list[str]:
+    """Turn the module `name`, which gives the logits, into a `Head` with its rows for `classes`; return the new ones.
 
-    `known` are the class names that the weights were trained with; None where the file does not say them. Other
-    `classes`, and a classifier that is not linear, are a UserError.
+    `known` are the class names that the weights were trained with; None where nothing says them. Then the classes are
+    taken to be the same in the same order. Else the rows follow the names, and a new class gets a random row. No class
+    in common, another number of unnamed classes, and a classifier that is not linear are a UserError.
     """
     old: Any = net.get_submodule(name)
+    rows: list[int | None] = list(range(len(classes)))
     problem = None
     if type(old) is nn.Identity:
         problem = "the weights have no classifier to keep"
     elif type(old) is not nn.Linear:
         problem = f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
-    elif old.out_features != len(classes):
-        problem = f"the weights classify into {old.out_features} classes and the data has {len(classes)}"
-    elif known is not None and list(known) != list(classes):
-        theirs, ours = next(pair for pair in zip(known, classes, strict=True) if pair[0] != pair[1])
-        problem = f"the weights know other classes than the data, such as '{theirs}' for '{ours}'"
+    elif known is None or len(known) != old.out_features:
+        if old.out_features != len(classes):
+            size = f"{old.out_features} classes and the data has {len(classes)}"
+            problem = f"the weights classify into {size}, and nothing says the names of theirs"
+    else:
+        rows = rows_of(known, classes)
+        if all(row is None for row in rows):
+            names = f"'{known[0]}' for '{classes[0]}'"
+            problem = f"the weights know other classes than the data, such as {names}, and none of the data's"
     if problem is not None:
         raise UserError(f"model.head=keep: {problem}; use model.head=random")
     head = Head(old.in_features, len(classes), bias=old.bias is not None, dropout=dropout)
-    head.set(old.weight, old.bias)
+    kept = [index for index, row in enumerate(rows) if row is not None]
+    source = [row for row in rows if row is not None]
+    head.weight[kept] = old.weight[source]
+    if old.bias is not None:
+        head.bias[kept] = old.bias[source]
     net.set_submodule(name, head)
+    return [classes[index] for index, row in enumerate(rows) if row is None]
+
+
+def rows_of(known: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """For each class the index of its name in `known`, or None.
+
+    Names are compared as they are, then without capitals and underscores (`sea_lion`, `Sea lion`), then by the words
+    between commas, of which ImageNet's names have several (`tench, Tinca tinca`). A name that fits two rows fits none.
+    """
+    rows: list[int | None] = [None] * len(classes)
+    used: set[int] = set()
+    forms: tuple[Callable[[str], list[str]], ...] = (
+        lambda name: [name],
+        lambda name: [_plain(name)],
+        lambda name: [_plain(name), *(_plain(word) for word in name.split(","))],
+    )
+    for form in forms:
+        where: dict[str, set[int]] = defaultdict(set)
+        for row, name in enumerate(known):
+            for word in form(name):
+                where[word].add(row)
+        for index, name in enumerate(classes):
+            found = where.get(form(name)[0], set())
+            if rows[index] is None and len(found) == 1 and not found & used:
+                (rows[index],) = found
+                used |= found
+    return rows
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
 
 
 @torch.no_grad()

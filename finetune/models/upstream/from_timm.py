@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import ModelConf, nearest
+from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
@@ -105,7 +105,23 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
         own = f"that of the architecture's own weights is used (mean {mean})"
         text += f"; the file does not say its preprocessing, so {own}"
-    return Upstream(net, preprocess, text, classifier_names, beside.classes, beside.network)
+    classes = _tag_classes(net, conf) if path is None and conf.head == HeadKind.keep else beside.classes
+    return Upstream(net, preprocess, text, classifier_names, classes, beside.network)
+
+
+def _tag_classes(net: Any, conf: ModelConf) -> list[str] | None:
+    """The names of the classes of timm's own weights, or of a hub's where its configuration says them."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    config = net.pretrained_cfg
+    if config.get("label_names"):
+        return list(config["label_names"])
+    subset = None if conf.name.startswith((*HUB, FOLDER)) else infer_imagenet_subset(net)
+    if subset is None:
+        return None
+    info: Any = ImageNetInfo(subset)
+    # The id first: `n01440764, tench, Tinca tinca`; a folder may have any of these names.
+    return [f"{wnid}, {info.label_name_to_description(wnid)}" for wnid in info.label_names()]
 
 
 def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:

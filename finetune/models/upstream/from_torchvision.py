@@ -51,6 +51,7 @@ def check_name(name: str) -> None:
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
     """Torchvision's model with its own classifier, random weights unless `load`; see `build_model` for the errors."""
+    from timm.data.imagenet_info import ImageNetInfo
     from torchvision.models import get_model_weights
 
     if conf.drop_path:
@@ -72,8 +73,12 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     text = (
         describe(conf.name, "a model of torchvision", path or (chosen.name if chosen else "random"), preprocess) + note
     )
-    # torchvision's own weights know ImageNet's classes in words, which are no names of folders.
-    return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], saved.classes)
+    classes = saved.classes
+    if chosen is not None:  # ImageNet's names in the order of its ids; a folder may have either
+        info: Any = ImageNetInfo()
+        ids = info.label_names()
+        classes = [f"{wnid}, {name}" for wnid, name in zip(ids, chosen.meta["categories"], strict=True)]
+    return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], classes)
 
 
 class _NumbersOnCpu(TorchFunctionMode):
