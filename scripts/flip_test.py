@@ -52,7 +52,7 @@ from finetune.data.checks.start import SkippedList  # noqa: E402
 from finetune.models.upstream.weight_files import read_metadata, read_state_dict  # noqa: E402
 from finetune.runs import bad_batch  # noqa: E402
 from finetune.runs.checkpoint import read_state  # noqa: E402
-from finetune.runs.earlier import EarlierRun  # noqa: E402
+from finetune.runs.earlier import NOT_OF_THE_RUN, EarlierRun  # noqa: E402
 from finetune.runs.epoch_files import latest_state  # noqa: E402
 from finetune.runs.finished import OF_THE_START, check_finished  # noqa: E402
 from finetune.runs.history import History, timeless  # noqa: E402
@@ -299,7 +299,7 @@ class Readers:
         earlier = EarlierRun(None, []).since_state(self.state["notes"]["settings"], settings, force=False)
         if earlier.changes:
             raise UserError(f"config.yaml: {earlier.changes[0]}")  # shown, and allowed as on the command line
-        return settings
+        return {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
 
     def history(self, run_dir: Path) -> object:
         """The rows, brought in line with the checkpoint."""
