@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune.__main__ import main
 from finetune.commands.flags import configure, parse_command_line
-from finetune.config import Conf, Mode, SourceKind, as_dict, find_problems
+from finetune.config import Conf, DataConf, Mode, SourceKind, as_dict, find_problems
 from finetune.config.words.choices import builtin_folder, default_choices, options
 from finetune.config.words.composition import file_problem
 from finetune.config.words.configuration import compose
@@ -69,11 +69,15 @@ def test_path_keys_exist() -> None:
     assert all(name in SETTINGS for name in PATH_SETTINGS if not name.startswith("hydra."))
 
 
+# What a command line without a word is: the schema's defaults, and what data=digits chooses.
+DEFAULTS = Conf(data=DataConf(test_fraction=0.3))
+
+
 # --- every choice composes --------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_schema(folder: Path) -> None:
-    assert as_dict(compose([])) == as_dict(Conf())
+    assert as_dict(compose([])) == as_dict(DEFAULTS)
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
@@ -331,7 +335,7 @@ def test_a_foreign_conf_folder_does_no_harm(folder: Path) -> None:
     write("conf/finetune_config.yaml", "x: 1\n")
     write("conf/schema.yaml", "broken: [\n")
     write("conf/db/mysql.yaml", "broken: [\n")
-    assert as_dict(compose([])) == as_dict(Conf())
+    assert as_dict(compose([])) == as_dict(DEFAULTS)
 
 
 def test_a_config_yaml_of_ours_changes_the_default_choices(folder: Path) -> None:
@@ -401,7 +405,7 @@ def test_an_unreadable_yaml_hides_nothing_else(folder: Path) -> None:
 
 def test_a_yaml_that_takes_no_part_is_not_read(folder: Path) -> None:
     write("conf/data/mine.yaml", "a: b: c\n")
-    assert as_dict(compose([])) == as_dict(Conf())
+    assert as_dict(compose([])) == as_dict(DEFAULTS)
 
 
 def test_own_group_with_a_plus(folder: Path) -> None:
