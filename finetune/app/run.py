@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
+from finetune.app.last_batch import refuse_last_batch_of_one
 from finetune.app.rate_plan import batch_notice, log_layers, peak_optim, plan_rates, run_curve
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
@@ -121,6 +122,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     _log_start(run, result)
     curve = run_curve(conf, len(run.loader("train", train=True)))
     _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
+    refuse_last_batch_of_one(run)
     is_compiled = conf.train.compile != CompileMode.none
     found = latest_state(run.checkpoints)
     earlier, notes = session.agree(found), run.first_notes()
