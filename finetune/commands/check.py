@@ -1,7 +1,7 @@
 """`finetune check`: decode every image, print counts and faults, and draw training images as the model will see them.
 
-It leaves `data.txt`, `contact_sheet.png` and, where there is something to list, `unreadable.txt` and `duplicates.txt`
-in `outputs/<date>/<time>/` or `hydra.run.dir`.
+It leaves `data.txt`, `contact_sheet.png` and, where there is something to list, `unreadable.txt`, `duplicates.txt` and
+`similar.txt` in `outputs/<date>/<time>/` or `hydra.run.dir`.
 """
 
 from collections.abc import Sequence

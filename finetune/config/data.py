@@ -89,7 +89,7 @@ class DataConf:
         0.1, "share that is cut off for the final test, where the data gives neither val nor test; 0: none", ge=0, lt=1
     )
     group: str | None = setting(
-        None, "what no cut separates: a column (table, hf), a json key (webdataset), or a pattern on paths: '(p\\d+)_'"
+        None, "what no cut separates: a column, a json key, a pattern on paths such as '(p\\d+)_', or similar: by looks"
     )
     split_seed: int = setting(0, "seed of the split, apart from `seed`: every run is compared on the same images", ge=0)
     resize: Resize = setting(
@@ -136,7 +136,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "label_separator": (SourceKind.table,),
     "name": (SourceKind.torchvision, SourceKind.hf),
     "subset": (SourceKind.hf,),
-    "group": (SourceKind.folder, SourceKind.table, SourceKind.hf, SourceKind.webdataset),
+    "group": tuple(kind for kind in SourceKind if kind != SourceKind.digits),
     "image_column": (SourceKind.hf,),
     "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
 }
@@ -192,23 +192,34 @@ def data_problems(data: DataConf) -> list[str]:
     return problems
 
 
+SIMILAR = "similar"  # the word of data.group for images that look alike
+
+
 def group_pattern(data: DataConf) -> re.Pattern[str] | None:
     """The pattern in `data.group`: a regular expression, with round brackets around what names a group."""
     has_pattern = data.group is not None and "(" in data.group and data.source != SourceKind.hf
     return re.compile(str(data.group)) if has_pattern else None
 
 
+def group_column(data: DataConf) -> str | None:
+    """The column, or the key, in `data.group`; None if it is a pattern, `similar`, or not set."""
+    return data.group if data.group != SIMILAR and group_pattern(data) is None else None
+
+
 def _group_problems(data: DataConf) -> list[str]:
     """What is wrong with `data.group`."""
     form = "expected a pattern with one pair of round brackets around what names a group, such as '(patient\\d+)_'"
-    if data.group is None or data.source == SourceKind.digits:
+    if data.group in (None, SIMILAR) or data.source == SourceKind.digits:
         return []
+    if data.source == SourceKind.torchvision:
+        return [f"data.group={data.group}: torchvision gives images no names; expected {SIMILAR}"]
     try:
         pattern = group_pattern(data)
     except re.error as error:
         return [f"data.group={data.group}: is no regular expression ({error}); {form}"]
     if pattern is None:
-        return [f"data.group={data.group}: {form}"] if data.source == SourceKind.folder or not data.group else []
+        is_wrong = data.source == SourceKind.folder or not data.group
+        return [f"data.group={data.group}: {form}, or {SIMILAR}"] if is_wrong else []
     several = f"data.group={data.group}: has {pattern.groups} pairs of brackets; {form} ((?:...) groups without a name)"
     return [several] if pattern.groups != 1 else []
 

@@ -12,6 +12,7 @@ import numpy as np
 from finetune.data.streams import Ranks
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Pairs = tuple[Rows, Rows]  # images that belong together, as two lists of equal length
 Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
@@ -71,10 +72,17 @@ def ranked_strata(order: Ranks, strata: Rows) -> Iterable[Rows]:
     return (rows[np.argsort(order[rows], kind="stable")] for rows in np.split(by_stratum, ends))
 
 
-def groups_in_strata(strata: Rows, groups: Rows, count: int) -> Rows:
-    """How many groups each of `count` strata has, int64 (count,). A group may lie in several strata."""
-    pairs = np.unique(np.stack([groups, strata]), axis=1)
-    return np.bincount(pairs[1], minlength=count)
+def joined(count: int, pairs: list[Pairs]) -> Rows | None:
+    """The number of the group of each of `count` images, where `pairs` belong together; None without any pair."""
+    firsts, seconds = (np.concatenate([np.empty(0, dtype=np.int64), *(pair[i] for pair in pairs)]) for i in (0, 1))
+    if not len(firsts):
+        return None
+    from scipy.sparse import coo_array  # type: ignore[import-untyped, unused-ignore]
+    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped, unused-ignore]
+
+    graph = coo_array((np.ones(len(firsts), dtype=np.int8), (firsts, seconds)), shape=(count, count))
+    numbers: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
+    return numbers
 
 
 def _touched(strata: Rows, groups: Rows | None) -> Mask:

@@ -1,4 +1,4 @@
-"""Which images stay together when splits are cut: those of equal bytes, those of one `data.group`, or both.
+"""Which images stay together when splits are cut: those of equal bytes, and those of one `data.group`.
 
 The answer depends on the images alone: never on the time that is left, on a cache, or on where the data lies.
 """
@@ -9,6 +9,8 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import DataConf
+from finetune.config.data import SIMILAR
+from finetune.data.checks.examine import decode_all
 from finetune.data.checks.known_images import (
     PRESENT,
     RECORD,
@@ -19,7 +21,8 @@ from finetune.data.checks.known_images import (
     stamp_keys,
     tail_of,
 )  # fmt: skip
-from finetune.data.cutting import Mask, Rows
+from finetune.data.checks.looks import near_pairs
+from finetune.data.cutting import Mask, Pairs, Rows, joined
 from finetune.data.images.decode import ImageError
 from finetune.data.selection import shares_to_cut
 from finetune.data.split import SPLITS, FoundImages, ImageStore
@@ -28,7 +31,6 @@ from finetune.system.processors import map_in_threads
 
 CHUNK, PIECE = 4096, 64  # images handed to a thread at once, to be looked for and to be read
 LISTED = 10  # groups that a message names
-Pairs = tuple[Rows, Rows]  # images that belong together, as two lists of equal length
 
 
 def find_groups(found: FoundImages, conf: DataConf) -> Rows | None:
@@ -43,22 +45,18 @@ def find_groups(found: FoundImages, conf: DataConf) -> Rows | None:
         _check_given(found, np.where(given == 1, 0, given) if conf.folds else given)
         pairs.append(_first_of_each(found.groups.numbers))
     if conf.folds or shares_to_cut(found, conf):
-        rows = np.flatnonzero(given <= 1 if conf.folds else given == 0)
-        pairs.append(equal_images(found.store, rows, KnownImages(conf.cache_dir, found.location)))
+        rows, known = (
+            np.flatnonzero(given <= 1 if conf.folds else given == 0),
+            KnownImages(conf.cache_dir, found.location),
+        )
+        if conf.group == SIMILAR:
+            firsts, seconds = near_pairs(decode_all(found.store, rows, known)["look"])
+            pairs.append((rows[firsts], rows[seconds]))
+        pairs.append(equal_images(found.store, rows, known))
+    elif conf.group == SIMILAR:
+        instead = "finetune check lists images that look alike"
+        raise UserError(f"data.group=similar would be ignored: no split of {found.place} is cut; {instead}")
     return joined(len(given), pairs)
-
-
-def joined(count: int, pairs: list[Pairs]) -> Rows | None:
-    """The number of the group of each of `count` images, where `pairs` belong together; None without any pair."""
-    firsts, seconds = (np.concatenate([np.empty(0, dtype=np.int64), *(pair[i] for pair in pairs)]) for i in (0, 1))
-    if not len(firsts):
-        return None
-    from scipy.sparse import coo_array  # type: ignore[import-untyped, unused-ignore]
-    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped, unused-ignore]
-
-    graph = coo_array((np.ones(len(firsts), dtype=np.int8), (firsts, seconds)), shape=(count, count))
-    numbers: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
-    return numbers
 
 
 def _first_of_each(numbers: Rows) -> Pairs:

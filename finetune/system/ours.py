@@ -82,7 +82,9 @@ OWN: dict[FolderKind, OwnNames] = {
     ),
     # Its jobs are runs in folders of their own. Hydra writes the last file.
     FolderKind.sweep: OwnNames(replaced=("summary.csv", "sweep.png"), in_place=("jobs.jsonl", "multirun.yaml")),
-    FolderKind.check: OwnNames(replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt")),
+    FolderKind.check: OwnNames(
+        replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt", "similar.txt")
+    ),
     # Every entry in these has a header, see data/caches/entries.py.
     FolderKind.cache: OwnNames(folders=dict.fromkeys(("pixels", "activations", "shards", "checks"), OwnNames())),
 }

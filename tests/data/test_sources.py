@@ -550,6 +550,6 @@ def test_every_setting_of_the_data_has_a_reader() -> None:
         needed = {name: "https://x/0.tar" if name == "root" else "x" for name in _NEEDS[kind]}
         assert find_problems(Conf(data=DataConf(source=kind, **needed))) == []  # type: ignore[arg-type]
         for name, readers in _READERS.items():
-            value = {"download": True, "group": "(y)"}.get(name, "y")
+            value = {"download": True, "group": "similar"}.get(name, "y")
             problems = find_problems(Conf(data=DataConf(**{"source": kind, **needed, name: value})))  # type: ignore[arg-type]
             assert (kind in readers) == (problems == []), (kind, name, problems)

@@ -24,6 +24,8 @@ from finetune.data.checks.known_images import (
     content_hashes,
     stamp_keys,
 )  # fmt: skip
+from finetune.data.checks.looks import look_of
+from finetune.data.cutting import Rows
 from finetune.data.images.decode import Header, ImageError, decode, header_of
 from finetune.data.split import SPLITS, ImageStore, Source, UnreadableImage
 from finetune.data.streams import shuffled
@@ -34,6 +36,9 @@ PIECE = 8  # images handed to a thread at once: handing over a single one costs 
 MAX_UNREADABLE = 100_000  # after this number the search ends: the folder is the wrong one
 DEPTH_WORDS = {DECODED: "decoded", HEADER: "by their headers only", PRESENT: "only found to be there"}
 DEPTH_WORDS[UNSEEN] = "not looked at"
+
+
+Group = list[tuple[str, int]]  # images that belong together: split, and index there
 
 
 @dataclass
@@ -57,11 +62,10 @@ class DataReport:
 
 
 class _Examination:
-    """The images of all splits as one list; a position is a place in it."""
+    """Some images of a store, such as those of all splits, as one list; a position is a place in it."""
 
-    def __init__(self, source: Source, known: KnownImages) -> None:
-        self.store: ImageStore = source.splits["train"].store
-        self.rows = np.concatenate([source.splits[name].rows.numpy() for name in SPLITS])
+    def __init__(self, store: ImageStore, rows: Rows, known: KnownImages) -> None:
+        self.store, self.rows = store, rows
         self.records: Records = np.zeros(len(self.rows), RECORD)
         self.known = known
         self.unreadable: dict[int, str] = {}  # position -> reason
@@ -92,13 +96,27 @@ class _Examination:
             self.records[position]["bad"] = 1
             return None
 
-    def read(self, look: Callable[[ImageStore, int], Records], deadline: float, *, below: int, title: str) -> None:
-        """Call `look` on the images that were examined less closely than `below`, in threads, until the time is up."""
+    def read(
+        self,
+        look: Callable[[ImageStore, int], Records],
+        deadline: float,
+        *,
+        below: int,
+        title: str,
+        with_looks: bool = False,
+    ) -> None:
+        """Call `look` on the images that were examined less closely than `below`, in threads, until the time is up.
+
+        `with_looks` calls it on those whose `look` is not known, too.
+        """
         if self._is_over(deadline):
             return  # before the shuffle, which takes a second for millions of images
         order = shuffled(len(self.rows), 0, 0).numpy()
         is_bad = self.records["bad"][order] != 0
-        todo = order[(self.records["depth"][order] < below) & ~is_bad]
+        is_known = self.records["depth"][order] >= below
+        if with_looks:
+            is_known &= self.records["look"][order] != 0
+        todo = order[~is_known & ~is_bad]
         if below == DECODED:
             # Images that an earlier check could not read come first: a newer Pillow or more memory may decode them. A
             # header does not show that, so without time for decoding they stay unreadable.
@@ -144,23 +162,38 @@ class _Examination:
         else:
             self.unreadable.pop(position, None)
             if not result["tail"]:  # a look at the header does not forget what an earlier reading has found
-                for name in ("first", "second", "tail"):
+                for name in ("first", "second", "tail", "look"):
                     result[name] = record[name]
+            elif not result["look"]:
+                result["look"] = record["look"]
             result["key"] = key
             self.records[position] = result
 
 
-def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -> DataReport:
-    """Examine every image of `source` as closely as the time allows.
+def decode_all(store: ImageStore, rows: Rows, known: KnownImages) -> Records:
+    """The records of some images, with their looks; those that cannot be read have none. Also saved in `known`."""
+    examination = _Examination(store, rows, known)
+    try:
+        examination.find_all(math.inf)
+        examination.read(_decode_with_look, math.inf, below=DECODED, title="compare looks", with_looks=True)
+    finally:
+        known.save(examination.records, examination.reasons)
+    return examination.records
+
+
+def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf, with_looks: bool = False) -> DataReport:
+    """Examine every image of `source` as closely as the time allows; `with_looks` also computes their looks.
 
     `budget_s` are seconds for looking for files and decoding; reading headers may take half as many again. New results
     are added to `known` and saved, also when Ctrl-C ends the check.
     """
     began = time.monotonic()
-    examination = _Examination(source, known)
+    rows = np.concatenate([source.splits[name].rows.numpy() for name in SPLITS])
+    examination = _Examination(source.splits["train"].store, rows, known)
+    decoding = _decode_with_look if with_looks else _decode
     try:
         examination.find_all(began + budget_s)
-        examination.read(_decode, began + budget_s, below=DECODED, title="check images")
+        examination.read(decoding, began + budget_s, below=DECODED, title="check images", with_looks=with_looks)
         examination.read(_look_at_header, began + 1.5 * budget_s, below=HEADER, title="check headers")
     finally:
         known.save(examination.records, examination.reasons)
@@ -177,17 +210,23 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf) -
     return report
 
 
-def _decode(store: ImageStore, row: int) -> Records:
+def _decode(store: ImageStore, row: int, *, with_look: bool = False) -> Records:
     data = store.read(row)
     if store.encoded:
         header = header_of(data, store.name_of(row), store.max_pixels)
-        decode(data, store.name_of(row), store.max_pixels)
+        pixels = decode(data, store.name_of(row), store.max_pixels)
     else:
         header = store.header(row)
-        store.load(row)
+        pixels = store.load(row)
     record = _record(DECODED, header)
     record["tail"], record["first"], record["second"] = content_hashes(data)
+    if with_look:
+        record["look"] = look_of(pixels)
     return record
+
+
+def _decode_with_look(store: ImageStore, row: int) -> Records:
+    return _decode(store, row, with_look=True)
 
 
 def _look_at_header(store: ImageStore, row: int) -> Records:
@@ -201,20 +240,30 @@ def _record(depth: int, header: Header) -> Records:
     return record
 
 
-def find_duplicates(source: Source, report: DataReport) -> Iterator[list[tuple[str, int]]]:
-    """Yield groups of images with equal bytes, as (split, index), that lie in several splits or under several labels.
+def find_duplicates(source: Source, report: DataReport) -> Iterator[Group]:
+    """Yield groups of images with equal bytes that lie in several splits or under several labels.
 
     Such a group leaks training images into the test, or one of its labels is wrong. Only images that were decoded can
     be compared.
     """
-    first, second = (np.concatenate([report.records[name][half] for name in SPLITS]) for half in ("first", "second"))
-    starts = np.cumsum([0, *(len(report.records[name]) for name in SPLITS)])
+    first, second = (of_all(report, half) for half in ("first", "second"))
     read = np.flatnonzero((first != 0) | (second != 0))
     order = read[np.lexsort((second[read], first[read]))]  # equal hashes side by side
     is_equal = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)  # to the next one
     edges = np.flatnonzero(np.diff(is_equal, prepend=False, append=False))  # where a group begins, and its last image
-    for begin, last in edges.reshape(-1, 2).tolist():
-        positions = np.sort(order[begin : last + 1])
+    groups = (np.sort(order[begin : last + 1]) for begin, last in edges.reshape(-1, 2).tolist())
+    return harmful(source, report, groups)
+
+
+def of_all(report: DataReport, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    """A field of the records of all splits."""
+    return np.concatenate([report.records[split][name] for split in SPLITS])
+
+
+def harmful(source: Source, report: DataReport, groups: Iterator[Rows]) -> Iterator[Group]:
+    """Those of `groups`, as places in all splits one after the other, with several splits or several labels."""
+    starts = np.cumsum([0, *(len(report.records[name]) for name in SPLITS)])
+    for positions in groups:
         places = np.searchsorted(starts, positions, side="right") - 1
         group = [(SPLITS[place], int(at - starts[place])) for place, at in zip(places, positions, strict=True)]
         labels = [source.splits[split].labels[index].tolist() for split, index in group]

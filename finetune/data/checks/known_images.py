@@ -27,10 +27,10 @@ logger = logging.getLogger("finetune")
 
 # One image. `key`: hash of its stamp (path, size, time), 0 where it has none; `depth`: how closely it was examined, see
 # below; `bad`: 1 where it cannot be read; `mode`: place in MODES; `first`, `second`: hash of its bytes, 0 if not read;
-# `tail`: hash of its last TAIL_BYTES bytes, 0 if not read.
+# `tail`: hash of its last TAIL_BYTES bytes, 0 if not read; `look`: see `looks.look_of`, 0 if not computed.
 RECORD = np.dtype([
     ("key", "<u8"), ("depth", "u1"), ("bad", "u1"), ("mode", "u1"), ("height", "<i4"), ("width", "<i4"),
-    ("first", "<u8"), ("second", "<u8"), ("tail", "<u8"),
+    ("first", "<u8"), ("second", "<u8"), ("tail", "<u8"), ("look", "<u8"),
 ])  # fmt: skip
 Records = np.ndarray[tuple[int, ...], np.dtype[Any]]
 

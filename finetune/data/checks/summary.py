@@ -1,12 +1,13 @@
 """What a source holds, in plain text: tables of counts and sizes, warnings, and lists of faulty images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from finetune.data.checks.examine import DataReport, examine, find_duplicates
+from finetune.data.checks.examine import DataReport, Group, examine, find_duplicates
 from finetune.data.checks.known_images import HEADER, MODES, KnownImages
+from finetune.data.checks.similar import find_near_duplicates
 from finetune.data.split import SPLITS, Source, UnreadableImage, class_counts
 from finetune.system.files import write_text
 from finetune.system.tables import table
@@ -19,14 +20,17 @@ IMBALANCE = 10.0  # largest class over smallest, from which on there is a warnin
 def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[DataReport, str]:
     """Examine every image of `source`; return what was found, and the same as text for a person.
 
-    Writes `data.txt` into `folder`, and `duplicates.txt` and `unreadable.txt` where there is something to list.
+    Writes `data.txt` into `folder`, and `duplicates.txt`, `similar.txt` and `unreadable.txt` where there is something
+    to list.
     """
-    report = examine(source, KnownImages(cache_dir, source.location))
+    report = examine(source, KnownImages(cache_dir, source.location), with_looks=True)
     lines = [source.description, report.coverage, "", *_classes(source), "", *_sizes_and_modes(report)]
     text = "\n".join([*lines, *(f"warning: {line}" for line in [*source.warnings, *imbalance(source)])])
     write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
     same = "images are the same to the last byte in several splits or classes"
-    text += _write_list(folder / "duplicates.txt", same, duplicate_lines(source, report), most=20)
+    text += _write_list(folder / "duplicates.txt", same, _lines_of(source, find_duplicates(source, report)), most=20)
+    alike = "groups of images look alike, and lie in several splits or classes; data.group=similar cuts none of them"
+    text += _write_list(folder / "similar.txt", alike, _lines_of(source, find_near_duplicates(source, report)), most=20)
     bad = unreadable_lines(report.unreadable)
     text += _write_list(folder / "unreadable.txt", "images cannot be read", bad, most=len(bad))
     return report, text
@@ -54,8 +58,12 @@ def imbalance(source: Source) -> list[str]:
 
 def duplicate_lines(source: Source, report: DataReport) -> list[str]:
     """A line for each group of `find_duplicates`: its images with the split and the class of each."""
+    return _lines_of(source, find_duplicates(source, report))
+
+
+def _lines_of(source: Source, groups: Iterable[Group]) -> list[str]:
     lines = []
-    for group in find_duplicates(source, report):
+    for group in groups:
         images = [f"{source.splits[name].name_of(i)} [{name}, {_label(source, name, i)}]" for name, i in group]
         lines.append(printable(" = ".join(images)))
     return lines

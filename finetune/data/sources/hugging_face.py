@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
+from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, natural_key, read_file
 from finetune.data.sources.stores import PartsStore
 from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages, Groups
@@ -44,10 +45,10 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ModuleNotFoundError as error:
         raise UserError("data=hf needs the datasets library: pip install 'finetune[hf]'") from error
-    name = os.path.expanduser(conf.name or "")
+    name, groups = os.path.expanduser(conf.name or ""), group_column(conf)
     parts, left_out = _parts(_open(datasets, name, conf), name)
     for _, part in parts.values():
-        columns = {"image_column": conf.image_column, "label_column": conf.label_column, "group": conf.group}
+        columns = {"image_column": conf.image_column, "label_column": conf.label_column, "group": groups}
         for key, column in columns.items():
             if column is not None and column not in part.column_names:
                 known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
@@ -71,7 +72,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         title=f"hf {name}",
         note=f" [left out: {', '.join(left_out)}]" if left_out else "",
         location=f"hf:{name}",
-        groups=Groups.of(cell for _, part in parts.values() for cell in part[conf.group]) if conf.group else None,
+        groups=Groups.of(cell for _, part in parts.values() for cell in part[groups]) if groups else None,
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.config.data import group_pattern
+from finetune.config.data import group_column
 from finetune.data.images.decode import EXTENSIONS, ImageError, check_encoded, error_words, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.fetching import RemoteFile, condemn, is_remote
@@ -156,7 +156,7 @@ def find_shards(conf: DataConf) -> FoundImages:
         place=f"data.root={root}",
         title=f"webdataset {root} ({len(shards)} shards)",
         location=os.path.abspath(root),
-        groups=None if _group_key(conf) is None else Groups.of(index.groups),
+        groups=None if group_column(conf) is None else Groups.of(index.groups),
     )
 
 
@@ -268,7 +268,7 @@ def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     groups: dict[str, Any] = {}
-    group_key = _group_key(conf)
+    group_key = group_column(conf)
     try:
         for member, tar in tar_members(shard.path, sealed):
             folder, _, file = member.name.rpartition("/")
@@ -310,11 +310,6 @@ def _read_shard(shard: Shard, number: int, conf: DataConf, index: _Index, sealed
         index.given.append(shard.split)
         if group_key is not None:
             index.groups.append(groups.get(key))
-
-
-def _group_key(conf: DataConf) -> str | None:
-    """The key in `data.group`; None if it is a pattern, or if there is none."""
-    return conf.group if group_pattern(conf) is None else None
 
 
 def _json(content: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.config.data import group_pattern
+from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, natural_key
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.stores import FileStore
@@ -85,8 +85,8 @@ def find_table(conf: DataConf) -> FoundImages:
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
     rows = _Rows(several=True if conf.label_separator else None)
-    group_column = conf.group if conf.group and group_pattern(conf) is None else None
-    wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, group_column])]
+    groups = group_column(conf)
+    wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
     names = PackedStrings(_usable_paths(read_blocks(path, wanted, text_limit(conf.max_text_mib)), conf, rows))
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
@@ -108,7 +108,7 @@ def find_table(conf: DataConf) -> FoundImages:
         title=f"table {path}",
         location=os.path.abspath(root),
         warnings=_check_repeats(path, names, labels, np.array(rows.numbers)),
-        groups=None if group_column is None else Groups.of(rows.groups),
+        groups=None if groups is None else Groups.of(rows.groups),
     )
 
 
