@@ -13,8 +13,8 @@ from torch import Tensor
 from finetune.data.cutting import Rows
 from finetune.data.streams import Ranks
 
-# Bits in which the looks of near-duplicates differ at most: most copies differ in 0 or 2. With 4, chains of a few hundred
-# simple drawings became one group in a collection of 8,121.
+# Bits in which the looks of near-duplicates differ at most: most copies differ in 0 or 2. With 4, chains of a few
+# hundred simple drawings became one group in a collection of 8,121.
 RADIUS = 2
 BLOCKS = RADIUS + 2  # of bits: two looks of near-duplicates agree in at least two of them
 SIDE = 32  # pixels of the grey picture
