@@ -112,7 +112,7 @@ def _cut_all(
         of_both = None if groups is None else groups[both]
         inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold, groups=of_both)
         parts["train"], parts["val"] = both[~inside], both[inside]
-    by_seed = [name for name in missing if not (conf.folds and name == "val")]
+    by_seed = [name for name in missing if len(parts[name]) and not (conf.folds and name == "val")]
     how = f" ({' and '.join(by_seed)} cut by data.split_seed={conf.split_seed})" if by_seed else ""
     how += f" (val is fold {conf.fold} of {conf.folds})" if conf.folds else ""
     return parts, how + (_groups_in_words(groups[rows]) if how and groups is not None else "")
