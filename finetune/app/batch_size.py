@@ -100,7 +100,7 @@ def _try_steps(run: Run, size: int) -> None:
     targets = torch.zeros(size, dtype=torch.int64, device=device)
     if run.source.is_multilabel or conf.augment.mixup or conf.augment.cutmix:
         targets = torch.zeros(size, len(run.source.classes), device=device)
-    batch = (torch.zeros(size, 3, pixels, pixels, device=device), targets, torch.arange(size))
+    batch = (torch.zeros(size, run.model.channels, pixels, pixels, device=device), targets, torch.arange(size))
     for _ in range(2):  # the first step creates the optimizer's moments, so only the second one reaches the peak
         train_step(state, [batch], conf.train)
 

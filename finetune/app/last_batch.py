@@ -23,7 +23,7 @@ def refuse_last_batch_of_one(run: Run) -> None:
         return
     model, pixels = run.built_again("meta").train(), run.built.preprocess.size
     try:
-        model(torch.empty(1, 3, pixels, pixels, device="meta"))
+        model(torch.empty(1, model.channels, pixels, pixels, device="meta"))
     except NotImplementedError:  # a network that cannot run there
         return
     except ValueError as error:

@@ -61,6 +61,7 @@ class ModelConf:
     )
     library: Library = setting(Library.auto, "whose model it is, where several libraries know the name")
     image_size: int = setting(0, "pixels a side that the model sees; 0: the size of its weights", ge=0, le=16_384)
+    in_channels: int = setting(3, "channels of an image: 3 (RGB) or 1 (grey); others for models alone", ge=1, le=1024)
     head: HeadKind = setting(
         HeadKind.auto,
         "zeroshot (from class names), linear_probe (fitted on frozen features), random, keep (the checkpoint's own);"

@@ -55,7 +55,7 @@ def count_flops(model: LayeredModel, image_size: int) -> Flops:
     `torch.utils.flop_counter` counts matrix products, convolutions and attention. Operations element by element (norms,
     activation functions) are below a percent and not counted. Work that `train.recompute` repeats is counted twice.
     """
-    images = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
+    images = torch.empty(2, model.channels, image_size, image_size, device="meta")  # BatchNorm refuses a batch of one
     model.train()
     with FlopCounterMode(display=False) as counter:
         h = model(images, stop=model.boundary) if model.boundary else images
@@ -83,7 +83,7 @@ def estimate_memory(
     that is `averaged` has a moving average of the weights. Without `optim` the optimizer is AdamW.
     """
     learning = FP32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shape = (batch_size, 3, image_size, image_size)
+    shape = (batch_size, model.channels, image_size, image_size)
     activations = _saved_bytes(model, shape, dtype)
     if model.recompute:
         # While the backward pass computes one layer again, that layer's activations join the inputs of all others.

@@ -48,6 +48,7 @@ class LayeredModel(nn.Module):
         self.net = net  # the only child: `model.net.state_dict()` has upstream's keys
         self.layers = tuple(layers)  # the index is the layer id: freezing and rates count on this order
         self.no_weight_decay = no_weight_decay  # parameter names that upstream spares from weight decay
+        self.channels = 3  # of the images
         self.num_frozen = 0  # layers, counted from the stem, that do not learn; `freezing.freeze` sets it
         self.frozen_modules: frozenset[str] = frozenset()  # frozen modules (and tensors) in and above the others
         self.recompute = False  # gradient checkpointing: saves memory and costs about a third more time

@@ -24,6 +24,7 @@ class Preprocess:
     # side to `size`, then black borders).
     resize: str = "crop"
     crop_fraction: float = 1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
+    channels: int = 3  # of the images that the model reads: 3, or 1 for grey; `mean` and `std` are then three times one
 
     @property
     def shorter_side(self) -> int:
@@ -34,6 +35,16 @@ class Preprocess:
     def as_dict(self) -> dict[str, Any]:
         """Plain types, as a checkpoint's metadata holds them."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+
+def with_channels(preprocess: Preprocess, channels: int) -> Preprocess:
+    """The preprocessing for images of so many channels; for one, the three numbers of `mean` and `std` become equal."""
+    if channels == 1:
+        (red, green, blue), (first, second, third) = preprocess.mean, preprocess.std
+        mean = red if red == green == blue else (red + green + blue) / 3
+        std = first if first == second == third else (first + second + third) / 3
+        preprocess = dataclasses.replace(preprocess, mean=(mean, mean, mean), std=(std, std, std))
+    return dataclasses.replace(preprocess, channels=channels)
 
 
 def as_asked(preprocess: Preprocess, data: DataConf) -> Preprocess:

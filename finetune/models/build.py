@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf, Pool
 from finetune.core.layers import LayeredModel
-from finetune.core.preprocess import Preprocess
+from finetune.core.preprocess import Preprocess, with_channels
 from finetune.models.heads.head import Head, TowerWithHead, head_kind, keep_head, put_head, scale_head
 from finetune.models.heads.imagenet import imagenet_names
 from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
@@ -76,11 +76,11 @@ def build_model(
     find = LAYERS[library]
     layers = towers.tower_with_head_layers(find(net.visual)) if isinstance(net, TowerWithHead) else find(net)
     model = towers.layered(net, layers).to(target)
+    model.channels = conf.in_channels
+    preprocess = with_channels(upstream.preprocess, conf.in_channels)
     if conf.head_scale != 1:
         scale_head(model, conf.head_scale)
-    return BuiltModel(
-        model.train(), upstream.preprocess, upstream.description, has_zeroshot, upstream.changes.as_dict()
-    )
+    return BuiltModel(model.train(), preprocess, upstream.description, has_zeroshot, upstream.changes.as_dict())
 
 
 def library_of(conf: ModelConf) -> Library:
@@ -161,7 +161,7 @@ def _with_classifier(
         net.reset_classifier(len(classes))
     elif not upstream.classifiers(net):
         # An encoder of a language model: the head classifies the mean of the encoder's output.
-        return TowerWithHead(net, Head(_width(upstream), len(classes), dropout=conf.head_dropout)), ""
+        return TowerWithHead(net, Head(_width(upstream, conf.in_channels), len(classes), dropout=conf.head_dropout)), ""
     for name in upstream.classifiers(net):
         put_head(net, name, len(classes), dropout=conf.head_dropout)
     return net, ""
@@ -176,8 +176,8 @@ class Resettable(Protocol):
 
 
 @torch.no_grad()
-def _width(encoder: Upstream) -> int:
+def _width(encoder: Upstream, channels: int) -> int:
     """The length of an encoder's features, found by a forward pass; `num_features` is not always right."""
     size = encoder.preprocess.size
-    out: Tensor = copy.deepcopy(encoder.net).to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    out: Tensor = copy.deepcopy(encoder.net).to("meta")(torch.empty(1, channels, size, size, device="meta"))
     return out.shape[1] if out.ndim == 4 else out.shape[-1]

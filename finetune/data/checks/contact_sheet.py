@@ -41,7 +41,7 @@ def write_contact_sheet(
 
 
 def pixels_of_input(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """Undo the normalising of an image: float32 (3, size, size) -> uint8, the pixels before it."""
+    """Undo the normalising of an image: float32 (channels, size, size) -> uint8, the pixels before it, RGB."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
     return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 

@@ -122,6 +122,13 @@ class EpochPlan(Sampler[BatchKey]):
         return (BatchKey(samples[i : i + size].tolist(), occurrences[i : i + size].tolist(), view) for i in starts)
 
 
+def in_channels(images: Tensor, channels: int) -> Tensor:
+    """Normalised RGB images as a model of `channels` channels reads them; one is grey, by Rec. 601 as in Pillow."""
+    if channels == 3:
+        return images
+    return 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x / 255 - mean) / std on the host. uint8 (batch, 3, size, size) -> float32, the same shape."""
     batch = torch.empty(images.shape, dtype=torch.float32)

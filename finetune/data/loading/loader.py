@@ -15,11 +15,12 @@ from finetune.data.caches.device_cache import DeviceCache
 from finetune.data.caches.pixel_cache import first_step, open_cache
 from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import build_transform
-from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, Failure, PixelBatch, normalise
+from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, Failure, PixelBatch, in_channels, normalise
 from finetune.data.loading.order import Showings, epoch_order, in_whole_steps, most_showings
 from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
 from finetune.data.split import Split
 from finetune.data.streams import view_of
+from finetune.system.errors import UserError
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
@@ -57,6 +58,9 @@ class Loader:
         self._device_cache: DeviceCache | None = None
         start = self._step.rest if self._has_cache_to_open else preprocess
         self._maker = BatchMaker(split, build_transform(start, augment), seed, skip=self._skips)
+        if preprocess.channels not in (1, 3):
+            problem = f"model.in_channels={preprocess.channels}: images come with three channels (RGB)"
+            raise UserError(f"{problem}; use 3, or 1, which makes them grey")
         numbers = (preprocess.mean, preprocess.std)
         self._mean, self._std = torch.tensor(numbers, dtype=torch.float32, device=device)[:, :, None, None]
         self._plan = EpochPlan(conf.batch_size)
@@ -76,8 +80,9 @@ class Loader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch without the first `skip` micro-batches, which are not even read.
 
-        A batch is normalised images, float32 (batch, 3, size, size), and labels, int64 (batch,) or float32 (batch,
-        classes), on the device; and ids int64 (batch,), the indices into the split, on the host. Raises ImageError.
+        A batch is normalised images, float32 (batch, channels, size, size), and labels, int64 (batch,) or float32
+        (batch, classes), on the device; and ids int64 (batch,), the indices into the split, on the host. Raises
+        ImageError.
         """
         assert epoch >= 0 and skip >= 0
         return self.show(self.showings(epoch).after(skip * self.batch_size), self.view(epoch))
@@ -205,8 +210,9 @@ class Loader:
     def _to_device(self, batch: PixelBatch) -> Batch:
         images, labels, ids, *_ = batch
         if self._device.type == "cpu":
-            return normalise(images, self._mean, self._std), labels, ids
+            return in_channels(normalise(images, self._mean, self._std), self._preprocess.channels), labels, ids
         early = self._device.type == "cuda"  # out of pinned memory, while the device is still busy
         pixels = images.to(self._device, non_blocking=early).to(torch.float32)
         normalised = pixels.div_(255).sub_(self._mean).div_(self._std)
+        normalised = in_channels(normalised, self._preprocess.channels)
         return normalised, labels.to(self._device, non_blocking=early), ids

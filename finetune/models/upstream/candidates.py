@@ -93,13 +93,14 @@ class Found:
     place: str = ""  # the prefix under which they stood in the file
     left_out: str = ""  # what else the file holds, in few words
     program: str = ""  # see `Layout`
+    stem: str = ""  # a note, where the first convolution was adapted
 
     @property
     def note(self) -> str:
         """Where in the file the weights stood and what was left out, for the line about the model."""
         words = [f"in {self.program}'s layout"] * bool(self.program) + [f"read from {self.place}"] * bool(self.place)
         words += [f"left out of the file: {self.left_out}"] * bool(self.left_out)
-        return "".join(f"; {word}" for word in words)
+        return "".join(f"; {word}" for word in words) + self.stem
 
 
 @dataclass

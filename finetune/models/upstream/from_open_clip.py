@@ -20,6 +20,7 @@ from finetune.models.upstream.clip_source import ClipSource
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
+from finetune.models.upstream.stems import first_convolution, fit_stem, set_channels
 from finetune.models.upstream.transformers_config import Beside, read_beside
 from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
 from finetune.system.errors import UserError
@@ -39,6 +40,7 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         cfg = _with_drop_path(source.model_cfg, conf)
         # open_clip's reader of a JAX archive fills both towers.
         clip = _constructed(source, cfg, conf.image_size, whole=with_text or is_jax)
+        set_channels(clip.get_submodule("visual"), conf.in_channels)
     beside, note = Beside(weight_files.read_metadata(path).changes), ""
     beside.network.put_into(clip)
     if path is not None:
@@ -46,10 +48,12 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
             _load_jax(clip, path, source)
         else:
             found = _find(clip, weight_files.read_state_dict(path), conf.pretrained_key, source.label)
-            weight_files.load_strictly(clip, _as_open_clip(clip, found.state), source=source.label)
+            state = _as_open_clip(clip, found.state)
+            stem = fit_stem(state, clip.get_submodule("visual"), "visual.")
+            weight_files.load_strictly(clip, state, source=source.label)
             if found.program:
                 beside = read_beside(path, table_of(found.program), clip)
-            note = found.note + beside.note
+            note = found.note + stem + beside.note
     if conf.image_size and isinstance(clip.visual, TimmModel):
         clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
     preprocess = beside.preprocess(_preprocess(source, conf))
@@ -108,6 +112,8 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
     """Read both towers from a big_vision archive, the format in which Google publishes SigLIP."""
     from open_clip.convert import load_big_vision_weights
 
+    if first_convolution(clip.get_submodule("visual"))[1].in_channels != 3:
+        raise UserError(f"{source.label} is for images of three channels, so leave model.in_channels at 3")
     weight_files.check_npz(path)
     try:
         load_big_vision_weights(clip, str(path))

@@ -18,6 +18,7 @@ from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
+from finetune.models.upstream.stems import fit_stem
 from finetune.models.upstream.transformers_config import Beside, read_beside
 from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
 from finetune.system.errors import UserError
@@ -36,7 +37,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
 
     bundle = glyphs.read_bundle(glyphs.VIT)
     path = bundle.weights_for(conf, load=load)
-    args = dict(bundle.config["args"])
+    args = {**bundle.config["args"], "in_chans": conf.in_channels}
     if conf.image_size:
         network.check_patches(conf.image_size, args["patch_size"])
         args["img_size"] = conf.image_size
@@ -50,6 +51,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     if "head.weight" in state:
         args["num_classes"] = len(state["head.weight"])
     net = VisionTransformer(**args, drop_path_rate=conf.drop_path)
+    stem = fit_stem(state, net)
     if state:
         weight_files.load_strictly(net, checkpoint_filter_fn(state, net), source=str(path), optional=("head.",))
     saved = weight_files.read_metadata(path)
@@ -61,6 +63,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     preprocess = dataclasses.replace(saved.preprocess or own, size=args["img_size"])
     text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
     text = bundle.description if path == bundle.weights else text + found.note
+    text += stem
     return Upstream(net, preprocess, text, classifier_names, saved.classes)
 
 
@@ -76,6 +79,8 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     args: dict[str, Any] = {"drop_path_rate": conf.drop_path} if conf.drop_path else {}
     if conf.image_size and (config is None or config.fixed_input_size):  # others have no position embeddings
         args["img_size"] = conf.image_size
+    if conf.in_channels != 3:
+        args["in_chans"] = conf.in_channels
     settings = ", ".join(args)
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     try:
@@ -195,6 +200,7 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
 
     layouts, tensors = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_state_dict(path)
     found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
+    found = dataclasses.replace(found, stem=fit_stem(found.state, net))
     return with_state(found.state), found
 
 

@@ -22,6 +22,7 @@ from finetune.models.upstream.candidates import Layout, Wanted, find_weights
 from finetune.models.upstream.downloads import downloads
 from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, unknown_tag
 from finetune.models.upstream.skip_init import SkipInit
+from finetune.models.upstream.stems import fit_stem, set_channels
 from finetune.system.errors import UserError
 
 # The modules of torchvision.models whose networks have a rule in `RULES`.
@@ -125,8 +126,10 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
     # Weights with a classifier replace every value of the network.
     with contextlib.nullcontext() if weight is None else SkipInit():
         net: nn.Module = get_model(conf.name, **args)
+        set_channels(net, conf.in_channels)
     if state is not None:
         optional = (f"{_classifier_name(net)}.",) if weight is None else ()
+        note += fit_stem(state, net)
         weight_files.load_strictly(net, state, source=str(path or chosen.name), optional=optional)
     return net, note
 

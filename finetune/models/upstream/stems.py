@@ -1,0 +1,57 @@
+"""The first convolution of a network for images of another number of channels than three.
+
+timm's rule: for one channel the weights of all channels are summed, for more they are repeated and scaled, so that
+equal channels give the same features.
+"""
+
+from torch import nn
+
+from finetune.models.upstream.candidates import StateDict
+from finetune.system.errors import UserError
+
+
+def set_channels(net: nn.Module, channels: int) -> None:
+    """Give `net` a first convolution for `channels` channels, without its weights, in place; 3 changes nothing."""
+    if channels == 3:
+        return
+    name, old = first_convolution(net)
+    if old.in_channels != 3 or old.groups != 1:
+        problem = f"the first convolution of {type(net).__name__} reads {old.in_channels} channels"
+        raise UserError(f"model.in_channels={channels}: {problem}, so leave it at 3")
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        stride=old.stride,  # type: ignore[arg-type]
+        padding=old.padding,  # type: ignore[arg-type]
+        dilation=old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    net.set_submodule(name, new)
+
+
+def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The name and module of the convolution that reads the images; a UserError where a network has none."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise UserError(f"{type(net).__name__} has no convolution that reads the images, so leave model.in_channels at 3")
+
+
+def fit_stem(state: StateDict, net: nn.Module, start: str = "") -> str:
+    """Adapt the first convolution in `state`, in place, to the number of channels of that in `net`.
+
+    The names in `state` begin with `start`. Returns a note for the line about the model; empty where nothing changed.
+    """
+    from timm.models._manipulate import adapt_input_conv
+
+    found = next(((name, each) for name, each in net.named_modules() if isinstance(each, nn.Conv2d)), None)
+    if found is None or f"{start}{found[0]}.weight" not in state:
+        return ""
+    key, wanted = f"{start}{found[0]}.weight", found[1].weight.shape
+    weight = state[key]
+    if weight.ndim != 4 or weight.shape[1] == wanted[1] or weight.shape[0] != wanted[0] or found[1].groups != 1:
+        return ""
+    old = weight.shape[1]
+    state[key] = adapt_input_conv(wanted[1], weight, base_chans=old)
+    return f"; its stem for {old} channel{'s' * (old != 1)} is adapted to {wanted[1]}"
