@@ -18,8 +18,6 @@ from finetune.system.errors import UserError
 from finetune.system.terminal import printable
 
 SPLITS = ("train", "val", "test")
-# Words that name a split in tables, folders, shards and data sets -> index into SPLITS.
-SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 
 
 class ImageStore(ABC):

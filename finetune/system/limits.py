@@ -125,13 +125,38 @@ def read_text(path: Path, subject: str, limit: Limit) -> str:
     return text_of(data, subject)
 
 
-def text_of(data: bytes, subject: str) -> str:
-    """The content of such a file as text; a UserError that begins with `subject` if it is no UTF-8."""
+def text_of(data: bytes, subject: str, *, strict: bool = True) -> str:
+    """The content of such a file as text; a UserError that begins with `subject` if it is no UTF-8.
+
+    If not `strict`, bytes that are no UTF-8 are carried through as lone surrogates, as those of file names are.
+    """
+    refuse_encoding(data, subject)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig", "strict" if strict else "surrogateescape")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{subject}: line {line} is no UTF-8 text; save the file as UTF-8") from error
+
+
+# The first bytes of files that are given in the place of a text, each with what it is and how to mend that.
+_BEGINNINGS = {
+    b"\xff\xfe": ("is text in UTF-16, as Excel saves `Unicode text`", "save it as UTF-8 (`CSV UTF-8` in Excel)"),
+    b"\xfe\xff": ("is text in UTF-16", "save it as UTF-8 (`CSV UTF-8` in Excel)"),
+    b"PK\x03\x04": ("is a zip archive or a sheet of Excel", "save it as text in UTF-8 (`CSV UTF-8` in Excel)"),
+    b"\xd0\xcf\x11\xe0": ("is a sheet of Excel", "save it as text in UTF-8 (`CSV UTF-8` in Excel)"),
+    b"\x1f\x8b": ("is packed by gzip", "unpack it, or for a table let its name end in .gz"),
+    b"PAR1": ("is a Parquet file", "let its name end in .parquet"),
+    b"SQLite": ("is a data base of SQLite", "save the rows as text in UTF-8"),
+}
+
+
+def refuse_encoding(start: bytes, subject: str) -> None:
+    """A UserError that begins with `subject` if the first bytes of a file show that it is no text in UTF-8."""
+    for beginning, (what, how) in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{subject}: {what}, expected text in UTF-8; {how}")
+    if start[:64].count(0) * 4 > len(start[:64]):  # every second byte of plain letters in UTF-16 is 0
+        raise UserError(f"{subject}: looks like text in UTF-16, or is no text; save it as UTF-8 (`CSV UTF-8` in Excel)")
 
 
 class BoundedLines(Iterator[str]):

@@ -26,9 +26,9 @@ LEVELS = {
 }  # fmt: skip
 # Inside `data/` a part imports only from parts on a lower floor, or from itself.
 FLOORS = {
-    "packed": 0, "streams": 1,
+    "packed": 0, "split_words": 0, "streams": 1,
     "images": 2,
-    "split": 3,
+    "split": 3, "labels": 3,
     "cutting": 4, "caches": 4,
     "selection": 5, "loading": 5,
     "checks": 6,

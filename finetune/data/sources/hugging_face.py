@@ -11,7 +11,8 @@ from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, natural_key, read_file
 from finetune.data.sources.stores import PartsStore
-from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages, Groups
+from finetune.data.split import SPLITS, FoundImages, Groups
+from finetune.data.split_words import split_of
 from finetune.system.errors import UserError
 
 
@@ -97,7 +98,7 @@ def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], list[str
     found: dict[str, tuple[str, Any]] = {}
     left_out = []
     for word, part in named.items():
-        number = SPLIT_WORDS.get(str(word).lower())
+        number = split_of(str(word))
         if number is None or SPLITS[number] in found:
             left_out.append(f"{word} ({len(part):,})")
         else:

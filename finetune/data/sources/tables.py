@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from finetune.config import DataConf
 from finetune.config.data import group_column
-from finetune.data.images.decode import ImageError, natural_key
+from finetune.data.images.decode import ImageError
+from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
-from finetune.data.split import SPLIT_WORDS, SPLITS, FoundImages, Groups
+from finetune.data.split import SPLITS, FoundImages, Groups
+from finetune.data.split_words import split_of
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
-from finetune.system.limits import CLASSES, NAME, check_memory, text_limit
+from finetune.system.limits import NAME, text_limit
 
 MAX_LISTED = 20  # rows that one message names
 
@@ -64,12 +66,9 @@ class _RowError(Exception):
 class _Rows:
     """The usable rows that were read so far, in flat arrays, which take a few bytes a row."""
 
-    def __init__(self, several: bool | None) -> None:
-        self.several = several  # whether a row may have several labels; None before the first row
+    def __init__(self, labels: LabelReader) -> None:
+        self.labels = labels
         self.numbers = array("i")  # number of each row in the file, from 1; in a text file its line
-        self.known: dict[str, int] = {}  # label -> its id, in the order of reading
-        self.label_ids = array("i")  # the labels of all rows, one row after the other
-        self.label_counts = array("i")  # how many labels each row has, if it may have several
         self.splits = bytearray()  # index into SPLITS of each row
         self.groups: list[Any] = []  # cell of the column `data.group` of each row, if there is one
         self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
@@ -84,7 +83,7 @@ def find_table(conf: DataConf) -> FoundImages:
     path = os.path.expanduser(conf.table or "")
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
-    rows = _Rows(several=True if conf.label_separator else None)
+    rows = _Rows(LabelReader(conf.label_column, conf.label_separator))
     groups = group_column(conf)
     wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
     names = PackedStrings(_usable_paths(read_blocks(path, wanted, text_limit(conf.max_text_mib)), conf, rows))
@@ -94,9 +93,8 @@ def find_table(conf: DataConf) -> FoundImages:
         raise UserError(f"data.table={path}: {rows.num_problems:,} rows cannot be used: {listed}")
     if not len(names):
         raise UserError(f"data.table={path}: has no rows; expected a line an image below the names of the columns")
-    CLASSES.check(f"data.table={path}: data.label_column={conf.label_column}", len(rows.known))
-    classes = tuple(sorted(rows.known, key=natural_key))
-    labels = _labels(rows, classes)
+    classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
+    labels = rows.labels.tensor(classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
     return FoundImages(
         store=TableStore(root, names, np.array(rows.numbers), os.path.basename(path)),
@@ -124,7 +122,6 @@ def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:
 def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) -> Iterator[str]:
     """The paths of the usable rows; adds their other cells to `rows`."""
     for block in blocks:
-        ids_of_cell: dict[tuple[type, str], list[int]] = {}  # most labels repeat, and parsing each again is slow
         for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
                 if not isinstance(path, str) or not path.strip():
@@ -133,14 +130,9 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
                     raise _RowError(
                         f"has a {conf.path_column} of {len(path):,} letters, at most {NAME.most:,} are read"
                     )
-                # By type, too: of equal numbers 1 is the class "1" and True is the class "True".
-                key = (type(label), str(label))
-                if key not in ids_of_cell:
-                    words = _labels_of(label, conf, rows)
-                    ids_of_cell[key] = [rows.known.setdefault(word, len(rows.known)) for word in words]
-                ids = ids_of_cell[key]
+                ids = rows.labels.ids(label)
                 split = _split_of(others[0], conf) if conf.split_column else 0
-            except _RowError as error:
+            except (_RowError, LabelError) as error:
                 rows.num_problems += 1
                 if len(rows.problems) < MAX_LISTED:
                     rows.problems.append(f"row {number} {error}")
@@ -148,60 +140,15 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
             rows.numbers.append(number)
             rows.splits.append(split)
             rows.groups.extend(others[bool(conf.split_column) :])
-            rows.label_ids.extend(ids)
-            if rows.several:
-                rows.label_counts.append(len(ids))
+            rows.labels.add(ids)
             yield path.strip()
 
 
 def _split_of(cell: Any, conf: DataConf) -> int:
-    split = SPLIT_WORDS.get(str(cell).strip().lower())
+    split = split_of(str(cell))
     if split is None:
         raise _RowError(f"has {conf.split_column}={str(cell)[:40]!r}, expected one of {', '.join(SPLITS)}")
     return split
-
-
-def _labels_of(label: Any, conf: DataConf, rows: _Rows) -> Sequence[str]:
-    separator, column = conf.label_separator, conf.label_column
-    is_list = isinstance(label, list)
-    if rows.several is None:
-        rows.several = is_list
-    if is_list and separator:
-        raise _RowError(f"has a list in {column}: leave data.label_separator out")
-    if is_list != (rows.several and not separator):
-        raise _RowError(f"has a list in {column}" if is_list else f"has one label in {column} where others have lists")
-    if separator:
-        cells: list[Any] = str(label).split(separator) if label is not None else []
-        cells = [cell for cell in cells if cell.strip()]  # an image without any label is allowed
-    else:
-        cells = label if is_list else [label]
-    words = []
-    for cell in cells:
-        if isinstance(cell, float) and cell.is_integer():
-            cell = int(cell)  # Parquet gives a column of whole numbers with gaps as 3.0
-        if cell is None or not str(cell).strip():
-            raise _RowError(f"has no {column}")
-        if isinstance(cell, (float, dict, list)):
-            raise _RowError(f"has {column}={str(cell)[:40]!r}")
-        if len(str(cell)) > NAME.most:
-            raise _RowError(f"has a {column} of {len(str(cell)):,} letters, at most {NAME.most:,} are read")
-        words.append(str(cell).strip())
-    return list(dict.fromkeys(words))
-
-
-def _labels(rows: _Rows, classes: Sequence[str]) -> Tensor:
-    """Labels as indices into `classes`: int64 (n,), or float32 (n, classes) if a row may have several."""
-    index = {name: label for label, name in enumerate(classes)}
-    label_of_id = np.array([index[name] for name in rows.known], dtype=np.int64)
-    labels = torch.from_numpy(label_of_id[np.array(rows.label_ids)])
-    if not rows.several:
-        return labels
-    counts = torch.from_numpy(np.array(rows.label_counts))
-    subject = f"the table of {len(counts):,} images and {len(classes):,} classes"
-    check_memory(subject, 4 * len(counts) * len(classes), "is data.label_column the right column?")
-    table = torch.zeros(len(counts), len(classes))
-    table[torch.repeat_interleave(torch.arange(len(counts)), counts), labels] = 1
-    return table
 
 
 def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Numbers) -> tuple[str, ...]:

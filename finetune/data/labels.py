@@ -1,0 +1,147 @@
+"""The one reader of labels, for tables, shards and data sets of the hub; and class names that look alike."""
+
+import re
+import unicodedata
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.data.images.decode import natural_key
+from finetune.system.limits import CLASSES, NAME, check_memory
+
+_REMEMBERED = 2**24  # letters of cells whose labels are remembered
+SHOWN, LISTED = 40, 5  # letters of a cell, and look-alikes, that a message shows
+
+
+class LabelError(Exception):
+    """The label of an image cannot be used; the text follows the image's name or row in the message."""
+
+
+class LabelReader:
+    """Labels of images, one after the other: texts and whole numbers, or lists of them.
+
+    A text loses the blanks around it. No label (None, an empty text), a fraction and a structure are a LabelError, and
+    so is a list where other images have no list. With a `separator` each text holds several labels, or none.
+    """
+
+    def __init__(self, column: str, separator: str | None = None) -> None:
+        """Take the name of the column or key, for messages, and `data.label_separator`."""
+        self.column, self._separator = column, separator
+        self.several: bool | None = True if separator else None  # whether images may have several; None: not known yet
+        self.known: dict[str, int] = {}  # label -> its id, in the order of reading
+        self._ids = array("i")  # of all images, one after the other
+        self._counts = array("i")  # labels of each image, if it may have several
+        self._remembered: dict[tuple[type, str], list[int]] = {}  # most cells repeat, and reading each again is slow
+        self._letters = 0  # in `_remembered`
+
+    def ids(self, cell: Any) -> list[int]:
+        """The ids of the labels in a cell; raises LabelError."""
+        # By type, too: of equal numbers 1 is the class "1" and True is the class "True".
+        key = (type(cell), str(cell))
+        ids = self._remembered.get(key)
+        if ids is None:
+            ids = [self.known.setdefault(word, len(self.known)) for word in self._words(cell)]
+            self._letters += len(key[1])
+            if self._letters > _REMEMBERED:
+                self._remembered, self._letters = {}, len(key[1])
+            self._remembered[key] = ids
+        return ids
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Take these labels for the next image."""
+        self._ids.extend(ids)
+        if self.several:
+            self._counts.append(len(ids))
+
+    def _words(self, cell: Any) -> Sequence[str]:
+        is_list = isinstance(cell, list)
+        if self.several is None:
+            self.several = is_list
+        if is_list and self._separator:
+            raise LabelError(f"has a list in {self.column}: leave data.label_separator out")
+        if is_list != (self.several and not self._separator):
+            one = f"has one label in {self.column} where others have lists"
+            raise LabelError(f"has a list in {self.column} where others have one label" if is_list else one)
+        if self._separator:
+            cells: list[Any] = str(cell).split(self._separator) if cell is not None else []
+            cells = [part for part in cells if part.strip()]  # an image without any label is allowed
+        else:
+            cells = cell if is_list else [cell]
+        return list(dict.fromkeys(map(self._word, cells)))
+
+    def _word(self, cell: Any) -> str:
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)  # Parquet gives a column of whole numbers with gaps as 3.0
+        if is_no_label(cell):
+            raise LabelError(f"has no {self.column}")
+        if isinstance(cell, (float, dict, list, bytes)):
+            raise LabelError(f"has {self.column}={str(cell)[:SHOWN]!r}, expected a text or a whole number")
+        word = str(cell).strip()
+        if len(word) > NAME.most:
+            raise LabelError(f"has a {self.column} of {len(word):,} letters, at most {NAME.most:,} are read")
+        return word
+
+    def names(self, subject: str) -> tuple[str, ...]:
+        """All labels in natural order; a UserError that begins with `subject` where they are too many."""
+        CLASSES.check(subject, len(self.known))
+        return tuple(sorted(self.known, key=natural_key))
+
+    def tensor(self, classes: Sequence[str], indices: Mapping[str, int] | None = None) -> Tensor:
+        """Labels as indices into `classes`: int64 (n,), or float32 (n, classes) if an image may have several.
+
+        `indices` has the class of each label, where a label is not the name of its class.
+        """
+        index = indices if indices is not None else {name: label for label, name in enumerate(classes)}
+        label_of_id = np.array([index[name] for name in self.known], dtype=np.int64)
+        labels = torch.from_numpy(label_of_id[np.array(self._ids, dtype=np.int64)])
+        if not self.several:
+            return labels
+        counts = torch.from_numpy(np.array(self._counts))
+        subject = f"the table of {len(counts):,} images and {len(classes):,} classes"
+        check_memory(subject, 4 * len(counts) * len(classes), f"is {self.column} the right label (data.label_column)?")
+        table = torch.zeros(len(counts), len(classes))
+        table[torch.repeat_interleave(torch.arange(len(counts)), counts), labels] = 1
+        return table
+
+
+def is_no_label(cell: Any) -> bool:
+    """Whether a cell is empty: None, not a number, or a text of blanks."""
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """Names that agree but for case, blanks, leading zeros or the Unicode form, in lists of two or more.
+
+    Single letters of both cases are classes of their own, as in sets of handwriting.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).strip()
+        plain = re.sub(r"(?<=\w)[-_\s]+(?=\w)", " ", plain if len(plain) == 1 else plain.casefold())
+        found.setdefault(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), []).append(name)
+    return [same for same in found.values() if len(same) > 1]
+
+
+def look_alike_warnings(classes: Collection[str]) -> list[str]:
+    """One warning where class names look alike."""
+    groups = look_alikes(classes)
+    if not groups:
+        return []
+    shown = ", ".join(" and ".join(visibly(name) for name in names) for names in groups[:LISTED])
+    more = f" and {len(groups) - LISTED:,} more" if len(groups) > LISTED else ""
+    return [f"class names look alike and are different classes: {shown}{more}; if they are one, give them one name"]
+
+
+def visibly(name: str) -> str:
+    r"""A name in quotes, with letters beyond ASCII as escapes: 'caf\xe9' and 'cafe\u0301' show their difference."""
+    return ascii(name)
+
+
+def told_apart(names: Collection[str], others: Collection[str]) -> list[str]:
+    """`names` as a message lists them: those that look like one of `others` are shown by `visibly`."""
+    alike = {name for group in look_alikes(dict.fromkeys([*names, *others])) for name in group}
+    return [visibly(name) if name in alike else name for name in names]

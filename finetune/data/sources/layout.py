@@ -1,0 +1,167 @@
+"""What a folder of images means: class folders, or splits with class folders in them. A doubtful one is a question."""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from finetune.data.images.decode import EXTENSIONS, natural_key
+from finetune.data.split import SPLITS
+from finetune.data.split_words import is_extra, split_of
+from finetune.system.errors import UserError
+from finetune.system.ours import MARKER, OWN, read_marker
+
+LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
+# Folders that operating systems and tools leave behind. Some hold small copies of the images.
+LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
+OURS = "folders of runs"  # in the list of what was left out
+MOST_PARTS = 10  # folders that may be parts of a data set; more of them are classes
+SHOWN = 5  # names in a message
+
+
+def entries(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the visible folders, in natural order, and of the visible files. A link counts as its target."""
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.startswith(".") or entry.name in LITTER:
+                    continue
+                # Broken links, links to themselves and pipes count as files: the check of the images names them.
+                is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                (folders if is_folder else files).append(entry.name)
+    except PermissionError as error:
+        identity(folder)
+        raise UserError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
+    return sorted(folders, key=natural_key), files
+
+
+def identity(folder: str) -> tuple[int, int] | None:
+    """Device and inode, None if it does not exist; raises UserError if the rights of a folder above hide that."""
+    try:
+        status = os.stat(folder)
+    except PermissionError as error:
+        how = "change the rights of a folder above, or data.root"
+        raise UserError(f"{folder}: may not be reached (permission denied); {how}") from error
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def class_entries(folder: str, left_out: Counter[str]) -> tuple[list[str], list[str]]:
+    """`entries` without folders that hold only runs, sweeps, checks or caches of ours, which are counted instead."""
+    folders, files = entries(folder)
+    marker = read_marker(Path(folder))
+    inside: Collection[str] = () if marker is None else OWN[marker.kind].folders
+    ours = [name for name in folders if name in inside or is_ours(os.path.join(folder, name))]
+    left_out.update({OURS: len(ours)} if ours else {})
+    return [name for name in folders if name not in ours], files
+
+
+def is_ours(folder: str, depth: int = 4) -> bool:
+    """Whether a command of ours made a folder, as its marker says, or every folder in it, beside which is no file."""
+    if has_marker(folder):
+        return True
+    if not depth or os.path.islink(folder):
+        return False
+    try:
+        with os.scandir(folder) as found:
+            inner = []
+            for entry in found:
+                if not entry.is_dir() and not entry.name.startswith("."):
+                    return False  # at the first of a million images
+                inner.append(entry)
+    except PermissionError:
+        return False  # whoever lists the folder says so
+    shown = [entry.path for entry in inner if entry.is_dir() and not entry.name.startswith(".")]
+    return bool(shown) and all(is_ours(path, depth - 1) for path in shown)
+
+
+def has_marker(folder: str) -> bool:
+    """Whether there is a marker file of ours in a folder."""
+    return os.path.lexists(os.path.join(folder, MARKER))
+
+
+def is_image(file: str) -> bool:
+    """Whether a file's name ends as that of an image."""
+    return os.path.splitext(file)[1].lower() in EXTENSIONS
+
+
+def split_folders(root: str, wanted: Sequence[str], left_out: Counter[str]) -> dict[str, str]:
+    """Split -> its folder; empty if the folders in `root` are classes, as they are if all of `wanted` are among them.
+
+    `wanted` is `data.classes`. Folders such as `unlabeled` beside splits are counted in `left_out`. Raises UserError
+    where the folders may be read both ways.
+    """
+    folders, _ = class_entries(root, Counter())
+    if wanted and all(name in folders for name in wanted):
+        return {}
+    found: dict[str, str] = {}
+    for number, split in enumerate(SPLITS):
+        same = [folder for folder in folders if split_of(folder) == number]
+        if len(same) > 1 and len(same) < len(folders):
+            raise UserError(f"data.root={root}: {' and '.join(same)} both mean {split}; keep one of them")
+        if same:
+            found[split] = same[0]
+    extra = [folder for folder in folders if folder not in found.values() and is_extra(folder)]
+    others = [folder for folder in folders if folder not in found.values() and folder not in extra]
+    if found and not others and "train" not in found:
+        raise UserError(f"data.root={root}: {' and '.join(found.values())} but no train; {LAYOUT}")
+    if "train" not in found or (len(found) == 1 and not extra and _has_images(root, found["train"])):
+        _refuse_parts(root, folders)
+        return {}  # there is no train/, or it is a class (of railway pictures), with images in it
+    if others and len(found) > 1:
+        both = f"{', '.join(others)} beside {', '.join(found.values())}"
+        layouts = "either class folders or train, val and test, each with its class folders"
+        raise UserError(f"data.root={root}: {both}: expected {layouts}; move the others away")
+    if others:
+        _refuse(root, folders, entries(os.path.join(root, found["train"]))[0])
+    for folder in extra:
+        left_out[f"images in {folder}"] += sum(
+            map(is_image, (file for _, _, files in os.walk(os.path.join(root, folder)) for file in files))
+        )
+    return found
+
+
+def _has_images(root: str, folder: str) -> bool:
+    """Whether there are images right in a folder, or nothing but files."""
+    folders, files = entries(os.path.join(root, folder))
+    return not folders or any(map(is_image, files))
+
+
+def _refuse_parts(root: str, folders: Sequence[str]) -> None:
+    """Raises UserError if each of `folders` holds only folders, and most of them those of two names or more."""
+    names: Counter[str] = Counter()
+    for folder in folders:
+        if _has_images(root, folder):
+            return
+        names.update(entries(os.path.join(root, folder))[0])
+    shared = [name for name, count in names.items() if count > 1 and 2 * count >= len(folders)]
+    splits = {split_of(name) for name in shared} - {None}
+    if 0 in splits and len(splits) > 1:
+        first = f"{folders[0]}/{', '.join(shared)}"
+        how = f"put the splits outside, such as train/{folders[0]}, or give a table (data=table)"
+        raise UserError(f"data.root={root}: the class folders hold splits ({first}); {how}")
+    if len(folders) > 1 and len(shared) > 1 and len(folders) <= MOST_PARTS:
+        _refuse(root, folders, shared)
+
+
+def _refuse(root: str, folders: Sequence[str], inner: Sequence[str]) -> None:
+    """Raises the UserError that says both readings of `folders`, in which are folders called `inner`."""
+    outer = _listed(folders)
+    parts = f"parts {outer} of a data set with the classes {_listed(inner)}, or the classes {outer}"
+    names = ",".join(folders) if len(folders) <= SHOWN else f"{','.join(folders[:2])},..."
+    mend = f"name the parts train, val and test, or say data.classes=[{names}]"
+    raise UserError(f"data.root={root}: may be {parts}; {mend}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def in_brackets(counts: Counter[str], word: str = "left out:") -> str:
+    """` [left out: 2 .txt, 1 .gif]`; empty if there is nothing to say."""
+    if not counts:
+        return ""
+    return f" [{word} {', '.join(f'{number:,} {kind}' for kind, number in counts.most_common(SHOWN))}]"

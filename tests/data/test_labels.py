@@ -1,0 +1,313 @@
+"""Laws of labels: each means what the person meant, in every source; a doubtful layout is a question, in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.config import DataConf, SourceKind
+from finetune.data import Source, open_source
+from finetune.data.labels import LabelError, LabelReader, look_alikes
+from finetune.data.split_words import is_extra, split_of
+from finetune.system.errors import UserError
+from finetune.system.ours import FolderKind, claim
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make(root: Path, *folders: str, count: int = 4) -> Path:
+    """A folder with `count` different images in each of `folders`."""
+    for number, name in enumerate(folders):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (root / name / f"{i}.png").write_bytes(picture(100 * number + i))
+    return root
+
+
+def folder(root: Path, **changes: Any) -> Source:
+    return open_source(DataConf(source=SourceKind.folder, root=str(root), **changes))
+
+
+def sizes(source: Source) -> dict[str, int]:
+    return {name: len(split) for name, split in source.splits.items()}
+
+
+# --- words and folders -----------------------------------------------------------------------------------------------
+
+
+def test_words_of_splits() -> None:
+    words = {
+        0: "train Training training_set train-set TrainSet train2017 train_images trn",
+        1: "val valid VALIDATION validation_set dev devset val2017 val_data",
+        2: "test testing test_set testset Test-Data eval evaluation holdout tst",
+    }
+    assert all(split_of(word) == split for split, text in words.items() for word in text.split())
+    others = "cat set data images 2017 trained testament devil valley evil trainer"
+    assert all(split_of(word) is None for word in ("", *others.split()))
+    assert all(map(is_extra, ["unlabeled", "Unlabelled_set", "extra", "unlabeled2017"])) and not is_extra("unknown")
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("Train", "TEST"), ("train2017", "eval")])
+def test_folders_with_the_usual_words_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    source = folder(make(tmp_path, *(f"{split}/{name}" for split in names for name in ("cats", "dogs"))))
+    assert source.classes == ("cats", "dogs") and sizes(source) == {"train": 6, "val": 2, "test": 8}
+
+
+def test_train_and_dev_are_train_and_val(tmp_path: Path) -> None:
+    source = folder(make(tmp_path, "train/a", "train/b", "dev/a", "dev/b"))
+    assert source.classes == ("a", "b") and sizes(source) == {"train": 8, "val": 8, "test": 0}
+
+
+@pytest.mark.parametrize("inside", ["", "/deep", "/a"])
+def test_unlabeled_images_beside_train_are_left_out_and_counted(tmp_path: Path, inside: str) -> None:
+    source = folder(make(tmp_path, "train/a", "train/b", f"unlabeled{inside}"))
+    assert source.classes == ("a", "b") and source.num_images == 8
+    assert "[left out: 4 images in unlabeled]" in source.description
+
+
+def test_folders_with_shared_names_are_a_question(tmp_path: Path) -> None:
+    for root, parts in {"x": ["part1", "part2"], "y": ["more", "train"], "z": ["2019", "2020", "2021"]}.items():
+        make(tmp_path / root, *(f"{part}/{name}" for part in parts for name in ("cats", "dogs")))
+        with pytest.raises(UserError) as caught:
+            folder(tmp_path / root)
+        message = str(caught.value)
+        assert all(f"{words} {', '.join(parts)}" in message for words in ("parts", "classes")), message
+        assert "classes cats, dogs" in message and f"data.classes=[{','.join(parts)}]" in message
+        assert folder(tmp_path / root, classes=parts).classes == tuple(sorted(parts))
+
+
+def test_splits_inside_class_folders_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{name}/{split}" for name in ("cat", "dog") for split in ("train", "test")))
+    with pytest.raises(UserError, match=r"class folders hold splits \(cat/test, train\).*train/cat"):
+        folder(tmp_path)
+
+
+def test_folders_inside_classes_are_no_question_where_names_differ_or_images_lie_beside(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", "cat/tabby", "cat/siamese", "dog/collie", "dog/poodle")
+    beside = make(tmp_path / "beside", "cat", "cat/indoor", "cat/outdoor", "dog", "dog/indoor", "dog/outdoor")
+    same = make(tmp_path / "same", "cat/images", "dog/images")
+    many = make(tmp_path / "many", *(f"{i}/{side}" for i in range(11) for side in ("left", "right")), count=2)
+    assert all(folder(root).classes == ("cat", "dog") for root in (one, beside, same))
+    assert len(folder(many).classes) == 11
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train: no class folders in it \[found only 4 images\]"):
+        folder(make(tmp_path, "train", "val"))
+
+
+def test_a_folder_around_the_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"only one class, flowers.*is it data\.root=.*/flowers, with lily, rose\?"):
+        folder(make(tmp_path, "flowers/rose", "flowers/lily"))
+
+
+def test_runs_are_no_classes(tmp_path: Path) -> None:
+    make(tmp_path, "a", "b")
+    for kind, place in {
+        FolderKind.run: "outputs/day/1",
+        FolderKind.check: "checked",
+        FolderKind.cache: "a/cache",
+    }.items():
+        make(tmp_path, place)
+        for image in (tmp_path / place).iterdir():
+            image.rename(image.with_name(f"of_{image.name}"))
+        claim(tmp_path / place, kind)
+    source = folder(tmp_path)
+    assert source.classes == ("a", "b") and source.num_images == 8
+    assert "[left out: 3 folders of runs]" in source.description
+    make(tmp_path, "outputs/mine")  # images beside the runs are a class
+    assert folder(tmp_path).classes == ("a", "b", "outputs")
+
+
+# --- names that look alike -------------------------------------------------------------------------------------------
+
+
+def test_names_that_look_alike() -> None:
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for same in (
+        [nfc, nfd],
+        ["cat ", "cat"],
+        ["01", "1"],
+        ["Cat", "cat"],
+        ["red fox", "red_fox"],
+        ["class 01", "class 1"],
+    ):
+        assert look_alikes([*same, "dog"]) == [same]
+    assert not look_alikes(["A", "a", "1_1", "11", "1.05", "1.5", "-1", "1", "C", "C++", "10", "100", "0"])
+
+
+def test_look_alikes_are_one_warning_that_shows_the_difference(tmp_path: Path) -> None:
+    names = [unicodedata.normalize("NFC", "thé"), unicodedata.normalize("NFD", "thé"), "cat", "cat ", "1", "01"]
+    (warning,) = (line for line in folder(make(tmp_path, *names)).warnings if "alike" in line)
+    assert "'the\\u0301' and 'th\\xe9'" in warning.replace("'th\\xe9' and 'the\\u0301'", "'the\\u0301' and 'th\\xe9'")
+    assert "'cat '" in warning and "'01'" in warning
+
+
+def test_splits_that_differ_in_an_accent_show_it(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "thé") for form in ("NFC", "NFD"))
+    with pytest.raises(UserError, match=r"val lacks 'th\\xe9'; val has 'the\\u0301', which train has not"):
+        folder(make(tmp_path, f"train/{nfc}", "train/b", f"val/{nfd}", "val/b"))
+
+
+# --- one reader of labels --------------------------------------------------------------------------------------------
+
+
+def test_cells_that_are_labels_and_cells_that_are_none() -> None:
+    reader = LabelReader("label")
+    for cell in (" cat", "cat", 3, 3.0, True):
+        reader.add(reader.ids(cell))
+    assert reader.names("x") == ("3", "cat", "True") and reader.tensor(reader.names("x")).tolist() == [1, 1, 0, 0, 2]
+    for bad in (None, "", " ", float("nan"), 0.5, {"a": 1}, b"cat", ["cat"]):
+        with pytest.raises(LabelError, match="label"):
+            reader.ids(bad)
+    lists = LabelReader("tags")
+    for cells in (["a", "b "], [], ["b", "b"]):
+        lists.add(lists.ids(cells))
+    assert lists.tensor(lists.names("x")).tolist() == [[1, 1], [0, 0], [0, 1]]
+    for bad in ("a", [None], [["a"]], [""]):
+        with pytest.raises(LabelError, match="tags"):
+            lists.ids(bad)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def pack(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def samples(count: int = 20, name: str = "{i}", image: str = "png", label: str = "cls") -> dict[str, bytes]:
+    files = {}
+    for i in range(count):
+        files[f"{name.format(i=i)}.{image}"] = picture(i)
+        files[f"{name.format(i=i)}.{label}"] = f"{i % 2}\n".encode()
+    return files
+
+
+def shards(root: Path | str, **changes: Any) -> Source:
+    return open_source(DataConf(source=SourceKind.webdataset, root=str(root), **changes))
+
+
+@pytest.mark.parametrize("label", [None, "", "  ", 0.5, {"a": 1}, [None], [1]], ids=str)
+def test_a_bad_label_of_a_shard_names_its_sample(tmp_path: Path, label: Any) -> None:
+    pack(tmp_path / "0.tar", {**samples(), "bad.png": picture(99), "bad.json": json.dumps({"label": label}).encode()})
+    with pytest.raises(UserError, match=r"0\.tar: bad\.png has .*label"):
+        shards(tmp_path)
+
+
+def test_lists_in_shards_are_several_labels(tmp_path: Path) -> None:
+    files = {}
+    for i in range(20):
+        files |= {f"{i}.png": picture(i), f"{i}.json": json.dumps({"label": [i % 2, 2] if i % 3 else [i % 2]}).encode()}
+    pack(tmp_path / "0.tar", files)
+    source = shards(tmp_path)
+    assert source.is_multilabel and source.classes == ("0", "1", "2")
+    total = sum(split.labels.sum(0) for split in source.splits.values())
+    assert total.tolist() == [10, 10, 13]  # type: ignore[union-attr]
+    (tmp_path / "classes.txt").write_bytes("\ufeffcat\ndog\nwet\n".encode())
+    assert shards(tmp_path).classes == ("cat", "dog", "wet")
+
+
+@pytest.mark.parametrize("name", ["im{i}_0.5", "v1.2/im{i}.a.b", "IM.{i}"])
+@pytest.mark.parametrize(("image", "label"), [("png", "cls"), ("PNG", "CLS"), ("Png", "cls")])
+def test_names_with_dots_and_upper_case_endings_are_read(tmp_path: Path, name: str, image: str, label: str) -> None:
+    pack(tmp_path / "0.TAR", samples(name=name, image=image, label=label))
+    source = shards(tmp_path)
+    assert source.num_images == 20 and source.classes == ("0", "1") and "left out" not in source.description
+
+
+def test_what_else_lies_in_shards_is_counted(tmp_path: Path) -> None:
+    more = {f"{i}.seg.png": picture(i) for i in range(20)} | {f"{i}.txt": b"a cat" for i in range(3)} | {"x.cls": b"1"}
+    pack(tmp_path / "0.tar", {**samples(), **more, "._1.png": b"", "__MACOSX/1.png": b""})
+    source = shards(tmp_path)
+    assert source.num_images == 20
+    assert "[left out: 20 .seg.png, 3 .txt, 1 labels without an image]" in source.description
+
+
+def test_one_image_of_another_ending_is_the_image_and_two_are_not(tmp_path: Path) -> None:
+    pack(tmp_path / "0.tar", samples(image="input.png"))
+    assert shards(tmp_path).num_images == 20
+    pack(tmp_path / "0.tar", {**samples(), **samples(3, name="pair{i}", image="a.png"), "pair0.b.png": picture(77)})
+    source = shards(tmp_path)
+    assert source.num_images == 22 and "left out: 1 .b.png, 1 .a.png" in source.description.replace(
+        "1 .a.png, 1 .b.png", "1 .b.png, 1 .a.png"
+    )
+
+
+def test_archives_beside_and_below_are_read_or_counted(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", samples())
+    pack(tmp_path / "part2" / "deep" / "b.tar", samples(name="b{i}"))
+    for name in ("c.tar.gz", "d.tgz", "part2/e.tar.zst", "notes"):
+        (tmp_path / name).write_bytes(b"x")
+    source = shards(tmp_path)
+    assert source.num_images == 40
+    assert "[left out: 1 .tar.gz, 1 .tgz, 1 files without an ending, 1 .tar.zst]" in source.description
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "c.tar.gz").rename(tmp_path / "packed" / "c.tar.gz")
+    with pytest.raises(FileNotFoundError, match=r"no \.tar files there \(found 1 \.tar\.gz\); unpack these"):
+        shards(tmp_path / "packed")
+
+
+def test_a_split_of_shards_that_ends_empty_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        pack(tmp_path / split / "0.tar", samples(name=f"{split}{{i}}"))
+    assert sizes(shards(tmp_path)) == {"train": 20, "val": 20, "test": 0}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "0.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"/test is named like a split and has no \.tar files"):
+        shards(tmp_path)
+    pack(tmp_path / "test" / "0.tar", {"x.txt": b"nothing"})
+    with pytest.raises(UserError, match=r"the shards of test hold no images \[left out: 1 \.tar\.gz, 1 \.txt\]"):
+        shards(tmp_path)
+
+
+def test_shards_beside_those_of_splits_are_a_question_or_extra(tmp_path: Path) -> None:
+    for place in ("train", "val", "unlabeled"):
+        pack(tmp_path / place / "0.tar", samples(name=f"{place}{{i}}"))
+    assert "[left out: 1 shards in unlabeled]" in shards(tmp_path).description
+    pack(tmp_path / "rest" / "0.tar", samples(name="rest{i}"))
+    with pytest.raises(UserError, match="rest beside train, val"):
+        shards(tmp_path)
+
+
+def test_a_name_with_brackets_is_a_name_first_and_a_pattern_then(tmp_path: Path) -> None:
+    for folder_name in ("w[v2]", "wv", "w2"):
+        for number in range(2):
+            pack(tmp_path / folder_name / f"t-{number:03}.tar", samples(name=f"{folder_name}{number}_{{i}}"))
+    assert shards(tmp_path / "w[v2]" / "t-{000..001}.tar").num_images == 40
+    assert shards(tmp_path / "w[v2]" / "t-*.tar").num_images == 40
+    assert shards(tmp_path / "w[v2]").num_images == 40
+    assert shards(tmp_path / "w[v2]" / "t-000.tar").num_images == 20
+    assert shards(tmp_path / "w[2]" / "t-*.tar").num_images == 40
+    with pytest.raises(FileNotFoundError, match=r"2 of its shards do not exist: .*t-002\.tar, .*t-003\.tar"):
+        shards(tmp_path / "wv" / "t-{000..003}.tar")
+
+
+def test_a_class_that_is_no_utf8_is_carried_through_and_utf16_is_named(tmp_path: Path) -> None:
+    pack(
+        tmp_path / "0.tar",
+        samples() | {"l.png": picture(50), "l.cls": b"caf\xe9"} | {f"{i}.cls": b"a" for i in range(20)},
+    )
+    with pytest.raises(UserError, match=r"in class caf\udce9 \(1\)"):
+        shards(tmp_path)
+    pack(tmp_path / "0.tar", samples() | {"l.png": picture(50), "l.cls": "caf\xe9".encode("utf-16")})
+    with pytest.raises(UserError, match=r"l\.cls: is text in UTF-16"):
+        shards(tmp_path)
