@@ -17,6 +17,7 @@ from finetune.core.loop import TrainState
 from finetune.runs.records import Count
 from finetune.runs.weights import copied_to_host, frozen_weights, is_frozen, write_whole
 from finetune.system.errors import UserError
+from finetune.system.inert_pickle import check_pickles
 from finetune.system.reading import DamagedError, UnfitError, fitted
 from finetune.system.seals import check_seal, damaged_if_unreadable, seal
 from finetune.system.terminal import printable
@@ -156,6 +157,7 @@ def load_tensors(path: Path) -> Any:
         DamagedError: The file cannot be read, or holds other content.
     """
     with damaged_if_unreadable(path):
+        check_pickles(path)  # of a run folder from elsewhere: keys that collide keep torch's reader busy for hours
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from finetune.system.errors import UserError
+
 # The largest real files, checkpoints with a long history, take a tenth of this. More would keep the start waiting.
 MAX_STEPS = 5_000_000
 # Keys of dicts that are neither texts nor small numbers. More could be chosen to collide, which takes a dict hours.
 MAX_ODD_KEYS = 20_000
+ZIP_START = b"PK\3\4"
 # torch before 1.6 wrote these in a row: a magic number, a version, the system, the content, the keys of the storages.
 LEGACY_PICKLES = 5
+# Largest pickle, and largest file of code, in bytes. OpenAI's are below 1 MiB.
+MAX_TEXT = 16 * 2**20
+# A file of weights is not compressed. An archive that claims far more bytes than it has is made to fill the memory.
+MAX_GROWTH = 8
 _SMALL = 2**60  # from here on, Python gives several numbers one hash
 
 
@@ -111,21 +118,34 @@ def read_pickle(data: bytes | IO[bytes]) -> Any:
 
 
 def check_pickles(path: Path) -> None:
-    """Raise a PickleError for a file of `torch.save` whose pickle is made to keep Python busy; call it before torch."""
+    """Raise an error for a file of `torch.save` that is made to keep Python busy or fill the memory, before torch reads.
+
+    Raises:
+        PickleError: Its pickle is of that kind, or no whole one.
+        UserError: See `check_growth`.
+    """
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            if file.read(2) == b"PK":
-                return  # a damaged zip, or one with much behind its end: torch says what it makes of it
-            file.seek(0)
+        is_zip = file.read(len(ZIP_START)) == ZIP_START  # as torch decides: there may be an archive behind a pickle
+        file.seek(0)
+        if not is_zip:
             for _ in range(LEGACY_PICKLES):
                 read_pickle(file)
-            return
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith("/data.pkl"):
-                    with archive.open(info) as pickled:
-                        read_pickle(pickled.read(info.file_size))
+        elif zipfile.is_zipfile(file):  # else it is a damaged one, of which torch says what it makes of it
+            with zipfile.ZipFile(file) as archive:
+                check_growth(archive, path)
+                for info in archive.infolist():
+                    if info.filename.endswith("/data.pkl"):
+                        with archive.open(info) as pickled:
+                            read_pickle(pickled.read(info.file_size))
+
+
+def check_growth(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise a UserError for a zip that would take far more memory than its file has bytes."""
+    claimed, held = sum(info.file_size for info in archive.infolist()), path.stat().st_size
+    if claimed > MAX_GROWTH * held + MAX_TEXT:
+        raise UserError(
+            f"{path} is refused: its {held:,} bytes claim to hold {claimed:,}, which no file of weights does"
+        )
 
 
 def _group(stack: _Stack) -> list[Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import threading
 import weakref
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from finetune.runs.checkpoint import read_state, snapshot
 from finetune.runs.epoch_files import best_epochs, latest_state, settle
 from finetune.runs.saver import NoSpaceError, Saver
 from finetune.runs.weights import put_weights, read_weights
+from finetune.system.errors import UserError
 from finetune.system.ours import FolderKind, claim
 from finetune.system.reading import DamagedError
+from finetune.system.seals import seal
 
 
 def saver(folder: Path, **kwargs: int) -> Saver:
@@ -84,6 +88,28 @@ def test_a_state_holds_no_frozen_tensor_and_goes_on_above_the_same_ones_alone(tm
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match=r"other frozen layers.*no weights beside it.*model\.pretrained"):
         load_state(path, tiny_state(other, fix_layer=1))
+
+
+def test_a_state_made_to_keep_python_busy_or_to_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """A run folder from elsewhere: numbers of one hash for keys, in a zip or before one, and records of nothing."""
+    path, inner = tmp_path / "last.pt", io.BytesIO()
+    keys = b"".join(b"\x8a\x0b" + (number * (2**61 - 1)).to_bytes(11, "little") + b"N" for number in range(30_000))
+    busy = b"\x80\x02}(" + keys + b"u."
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("last/data.pkl", busy)
+    behind = io.BytesIO(busy)
+    behind.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(behind, "a") as archive:
+        archive.writestr("last/data.pkl", pickle.dumps({}, protocol=2))
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("last/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("last/data/0", bytes(2**26))
+    for made, reason in ((inner, "odd keys"), (behind, "odd keys"), (bomb, "claim to hold")):
+        path.write_bytes(made.getvalue())
+        seal(path)
+        with pytest.raises(UserError, match=reason):
+            read_state(path)
 
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:

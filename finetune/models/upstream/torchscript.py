@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from finetune.system.errors import UserError
-from finetune.system.inert_pickle import Call, Instance, Name, PickleError, Reference, read_pickle
+from finetune.system.inert_pickle import (
+    MAX_TEXT,
+    Call,
+    Instance,
+    Name,
+    PickleError,
+    Reference,
+    check_growth,
+    read_pickle,
+)
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -32,15 +41,11 @@ DTYPES = {
 }
 # What zipfile raises for archives that are cut, flipped, encrypted or compressed in an unknown way.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
-# Largest pickle, and largest file of code, in bytes. OpenAI's are below 1 MiB.
-MAX_TEXT = 16 * 2**20
 # Real networks stay far below: a module may stand in several places, so a small file could name more than memory holds.
 MAX_MODULES = 100_000
 MAX_DEPTH = 100
 MAX_NAME = 1_000
 MAX_DIMS = 8
-# A file of weights is not compressed. An archive that claims far more bytes than it has is made to fill the memory.
-MAX_GROWTH = 8
 
 
 class _NotPlainError(ValueError):
@@ -74,15 +79,6 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     except ZIP_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or incomplete ({reason}): fetch it again") from error
-
-
-def check_growth(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise a UserError for a zip that would take far more memory than its file has bytes."""
-    claimed, held = sum(info.file_size for info in archive.infolist()), path.stat().st_size
-    if claimed > MAX_GROWTH * held + MAX_TEXT:
-        raise UserError(
-            f"{path} is refused: its {held:,} bytes claim to hold {claimed:,}, which no file of weights does"
-        )
 
 
 class _Archive:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.candidates import COUNTER, StateDict, shown
-from finetune.models.upstream.torchscript import MAX_GROWTH, MAX_TEXT, check_growth, is_torchscript, read_torchscript
+from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
 from finetune.system.errors import UserError
-from finetune.system.inert_pickle import check_pickles
+from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, check_growth, check_pickles
 from finetune.system.reading import DamagedError
 from finetune.system.seals import check_checksum, damaged_if_unreadable
 
@@ -87,9 +87,6 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                check_growth(archive, path)
         check_pickles(path)
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
