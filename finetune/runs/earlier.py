@@ -93,9 +93,11 @@ class EarlierRun:
         """Whether nothing is left to do."""
         if self.result is None or self.result["status"] != "finished":
             return False
-        # With another digest somebody has edited `config.yaml`; the state will show what.
+        # With another digest somebody has edited `config.yaml`; the state will show what. It will also show whether the
+        # same images and weights lie in a place that this start names.
         is_edited = self.result.get("settings", self.digest) != self.digest
-        return self.epochs_before is None and not self.is_forced and not is_edited
+        is_moved = any(change.is_place and change.key not in FREE for change in self.changes)
+        return self.epochs_before is None and not self.is_forced and not is_edited and not is_moved
 
     def since_state(self, text: str, settings: Mapping[str, Any], *, force: bool) -> "EarlierRun":
         """The same with the changes since a state that carries the settings `text`, see `as_text`.

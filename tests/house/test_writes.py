@@ -74,6 +74,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("new or empty folders, and a marker that is alone in one", ("new_folder", "usable_folder", "run_folder")),
         ("the folder was claimed as a sweep; opened by `open_own`", ("_append",)),
         ("claims the folder; replaces no file", ("record_failure",)),
+        (READS, ("where_traceback",)),
     ],
     "runs/history.py": [(RUN, ("append", "restore"))],
     "runs/saver.py": [(RUN, ("_write", "finish", "_make_best"))],

@@ -62,7 +62,7 @@ def test_not_finite_numbers_are_null_and_every_line_is_strict_json(tmp_path: Pat
         raise AssertionError(word)
 
     row = json.loads(history.path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert row == {"loss": None, "lr": {"a": None, "b": [1.0, None]}, "name": "\\udc80"}
+    assert row == {"loss": None, "lr": {"a": None, "b": [1.0, None]}, "name": "\udc80"}
 
 
 def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -89,6 +89,26 @@ def test_other_images_at_the_new_place_are_refused(
         assert result(begun)["promise"] == "none"
 
 
+@pytest.mark.parametrize("is_same_command", [False, True])
+def test_a_finished_run_is_no_answer_for_other_images(
+    straight: Path, stripes: Path, tmp_path: Path, is_same_command: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.copytree(stripes, tmp_path / "same")
+    change_size(Path(shutil.copytree(stripes, tmp_path / "others")))
+    words = [*WORDS, f"hydra.run.dir={run}"] if is_same_command else [f"resume={run}"]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.log"}
+    assert main([*words, f"data.root={tmp_path / 'others'}"]) == 1
+    assert "images are not those that the run began with" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert main([*words, f"data.root={tmp_path / 'same'}"]) == 0
+    assert result(run)["promise"] == "bitwise"
+    assert_same_run(straight, run)
+    words.append(f"data.root={tmp_path / 'same'}")
+    assert main(words) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main([*words, f"data.cache_dir={tmp_path / 'cache'}"]) == 0 and "nothing to do" in capsys.readouterr().out
+
+
 def test_weights_that_moved(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
     shutil.copy(begun / "checkpoints" / "last.safetensors", tmp_path / "a.safetensors")
     words = [*WORDS, f"data.root={begun.parent / 'images'}", "model.head=random", "hydra.run.dir=tuned"]

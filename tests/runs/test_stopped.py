@@ -434,18 +434,18 @@ def test_bad_steps_are_skipped_stored_and_replayed(
     conf.train.on_nonfinite, conf.train.max_nonfinite = OnNonfinite.skip, 2
     assert go(conf, tmp_path)["status"] == "finished"
     assert sorted(path.name for path in (tmp_path / "bad_batch").iterdir()) == [
-        *("step_2.json", "step_2.pt", "step_7.json", "step_7.pt")
+        *("step_2.json", "step_2.pt", "step_8.json", "step_8.pt")
     ]
-    facts = json.loads((tmp_path / "bad_batch" / "step_7.json").read_text())
-    assert (facts["epoch"], facts["step"], facts["first_micro_batch"]) == (2, 7, 1)
+    facts = json.loads((tmp_path / "bad_batch" / "step_8.json").read_text())
+    assert (facts["epoch"], facts["step"], facts["first_micro_batch"]) == (2, 8, 1)  # six steps an epoch
     assert len(facts["images"]) == 8 and all(name.endswith(".png") for name in facts["images"])
     assert facts["rates"]["head.decay"] == pytest.approx(0.5e-3)
     assert (tmp_path / "run.log").read_text().count("The step is skipped") == 2
     assert read_state(tmp_path / "checkpoints" / "last.pt")["guard"] == {"total": 2}
-    assert main(["replay", str(tmp_path), "--step", "7"]) == 0
+    assert main(["replay", str(tmp_path), "--step", "8"]) == 0
     assert "the images themselves" in capsys.readouterr().out
     assert main(["replay", str(tmp_path), "--step", "3"]) == 1
-    assert "stored steps: 2, 7" in capsys.readouterr().err
+    assert "stored steps: 2, 8" in capsys.readouterr().err
 
 
 def test_a_replay_freezes_what_the_run_froze(
