@@ -118,7 +118,7 @@ def read_pickle(data: bytes | IO[bytes]) -> Any:
 
 
 def check_pickles(path: Path) -> None:
-    """Raise an error for a file of `torch.save` that is made to keep Python busy or fill the memory, before torch reads.
+    """Raise an error for a file of `torch.save` that is made to keep Python busy or to fill the memory; before torch.
 
     Raises:
         PickleError: Its pickle is of that kind, or no whole one.

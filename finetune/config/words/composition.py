@@ -38,6 +38,7 @@ from finetune.config.words.settings import (
     build,
     path_as_typed,
     read_tree,
+    with_words,
 )
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.reading import ANY_OF_YAML, yaml_text
@@ -85,7 +86,7 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
     store = ConfigStore.instance()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
-        store.store(name=choices.SCHEMA_NAME, node=escaped(as_dict(Conf() if base is None else base)))
+        store.store(name=choices.SCHEMA_NAME, node=with_words(escaped(as_dict(Conf() if base is None else base))))
         store.store(name=PRIMARY_NAME, node=OmegaConf.create(primary))
     _Folders.searched = tuple(folder for folder in searched if folder != choices.builtin_folder())
     for plugin in (_Folders, _CheckedFiles):

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.config.conf import Conf, as_dict, find_problems
 from finetune.config.environment import escaped, plain
 from finetune.config.fields import show
-from finetune.config.words.settings import NUMBER_WORDS, SETTINGS, Reading, build, convert, read_tree
+from finetune.config.words.settings import SETTINGS, Reading, build, convert, read_tree, with_words
 from finetune.system.errors import ConfigError
 from finetune.system.reading import DamagedError, read_yaml
 
@@ -48,17 +48,6 @@ def recorded_in(run_dir: Path) -> dict[str, Any]:
     return tree
 
 
-def _with_words(tree: dict[str, Any]) -> dict[str, Any]:
-    """The content of `config.yaml`, with a word where it has the number that stands for it, such as `auto` for 0."""
-    for name, words in NUMBER_WORDS.items():
-        section, _, last = name.partition(".")
-        values = tree.get(section)
-        if isinstance(values, dict) and last in values:
-            as_word = {number: word for word, number in words.items()}
-            values[last] = as_word.get(values[last], values[last]) if type(values[last]) is int else values[last]
-    return tree
-
-
 def _read(run_dir: Path) -> Reading:
     """The settings in `config.yaml`; those with a reference are apart."""
     path = run_dir / "config.yaml"
@@ -66,7 +55,7 @@ def _read(run_dir: Path) -> Reading:
         lack = "it has no config.yaml, so no run was begun there" if run_dir.exists() else "there is no such folder"
         raise ConfigError([f"resume={run_dir}: {lack}; give a run directory, such as outputs/<date>/<time>"])
     try:
-        reading = read_tree(_with_words(read_yaml(path, dict[str, Any], mend="restore the file, or start a new run")))
+        reading = read_tree(with_words(read_yaml(path, dict[str, Any], mend="restore the file, or start a new run")))
     except DamagedError as error:
         raise ConfigError([str(error)]) from None
     if reading.problems:

@@ -102,6 +102,17 @@ def convert(setting: Setting, value: Any) -> Any:
     raise UserError(f"{setting.name}={show(value)}: expected {describe_kind(setting)}{close}{meaning}")
 
 
+def with_words(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings nested by section, with a word where they have the number that stands for it, such as `auto` for 0."""
+    for name, words in NUMBER_WORDS.items():
+        section, _, last = name.partition(".")
+        values = tree.get(section)
+        if isinstance(values, dict) and last in values:
+            as_word = {number: word for word, number in words.items()}
+            values[last] = as_word.get(values[last], values[last]) if type(values[last]) is int else values[last]
+    return tree
+
+
 def _read(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; any of ValueError, TypeError, OverflowError where it is none."""
     if kind is bool and isinstance(value, (bool, int)):
