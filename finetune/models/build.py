@@ -22,6 +22,7 @@ from finetune.models.layering import towers
 from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
 from finetune.models.upstream.candidates import shown
 from finetune.models.upstream.network import FOLDER, HUB, Upstream
+from finetune.models.upstream.weight_files import is_path
 from finetune.system.errors import UserError
 
 LIBRARIES = {Family.clip: (Library.open_clip,), Family.vit: (Library.timm, Library.torchvision)}
@@ -60,6 +61,9 @@ def build_model(
     library = library_of(conf)
     if library == Library.torchvision and conf.pool != Pool.auto:
         raise UserError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
+    if conf.pretrained_key is not None and not is_path(conf.pretrained):
+        why = f"model.pretrained={conf.pretrained} is no file"
+        raise UserError(f"model.pretrained_key={conf.pretrained_key} would be ignored: {why}; leave it out")
     kind = head_kind(conf, has_text=library == Library.open_clip)
     load = load and target.type != "meta"
     has_zeroshot = kind == HeadKind.zeroshot and load

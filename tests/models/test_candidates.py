@@ -258,6 +258,34 @@ def test_names_of_our_own_bundled_models_under_a_prefix(tmp_path: Path) -> None:
                 assert torch.equal(parameter, built.model.net.get_parameter(name)), name
 
 
+def test_a_key_without_a_file_would_be_ignored() -> None:
+    with pytest.raises(
+        ValueError, match=r"pretrained_key=teacher would be ignored: model\.pretrained=bundled is no file"
+    ):
+        build_model(ModelConf(pretrained_key="teacher"), CLASSES)
+
+
+def test_one_backbone_with_and_without_its_classifier_is_one_candidate(states: list[dict], tmp_path: Path) -> None:
+    head = {"head.weight": torch.randn(3, 192), "head.bias": torch.randn(3)}
+    torch.save({"backbone": states[0], "model": {**states[0], **head}}, tmp_path / "w.pt")
+    kept = build_model(conf(tmp_path / "w.pt", head=HeadKind.keep), CLASSES)
+    assert torch.equal(kept.model.net.head.weight, head["head.weight"])
+    other = {name: tensor + 1 for name, tensor in head.items()}
+    torch.save({"ema": {**states[0], **other}, "model": {**states[0], **head}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"2 different sets"):
+        build_model(conf(tmp_path / "w.pt", head=HeadKind.keep), CLASSES)
+    torch.save({"backbone": states[0], **head}, tmp_path / "w.pt")  # a classifier beside the backbone
+    kept = build_model(conf(tmp_path / "w.pt", head=HeadKind.keep), CLASSES)
+    assert torch.equal(kept.model.net.head.bias, head["head.bias"])
+
+
+def test_weights_in_eight_bits_are_no_weights(states: list[dict], tmp_path: Path) -> None:
+    small = {name: (tensor * 100).to(torch.int8) if tensor.ndim == 2 else tensor for name, tensor in states[0].items()}
+    save_file(small, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"attn\.proj\.weight torch\.int8 for real numbers"):
+        build_model(conf(tmp_path / "w.safetensors"), CLASSES)
+
+
 # The search alone.
 
 

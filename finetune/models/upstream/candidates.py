@@ -45,13 +45,15 @@ class Wanted:
     # First parts of names that mean a part of the network, which it may have or not, such as `reg_token`; others
     # (`decoder`, `queue`) are foreign.
     known: frozenset[str] = frozenset()
+    numbers: frozenset[str] = frozenset()  # names of the tensors of real numbers; indices are whole ones
 
     @classmethod
     def by(cls, net: nn.Module, optional: tuple[str, ...] = ()) -> "Wanted":
         """What `net` needs; it may be on the device `meta`."""
         shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
         attributes = {*vars(net), *vars(net)["_parameters"], *vars(net)["_buffers"], *vars(net)["_modules"]}
-        return cls(shapes, optional, frozenset(attributes | {name.partition(".")[0] for name in shapes}))
+        numbers = frozenset(name for name, tensor in net.state_dict().items() if tensor.is_floating_point())
+        return cls(shapes, optional, frozenset(attributes | {name.partition(".")[0] for name in shapes}), numbers)
 
     def needs(self, name: str) -> bool:
         """Whether a file must have the network's tensor `name`."""
@@ -109,8 +111,9 @@ class _Candidate:
     layout: Layout
     names: dict[str, str] = field(default_factory=dict)  # the layout's name -> the file's
     missing: list[str] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)  # tensors of another shape, in words
+    shapes: list[str] = field(default_factory=list)  # tensors of another shape or kind, in words
     is_complete: bool = False
+    is_coded: bool = False  # whether its real numbers are stored as whole ones
 
     @property
     def place(self) -> str:
@@ -145,7 +148,8 @@ def find_weights(
     if complete:
         place = _chosen([each.place for each in complete], key, source)
         return _found(tensors, wanted, next(each for each in complete if each.place == place), source)
-    if converted := _converted(tensors, wanted, convert):
+    converted = {} if any(each.is_coded for each in candidates) else _converted(tensors, wanted, convert)
+    if converted:
         place = _chosen(list(converted), key, source)
         prefix = "" if place == TOP else place
         return Found(converted[place], prefix, _left_out(tensors, _under(tensors, prefix).values()))
@@ -195,9 +199,13 @@ def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
     for own, source in sources.items():
         parts = [tensors[candidate.names[name]].to("meta") for name in source.names]
         shape = _shape(source, parts)
-        if shape != wanted.shapes[own]:
+        whole = [part.dtype for part in parts if not part.is_floating_point()]
+        if whole and own in wanted.numbers:  # such as weights in 8 bits, which mean nothing without their scales
+            candidate.shapes.append(f"{own} {whole[0]} for real numbers")
+            candidate.is_coded = True
+        elif shape != wanted.shapes[own]:
             candidate.shapes.append(f"{own} {tuple(shape or parts[0].shape)} for {tuple(wanted.shapes[own])}")
-    candidate.is_complete = len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
+    candidate.is_complete = not candidate.is_coded and len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
 
 
 def _shape(source: Source, parts: Sequence[Tensor]) -> torch.Size | None:
@@ -208,15 +216,19 @@ def _shape(source: Source, parts: Sequence[Tensor]) -> torch.Size | None:
 
 
 def _distinct(candidates: Sequence[_Candidate], tensors: StateDict) -> list[_Candidate]:
-    """The candidates without those that hold the same numbers as an earlier one."""
+    """The candidates without those that hold the same numbers as one with as many names or more."""
     distinct: list[_Candidate] = []
-    for candidate in sorted(candidates, key=lambda each: (len(each.prefix), each.prefix)):
-        values = {name: tensors[full] for name, full in candidate.names.items()}
-        others = ({name: tensors[full] for name, full in each.names.items()} for each in distinct)
-        is_there = any(set(each.names.values()) == set(candidate.names.values()) for each in distinct)
-        if not is_there and not any(_equal(values, other) for other in others):
+    for candidate in sorted(candidates, key=lambda each: (-len(each.names), len(each.prefix), each.prefix)):
+        names = candidate.names
+        others = [
+            {name: tensors[full] for name, full in each.names.items() if name in names}
+            for each in distinct
+            if names.keys() <= each.names.keys()
+        ]
+        is_there = any(set(names.values()) <= set(each.names.values()) for each in distinct)
+        if not is_there and not any(_equal({name: tensors[names[name]] for name in other}, other) for other in others):
             distinct.append(candidate)
-    return distinct
+    return sorted(distinct, key=lambda each: (len(each.prefix), each.prefix))
 
 
 def _matches(key: str, place: str) -> bool:

@@ -127,7 +127,8 @@ def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> F
 
     visual = clip.get_submodule("visual")
     tower = Wanted.by(visual)
-    tower = Wanted({f"visual.{name}": shape for name, shape in tower.shapes.items()}, known=tower.known)
+    shapes = {f"visual.{name}": shape for name, shape in tower.shapes.items()}
+    tower = Wanted(shapes, known=tower.known, numbers=frozenset(f"visual.{name}" for name in tower.numbers))
     # Below any prefix: that of a whole CLIP (`visual.`) or none, where a file holds model.visual.state_dict() alone.
     tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual.")), *transformers_layouts(tower)]
 
