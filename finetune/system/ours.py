@@ -105,6 +105,8 @@ class Marker:
 def claim(folder: Path, kind: FolderKind) -> Marker:
     """Make the existing folder ours, or find that it is; its marker. Writes nothing where it raises.
 
+    What broken off claims left in it goes.
+
     Raises:
         RefusedError: As `look`.
         OSError: The folder cannot be written.
@@ -117,6 +119,7 @@ def claim(folder: Path, kind: FolderKind) -> Marker:
             # Another process claimed the folder at the same moment, and perhaps swept our temporary file: look again.
             if not folder.is_dir():
                 raise
+    _sweep_claims(folder)
     return found
 
 
@@ -161,7 +164,8 @@ def read_marker(folder: Path) -> Marker | None:
 def _write_marker(path: Path, marker: Marker) -> None:
     """Put the marker at `path`, whole at once; a FileExistsError if there is one already."""
     temporary = path.with_name(f".{path.name}.{marker.id}-{os.getpid()}.tmp")
-    text = json.dumps(asdict(marker)) + "\n"
+    # The id first, so that the beginning of a text that was cut tells whose it was.
+    text = json.dumps({"id": marker.id, **asdict(marker)}) + "\n"
     try:
         _write_new(temporary, text)
         try:
@@ -298,20 +302,43 @@ def create_temporary(path: Path) -> Path:
 def sweep_temporaries(folder: Path) -> None:
     """Remove the temporary files of this very folder, which killed processes left; the caller holds its lock.
 
-    Those with another id are somebody else's. A broken off `claim` left its marker in one with that marker's id.
+    Those with another id are somebody else's.
     """
     marker = _marker_above(folder)
-    for path in list(folder.iterdir()):
-        found = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
-        if found is None or (path.is_dir() and not path.is_symlink()):
-            continue
-        is_claim = found[1] == MARKER and os.path.lexists(folder / MARKER) and _holds_marker(path, found[2])
-        if is_claim or (marker is not None and found[2] == marker.id):
+    for path, _, ident in _temporaries(folder):
+        if marker is not None and ident == marker.id:
             path.unlink()
 
 
-def _holds_marker(path: Path, ident: str) -> bool:
-    """Whether a file is a marker with this id; an empty one was to become it when its process was killed."""
+def _sweep_claims(folder: Path) -> None:
+    """Remove the markers that killed processes had not put into their place yet; `folder` has one by now.
+
+    This takes no lock: a living process that loses its file here finds the other's marker.
+    """
+    for path, name, ident in _temporaries(folder):
+        if name == MARKER and _begins_marker(path, ident):
+            with contextlib.suppress(OSError):  # gone, or in a folder of another user
+                path.unlink()
+
+
+def _temporaries(folder: Path) -> list[tuple[Path, str, str]]:
+    """Every file or link that is named as a temporary file, the name that it was to get, and the id in its name."""
+    found = []
+    for path in folder.iterdir():
+        parts = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
+        if parts is not None and (path.is_symlink() or not path.is_dir()):
+            found.append((path, parts[1], parts[2]))
+    return found
+
+
+def _begins_marker(path: Path, ident: str) -> bool:
+    """Whether a file holds a marker with this id, or the beginning of one, perhaps nothing."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
         return False
-    return path.stat().st_size == 0 or f'"id": "{ident}"' in path.read_text(encoding="utf-8", errors="replace")
+    text, beginning = path.read_text(encoding="utf-8", errors="replace"), _beginning(ident)
+    return text.startswith(beginning) or beginning.startswith(text)
+
+
+def _beginning(ident: str) -> str:
+    """How the text of the marker with this id begins."""
+    return f'{{"id": "{ident}"'

@@ -28,6 +28,7 @@ from finetune.data.caches.entries import (
     beside,
     cache_folder,
     claim_cache,
+    entry_lock,
     find_entries,
     header_of,
     is_own,
@@ -194,6 +195,35 @@ def test_what_is_being_made_stays_and_what_a_killed_run_left_goes(tmp_path: Path
         assert entry.exists() and half.exists()
     assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0
     assert all_files(tmp_path / "pixels") == all_files(tmp_path / "shards") == set()
+
+
+@pytest.mark.parametrize("place", [f"pixels/{PIXELS}", f"activations/{ACTIVATIONS}", f"shards/{SHARD}", "checks/0.npz"])
+def test_who_holds_the_lock_of_an_entry_meets_nothing_that_killed_processes_left_of_it(
+    tmp_path: Path, place: str
+) -> None:
+    ident, entry = claim_cache(tmp_path).id, tmp_path / place
+    kind = entry.parent
+    kind.mkdir()
+    ours = [
+        f"{entry.name}.{ident}-77.tmp",
+        f".{entry.name}.{ident}-77.tmp",
+        f".{entry.name}.{ident}.json.{ident}-8.tmp",
+    ]
+    others = [f"{'4' * 32}.{ident}-77.tmp", f"{entry.name}.{'0' * 16}-77.tmp", f"{entry.name}.77.tmp", "a.tmp"]
+    for name in (*ours, *others):
+        (kind / name).write_text("x")
+    with entry_lock(entry):
+        assert all_files(kind) == {*others, lock_of(entry).name}
+
+
+def test_clear_waits_for_the_lock_of_the_shard_whose_header_is_being_written(tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / SHARD
+    ident = claim_cache(tmp_path).id
+    half = write(shard.with_name(f".{SHARD}.{ident}.json.{ident}-77.tmp"))
+    with file_lock(lock_of(shard)):
+        assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0 and half.exists()
+    assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0
+    assert all_files(tmp_path / "shards") == set()
 
 
 def _make(place: Path, seed: int, results: object) -> None:

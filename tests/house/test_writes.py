@@ -89,7 +89,10 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "system/ours.py": [
         ("follows no link and replaces nothing", ("_open_safely", "_write_marker", "_write_new")),
         ("only a regular file with one name", ("opener",)),
-        ("only names with the folder's id", ("create_temporary", "sweep_temporaries")),
+        (
+            "only names with the folder's id, or a marker's beginning",
+            ("create_temporary", "sweep_temporaries", "_sweep_claims"),
+        ),
     ],
     "system/reading.py": [(READS, ("read_file",))],
     "system/seals.py": [(READS, ("_opened",)), (TEMPORARY, ("seal", "put_checksum"))],

@@ -303,15 +303,6 @@ def test_frozen_and_half_precision_runs_resume_to_the_bit(
     assert_equal(everything(tmp_path / "straight"), everything(tmp_path / "run"))
 
 
-@pytest.mark.slow
-def test_killed_by_sigkill_at_random_moments(tmp_path: Path) -> None:
-    """A handful; scripts/kill_test.py does fifty."""
-    words = [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--rounds", "4", "--seed", "7"]
-    process = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "4 of 4 rounds equal" in process.stdout
-
-
 # --- what may change ------------------------------------------------------------------------------------------------
 
 

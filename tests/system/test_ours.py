@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import threading
@@ -206,16 +205,32 @@ def test_temporaries_carry_the_id_and_no_others_are_swept(tmp_path: Path) -> Non
         for each in [*foreign, f".a.{marker.id}-77.tmp"]:
             (folder / each).write_text("x")
         (folder / f".f.{marker.id}-77.tmp").mkdir()
-        (folder / f"..finetune.json.{other}-7.tmp").write_text(json.dumps({"id": other}))  # of a claim broken off
         (folder / f"..finetune.json.{other}-8.tmp").write_text("somebody's")
-        is_top = folder == tmp_path  # a claim is of a folder, and of none inside it
         sweep_temporaries(folder)
         left = {path.name for path in folder.iterdir()} - {MARKER, "checkpoints"}
-        kept = [f"..finetune.json.{other}-{number}.tmp" for number in ((8,) if is_top else (7, 8))]
-        assert left == {*foreign, f".f.{marker.id}-77.tmp", *kept}
+        assert left == {*foreign, f".f.{marker.id}-77.tmp", f"..finetune.json.{other}-8.tmp"}
     loose = tmp_path.parent / f"loose{random.random()}"
     loose.mkdir()
     assert temporary_of(loose / "a") != temporary_of(loose / "a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_claim_left_that_was_killed_goes_with_the_next_one(tmp_path: Path, kind: FolderKind) -> None:
+    """However much of its marker was written by then; a file that only has such a name stays."""
+    first = tmp_path / "first"
+    first.mkdir()
+    ident = claim(first, kind).id
+    text, folder = (first / MARKER).read_text(), tmp_path / "folder"
+    folder.mkdir()
+    for number, length in enumerate([0, 1, 7, 12, 26, 40, len(text)]):
+        (folder / f"..finetune.json.{ident}-{number}.tmp").write_text(text[:length])
+    foreign = {"7": "somebody's", "8": text[1:], "9": text.replace(ident, "f" * 16), "10": " " * 5000}
+    for number, content in foreign.items():
+        (folder / f"..finetune.json.{ident}-{number}.tmp").write_text(content)
+    (folder / f"..finetune.json.{ident}-11.tmp").symlink_to("nowhere")
+    claim(folder, kind)
+    names = {f"..finetune.json.{ident}-{number}.tmp" for number in (*foreign, "11")}
+    assert {path.name for path in folder.iterdir()} == {MARKER, *names}
 
 
 def test_a_temporary_follows_no_link_that_waits_under_its_name(tmp_path: Path) -> None:

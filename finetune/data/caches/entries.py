@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,6 +96,14 @@ def lock_of(entry: Path) -> Path:
     return entry.with_name(f"{entry.name}.{_id_of(entry)}.lock")
 
 
+@contextlib.contextmanager
+def entry_lock(entry: Path, *, timeout_s: float = -1, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold the lock of `entry`, as `file_lock`. What killed processes left of the entry goes first."""
+    with file_lock(lock_of(entry), timeout_s=timeout_s, on_wait=on_wait):
+        _remove_leftovers(entry)
+        yield
+
+
 def header_of(entry: Path) -> Path:
     """The header of `entry`: in its folder, or beside the file of a shard."""
     return entry.with_name(f"{entry.name}.{_id_of(entry)}.json") if entry.parent.name == "shards" else entry / HEADER
@@ -155,9 +163,8 @@ def made_once(entry: Path, make: Callable[[], None], check: Callable[[], None] =
     if not entry.is_dir():
         with contextlib.ExitStack() as stack:
             with at_once():  # a wait that is broken off loses nothing
-                stack.enter_context(file_lock(lock_of(entry), on_wait=wait))
+                stack.enter_context(entry_lock(entry, on_wait=wait))
             if not entry.is_dir():  # another run may have made it while this one waited
-                _remove_leftovers(entry)
                 make()
                 assert entry.is_dir(), entry
     mark_used(entry)
@@ -222,9 +229,8 @@ def size_line(cache: Path) -> str | None:
 def remove_entry(entry: CacheEntry) -> bool:
     """Remove an entry and its lock file; False where another run is making or removing it, or the folder refuses."""
     try:
-        with file_lock(lock_of(entry.path), timeout_s=0):
+        with entry_lock(entry.path, timeout_s=0):
             drop(entry.path)
-            _remove_leftovers(entry.path)
             with contextlib.suppress(OSError):  # Windows removes no open file
                 lock_of(entry.path).unlink()
     except OSError:  # a TimeoutError is one
@@ -261,25 +267,29 @@ def remove_abandoned(cache: Path, kind: str) -> None:
     marker = look(cache, FolderKind.cache)
     if marker is None or not (cache / kind).is_dir():
         return
+    ours = rf"(?:\.{marker.id}\.json)?\.{marker.id}-\d+\.tmp|\.{marker.id}\.(?:json|lock)"
     for left in sorted((cache / kind).iterdir()):
-        found = re.fullmatch(rf"(.+)\.{marker.id}(-\d+\.tmp|\.json|\.lock)", left.name)
+        found = re.fullmatch(rf"\.?([^.].*?)({ours})", left.name)
         entry = left.with_name(found[1]) if found else left
         if found and (found[2].endswith(".tmp") or not entry.exists()):
-            with contextlib.suppress(OSError), file_lock(lock_of(entry), timeout_s=0):
-                _remove_leftovers(entry)
+            with contextlib.suppress(OSError), entry_lock(entry, timeout_s=0):
                 if not entry.exists():
                     for path in (header_of(entry), lock_of(entry)):
                         path.unlink(missing_ok=True)
 
 
 def _remove_leftovers(entry: Path) -> None:
-    """Remove what killed processes left of `entry`; only for the process that holds its lock."""
-    name = re.compile(rf"{re.escape(entry.name)}\.{_id_of(entry)}-\d+\.tmp")
+    """Remove what killed processes left of `entry`; only for the process that holds its lock.
+
+    It lies beside the entry: what was to become the entry or, with a dot before it, a file at its place or its header.
+    """
+    ident = _id_of(entry)
+    name = re.compile(rf"\.?{re.escape(entry.name)}(\.{ident}\.json)?\.{ident}-\d+\.tmp")
     for left in [path for path in entry.parent.iterdir() if name.fullmatch(path.name)]:
-        if left.is_dir() and not left.is_symlink():
-            _remove_folder(left, entry.parent.name)
-        else:
+        if left.is_symlink() or not left.is_dir():
             left.unlink()
+        elif entry.parent.name in FILES:
+            _remove_folder(left, entry.parent.name)
 
 
 def _remove_folder(folder: Path, kind: str) -> None:

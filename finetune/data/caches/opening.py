@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.data.caches.entries import drop, lock_of, made_once, mark_used
-from finetune.system.locks import file_lock
+from finetune.data.caches.entries import drop, entry_lock, made_once, mark_used
 from finetune.system.reading import DamagedError
 
 logger = logging.getLogger("finetune")
@@ -48,7 +47,7 @@ def _whole(entry: Path, read: Callable[[], T]) -> T | None:
     try:
         return read()
     except DamagedError:
-        with file_lock(lock_of(entry)):
+        with entry_lock(entry):
             try:
                 return read()  # another run may have made it anew meanwhile
             except DamagedError as error:

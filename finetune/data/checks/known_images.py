@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.caches.entries import cache_folder, claim_cache, known_marker, lock_of
+from finetune.data.caches.entries import cache_folder, claim_cache, entry_lock, known_marker
 from finetune.data.split import ImageStore
 from finetune.data.streams import Ranks, mix, ranks
 from finetune.system.files import write_atomic
-from finetune.system.locks import file_lock
 from finetune.system.ours import Marker, RefusedError
 from finetune.system.reading import DamagedError
 from finetune.system.seals import damaged_if_unreadable, read_sealed, seal
@@ -106,7 +105,7 @@ class KnownImages:
             return
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            with file_lock(lock_of(path)):
+            with entry_lock(path):
                 before, reasons_before = _read(path)
                 everything = np.concatenate([learned, before])  # `unique` takes the first of one key: the new one
                 _, firsts = np.unique(everything["key"], return_index=True)

@@ -24,10 +24,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from finetune.config import nearest
 from finetune.config.data import REMOTE
-from finetune.data.caches.entries import beside, header_of, lock_of, refuse_foreign, write_header
+from finetune.data.caches.entries import beside, entry_lock, header_of, refuse_foreign, write_header
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, in_bytes
-from finetune.system.locks import file_lock
 from finetune.system.reading import DamagedError
 from finetune.system.seals import SealedFile, seal
 
@@ -132,12 +131,11 @@ def fetch(remote: RemoteFile, folder: Path, check: Callable[[Path], None], progr
     """
     path = remote.path_in(folder)
     part = beside(path)
-    with file_lock(lock_of(path), on_wait=lambda: progress.wait(0)):
+    with entry_lock(path, on_wait=lambda: progress.wait(0)):
         if path.exists():
             if damage_of(path) is None:
                 return
             refuse_foreign(path)
-        part.unlink(missing_ok=True)  # of a killed process with our number
         try:
             _fetch_with_retries(remote, part, check, progress)
             seal(part, block=SEALED_BYTES)
