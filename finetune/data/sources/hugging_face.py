@@ -1,15 +1,15 @@
 """A data set of the Hugging Face `datasets` library: from the hub, or from a local folder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
-from finetune.data.images.decode import ImageError, check_encoded, natural_key, read_file
+from finetune.data.images.decode import ImageError, check_encoded, read_file
+from finetune.data.labels import LabelError, LabelReader, is_no_label, told_apart
 from finetune.data.sources.stores import PartsStore
 from finetune.data.split import SPLITS, FoundImages, Groups
 from finetune.data.split_words import split_of
@@ -23,7 +23,7 @@ class HuggingFaceStore(PartsStore):
         """The bytes of the image file; raises ImageError."""
         _, part, index = self.find(row)
         (cell,) = part[index].values()
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise ImageError(self.name_of(row), "the cell is empty")
         if cell["bytes"] is None:
             return read_file(cell["path"], self.max_pixels)
@@ -48,18 +48,19 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         raise UserError("data=hf needs the datasets library: pip install 'finetune[hf]'") from error
     name, groups = os.path.expanduser(conf.name or ""), group_column(conf)
     parts, left_out = _parts(_open(datasets, name, conf), name)
+    for split, (word, part) in list(parts.items()):
+        if split != "train" and conf.label_column not in part.column_names:
+            left_out.append(_withheld(word, parts.pop(split)[1]))
     for _, part in parts.values():
         columns = {"image_column": conf.image_column, "label_column": conf.label_column, "group": groups}
         for key, column in columns.items():
             if column is not None and column not in part.column_names:
                 known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
                 raise UserError(f"data.{key}={column}: no such column{known}")
-    first = parts["train"][1]
-    if not isinstance(first.features[conf.image_column], datasets.Image):
-        raise UserError(f"data.image_column={conf.image_column}: holds {first.features[conf.image_column]}, no images")
-    classes, labels = _labels([part for _, part in parts.values()], conf.label_column)
+    classes, labels = _labels(parts, conf.label_column, f"data.name={name}", left_out)
     images = {}
     for split, (word, part) in parts.items():
+        _check_images(datasets, part.features[conf.image_column], conf.image_column)
         column = part.select_columns([conf.image_column])
         images[split] = (word, column.cast_column(conf.image_column, datasets.Image(decode=False)))
     store = HuggingFaceStore(name, images)
@@ -102,38 +103,80 @@ def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], list[str
         if number is None or SPLITS[number] in found:
             left_out.append(f"{word} ({len(part):,})")
         else:
+            if not len(part):
+                raise UserError(f"data.name={name}: its split {word} has no images; remove it from the data set")
             found[SPLITS[number]] = (str(word), part)
     if "train" not in found:
         raise UserError(f"data.name={name}: has no train split, only {', '.join(named)}")
     return {split: found[split] for split in SPLITS if split in found}, left_out
 
 
-def _labels(parts: Sequence[Any], column: str) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and labels: int64 (n,), or float32 (n, classes) if a cell is a list."""
-    feature = parts[0].features[column]
-    several = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence")
-    if several:  # a plain list before version 4 of the library
-        feature = feature[0] if isinstance(feature, list) else feature.feature
-    cells = [cell for part in parts for cell in part[column]]
-    if None in cells:
-        row = cells.index(None)
-        raise UserError(f"data.label_column={column}: row {row} (from 0, over all splits) has no label")
-    lists = [list(cell) if several else [cell] for cell in cells]
-    if type(feature).__name__ == "ClassLabel":
-        names = tuple(feature.names)
-        numbers = [[int(label) for label in cell] for cell in lists]
-        hidden = sum(any(label < 0 for label in cell) for cell in numbers)
-        if hidden:
-            raise UserError(f"data.label_column={column}: {hidden:,} rows have label -1: their labels are withheld")
-    elif str(feature.dtype).startswith(("float", "dict", "list")):
-        raise UserError(f"data.label_column={column}: holds {feature}, expected class names or whole numbers")
-    else:
-        names = tuple(sorted({str(word) for cell in lists for word in cell}, key=natural_key))
-        index = {name: label for label, name in enumerate(names)}
-        numbers = [[index[str(word)] for word in cell] for cell in lists]
-    if not several:
-        return names, torch.tensor([label for (label,) in numbers], dtype=torch.int64)
-    table = torch.zeros(len(numbers), len(names))
-    for row, labels in enumerate(numbers):
-        table[row, labels] = 1
-    return names, table
+def _check_images(datasets: Any, feature: Any, column: str) -> None:
+    """Raises UserError if a column holds neither images nor the bytes of image files, alone or as {bytes, path}."""
+    parts = feature if isinstance(feature, dict) else {"bytes": feature}
+    types = {key: str(getattr(part, "dtype", "")).removeprefix("large_") for key, part in parts.items()}
+    if isinstance(feature, datasets.Image) or types == {"bytes": "binary"}:
+        return
+    if types not in ({"bytes": "binary", "path": "string"}, {"bytes": "binary", "path": "null"}):
+        paths = "; a table of paths is read by data=table" if types == {"bytes": "string"} else ""
+        raise UserError(f"data.image_column={column}: holds {feature}, no images{paths}")
+
+
+def _withheld(word: str, part: Any) -> str:
+    return f"{word} ({len(part):,} without labels)"
+
+
+def _labels(
+    parts: dict[str, tuple[str, Any]], column: str, place: str, left_out: list[str]
+) -> tuple[tuple[str, ...], Tensor]:
+    """Class names and labels, see `LabelReader.tensor`; labels of all splits are compared by their names.
+
+    A split other than train without a single label leaves `parts` and is noted in `left_out`: its labels are withheld.
+    """
+    reader = LabelReader(column)
+    for split, (word, part) in list(parts.items()):
+        cells = list(_words(part, column, f"{place}: {word}"))
+        if split != "train" and cells and all(map(is_no_label, cells)):
+            left_out.append(_withheld(word, parts.pop(split)[1]))
+            continue
+        for index, cell in enumerate(cells):
+            try:
+                reader.add(reader.ids(cell))
+            except LabelError as error:
+                raise UserError(f"{place}: {word}[{index}] {error} (data.label_column)") from None
+    names = _class_names(parts["train"][1].features[column])
+    if names is None:
+        classes = reader.names(f"{place}: data.label_column={column}")
+        return classes, reader.tensor(classes)
+    unknown = [word for word in reader.known if word not in set(names)]
+    if unknown:
+        both = f"train has the classes {_listed(names)}; another split has {_listed(told_apart(unknown, names))}"
+        raise UserError(f"{place}: data.label_column={column}: {both}, which train has not")
+    return names, reader.tensor(names)
+
+
+def _words(part: Any, column: str, subject: str) -> Iterator[Any]:
+    """The cells of a column, with names in the place of the numbers of a ClassLabel; None where it is withheld (-1)."""
+    names = _class_names(part.features[column])
+    if names is None:
+        yield from part[column]
+        return
+    of_number = dict(enumerate(names)) | {-1: None, None: None}
+    for cell in part[column]:
+        try:
+            yield [of_number[number] for number in cell] if isinstance(cell, list) else of_number[cell]
+        except KeyError as error:
+            raise UserError(f"{subject}: a label is {error}, and there are {len(names)} names of classes") from None
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    """The names of a ClassLabel, or of a list of them; None for any other column."""
+    if isinstance(feature, list):  # before version 4 of the library
+        feature = feature[0]
+    elif type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        feature = feature.feature
+    return tuple(feature.names) if type(feature).__name__ == "ClassLabel" else None
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:20]) + (f" and {len(words) - 20} more" if len(words) > 20 else "")
