@@ -20,7 +20,7 @@ from finetune.core.ema import Ema
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.core.loop import Batch, TrainState
-from finetune.core.losses import Criterion, build_criterion
+from finetune.core.losses import Criterion, build_criterion, loss_of
 from finetune.core.metrics import Meter, build_meter
 from finetune.core.preprocess import as_asked
 from finetune.data import ImageError, Loader, SkippedList, Source, check_at_start, open_source
@@ -28,6 +28,7 @@ from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import with_head_bias
 from finetune.models.patches import patches_as_products, products_dominate
+from finetune.report.columns import headlines
 from finetune.runs.weights import weights_metadata
 from finetune.system.errors import UserError
 from finetune.system.memory import keep_freed_memory
@@ -54,8 +55,8 @@ class Run:
         """Name the model that learns, and the folder of weights and states."""
         self.model, self.checkpoints = self.built.model, self.folder / "checkpoints"
         self.notes: dict[str, str] = {}  # that every checkpoint carries, once the start is agreed on; see `first_notes`
-        # A zero-shot model is reported in top1 and in the metric that picks the best epoch.
-        self.headlines = list(dict.fromkeys(["top1", self.monitor.removeprefix("val/")]))
+        self.loss = loss_of(self.conf.train, is_multilabel=self.source.is_multilabel)
+        self.headlines = headlines(self.monitor)
 
     @property
     def model_conf(self) -> ModelConf:

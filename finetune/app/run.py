@@ -170,7 +170,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 def _log_start(run: Run, result: Result) -> None:
     """Log the model, the data, the device and the batch; `result` gets the device."""
     result |= {"device": environment(run.device)["device"], "computed_in": computed_in(run.conf.precision, run.dtype)}
-    result |= {"monitor": run.monitor, "data": run.source.counts}
+    result |= {"monitor": run.monitor, "loss": run.loss.value, "data": run.source.counts}
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)

@@ -13,6 +13,8 @@ import yaml
 from finetune.app.build import Run
 from finetune.config import Conf, recorded
 from finetune.core.finite import NotFiniteError
+from finetune.report.columns import headlines
+from finetune.report.reading import number
 from finetune.runs.earlier import Change, EarlierRun, digest_of
 from finetune.runs.finished import CHECKSUMS, checksums
 from finetune.runs.records import Result
@@ -23,6 +25,15 @@ from finetune.system.signals import Interrupted
 from finetune.system.terminal import command, printable, without_secrets
 
 logger = logging.getLogger("finetune")
+
+# Files of a finished run, as far as it wrote them, and what they show.
+FILES = {
+    ("lr.png",): "every layer's rate, planned and used",
+    ("curves.png",): "the learning curves",
+    ("metrics.json",): "every class: how well",
+    ("confusion.png", "confusion_val.csv"): "every class: what it was taken for",
+    ("checkpoints/best.safetensors",): "the best epoch's weights, with classes and preprocessing inside",
+}
 
 
 @dataclass
@@ -155,27 +166,29 @@ def outcome(error: BaseException) -> tuple[str, str]:
 def log_summary(run_dir: Path, result: Result) -> None:
     """Log the last lines of a run: its scores, its files, and a command to try next."""
     splits = [split for split in ("val", "test") if result["data"][split]]
-    zeroshot = {"val": "zeroshot/top1", "test": "test/zeroshot/top1"}
-    if any(zeroshot[split] in result for split in splits):
-        logger.info("zero-shot   %s", "   ".join(_score(result, split, zeroshot[split]) for split in splits))
+    names = headlines(result["monitor"])
+    zeroshot = {"val": "zeroshot/", "test": "test/zeroshot/"}
+    if any(f"{zeroshot[split]}{name}" in result for split in splits for name in names):
+        shown = "   ".join(_scores(result, split, zeroshot[split], names) for split in splits)
+        logger.info("zero-shot   %s", shown)
     epochs, best, seconds = (result.get(name, math.nan) for name in ("epochs", "best_epoch", "seconds"))
     which = f"best of {epochs} epochs: {best}" if "val" in splits else f"the last of {epochs} epochs"
-    scores = [*(f"{_score(result, split, f'{split}/top1')}   " for split in splits), f"({which}; {seconds:.1f} s)"]
+    scores = [*(f"{_scores(result, split, f'{split}/', names)}   " for split in splits), f"({which}; {seconds:.1f} s)"]
     logger.info("fine-tuned  %s", "".join(scores))
     for line in _about_splits(splits):
         logger.info("%s", line)
     logger.info("run directory: %s", run_dir)
-    logger.info("  lr.png curves.png              every layer's rate, and the learning curves")
-    if splits:
-        confusion = "confusion.png    " if "test" in splits else "confusion_val.csv"
-        logger.info("  metrics.json %s every class: how well, and what it was taken for", confusion)
-    logger.info("  checkpoints/best.safetensors   the best epoch's weights, with classes and preprocessing inside")
+    for files, text in FILES.items():
+        if there := [name for name in files if (run_dir / name).exists()]:
+            logger.info("  %-32s %s", " ".join(there), text)
     words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
     logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)
 
 
-def _score(result: Result, split: str, name: str) -> str:
-    return f"{split}/top1 {result.get(name, math.nan):.4f}"  # there is none if the monitor was always NaN
+def _scores(result: Result, split: str, prefix: str, names: Sequence[str]) -> str:
+    """`val/map 0.6120  val/top1 0.7000`; NaN where there is none, as where the monitor was NaN in every epoch."""
+    values = [number(result.get(f"{prefix}{name}")) for name in names]
+    return "  ".join(f"{split}/{name} {value:.4f}" for name, value in zip(names, values, strict=True))
 
 
 def _about_splits(splits: Sequence[str]) -> list[str]:

@@ -77,7 +77,7 @@ def _shares(targets: Tensor, num_classes: int, label_smoothing: float) -> Tensor
     return shares if label_smoothing == 0 else torch.lerp(shares, shares.mean(dim=1, keepdim=True), label_smoothing)
 
 
-def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weights: Tensor | None = None) -> Criterion:
+def loss_of(conf: TrainConf, *, is_multilabel: bool = False) -> Loss:
     """The loss that `train.loss` names; `auto` is `bce` where an image may have several labels or none, else `ce`.
 
     Raises:
@@ -85,9 +85,15 @@ def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weigh
     """
     kind = conf.loss
     if kind == Loss.auto:
-        kind = Loss.bce if is_multilabel else Loss.ce
+        return Loss.bce if is_multilabel else Loss.ce
     if kind == Loss.ce and is_multilabel:
         raise UserError("train.loss=ce needs exactly one label an image, these have several: use train.loss=bce or asl")
+    return kind
+
+
+def build_criterion(conf: TrainConf, *, is_multilabel: bool = False, class_weights: Tensor | None = None) -> Criterion:
+    """The loss that `loss_of` finds, as a function; see there for errors."""
+    kind = loss_of(conf, is_multilabel=is_multilabel)
     if kind == Loss.asl:
         loss = partial(asymmetric_loss, gamma_pos=conf.asl_gamma_pos, gamma_neg=conf.asl_gamma_neg)
         return partial(loss, shift=conf.asl_shift, class_weights=class_weights)

@@ -33,8 +33,26 @@ COLUMNS = {
 }
 # Names that the bar goes without on a narrow terminal, the least important first.
 DROPPED_FIRST = ("lr", "top1", "cached", "wait")
-# Panels of `curves.png`: name of the y axis, and the columns of the training and the validation curve.
-CURVES = (("loss (cross-entropy)", "train/loss", "val/loss"), ("top1 accuracy", "train/top1", "val/top1"))
+# Metrics that every run has a panel of in `curves.png`; the one that judges the epochs gets a panel too.
+CURVES = ("loss", "top1")
+LOSSES = {"ce": "cross-entropy", "bce": "binary cross-entropy", "asl": "asymmetric"}  # by the words of `train.loss`
+
+
+def judge_of(result: Mapping[str, Any]) -> str:
+    """The metric that picks the best epoch, without the name of a split: `top1` where `result.json` names none."""
+    return str(result.get("monitor", "val/top1")).removeprefix("val/")
+
+
+def headlines(monitor: str) -> list[str]:
+    """The metrics that a run is reported in: the one that picks the best epoch, such as `val/map`, then top1."""
+    return list(dict.fromkeys([monitor.removeprefix("val/"), "top1"]))
+
+
+def axis_name(metric: str, loss: str = "") -> str:
+    """The name of an axis that shows a metric; `loss` is the word of the training loss, such as `bce`, if known."""
+    if metric == "loss" and loss in LOSSES:
+        return f"loss ({LOSSES[loss]})"
+    return "top1 accuracy" if metric == "top1" else metric
 
 
 def bar_texts(values: Mapping[str, float]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.report.columns import judge_of
 from finetune.report.reading import number
 from finetune.runs.finished import check_finished
 from finetune.runs.folders import JOBS
@@ -203,7 +204,7 @@ def _as_job(folder: Path, result: dict[str, Any]) -> JobResult:
         status=printable(result["status"]),
         words=result.get("overrides", []),
         numbers={name: number(value) for name, value in result.items() if name.startswith((*SPLITS, *LENGTHS))},
-        metric=result.get("monitor", "val/top1").removeprefix("val/"),
+        metric=judge_of(result),
         error=printable(lines[0]) if lines else "" if result["status"] == "finished" else "no reason given",
     )
 

@@ -11,10 +11,10 @@ from finetune.system.terminal import printable
 
 SIZE_INCHES = (12.0, 7.0)
 
-# Colours of text and frames; then four that people with any common colour blindness can tell apart (Okabe and Ito).
+# Colours of text and frames; then five that people with any common colour blindness can tell apart (Okabe and Ito).
 INK = "#222222"
 FAINT = "#8a8f98"
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a05195"
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#a05195", "#56b4e9"
 
 
 def new_figure(height: float = SIZE_INCHES[1]) -> Any:

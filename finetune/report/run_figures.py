@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.report import look
-from finetune.report.columns import CURVES
+from finetune.report.columns import CURVES, axis_name, judge_of, metric_text
+from finetune.report.jobs import rank
 from finetune.report.rates_figure import rates_figure
 from finetune.report.reading import number
 from finetune.runs.history import History
@@ -14,6 +15,8 @@ from finetune.runs.records import read_rates, read_result
 
 Series = tuple[str, Sequence[float], str]  # name, a value for each epoch, colour
 Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
+# Curves of a panel, by the first part of their columns' names: training, validation, validation of averaged weights.
+SERIES = (("train", look.ORANGE), ("val", look.BLUE), ("val_ema", look.SKY))
 
 
 def plot_rates(run_dir: Path) -> None:
@@ -23,31 +26,47 @@ def plot_rates(run_dir: Path) -> None:
 
 
 def plot_curves(run_dir: Path) -> None:
-    """Draw `curves.png` from `history.jsonl`, with the scores of zero-shot and test in `result.json`."""
+    """Draw `curves.png` from `history.jsonl`, with the scores and the metric that judges in `result.json`."""
     path = run_dir / "result.json"
     result = read_result(path) if path.exists() else {}
     look.save_figure(curves_figure(History(run_dir / "history.jsonl").rows(), result), run_dir / "curves.png")
 
 
 def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any:
-    """Returns loss and accuracy over the epochs as a matplotlib figure, from `history.jsonl` and `result.json`."""
+    """Returns the curves over the epochs as a matplotlib figure, from `history.jsonl` and `result.json`.
+
+    Each metric has a panel: loss, top1, and the metric that judges the epochs where it is another one.
+    """
     figure = look.new_figure()
-    place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45}
-    panels = figure.subplots(1, len(CURVES), gridspec_kw=place)
+    judge = judge_of(result)
+    metrics = list(dict.fromkeys([*CURVES, judge]))
+    place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45 if len(metrics) == 2 else 0.95}
     epochs = [number(row["epoch"]) for row in rows]
-    for axes, (y_name, *keys) in zip(panels, CURVES, strict=True):
-        train, val = ([number(row.get(key)) for row in rows] for key in keys)
-        measured = [values for key, values in zip(keys, (train, val), strict=True) if any(key in row for row in rows)]
+    best = best_point(rows, result)
+    for axes, metric in zip(figure.subplots(1, len(metrics), gridspec_kw=place), metrics, strict=True):
+        series = [(name, _values(rows, f"{name}/{metric}"), colour) for name, colour in SERIES]
         look.clean_axes(axes)
-        look.label_axes(axes, x="epoch", y=y_name)
-        extra = _reference_scores(axes, epochs, val, result) if keys[1] == "val/top1" else {}
-        _draw_series(axes, epochs, [("train", train, look.ORANGE), ("val", val, look.BLUE)], extra)
-        _mark_not_finite(axes, epochs, measured)
+        look.label_axes(axes, x="epoch", y=axis_name(metric, str(result.get("loss", ""))))
+        extra: Labels = {}
+        if metric == judge and best is not None:
+            _mark_best(axes, epochs[best.index], best.score)
+        if metric in ("top1", judge):
+            extra = _reference_scores(axes, epochs, metric, result)
+        _draw_series(axes, epochs, series, extra)
+        _mark_not_finite(axes, epochs, [values for name, values, _ in series if _has(rows, f"{name}/{metric}")])
         axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    top1 = [number(row.get("val/top1")) for row in rows]
-    look.headline(figure, "Learning curves", _curves_subtitle(epochs, top1, result))
+    look.headline(figure, "Learning curves", _curves_subtitle(len(epochs), best, result))
     return figure
+
+
+def _values(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """A column of the history; NaN where a row lacks it or holds null."""
+    return [number(row.get(key)) for row in rows]
+
+
+def _has(rows: Sequence[dict[str, Any]], key: str) -> bool:
+    return any(key in row for row in rows)
 
 
 def _draw_series(axes: Any, epochs: Sequence[float], shown: Sequence[Series], extra: Labels) -> None:
@@ -69,26 +88,17 @@ def _draw_series(axes: Any, epochs: Sequence[float], shown: Sequence[Series], ex
     # Heights are shares of the axis; 0.042 of it is one line of text.
     heights = look.spread([(value - low) / (high - low) for value, _ in labels.values()], gap=0.042)
     for (name, (value, colour)), height in zip(labels.items(), heights, strict=True):
-        text = f"{name} {value:.3f}" if abs(value) >= 0.01 else f"{name} {value:.1e}"
+        text = f"{name} {value:.3f}" if abs(value) >= 0.01 or not value else f"{name} {value:.1e}"
         axes.text(1.02, height, text, transform=axes.transAxes, color=colour, fontsize=11, va="center")
 
 
-def _reference_scores(axes: Any, epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> Labels:
-    """Draw zero-shot as a dashed line, the best epoch as a ring, test as a diamond; returns their labels."""
-    from matplotlib.patheffects import withStroke
-
+def _reference_scores(axes: Any, epochs: Sequence[float], metric: str, result: dict[str, Any]) -> Labels:
+    """Draw the zero-shot score as a dashed line and the test score as a diamond; returns their labels."""
     extra: Labels = {}
-    zeroshot, test = number(result.get("zeroshot/top1")), number(result.get("test/top1"))
+    zeroshot, test = number(result.get(f"zeroshot/{metric}")), number(result.get(f"test/{metric}"))
     if math.isfinite(zeroshot):
         axes.axhline(zeroshot, color=look.PURPLE, linewidth=1.8, linestyle=(0, (5, 3)), zorder=2)
         extra["zero-shot"] = (zeroshot, look.PURPLE)
-    best = best_epoch(epochs, scores, result)
-    if best is not None and math.isfinite(scores[best]):
-        ring = {"s": 190, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
-        axes.scatter([epochs[best]], [scores[best]], zorder=5, clip_on=False, **ring)
-        place = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top", "zorder": 4}
-        style = {"fontsize": 10.5, "color": look.INK, "path_effects": [withStroke(linewidth=3, foreground="white")]}
-        axes.annotate(f"best, epoch {epochs[best]:.0f}", (epochs[best], scores[best]), **place, **style)
     if math.isfinite(test) and epochs:
         diamond = {"s": 110, "marker": "D", "color": look.GREEN, "edgecolors": "white", "linewidths": 1.2}
         axes.scatter([max(epochs)], [test], zorder=6, clip_on=False, label="test", **diamond)
@@ -96,13 +106,36 @@ def _reference_scores(axes: Any, epochs: Sequence[float], scores: Sequence[float
     return extra
 
 
-def best_epoch(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> int | None:
-    """Index of the best epoch: `best_epoch` of `result.json`, else the first with the highest validation top1."""
-    named = number(result.get("best_epoch"))
-    if named in epochs:
-        return list(epochs).index(named)
-    finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
-    return max(finite, key=lambda i: scores[i]) if finite else None
+def _mark_best(axes: Any, epoch: float, score: float) -> None:
+    """Draw a ring around the score of the best epoch."""
+    from matplotlib.patheffects import withStroke
+
+    ring = {"s": 190, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
+    axes.scatter([epoch], [score], zorder=5, clip_on=False, **ring)
+    place = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top", "zorder": 4}
+    style = {"fontsize": 10.5, "color": look.INK, "path_effects": [withStroke(linewidth=3, foreground="white")]}
+    axes.annotate(f"best, epoch {epoch:.0f}", (epoch, score), **place, **style)
+
+
+class Best(NamedTuple):
+    """The best epoch of a run: its index in the history, and its score by the metric that judges, always finite."""
+
+    index: int
+    score: float
+
+
+def best_point(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Best | None:
+    """The epoch that `result.json` calls the best, else the first with the best score; None where none has a score.
+
+    The score is that of the weights or of their averages (`train.ema`): of those that the run has kept, else the better.
+    """
+    judge, kept = judge_of(result), {"ema": ["val_ema"], "raw": ["val"]}
+    scores = [_values(rows, f"{split}/{judge}") for split in kept.get(result.get("best_weights", ""), ["val", "val_ema"])]
+    best_of_epoch = [max(of_epoch, key=lambda score: rank(score, judge)) for of_epoch in zip(*scores, strict=True)]
+    named = [index for index, row in enumerate(rows) if row["epoch"] == result.get("best_epoch")]
+    found = [Best(index, best_of_epoch[index]) for index in named or range(len(rows))]
+    found = [best for best in found if math.isfinite(best.score)]
+    return max(found, key=lambda best: rank(best.score, judge), default=None)
 
 
 def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequence[float]]) -> None:
@@ -114,15 +147,17 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
         axes.text(bad[0], 0.955, "not finite", transform=above, ha="center", va="top", fontsize=10.5, color=look.INK)
 
 
-def _curves_subtitle(epochs: Sequence[float], scores: Sequence[float], result: dict[str, Any]) -> str:
+def _curves_subtitle(num_epochs: int, best: Best | None, result: dict[str, Any]) -> str:
     """The run's scores in one line; for a run that did not finish, also its status and its number of epochs."""
-    status = result.get("status")
-    parts = [f"{status} after {len(epochs)} epochs"] if status in ("failed", "diverged", "interrupted") else []
-    best = best_epoch(epochs, scores, result)
+    status, judge = result.get("status"), judge_of(result)
+    parts = [f"{status} after {num_epochs} epochs"] if status in ("failed", "diverged", "interrupted") else []
     values = {
-        "zero-shot": number(result.get("zeroshot/top1")),
-        "best validation": math.nan if best is None else scores[best],
-        "test": number(result.get("test/top1")),
+        "zero-shot": number(result.get(f"zeroshot/{judge}")),
+        "best validation": math.nan if best is None else best.score,
+        "test": number(result.get(f"test/{judge}")),
     }
-    parts += [f"{name} {value:.3f}" for name, value in values.items() if math.isfinite(value)]
+    by = "" if judge == "top1" else f"{judge} "
+    parts += [f"{name} {by}{metric_text(value)}" for name, value in values.items() if math.isfinite(value)]
+    if best is not None and result.get("best_weights") == "ema":
+        parts.append("(averaged weights)")
     return "   ".join(parts) or "nothing measured yet"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.report import look
+from finetune.report.columns import axis_name
 from finetune.report.jobs import JobGroup, Sweep, group_jobs, rank
 from finetune.system.terminal import printable
 
@@ -48,10 +49,6 @@ def _best(groups: Sequence[JobGroup], metric: str) -> JobGroup:
     return max(groups, key=lambda group: rank(group.mean(f"val/{metric}"), metric))
 
 
-def _axis_name(metric: str) -> str:
-    return "top1 accuracy" if metric == "top1" else metric
-
-
 def levels(values: Sequence[str]) -> list[str]:
     """Distinct values: numbers by size, other words in order of appearance."""
     distinct = list(dict.fromkeys(values))
@@ -81,7 +78,7 @@ def _draw_line(figure: Any, groups: Sequence[JobGroup], key: str, metric: str) -
     """Validation and test against one key: a dot for each seed, and a line through the means where it is a number."""
     axes = figure.subplots(gridspec_kw={"left": 0.085, "right": 0.885, "top": 0.85, "bottom": 0.13})
     look.clean_axes(axes)
-    look.label_axes(axes, x=printable(key), y=_axis_name(metric))
+    look.label_axes(axes, x=printable(key), y=axis_name(metric))
     names = levels([group.value(key) for group in groups])
     xs, scale = positions(names)
     x_of = dict(zip(names, xs, strict=True))
@@ -172,7 +169,7 @@ def _draw_ranking(figure: Any, groups: Sequence[JobGroup], keys: Sequence[str], 
     left = min(0.55, 0.04 + max(map(len, labels)) * fontsize * 0.62 / (72 * look.SIZE_INCHES[0]))
     axes = figure.subplots(gridspec_kw={"left": left, "right": 0.885, "top": 0.85, "bottom": 0.11})
     look.clean_axes(axes)
-    look.label_axes(axes, x=_axis_name(metric))
+    look.label_axes(axes, x=axis_name(metric))
     for split, colour, marker in SERIES:
         scores = [group.scores(f"{split}/{metric}") for group in ranked]
         points = [(score, row) for row, values in enumerate(scores) for score in values if len(values) > 1]

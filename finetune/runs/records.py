@@ -27,6 +27,7 @@ class _Result(_ResultStatus, total=False):
     overrides: list[str]
     resumed_at: list[Count]
     monitor: str
+    loss: Literal["ce", "bce", "asl"]
     settings: str  # see `digest_of` in earlier.py
     checksums: dict[str, str]  # see finished.py
     promise: PromiseKind

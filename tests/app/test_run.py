@@ -291,7 +291,8 @@ def test_a_sweep_with_folders_of_its_own_names(stripes: Path, tmp_path: Path) ->
 
 def test_the_last_lines_where_no_epoch_had_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "finetune")
-    log_summary(tmp_path, {"overrides": [], "test/top1": 0.5, "epochs": 3, "best_epoch": 0, "seconds": 1.0})
+    about = {"monitor": "val/top1", "data": {"val": 9, "test": 9}, "overrides": []}
+    log_summary(tmp_path, {**about, "test/top1": 0.5, "epochs": 3, "best_epoch": 0, "seconds": 1.0})
     assert "val/top1 nan   test/top1 0.5000" in caplog.text
 
 

@@ -165,6 +165,60 @@ def test_curves_hold_the_history_zero_shot_best_and_test() -> None:
     assert {"zero-shot 0.700", "test 0.930", "val 0.960", "best, epoch 4"} <= set(texts)
 
 
+def texts_of(axes: Any) -> set[str]:
+    return {text.get_text() for text in axes.texts}
+
+
+def points_of(axes: Any) -> list[list[float]]:
+    return [point for collection in axes.collections for point in collection.get_offsets().tolist()]
+
+
+def test_averaged_weights_have_a_curve_and_the_best_score_is_of_what_was_kept() -> None:
+    rows = rows_of(plan_of(2, 4))
+    for row, score in zip(rows, [0.2, 0.8, 0.7, 0.7], strict=True):
+        row |= {"val/top1": 0.5, "val_ema/top1": score, "val_ema/loss": 1 - score}
+    for result in ({"best_epoch": 2, "best_weights": "ema"}, {}):
+        figure = curves_figure(rows, {"status": "finished", **result})
+        loss, accuracy = figure.axes
+        assert list(lines_by_name(accuracy)["val_ema"].get_ydata()) == [0.2, 0.8, 0.7, 0.7]
+        assert list(lines_by_name(loss)["val_ema"].get_ydata()) == pytest.approx([0.8, 0.2, 0.3, 0.3])
+        assert [2.0, 0.8] in points_of(accuracy) and "val_ema 0.700" in texts_of(accuracy)
+        assert any("best validation 0.800" in text for text in texts_of(figure))
+    kept = curves_figure(rows, {"status": "finished", "best_epoch": 1, "best_weights": "raw"})
+    assert any("best validation 0.500" in text for text in texts_of(kept))
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "best"), [("map", [0.4, 0.6, 0.5], 2), ("ece", [0.4, 0.6, 0.1], 3), ("loss", [3.0, 1.0, 2.0], 2)]
+)
+def test_the_metric_that_judges_is_the_one_that_is_told(metric: str, scores: list[float], best: int) -> None:
+    rows = rows_of(plan_of(2, 3))
+    for row, score in zip(rows, scores, strict=True):
+        row[f"val/{metric}"] = score
+    result = {"status": "finished", "monitor": f"val/{metric}", "test/top1": 0.77}
+    figure = curves_figure(rows, {**result, f"zeroshot/{metric}": 0.9, f"test/{metric}": 0.55})
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(panels) == ["loss", "top1 accuracy"] + [metric] * (metric != "loss")
+    judged = panels[metric]
+    assert [float(best), scores[best - 1]] in points_of(judged) and [3.0, 0.55] in points_of(judged)
+    assert {f"best, epoch {best}", "zero-shot 0.900", "test 0.550"} <= texts_of(judged)
+    assert "test 0.770" in texts_of(panels["top1 accuracy"])
+    assert not any(text.startswith("best") for text in texts_of(panels["top1 accuracy"]))
+    assert f"zero-shot {metric} 0.900   best validation {metric} {scores[best - 1]:.3f}   test {metric} 0.550" in (
+        texts_of(figure)
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [("ce", "cross-entropy"), ("bce", "binary cross-entropy"), ("asl", "asymmetric"), (None, None)],
+)
+def test_the_axis_of_the_loss_names_it(loss: str | None, name: str | None) -> None:
+    result = {"status": "finished"} if loss is None else {"status": "finished", "loss": loss}
+    axes, _ = curves_figure(rows_of(plan_of(1, 2)), result).axes
+    assert axes.get_ylabel() == ("loss" if name is None else f"loss ({name})")
+
+
 def test_not_finite_epochs_leave_a_gap_and_a_mark() -> None:
     rows = rows_of(plan_of(2, 3))
     rows[2] |= {"train/loss": None, "val/loss": None, "val/top1": None}
