@@ -49,7 +49,7 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
         look.label_axes(axes, x="epoch", y=axis_name(metric, str(result.get("loss", ""))))
         extra: Labels = {}
         if metric == judge and best is not None:
-            _mark_best(axes, epochs[best.index], best.score)
+            _mark_best(axes, epochs[best.row], best.score)
         if metric in ("top1", judge):
             extra = _reference_scores(axes, epochs, metric, result)
         _draw_series(axes, epochs, series, extra)
@@ -118,19 +118,21 @@ def _mark_best(axes: Any, epoch: float, score: float) -> None:
 
 
 class Best(NamedTuple):
-    """The best epoch of a run: its index in the history, and its score by the metric that judges, always finite."""
+    """The best epoch of a run: its place in the history, from 0, and its score by the metric that judges, always finite."""
 
-    index: int
+    row: int
     score: float
 
 
 def best_point(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Best | None:
     """The epoch that `result.json` calls the best, else the first with the best score; None where none has a score.
 
-    The score is that of the weights or of their averages (`train.ema`): of those that the run has kept, else the better.
+    The score is that of the weights or of their averages (`train.ema`): those that the run has kept, else the better.
     """
     judge, kept = judge_of(result), {"ema": ["val_ema"], "raw": ["val"]}
-    scores = [_values(rows, f"{split}/{judge}") for split in kept.get(result.get("best_weights", ""), ["val", "val_ema"])]
+    scores = [
+        _values(rows, f"{split}/{judge}") for split in kept.get(result.get("best_weights", ""), ["val", "val_ema"])
+    ]
     best_of_epoch = [max(of_epoch, key=lambda score: rank(score, judge)) for of_epoch in zip(*scores, strict=True)]
     named = [index for index, row in enumerate(rows) if row["epoch"] == result.get("best_epoch")]
     found = [Best(index, best_of_epoch[index]) for index in named or range(len(rows))]

@@ -189,7 +189,8 @@ def test_averaged_weights_have_a_curve_and_the_best_score_is_of_what_was_kept() 
 
 
 @pytest.mark.parametrize(
-    ("metric", "scores", "best"), [("map", [0.4, 0.6, 0.5], 2), ("ece", [0.4, 0.6, 0.1], 3), ("loss", [3.0, 1.0, 2.0], 2)]
+    ("metric", "scores", "best"),
+    [("map", [0.4, 0.6, 0.5], 2), ("ece", [0.4, 0.6, 0.1], 3), ("loss", [3.0, 1.0, 2.0], 2)],
 )
 def test_the_metric_that_judges_is_the_one_that_is_told(metric: str, scores: list[float], best: int) -> None:
     rows = rows_of(plan_of(2, 3))
