@@ -29,6 +29,7 @@ from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
 from finetune.report import run_figures as report
+from finetune.report.look import dispensable
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
 from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
 from finetune.runs.finished import check_finished
@@ -159,11 +160,15 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     try:  # while the last save goes to the disk
         if (test := feeds.test()) is not None:
             score_test(run, state, saver, test, result, stop)
-        report.plot_rates(run.folder)
-    finally:
-        saver.wait()
+        with dispensable(run.folder / "lr.png"):
+            report.plot_rates(run.folder)
+    except BaseException:
+        saver.wait_after_error()
+        raise
+    saver.wait()
     session.write_result()  # the picture reads it; its status becomes `finished` at the very end
-    report.plot_curves(run.folder)
+    with dispensable(run.folder / "curves.png"):
+        report.plot_curves(run.folder)
     saver.finish(History(run.folder / "history.jsonl").rows(), run.monitor)
 
 

@@ -142,37 +142,41 @@ class _Training:
         try:
             yield
         except Interrupted:
-            self._save_now()
-            logger.info("stopped at step %d, and saved; continue with resume=%s", state.step, run.folder)
+            logger.info("stopped at step %d; %s", state.step, self._save_now())
             raise
         except ImageError as error:  # a file that was good when the run began
-            self._save_now()
-            again = f"continue at step {state.step} with resume={run.folder}, without it by data.on_error=skip"
-            raise ImageError(error.path, f"{error.reason}; the state is saved: {again}") from error
+            again = f"{self._save_now()}, without the image by data.on_error=skip"
+            raise ImageError(error.path, f"{error.reason}; {again}") from error
         except DamagedError as error:  # a downloaded shard
-            self._save_now()
-            again = f"continue at step {state.step} with resume={run.folder}"
-            raise DamagedError(f"{error}; the state is saved: {again}") from error
+            raise DamagedError(f"{error}; {self._save_now()}") from error
         except NotFiniteError as error:
-            saver.save_weights(state)
-            error.args = (self._diverged(error),)
+            kept = "checkpoints/last.safetensors holds the weights from before it"
+            try:
+                saver.save_weights(state)
+            except (OSError, UserError) as failed:
+                kept = f"the weights from before it are not saved: {failed}"
+            error.args = (self._diverged(error, kept),)
             raise
         except Exception as error:
-            try:
-                saver.wait()  # for a save that is under way
-            except OSError as failed:
-                logger.error("%s", failed)  # and the first error is raised
+            saver.wait_after_error()  # for a save that is under way
             if is_out_of_memory(error):
                 raise UserError(out_of_memory(run, step=state.step)) from error
             raise
         finally:
-            result |= _best_scores(state, self.history.rows())
+            result |= _best_scores(state, self.history.readable_rows())
             result["seconds_saving"] = round(saver.stalled_s, 3)
 
-    def _save_now(self) -> None:
-        self.saver.save(self.state)
-        self.log_skipped_steps()
-        self.saver.wait()
+    def _save_now(self) -> str:
+        """Save the state, and say where it goes on; a failed save is told too: it must not hide why the run ends."""
+        state = self.state
+        try:
+            self.saver.save(state)
+            self.log_skipped_steps()
+            self.saver.wait()
+        except (OSError, UserError, NotFiniteError) as error:
+            logger.error("%s", error)
+            return f"the state of this step is not saved ({error}); continue with resume={self.run.folder}"
+        return f"the state is saved: continue at step {state.step} with resume={self.run.folder}"
 
     def log_skipped_steps(self) -> None:
         """Store and log each step that was skipped because it was not finite."""
@@ -184,21 +188,24 @@ class _Training:
         run, shown = self.run, bad_batch.shown_names
         names = [run.source.splits["train"].name_of(int(index)) for index in record.ids]
         rates = {group["name"]: group["lr"] for group in self.state.optimizer.param_groups}
-        path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
         logger.debug("images of step %d: %s", record.step, shown(names, len(names)))
-        stored = f"stored in {path}" if path else f"not stored, since {bad_batch.MAX_STORED} batches are already"
+        try:
+            path = bad_batch.store(run.folder, record, run.window(record.epoch, record.batch), names=names, rates=rates)
+            stored = f"stored in {path}" if path else f"not stored, since {bad_batch.MAX_STORED} batches are already"
+        except (OSError, UserError) as error:  # the disk is full, or an image is gone: the step is the worse news
+            stored = f"not stored: {error}"
         return (
             f"the loss or the gradient norm was not finite in epoch {record.epoch + 1}, step {record.step}, rates"
             f" {min(rates.values()):.3g} to {max(rates.values()):.3g}. Its images: {shown(names)}; {stored}"
         )
 
-    def _diverged(self, error: NotFiniteError) -> str:
-        """The message of a run that diverged, after all bad batches that are not stored yet are stored."""
+    def _diverged(self, error: NotFiniteError, kept: str) -> str:
+        """The message of a run that diverged, after all bad batches are stored; `kept` says what is saved of it."""
         texts = [self._store_bad_batch(record) for record in self.state.guard.take()]
         limit = " That is one step more than train.max_nonfinite lets pass." if error.limit else ""
         return (
-            f"{texts[-1]} (all in run.log).{limit} The update was not applied: checkpoints/last.safetensors holds the"
-            f" weights from before it. Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
+            f"{texts[-1]} (all in run.log).{limit} The update was not applied: {kept}."
+            f" Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
             f" {self.run.folder}"
         )
 

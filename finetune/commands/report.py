@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.report.run_figures import plot_curves, plot_rates
+from finetune.report.scores import plot_confusion
 from finetune.report.sweep import summarize
 from finetune.runs.finished import check_finished
 from finetune.system.log import say
@@ -14,7 +15,7 @@ from finetune.system.terminal import printable
 
 def main(words: Sequence[str]) -> int:
     """Redraw the pictures of a run, or sum up a sweep again; the exit code, 0."""
-    text = "Redraw lr.png and curves.png of a run, or the summary of a sweep."
+    text = "Redraw lr.png, curves.png and confusion.png of a run, or the summary of a sweep."
     parser = argparse.ArgumentParser(prog="finetune report", description=text)
     parser.add_argument("folder", type=Path, help="a run directory, or the folder of a sweep")
     folder: Path = parser.parse_args(words).folder
@@ -26,7 +27,7 @@ def main(words: Sequence[str]) -> int:
         raise RefusedError(f"{shown} {what}; nothing was changed: give a run or a sweep under outputs/")
     look(folder, marker.kind)  # refuses links
     if marker.kind == FolderKind.sweep:
-        summarize(folder)
+        summarize(folder, is_picture_asked=True)
         return 0
     has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()
     if not (has_rates or has_history):
@@ -39,4 +40,7 @@ def main(words: Sequence[str]) -> int:
     if has_history:
         plot_curves(folder)
         say(str(folder / "curves.png"))
+    if (folder / "confusion.csv").exists():
+        plot_confusion(folder)
+        say(str(folder / "confusion.png"))
     return 0

@@ -146,16 +146,14 @@ class FileBuilder(BlockBuilder):
                 data = data[self._file.write(data) :]
 
     def seal(self) -> None:
-        """Write the checksums, once all rows are there."""
+        """Write the checksums, once all rows are there, and wait until all of it is on the disk."""
         self._write(seal_of(self.sums, self.rows * self.row_bytes, self.row_bytes))
+        with _write_errors(self._folder):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Wait until all of it is on the disk."""
-        try:
-            with _write_errors(self._folder):
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        """Close the file."""
+        self._file.close()
 
 
 @contextlib.contextmanager

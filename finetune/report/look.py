@@ -1,15 +1,22 @@
 """The look that all pictures of runs and sweeps share: size, colours, axes, headlines, and how a file is written."""
 
+import contextlib
+import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.system.files import write_atomic
-from finetune.system.terminal import printable
+from finetune.system.terminal import command, printable
+
+logger = logging.getLogger("finetune")
 
 SIZE_INCHES = (12.0, 7.0)
+# What drawing raises without a fault of ours: the disk, matplotlib's own files, fonts and words in the environment, and
+# the numbers in a file that somebody has changed meanwhile (a UserError).
+UNDRAWN = (OSError, ImportError, RuntimeError, ValueError, MemoryError)
 
 # Colours of text and frames; then five that people with any common colour blindness can tell apart (Okabe and Ito).
 INK = "#222222"
@@ -63,6 +70,21 @@ def headline(figure: Any, title: str, subtitle: str) -> None:
     top = {"ha": "left", "va": "top", "parse_math": False}  # a `$` in a name is no formula
     figure.text(0.035, 1 - 0.22 / height, title, fontsize=17, color=INK, weight="bold", **top)
     figure.text(0.035, 1 - 0.62 / height, subtitle, fontsize=11.5, color="#555b66", **top)
+
+
+@contextlib.contextmanager
+def dispensable(path: Path, tell: Callable[[str], object] = logger.warning) -> Iterator[None]:
+    """Within it the picture `path` is drawn: where that fails, one line tells so, and its run or sweep goes on.
+
+    The numbers that it shows lie in other files, so `finetune report` can draw it later.
+    """
+    try:
+        yield
+    except UNDRAWN as error:
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)
+        how = f"finetune report {command([str(path.parent)])} draws it again"
+        tell(f"the picture {path.name} is missing: {reason}. No result is lost; {how}")
+        logger.debug("%s could not be drawn", path, exc_info=error)
 
 
 def save_figure(figure: Any, path: Path) -> None:

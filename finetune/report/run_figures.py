@@ -118,7 +118,7 @@ def _mark_best(axes: Any, epoch: float, score: float) -> None:
 
 
 class Best(NamedTuple):
-    """The best epoch of a run: its place in the history, from 0, and its score by the metric that judges, always finite."""
+    """The best epoch: its place in the history, from 0, and its score by the metric that judges, always finite."""
 
     row: int
     score: float

@@ -1,12 +1,13 @@
 """The scores of each class: writes `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.report import look
 from finetune.system.files import write_json, write_text
-from finetune.system.reading import read_json
+from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, read_file, read_json
 from finetune.system.tables import csv_text
 
 # With more classes the cells of a matrix are too small to read: the pairs most often confused are drawn instead.
@@ -33,7 +34,26 @@ def write_scores(
     rows = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, matrix, strict=True))]
     write_text(run_dir / ("confusion.csv" if split == "test" else f"confusion_{split}.csv"), csv_text(rows))
     if split == "test":
-        draw_confusion(run_dir / "confusion.png", matrix, classes)
+        with look.dispensable(run_dir / "confusion.png"):
+            draw_confusion(run_dir / "confusion.png", matrix, classes)
+
+
+def plot_confusion(run_dir: Path) -> None:
+    """Draw `confusion.png` again, from the numbers in `confusion.csv` and the names of classes in `metrics.json`.
+
+    Raises:
+        DamagedError: A file is not what a run wrote.
+    """
+    path, mend = run_dir / "confusion.csv", "put it back from a copy"
+    try:
+        lines = read_file(path, limit=MAX_BYTES).decode().splitlines()
+        matrix = [[int(cell) for cell in row[1:]] for row in csv.reader(lines[1:])]
+    except (UnfitError, ValueError, csv.Error) as error:
+        raise DamagedError.because(path, str(error), mend) from None
+    classes = list(_read_metrics(run_dir / "metrics.json").get("test", {}).get("classes", {}))
+    if any(len(part) != len(classes) for part in (matrix, *matrix)):
+        raise DamagedError.because(path, f"expected {len(classes)} rows and columns, as metrics.json has classes", mend)
+    draw_confusion(run_dir / "confusion.png", matrix, classes)
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:

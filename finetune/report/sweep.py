@@ -1,6 +1,7 @@
 """Sums up a sweep: the tables, `summary.csv`, `sweep.png`, and which setting is best on validation."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 from finetune.report import look
@@ -12,16 +13,19 @@ from finetune.system.tables import csv_text, table
 from finetune.system.terminal import command
 
 
-def summarize(sweep_dir: Path) -> int:
+def summarize(sweep_dir: Path, *, is_picture_asked: bool = False) -> int:
     """Write `summary.csv` and `sweep.png` into the folder of a sweep, print the tables and the best setting.
 
+    A picture that cannot be drawn is an error only where somebody asked for it (`finetune report`).
     Returns the number of jobs that did not finish, also for want of a good `result.json`, or were refused their folder.
     """
     sweep = read_sweep(sweep_dir)
     _write_csv(sweep)
     say("\n".join(_tables(sweep)))
     if sweep.scored:
-        look.save_figure(sweep_figure(sweep), sweep_dir / "sweep.png")
+        path = sweep_dir / "sweep.png"
+        with nullcontext() if is_picture_asked else look.dispensable(path, lambda line: say(f"warning: {line}")):
+            look.save_figure(sweep_figure(sweep), path)
     say("\n" + "\n".join(_answer(sweep)))
     return sum(not job.is_finished for job in sweep.jobs)
 
@@ -125,7 +129,8 @@ def _answer(sweep: Sweep) -> list[str]:
         lines.append(f"as good on validation: job {others}")
     if len({job.metric for job in sweep.jobs if job.is_finished}) > 1:
         lines.append(f"ranked by val/{sweep.metric}, since the jobs' own train.monitor differ")
-    lines.append(f"table and picture: {sweep.folder / 'summary.csv'}, {sweep.folder / 'sweep.png'}")
+    files = [path for name in ("summary.csv", "sweep.png") if (path := sweep.folder / name).exists()]
+    lines.append(f"{'table and picture' if len(files) > 1 else 'table'}: {', '.join(map(str, files))}")
     return [*lines, next_line]
 
 

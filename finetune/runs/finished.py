@@ -26,6 +26,7 @@ def checksums(run_dir: Path, result: Mapping[str, Any]) -> dict[str, str]:
         "history.jsonl": as_lines(History(run_dir / "history.jsonl").rows()).encode(),
         "rates.json": _content(run_dir / "rates.json"),
         "metrics.json": _content(run_dir / "metrics.json"),
+        "confusion.csv": _content(run_dir / "confusion.csv"),
     }
     return {name: f"{zlib.crc32(part):08x}" for name, part in parts.items()}
 
@@ -40,7 +41,7 @@ def check_finished(run_dir: Path, result: Result | None = None) -> None:
     if result["status"] != "finished" or CHECKSUMS not in result:
         return
     for name, value in checksums(run_dir, result).items():
-        if result[CHECKSUMS].get(name) != value:
+        if result[CHECKSUMS].get(name, value) != value:  # an earlier version had no checksum of some files
             mend = f"without the entry {CHECKSUMS!r} in result.json it is taken as it is"
             raise DamagedError.because(run_dir / name, "it is not what the run wrote when it finished", mend)
 

@@ -7,6 +7,7 @@ is under way, so saves reach the disk in the order of the calls.
 
 import errno
 import json
+import logging
 import math
 import shutil
 import threading
@@ -33,6 +34,8 @@ from finetune.runs.weights import (
     write_weights,
 )  # fmt: skip
 from finetune.system.files import link_or_copy, sync_file
+
+logger = logging.getLogger("finetune")
 
 SPARE_BYTES = 1 << 20  # stay free beside a save: for logs, and for the files of other programs
 CHEAP_S = 0.1  # a save that takes less time than this is always made
@@ -252,6 +255,13 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
         self.check()
+
+    def wait_after_error(self) -> None:
+        """Wait likewise, after an error of other code: that of a save is logged, so that it does not hide the first."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
 
     def _wait_before_update(self) -> None:
         """Wait for the thread, which reads the weights, moments or averages that are about to change."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import go, small
 
+from finetune.__main__ import main
 from finetune.app.session import log_summary
 from finetune.config import DataConf, Family, Loss, ModelConf, SourceKind
+from finetune.report import look
+from finetune.system.ours import FolderKind, claim
 
 RESULT: dict[str, Any] = {
     **{"overrides": [], "monitor": "val/map", "data": {"val": 5, "test": 5}, "epochs": 3, "best_epoch": 2},
@@ -66,3 +70,74 @@ def test_a_run_with_several_labels_says_what_it_minimizes_and_what_judges(
     log = (tmp_path / "run" / "run.log").read_text()
     assert f"fine-tuned  val/map {result['val/map']:.4f}  val/top1" in log
     assert "confusion" not in log and not list((tmp_path / "run").glob("confusion*"))
+
+
+PICTURES = ("lr.png", "curves.png", "confusion.png")
+
+
+@pytest.fixture(scope="module")
+def finished(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which no picture could be drawn, each for another reason."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    errors = iter([RuntimeError("Can not load face"), OSError(28, "No space left on device"), ValueError("no backend")])
+
+    def fail(*_: object) -> None:
+        raise next(errors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(look, "save_figure", fail)
+        go(small(stripes, train__epochs=1), folder)
+    return folder
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(finished: Path) -> None:
+    assert json.loads((finished / "result.json").read_text())["status"] == "finished"
+    assert not list(finished.glob("*.png"))
+    log = (finished / "run.log").read_text()
+    for name, reason in zip(
+        ("confusion.png", "lr.png", "curves.png"), ("load face", "No space", "no backend"), strict=True
+    ):
+        (line,) = [line for line in log.splitlines() if "WARNING" in line and f"the picture {name} is missing" in line]
+        assert reason in line and f"finetune report {finished}" in line
+    assert "  lr.png" not in log and "  metrics.json" in log
+
+
+def test_report_draws_every_picture_of_a_run_again(finished: Path, tmp_path: Path, stripes: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert main(["report", str(folder)]) == 0
+    go(small(stripes, train__epochs=1), tmp_path / "whole")
+    for name in PICTURES:
+        assert (folder / name).stat().st_size > 5000
+    assert (folder / "confusion.png").read_bytes() == (tmp_path / "whole" / "confusion.png").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n", "x,across,down,flat\nacross,1,2\n", "x,a,b,c\na,1,2,c\n"])
+def test_a_matrix_that_is_none_is_one_line(
+    finished: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "result.json").unlink()  # which has the checksum of the matrix
+    (folder / "confusion.csv").write_text(text)
+    assert main(["report", str(folder)]) == 1
+    assert "confusion.csv is damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_without_its_picture_has_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.report.sweep import summarize
+
+    claim(tmp_path, FolderKind.sweep)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "result.json").write_text('{"status": "finished", "overrides": ["seed=1"], "val/top1": 0.9}')
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "sweep.png")
+
+    monkeypatch.setattr(look, "save_figure", fail)
+    assert summarize(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "warning: the picture sweep.png is missing" in out and f"finetune report {tmp_path}" in out
+    assert f"table: {tmp_path / 'summary.csv'}\n" in out
+    assert main(["report", str(tmp_path)]) == 1  # which was asked for the picture
+    assert "Permission denied" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def test_a_changed_number_is_named_and_no_report_shows_it(
 ) -> None:
     folder = tmp_path / "run"
     result = go(small(stripes), folder)
-    assert set(result[CHECKSUMS]) == {"result.json", "history.jsonl", "rates.json", "metrics.json"}
+    assert set(result[CHECKSUMS]) == {"result.json", "history.jsonl", "rates.json", "metrics.json", "confusion.csv"}
     check_finished(folder)
     assert main(["report", str(folder)]) == 0
     for name, before, after in [
@@ -27,6 +27,7 @@ def test_a_changed_number_is_named_and_no_report_shows_it(
         ("history.jsonl", '"val/loss": ', '"val/loss": 1'),
         ("rates.json", '"x": [', '"x": [0, '),
         ("metrics.json", '"val"', '"vak"'),
+        ("confusion.csv", "across,", "across,1"),
     ]:
         path = folder / name
         whole = path.read_text()

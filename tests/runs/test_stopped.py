@@ -27,12 +27,14 @@ from finetune.app.run import run
 from finetune.config import Conf, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
+from finetune.data import ImageError
 from finetune.runs import saver
 from finetune.runs.checkpoint import read_state
 from finetune.runs.earlier import RefusedError
 from finetune.runs.weights import read_weights
 from finetune.system.locks import RUN_LOCK, InUseError, run_lock
 from finetune.system.ours import FolderKind, claim
+from finetune.system.reading import DamagedError
 from finetune.system.signals import Interrupted
 
 Stop = Callable[[], None]
@@ -216,6 +218,45 @@ def test_another_error_waits_for_the_save_under_way(
     with pytest.raises(RuntimeError, match="of another kind"):
         go(small(stripes, train__save_every_steps=2), tmp_path / "run")
     assert read_state(tmp_path / "run" / "checkpoints" / "last.pt")["counters"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ImageError("seen/3.png", "cut short"), "failed"),
+        (DamagedError("part-0001.tar is damaged"), "failed"),
+        (NotFiniteError, "diverged"),
+        (KeyboardInterrupt("a second Ctrl-C"), "interrupted"),
+        (Interrupted(signal.SIGTERM), "interrupted"),
+        (RuntimeError("of another kind"), "failed"),
+    ],
+)
+def test_a_save_that_fails_on_the_way_out_does_not_hide_why_the_run_ends(
+    stripes: Path, tmp_path: Path, strike: Any, monkeypatch: pytest.MonkeyPatch, error: Any, status: str, poisoned: Any
+) -> None:
+    def fail() -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        for name in ("write_state", "write_weights"):
+            monkeypatch.setattr(saver, name, full)
+        monkeypatch.setattr("finetune.runs.bad_batch.store", full)
+        if error is not NotFiniteError:
+            raise error
+
+    strike("train_step", 2, fail)
+    conf = small(stripes)
+    if error is NotFiniteError:
+        poisoned(2)
+    with pytest.raises(error if isinstance(error, type) else type(error)) as caught:
+        go(conf, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == status
+    if isinstance(error, (ImageError, DamagedError)):
+        assert str(error) in str(caught.value) and "is not saved" in str(caught.value)
+    if error is NotFiniteError:
+        assert "not finite in epoch 1" in str(caught.value) and "not stored: [Errno 28]" in str(caught.value)
+        assert "the weights from before it are not saved" in str(caught.value)
 
 
 @pytest.mark.parametrize("where", ["in step 2", "on cpu. Try"])
