@@ -247,7 +247,7 @@ def test_a_save_that_fails_on_the_way_out_does_not_hide_why_the_run_ends(
     strike("train_step", 2, fail)
     conf = small(stripes)
     if error is NotFiniteError:
-        poisoned(2)
+        poisoned(2, 9)
     with pytest.raises(error if isinstance(error, type) else type(error)) as caught:
         go(conf, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
