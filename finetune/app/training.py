@@ -175,7 +175,7 @@ class _Training:
             self.saver.wait()
         except (OSError, UserError, NotFiniteError) as error:
             logger.error("%s", error)
-            return f"the state of this step is not saved ({error}); continue with resume={self.run.folder}"
+            return f"the state of this step is not saved: {error}"
         return f"the state is saved: continue at step {state.step} with resume={self.run.folder}"
 
     def log_skipped_steps(self) -> None:

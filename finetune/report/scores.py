@@ -51,7 +51,7 @@ def plot_confusion(run_dir: Path) -> None:
     except (UnfitError, ValueError, csv.Error) as error:
         raise DamagedError.because(path, str(error), mend) from None
     classes = list(_read_metrics(run_dir / "metrics.json").get("test", {}).get("classes", {}))
-    if any(len(part) != len(classes) for part in (matrix, *matrix)):
+    if {len(matrix), *map(len, matrix)} != {len(classes)}:
         raise DamagedError.because(path, f"expected {len(classes)} rows and columns, as metrics.json has classes", mend)
     draw_confusion(run_dir / "confusion.png", matrix, classes)
 

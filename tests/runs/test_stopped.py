@@ -253,7 +253,8 @@ def test_a_save_that_fails_on_the_way_out_does_not_hide_why_the_run_ends(
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == status
     if isinstance(error, (ImageError, DamagedError)):
-        assert str(error) in str(caught.value) and "is not saved" in str(caught.value)
+        why = error.reason if isinstance(error, ImageError) else str(error)
+        assert f"{why}; the state of this step is not saved: cannot save a checkpoint" in str(caught.value)
     if error is NotFiniteError:
         assert "not finite in epoch 1" in str(caught.value) and "not stored: [Errno 28]" in str(caught.value)
         assert "the weights from before it are not saved" in str(caught.value)
