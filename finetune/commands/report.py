@@ -9,7 +9,7 @@ from finetune.report.scores import plot_confusion
 from finetune.report.sweep import summarize
 from finetune.runs.finished import check_finished
 from finetune.system.log import say
-from finetune.system.ours import MARKER, FolderKind, RefusedError, look, read_marker
+from finetune.system.ours import COPIED, MARKER, FolderKind, RefusedError, look, read_marker
 from finetune.system.terminal import printable
 
 
@@ -24,7 +24,8 @@ def main(words: Sequence[str]) -> int:
     marker, shown = read_marker(folder), printable(str(folder))
     if marker is None or marker.kind not in (FolderKind.run, FolderKind.sweep):
         what = f"holds a {marker.kind}" if marker else f"has no {MARKER}, so finetune did not make it"
-        raise RefusedError(f"{shown} {what}; nothing was changed: give a run or a sweep under outputs/")
+        mend = "give a run or a sweep under outputs/" + ("" if marker else f"; {COPIED}")
+        raise RefusedError(f"{shown} {what}; nothing was changed: {mend}")
     look(folder, marker.kind)  # refuses links
     if marker.kind == FolderKind.sweep:
         summarize(folder, is_picture_asked=True)

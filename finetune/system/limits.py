@@ -12,6 +12,7 @@ from typing import IO
 
 from finetune.system.errors import UserError
 from finetune.system.memory import free_memory
+from finetune.system.reading import open_regular
 
 if sys.platform != "win32":  # which has no limit of this kind
     import resource
@@ -115,7 +116,7 @@ def read_text(path: Path, subject: str, limit: Limit) -> str:
         OSError: The file cannot be read; the text of the error begins with `subject`.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(limit.most + 1)
             if len(data) > limit.most:
                 size = os.fstat(file.fileno()).st_size

@@ -28,6 +28,7 @@ from finetune.system.reading import DamagedError, read_json
 MARKER, FORMAT = ".finetune.json", 1
 MAX_BYTES = 4096  # of a marker; a larger file is none
 SHOWN = 8  # names in a message
+COPIED = f"if it is a copy of one of yours, copy the hidden file {MARKER} too"  # `cp -r FOLDER/*` leaves it out
 # Windows has neither; links are rare there, and no FIFO lies in a folder.
 _SAFE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if sys.platform != "win32" else 0
 _ID = "[0-9a-f]{16}"
@@ -58,6 +59,10 @@ class OwnNames:
     in_place: tuple[str, ...] = ()  # files that are written where they are, such as logs
     pattern: str = r"(?!)"  # a regular expression for more names of the first sort; this one matches nothing
     folders: Mapping[str, "OwnNames"] = field(default_factory=dict)
+
+    def has_name(self, name: str) -> bool:
+        """Whether `name` is that of a file or folder of ours here."""
+        return name in (*self.replaced, *self.in_place, *self.folders) or self.has_pattern(name)
 
     def has_pattern(self, name: str) -> bool:
         """Whether `name` fits `pattern`."""
@@ -136,7 +141,7 @@ def look(folder: Path, kind: FolderKind) -> Marker | None:
         if found:
             raise RefusedError(
                 f"{folder} has {_listed(found)} but no {MARKER}, so finetune did not make it; nothing was changed:"
-                f" choose another folder for the {kind}, or move what is there elsewhere"
+                f" choose another folder for the {kind}, or move what is there elsewhere; {COPIED}"
             )
         return None
     if marker.kind != kind:
@@ -230,7 +235,8 @@ def refuse_unless(sort: str, path: Path) -> None:
         return
     found = "a hard link, a second name of a file" if is_right else _type_name(status.st_mode)
     wanted = "a folder" if sort == "folder" else "a file of its own"
-    raise RefusedError(f"{path} is {found}, expected {wanted}; nothing was changed: remove or move it")
+    mend = "put a copy in its place (cp X Y; mv Y X)" if is_right else "remove or move it"
+    raise RefusedError(f"{path} is {found}, expected {wanted}; nothing was changed: {mend}")
 
 
 def _type_name(mode: int) -> str:

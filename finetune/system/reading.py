@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, TypeVar, is_typeddict
+from typing import IO, Any, TypeVar, is_typeddict
 
 import msgspec
 import yaml
@@ -53,10 +53,40 @@ class UnfitError(UserError):
     """The content of a file is not what was expected; the text says why in a few words, without the file's name."""
 
 
+class NotRegularError(OSError):
+    """A pipe, a device, a socket or a folder is in the place of a file."""
+
+    def __str__(self) -> str:
+        """What is wrong, without the name of the place."""
+        return "it is no regular file, but a folder, a pipe or a device"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its name where it says nothing."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
     return reason.splitlines()[0] if reason else type(error).__name__
+
+
+def open_regular(path: str | Path, *, follow: bool = True) -> IO[bytes]:
+    """Open a file to read its bytes; a pipe or a device in its place would be read, or waited for, without end.
+
+    Raises:
+        NotRegularError: It is no regular file.
+        OSError: It cannot be opened, or is a symbolic link that `follow=False` refuses.
+    """
+    flags = os.O_RDONLY
+    if os.name == "posix":  # Windows has neither of these flags, nor pipes in folders
+        flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        if isinstance(error, IsADirectoryError) or error.errno == errno.ENXIO:  # a socket
+            raise NotRegularError from error
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise NotRegularError
+    return file
 
 
 def read_file(path: Path, *, limit: int, follow: bool = False) -> bytes:
@@ -68,25 +98,19 @@ def read_file(path: Path, *, limit: int, follow: bool = False) -> bytes:
         FileNotFoundError: There is no such file.
         UnfitError: It is no such file, or cannot be read.
     """
-    flags = os.O_RDONLY
-    if os.name == "posix":  # Windows has neither of these flags, nor pipes in folders
-        flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UnfitError("it is no regular file")
-            content = b"" if found.st_size > limit else file.read(limit + 1)  # the file may be growing
-            if max(found.st_size, len(content)) > limit:
-                raise UnfitError(f"it has {found.st_size:,} bytes, and {limit:,} are the most that it may have")
+        with open_regular(path, follow=follow) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > limit else file.read(limit + 1)  # the file may be growing
+            if max(size, len(content)) > limit:
+                raise UnfitError(f"it has {size:,} bytes, and {limit:,} are the most that it may have")
             return content
     except FileNotFoundError:
         raise
     except OSError as error:
-        is_link = error.errno == errno.ELOOP and not follow
-        is_other = isinstance(error, IsADirectoryError) or error.errno == errno.ENXIO  # a socket
-        reason = "it is a symbolic link" if is_link else "it is no regular file" if is_other else first_line(error)
-        raise UnfitError(reason) from None
+        if error.errno == errno.ELOOP and not follow:
+            raise UnfitError("it is a symbolic link") from None
+        raise UnfitError(first_line(error)) from None
 
 
 def read_json(path: Path, kind: type[T], *, limit: int = MAX_BYTES, mend: str = "") -> T:
@@ -152,9 +176,8 @@ def fitted(value: Any, kind: type[T]) -> T:
     try:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise UnfitError(
-            f"{str(error)[:1].lower()}{str(error)[1:]}".replace("`", "'").replace("$", "content")
-        ) from None
+        text = str(error).replace("`$", "`content").replace("`", "'")
+        raise UnfitError(f"{text[:1].lower()}{text[1:]}") from None
     return value if is_typeddict(kind) else converted
 
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import io
 import os
-import stat
 import struct
 import sys
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.system.errors import UserError
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, NotRegularError, open_regular
 
 MAGIC = b"FTSEAL1\n"
 # After the checksums: MAGIC, bytes of content, bytes of a block, CRC-32 of the checksums and of these two numbers.
@@ -228,13 +227,11 @@ def _checksum_without(file: IO[bytes], place: int) -> int:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a regular file for reading: a pipe in its place would block. DamagedError where it is none."""
-    at_once = os.O_NONBLOCK if os.name == "posix" else 0
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))  # noqa: SIM115 (returned)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise DamagedError.because(path, "it is no regular file")
-    return file
+    """Open a regular file for reading; a DamagedError where it is none."""
+    try:
+        return open_regular(path)
+    except NotRegularError as error:
+        raise DamagedError.because(path, str(error)) from None
 
 
 def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:

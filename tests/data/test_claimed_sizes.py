@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import re
 import struct
 import tarfile
 import zlib
@@ -20,8 +22,10 @@ from finetune.config import DataConf, SourceKind
 from finetune.data import open_source
 from finetune.data.images.decode import ImageError, decode, natural_key
 from finetune.data.sources.shard_lists import expand_braces
+from finetune.data.sources.tables import find_table
 from finetune.models.heads.zeroshot import read_class_names
 from finetune.system.errors import UserError
+from finetune.system.limits import NAMES, read_text
 
 TB = 2**40
 
@@ -302,3 +306,20 @@ def test_the_key_raises_the_limit_of_an_image(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"more than 349,525 pixels.* data\.max_image_mib raises the limit"):
         small.splits["train"].load(0)
     assert large.splits["train"].load(0).shape == (3, 700, 700) and small.location != large.location
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such files")
+@pytest.mark.parametrize("ending", ["csv", "tsv.gz", "jsonl", "parquet"])
+@pytest.mark.parametrize("sort", ["pipe", "device", "folder"])
+def test_a_table_that_is_no_file_is_named_and_waited_for_by_nobody(tmp_path: Path, ending: str, sort: str) -> None:
+    path = tmp_path / f"t.{ending}"
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[sort](path)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: cannot be read: it is no regular file"):
+        find_table(DataConf(source=SourceKind.table, table=str(path), path_column="path", label_column="label"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such files")
+def test_a_list_of_names_that_is_a_pipe_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "names.txt")
+    with pytest.raises(OSError, match=r"the list: cannot be read: it is no regular file"):
+        read_text(tmp_path / "names.txt", "the list", NAMES)

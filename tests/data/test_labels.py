@@ -18,7 +18,7 @@ from finetune.data import Source, open_source
 from finetune.data.labels import LabelError, LabelReader, look_alikes
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
-from finetune.system.ours import FolderKind, claim
+from finetune.system.ours import OWN, FolderKind, claim
 
 
 def picture(seed: int) -> bytes:
@@ -121,10 +121,10 @@ def test_runs_are_no_classes(tmp_path: Path) -> None:
         FolderKind.check: "checked",
         FolderKind.cache: "a/cache",
     }.items():
-        make(tmp_path, place)
-        for image in (tmp_path / place).iterdir():
-            image.rename(image.with_name(f"of_{image.name}"))
+        (tmp_path / place).mkdir(parents=True)
         claim(tmp_path / place, kind)
+        for name in OWN[kind].replaced:  # among them pictures
+            (tmp_path / place / name).write_bytes(b"of a run")
     source = folder(tmp_path)
     assert source.classes == ("a", "b") and source.num_images == 8
     assert "[left out: 3 folders of runs]" in source.description

@@ -24,7 +24,7 @@ ODD = {
     "pipe.jpg": "a pipe or a device",
     "pipe_link.jpg": "a pipe or a device",
     "zeros.png": "a pipe or a device",  # a link to /dev/zero: it has no end
-    "socket.jpg": "No such device",
+    "socket.jpg": "a pipe or a device",
     "self.png": "Too many levels",
     "one.png": "Too many levels",
     "two.png": "Too many levels",

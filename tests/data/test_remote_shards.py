@@ -438,6 +438,22 @@ def test_a_command_of_a_resumed_folder_cannot_hide_what_it_is(
     assert "data.root came from the environment" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("beside", ["x.tar", "./x.tar", "../x/{0..3}.tar", "~/x.tar", "file:///x.tar", ""])
+def test_no_part_beside_a_command_lets_it_run(
+    started: Path, tmp_path: Path, beside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Relative paths are written out on the way, so that `data.root` differs from that in the file."""
+    config = yaml.safe_load((started / "config.yaml").read_text())
+    own = config["data"]["root"]
+    for root in (f"{beside}::{own}", f"{own}::{beside}"):
+        config["data"] |= {"root": root, "download": True}
+        (started / "config.yaml").write_text(yaml.safe_dump(config))
+        for words in ([], ["data.workers=0"], ["data.source=webdataset"], ["resume_force=true", "seed=4"]):
+            assert main([f"resume={started}", *words]) == 1, root
+            assert "its config.yaml reads the images from a command" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 def test_other_commands_on_a_run_directory_run_no_command_of_it(started: Path, tmp_path: Path) -> None:
     """`finetune replay` reads the settings in this way."""
     conf = read_conf(started)

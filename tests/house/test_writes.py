@@ -53,13 +53,11 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "data/checks/known_images.py": [(CACHE, ("save",)), (TEMPORARY, ("_write",))],
     "data/checks/start.py": [(RUN, ("start", "add"))],
     "data/checks/summary.py": [("the folder was claimed as a check, or as a run", ("check_source", "write_lines"))],
-    "data/images/decode.py": [(READS, ("_opened_file",))],
     "data/sources/fetching.py": [
         (CACHE, ("fetch", "_fetch_with_retries", "_download", "_run_command")),
         ("cuts the seal of a file that had one", ("condemn",)),
     ],
     "data/sources/remote_shards.py": [(CACHE, ("fetch_shards",))],
-    "data/sources/tar_files.py": [(READS, ("_opened",))],
     "prefix/store.py": [(CACHE, ("_write", "__init__"))],
     "report/look.py": [("a claimed folder, or a file that a person named for the picture", ("save_figure",))],
     "report/scores.py": [(RUN, ("write_scores",))],
@@ -94,8 +92,8 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             ("create_temporary", "sweep_temporaries", "_sweep_claims"),
         ),
     ],
-    "system/reading.py": [(READS, ("read_file",))],
-    "system/seals.py": [(READS, ("_opened",)), (TEMPORARY, ("seal", "put_checksum"))],
+    "system/reading.py": [(READS, ("open_regular",))],
+    "system/seals.py": [(TEMPORARY, ("seal", "put_checksum"))],
 }
 
 

@@ -70,10 +70,12 @@ def read_settings(
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     conf = to_conf(first.cfg)
     if run_dir is not None and base is not None:
-        if any(override.key == "data.root" for override in overrides) or conf.data.root != base.data.root:
-            conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # the person's own command
-        if not conf.data.allow_pipe and (commands := pipe_commands(conf.data)):
-            raise ConfigError([_strange_command(run_dir, commands)])
+        # Part by part: what is no command of the run, such as a relative path, may have been written out meanwhile.
+        theirs = set() if any(o.key == "data.root" for o in overrides) else set((base.data.root or "").split("::"))
+        strange = [command for command in pipe_commands(conf.data) if command in theirs]
+        if strange and not conf.data.allow_pipe:
+            raise ConfigError([_strange_command(run_dir, strange)])
+        conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # what is left are the person's own commands
         texts = [override.text for override in overrides if override.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"

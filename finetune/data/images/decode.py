@@ -5,7 +5,6 @@ import functools
 import io
 import os
 import re
-import stat
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from finetune.system.errors import UserError
 from finetune.system.limits import in_bytes
+from finetune.system.reading import open_regular
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -36,7 +36,6 @@ _RAISE = "data.max_image_mib raises the limit"
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF"
 MAX_PIXELS = 178_956_970  # of data.max_image_mib=512, and Pillow's own limit
 BYTES_A_PIXEL = 12  # of a file at most: a file of the largest image with four channels of 16 bits is smaller
-_AT_ONCE = os.O_NONBLOCK if os.name == "posix" else 0
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged EXIF; they name no file
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
@@ -113,12 +112,8 @@ def check_encoded(name: str, num_bytes: int, max_pixels: int) -> None:
 def _opened_file(path: str, max_pixels: int) -> Iterator[IO[bytes]]:
     """Open a regular file that is not too long: a pipe or a device would be read for ever. Raises ImageError."""
     try:
-        # Without waiting: a pipe opens only when another process writes into it.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("a pipe or a device, no file")
-            check_encoded(path, status.st_size, max_pixels)
+        with open_regular(path) as file:
+            check_encoded(path, os.fstat(file.fileno()).st_size, max_pixels)
             yield file
     except ImageError:
         raise

@@ -12,10 +12,8 @@ from finetune.data.labels import told_apart
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.layout import (
     LAYOUT,
-    OURS,
     class_entries,
     entries,
-    has_marker,
     identity,
     in_brackets,
     is_image,
@@ -78,7 +76,7 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
     for name in folders:
         others: Counter[str] = Counter()
         start = f"{folder}/{name}" if folder else name
-        classes[name] = sorted(_walk(root, start, others, above=(identity(place),)))
+        classes[name] = sorted(_walk(root, start, others, seen={identity(place)}))
         if not classes[name]:
             empty.append(name + in_brackets(others, "found only"))
         left_out.update(others)
@@ -94,22 +92,24 @@ def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, l
     return classes
 
 
-def _walk(root: str, folder: str, others: Counter[str], *, above: tuple[object, ...]) -> Iterable[str]:
-    """Image files under `root/folder`, at any depth, relative to `root`; counts all other files in `others`."""
+def _walk(root: str, folder: str, others: Counter[str], *, seen: set[object]) -> Iterable[str]:
+    """Image files under `root/folder`, at any depth, relative to `root`; counts all other files in `others`.
+
+    A folder counts once, however many links lead to it: links to a folder above would never end, and a few links to
+    each other are many paths. `seen` holds the folders that were listed so far.
+    """
     here = identity(os.path.join(root, folder))
-    if here in above:
-        return  # a link to a folder above, whose images are listed there
-    folders, files = entries(os.path.join(root, folder))
+    if here in seen:
+        return
+    seen.add(here)
+    folders, files = class_entries(os.path.join(root, folder), others)
     for file in files:
         if is_image(file):
             yield f"{folder}/{file}"
         else:
             others[_kind(file)] += 1
     for name in folders:
-        if has_marker(os.path.join(root, folder, name)):
-            others[OURS] += 1
-        else:
-            yield from _walk(root, f"{folder}/{name}", others, above=(*above, here))
+        yield from _walk(root, f"{folder}/{name}", others, seen=seen)
 
 
 def _check_same_classes(root: str, found: dict[str, dict[str, list[str]]]) -> None:

@@ -1,8 +1,9 @@
 """What a folder of images means: class folders, or splits with class folders in them. A doubtful one is a question."""
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.data.images.decode import EXTENSIONS, natural_key
@@ -15,26 +16,38 @@ LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1
 # Folders that operating systems and tools leave behind. Some hold small copies of the images.
 LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
 OURS = "folders of runs"  # in the list of what was left out
+DEPTH = 5  # folders, from that of all outputs down: outputs/sweeps/<date>/<time>/<job>
 MOST_PARTS = 10  # folders that may be parts of a data set; more of them are classes
 SHOWN = 5  # names in a message
 
 
 def entries(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the visible folders, in natural order, and of the visible files. A link counts as its target."""
+    """Names of the visible folders, in natural order, and of the visible files. A link counts as its target.
+
+    What a run or another command of ours wrote is left out: its pictures are no images.
+    """
     folders: list[str] = []
     files: list[str] = []
     try:
-        with os.scandir(folder) as found:
-            for entry in found:
-                if entry.name.startswith(".") or entry.name in LITTER:
-                    continue
-                # Broken links, links to themselves and pipes count as files: the check of the images names them.
-                is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-                (folders if is_folder else files).append(entry.name)
+        for entry, is_folder in _visible(folder):
+            (folders if is_folder else files).append(entry.name)
     except PermissionError as error:
         identity(folder)
         raise UserError(f"{folder}: may not be listed (permission denied); change its rights or data.root") from error
     return sorted(folders, key=natural_key), files
+
+
+def _visible(folder: str) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """The visible entries of a folder that are not ours, and whether each is a folder."""
+    marker = read_marker(Path(folder))
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith(".") or entry.name in LITTER:
+                continue
+            if marker is not None and OWN[marker.kind].has_name(entry.name):
+                continue
+            # Broken links, links to themselves and pipes count as files: the check of the images names them.
+            yield entry, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def identity(folder: str) -> tuple[int, int] | None:
@@ -52,30 +65,23 @@ def identity(folder: str) -> tuple[int, int] | None:
 def class_entries(folder: str, left_out: Counter[str]) -> tuple[list[str], list[str]]:
     """`entries` without folders that hold only runs, sweeps, checks or caches of ours, which are counted instead."""
     folders, files = entries(folder)
-    marker = read_marker(Path(folder))
-    inside: Collection[str] = () if marker is None else OWN[marker.kind].folders
-    ours = [name for name in folders if name in inside or is_ours(os.path.join(folder, name))]
+    ours = [name for name in folders if is_ours(os.path.join(folder, name))]
     left_out.update({OURS: len(ours)} if ours else {})
     return [name for name in folders if name not in ours], files
 
 
-def is_ours(folder: str, depth: int = 4) -> bool:
-    """Whether a command of ours made a folder, as its marker says, or every folder in it, beside which is no file."""
-    if has_marker(folder):
-        return True
-    if not depth or os.path.islink(folder):
-        return False
-    try:
-        with os.scandir(folder) as found:
-            inner = []
-            for entry in found:
-                if not entry.is_dir() and not entry.name.startswith("."):
-                    return False  # at the first of a million images
-                inner.append(entry)
-    except PermissionError:
-        return False  # whoever lists the folder says so
-    shown = [entry.path for entry in inner if entry.is_dir() and not entry.name.startswith(".")]
-    return bool(shown) and all(is_ours(path, depth - 1) for path in shown)
+def is_ours(folder: str, depth: int = DEPTH) -> bool:
+    """Whether a folder holds what commands of ours wrote and no images, as `outputs/` and the folders of dates in it.
+
+    A folder with a marker may be a class, too: a check may write into any folder.
+    """
+    found = has_marker(folder)
+    with contextlib.suppress(PermissionError):  # whoever lists the folder says so
+        for entry, is_folder in _visible(folder):
+            if is_image(entry.name) or (is_folder and not (depth > 1 and is_ours(entry.path, depth - 1))):
+                return False  # at the first of a million images
+            found |= is_folder
+    return found
 
 
 def has_marker(folder: str) -> bool:

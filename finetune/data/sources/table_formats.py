@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from finetune.config import nearest
 from finetune.system.errors import UserError
 from finetune.system.limits import COLUMNS, BoundedLines, Limit
+from finetune.system.reading import open_regular
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": "", ".pq": ""}
 ROWS = 16_384  # in a block
@@ -36,6 +37,7 @@ def read_blocks(path: str, wanted: Sequence[str], limit: Limit) -> Iterator[Colu
     try:
         if ending not in SEPARATORS:
             raise UserError(f"expected a name that ends in {' '.join(SEPARATORS)}; .gz may follow")
+        open_regular(path).close()  # a pipe would wait without end
         is_text = ending not in (".parquet", ".pq")
         yield from _text_blocks(path, wanted, SEPARATORS[ending], limit) if is_text else _parquet_blocks(path, wanted)
     except UserError as error:

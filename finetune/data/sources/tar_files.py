@@ -1,12 +1,11 @@
 """The members of a tar file, read without belief in what its headers claim."""
 
 import os
-import stat
 import tarfile
 from collections.abc import Iterator
 from typing import IO, cast
 
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, open_regular
 from finetune.system.seals import SealedFile, SealedStream
 
 HEADER_BYTES = 2**16  # of an extended header: a path has 4 KiB at most, and nothing else of it is used
@@ -24,14 +23,6 @@ class _Headers:
         return self._file.read(size)
 
 
-def _opened(path: str) -> IO[bytes]:
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("a pipe or a device, no file")
-    return file
-
-
 def tar_members(path: str, sealed: SealedFile | None = None) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """Every regular file in a whole, uncompressed tar archive, in order; and the open archive, to read its bytes from.
 
@@ -43,7 +34,7 @@ def tar_members(path: str, sealed: SealedFile | None = None) -> Iterator[tuple[t
         tarfile.ReadError: The archive is damaged, breaks off, or holds files of which it stores parts only.
         OSError: It cannot be opened, or is no regular file.
     """
-    with _opened(path) if sealed is None else cast(IO[bytes], SealedStream(sealed)) as file:
+    with open_regular(path) if sealed is None else cast(IO[bytes], SealedStream(sealed)) as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
         end = -1  # of the last member's header, so that no header leads back
