@@ -252,6 +252,7 @@ def _child(words: list[str], home: Path, kill: Kill | None, counts: bool) -> NoR
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(home)
         handle = os.open(home / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for stream in (1, 2):

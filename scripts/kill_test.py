@@ -18,6 +18,7 @@ be equal to the bit, with no temporary file left. Ends with one line of figures,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -30,8 +31,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,6 +45,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from kill_points import AFTER, BEFORE, MOMENTS, Kill, Process, import_as  # noqa: E402
 
+EQUAL = "bitwise equal"
 RUN, IMAGES, SHARDS = "run", "images", "shards"
 SAME = ("data.batch_size=8", "model.head_dropout=0.2", "device=cpu", f"hydra.run.dir={RUN}")
 FOLDER = (*SAME, "data=folder", "data.root={images}", "data.workers=0", "sched.interval=step", "train.keep=2")
@@ -325,6 +327,7 @@ class Outcome:
     what: str  # of the run
     wrong: str  # empty where it is equal to the bit
     kills: int = 1
+    place: str = ""  # where it was killed
 
 
 def kills_of(course: Course, *, every: bool, dice: random.Random) -> list[Kill]:
@@ -346,11 +349,11 @@ def kill_at(course: Course, kill: Kill, home: Path) -> Outcome:
     what = f"{course.name}, killed {kill}"
     process = Process(course.words, home, kill=kill)
     if (code := process.wait()) != -signal.SIGKILL:
-        return Outcome(what, f"not reached: it ended with {code}", kills=0)
+        return Outcome(what, f"not reached: it ended with {code}", 0, kill.point)
     wrong = course.go_on(home, random.Random(str(kill)))
     if not wrong:
         shutil.rmtree(home)
-    return Outcome(what, wrong)
+    return Outcome(what, wrong, place=kill.point)
 
 
 def kill_sometime(course: Course, seconds: float, home: Path, dice: random.Random) -> Outcome:
@@ -379,32 +382,52 @@ def kill_sometime(course: Course, seconds: float, home: Path, dice: random.Rando
     return Outcome(what, wrong, len(kills))
 
 
-def report(outcomes: Iterable[Outcome]) -> Counter[str]:
-    """Print what was wrong, as it comes; how often each kind of end was met."""
-    seen: Counter[str] = Counter()
-    for number, outcome in enumerate(outcomes):
-        kind = outcome.wrong.partition(":")[0] if outcome.wrong.startswith(("refused", "not reached")) else "different"
-        seen[kind if outcome.wrong else "equal"] += 1
-        seen["kills"] += outcome.kills
+@dataclass
+class Figures:
+    """How the runs ended so far."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    kills: int = 0
+    places: set[str] = field(default_factory=set)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a run, and print what was wrong with it."""
+        known = outcome.wrong.startswith(("refused", "not reached"))
+        self.ends[outcome.wrong.partition(":")[0] if known else "different" if outcome.wrong else EQUAL] += 1
+        self.kills += outcome.kills
+        self.places.add(outcome.place)
         if outcome.wrong:
             print(f"{outcome.what}: {outcome.wrong}", flush=True)
-        elif number % 50 == 49:
-            print(f"{number + 1} runs so far, {seen['equal']} of them equal to the bit", flush=True)
-    return seen
+        elif self.ends.total() % 50 == 0:
+            print(f"{self.ends.total()} runs so far, {self.ends[EQUAL]} of them equal to the bit", flush=True)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every run was equal."""
+        return self.ends[EQUAL] == self.ends.total()
+
+    def __str__(self) -> str:
+        """In a line, without what was looked at."""
+        names = [EQUAL, "refused", "different", *(["not reached"] if self.ends["not reached"] else [])]
+        return f"{self.kills} kills: " + ", ".join(f"{self.ends[name]} {name}" for name in names)
 
 
-def figures(seen: Counter[str]) -> str:
-    """One line of them."""
-    ends = f"{seen['equal']} bitwise equal, {seen['refused']} refused, {seen['different']} different"
-    return f"{seen['kills']} kills: {ends}" + (f", {seen['not reached']} not reached" if seen["not reached"] else "")
-
-
-def each(tasks: Sequence[tuple[Any, ...]], function: Callable[..., Outcome], jobs: int) -> Iterable[Outcome]:
-    """The outcomes of `function(*task)`, in `jobs` forked processes; a process forks its runs, and runs nothing."""
-    if jobs == 1:
-        return (function(*task) for task in tasks)
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"))
-    return pool.map(function, *zip(*tasks, strict=True))
+def try_all(tasks: Sequence[tuple[Any, ...]], function: Callable[..., Outcome], jobs: int) -> Figures:
+    """Call `function(*task)` for each task, in `jobs` forked processes; after Ctrl-C the figures of those so far."""
+    found = Figures()
+    with contextlib.suppress(KeyboardInterrupt):
+        if jobs == 1:
+            for task in tasks:
+                found.add(function(*task))
+            return found
+        # Its processes run nothing but forks: a process with threads cannot be forked safely.
+        pool = ProcessPoolExecutor(jobs, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        try:
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
+                found.add(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return found
 
 
 def run_points(
@@ -415,11 +438,10 @@ def run_points(
     dice = random.Random(seed)
     tasks = [(course, kill) for course in found for kill in kills_of(course, every=every, dice=dice)]
     tasks = dice.sample(tasks, len(tasks) if most is None else most)
-    points = len({(course.name, kill.point) for course, kill in tasks})
-    print(f"{points} write points, {len(tasks)} kills", flush=True)
+    print(f"{len(tasks)} kills", flush=True)
     homes = [work / f"killed {number}" for number in range(len(tasks))]
-    seen = report(each([(*task, home) for task, home in zip(tasks, homes, strict=True)], kill_at, jobs))
-    return f"{points} write points, {figures(seen)}", seen["equal"] == len(tasks)
+    seen = try_all([(*task, home) for task, home in zip(tasks, homes, strict=True)], kill_at, jobs)
+    return f"{len(seen.places)} write points, {seen}", seen.is_good
 
 
 def run_rounds(work: Path, rounds: int, *, seed: int = 0, jobs: int = 1) -> tuple[str, bool]:
@@ -436,8 +458,8 @@ def run_rounds(work: Path, rounds: int, *, seed: int = 0, jobs: int = 1) -> tupl
     for number in range(rounds):
         course, seconds = found[number % len(found)]
         tasks.append((course, seconds, work / f"round {number}", random.Random(f"{seed} {number}")))
-    seen = report(each(tasks, kill_sometime, jobs))
-    return f"{rounds} rounds, {figures(seen)}", seen["equal"] == rounds
+    seen = try_all(tasks, kill_sometime, jobs)
+    return f"{seen.ends.total()} rounds, {seen}", seen.is_good
 
 
 def main() -> int:

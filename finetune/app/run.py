@@ -81,7 +81,7 @@ def _run(session: Session, *, quiet: bool) -> Result:
     start_log(session.run_dir, quiet=quiet)
     stop = StopSignals()
     try:
-        sweep_temporaries(session.run_dir)
+        sweep_temporaries(session.run_dir, FolderKind.run)
         session.announce()
         if session.earlier.given_up is not None:
             remove_given_up(session.run_dir)

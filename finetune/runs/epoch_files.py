@@ -17,7 +17,6 @@ from finetune.runs.checkpoint import Content, read_state
 from finetune.runs.weights import metadata_of, read_weights
 from finetune.system.errors import UserError
 from finetune.system.files import link_or_copy
-from finetune.system.ours import sweep_temporaries
 from finetune.system.reading import DamagedError
 from finetune.system.seals import CHECKSUM_KEY
 
@@ -125,7 +124,6 @@ def settle(folder: Path, state: TrainState, finished: int) -> None:
     They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage. But
     none is of a later epoch than the `finished` ones, which the history has.
     """
-    sweep_temporaries(folder)
     if state.best_epoch > 0:
         path = epoch_path(folder, state.best_epoch)
         if not path.exists():

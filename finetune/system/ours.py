@@ -305,15 +305,23 @@ def create_temporary(path: Path) -> Path:
     return temporary
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporary files of this very folder, which killed processes left; the caller holds its lock.
+def sweep_temporaries(folder: Path, kind: FolderKind) -> None:
+    """Remove the temporary files that killed processes left in a folder of ours and in its subfolders of our names.
 
-    Those with another id are somebody else's.
+    The caller holds the folder's lock. Those with another id are somebody else's.
     """
-    marker = _marker_above(folder)
-    for path, _, ident in _temporaries(folder):
-        if marker is not None and ident == marker.id:
-            path.unlink()
+    marker = read_marker(folder)
+    for place in [folder, *_own_folders(folder, OWN[kind])] if marker is not None else []:
+        for path, _, ident in _temporaries(place):
+            if ident == marker.id:
+                path.unlink()
+
+
+def _own_folders(folder: Path, own: OwnNames) -> list[Path]:
+    """The existing subfolders with our names, and theirs; no links."""
+    found = [(folder / name, inside) for name, inside in own.folders.items()]
+    found = [(path, inside) for path, inside in found if path.is_dir() and not path.is_symlink()]
+    return [path for top, inside in found for path in (top, *_own_folders(top, inside))]
 
 
 def _sweep_claims(folder: Path) -> None:

@@ -30,7 +30,7 @@ from finetune.runs.epoch_files import best_epochs, latest_state, settle
 from finetune.runs.saver import NoSpaceError, Saver
 from finetune.runs.weights import put_weights, read_weights
 from finetune.system.errors import UserError
-from finetune.system.ours import FolderKind, claim
+from finetune.system.ours import FolderKind, claim, sweep_temporaries
 from finetune.system.reading import DamagedError
 from finetune.system.seals import seal
 
@@ -291,6 +291,7 @@ def assert_best_is_what_the_state_names(folder: Path) -> int:
     state = at_step(99)
     if found is not None:
         load_state(found[1], state)
+    sweep_temporaries(folder, FolderKind.run)
     settle(folder, state, 4)
     if state.best_epoch:
         tensors, metadata = read_weights(folder / "best.safetensors")

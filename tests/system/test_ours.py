@@ -196,19 +196,22 @@ def test_a_file_is_opened_without_following_anything(tmp_path: Path, mode: str) 
 
 def test_temporaries_carry_the_id_and_no_others_are_swept(tmp_path: Path) -> None:
     marker = claim(tmp_path, FolderKind.run)
-    (tmp_path / "checkpoints").mkdir()
-    for folder in (tmp_path, tmp_path / "checkpoints"):
-        name = temporary_of(folder / "a.b").name
-        assert name == f".a.b.{marker.id}-{os.getpid()}.tmp"
-        other = "0" * 16 if marker.id != "0" * 16 else "1" * 16
-        foreign = [".a.77.tmp", ".a.tmp", "a.tmp", f".a.{other}-77.tmp", f".a.{marker.id}.tmp", f"a.{marker.id}-7.tmp"]
+    other = "0" * 16 if marker.id != "0" * 16 else "1" * 16
+    foreign = [".a.77.tmp", ".a.tmp", "a.tmp", f".a.{other}-77.tmp", f".a.{marker.id}.tmp", f"a.{marker.id}-7.tmp"]
+    foreign.append(f"..finetune.json.{other}-8.tmp")
+    own = ("checkpoints", "bad_batch")
+    folders = [tmp_path, *(tmp_path / name for name in (*own, "of others"))]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        assert temporary_of(folder / "a.b").name == f".a.b.{marker.id}-{os.getpid()}.tmp"
         for each in [*foreign, f".a.{marker.id}-77.tmp"]:
             (folder / each).write_text("x")
         (folder / f".f.{marker.id}-77.tmp").mkdir()
-        (folder / f"..finetune.json.{other}-8.tmp").write_text("somebody's")
-        sweep_temporaries(folder)
-        left = {path.name for path in folder.iterdir()} - {MARKER, "checkpoints"}
-        assert left == {*foreign, f".f.{marker.id}-77.tmp", f"..finetune.json.{other}-8.tmp"}
+    sweep_temporaries(tmp_path, FolderKind.run)
+    for folder in folders:
+        left = {path.name for path in folder.iterdir()} - {MARKER, *(path.name for path in folders)}
+        kept = [f".a.{marker.id}-77.tmp"] if folder.name == "of others" else []
+        assert left == {*foreign, f".f.{marker.id}-77.tmp", *kept}, folder
     loose = tmp_path.parent / f"loose{random.random()}"
     loose.mkdir()
     assert temporary_of(loose / "a") != temporary_of(loose / "a")
