@@ -311,7 +311,9 @@ def sweep_temporaries(folder: Path, kind: FolderKind) -> None:
     The caller holds the folder's lock. Those with another id are somebody else's.
     """
     marker = read_marker(folder)
-    for place in [folder, *_own_folders(folder, OWN[kind])] if marker is not None else []:
+    if marker is None:
+        return
+    for place in (folder, *_own_folders(folder, OWN[kind])):
         for path, _, ident in _temporaries(place):
             if ident == marker.id:
                 path.unlink()
