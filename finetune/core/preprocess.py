@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from finetune.config import DataConf, Resize
 from finetune.system.errors import UserError
@@ -12,19 +14,30 @@ from finetune.system.errors import UserError
 WAYS = {Resize.shortest: "crop", Resize.squash: "squash", Resize.pad: "pad"}
 
 
+_Positive = Annotated[float, Meta(gt=0)]
+_MODES = "^(nearest|nearest-exact|bilinear|bicubic|box|hamming|lanczos)$"
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """From an RGB image in [0, 1] to what the first layer reads."""
+    """From an RGB image in [0, 1] to what the first layer reads.
 
-    size: int  # pixels a side
+    The rules in the types hold for what is read from a file of weights.
+    """
+
+    size: Annotated[int, Meta(ge=1)]  # pixels a side
     mean: tuple[float, float, float]  # subtracted from each channel
-    std: tuple[float, float, float]  # each channel is divided by it
-    interpolation: str = "bicubic"  # or `bilinear`; always antialiased
+    std: tuple[_Positive, _Positive, _Positive]  # each channel is divided by it
+    interpolation: Annotated[str, Meta(pattern=_MODES)] = "bicubic"  # or `bilinear`; always antialiased
     # `squash` (both sides to `size`), `crop` (shorter side to `size / crop_fraction`, then the centre) or `pad` (longer
     # side to `size`, then black borders).
-    resize: str = "crop"
-    crop_fraction: float = 1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
-    channels: int = 3  # of the images that the model reads: 3, or 1 for grey; `mean` and `std` are then three times one
+    resize: Annotated[str, Meta(pattern="^(crop|squash|pad)$")] = "crop"
+    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = (
+        1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
+    )
+    channels: Annotated[int, Meta(ge=1)] = (
+        3  # of the images that the model reads: 3, or 1 for grey; `mean` and `std` are then three times one
+    )
 
     @property
     def shorter_side(self) -> int:

@@ -71,12 +71,11 @@ def read_settings(
     conf = to_conf(first.cfg)
     if run_dir is not None and base is not None:
         # Part by part: what is no command of the run, such as a relative path, may have been written out meanwhile.
-        theirs = set() if any(o.key == "data.root" for o in overrides) else set((base.data.root or "").split("::"))
-        strange = [command for command in pipe_commands(conf.data) if command in theirs]
-        if strange and not conf.data.allow_pipe:
+        theirs = [] if any(o.key == "data.root" for o in overrides) else (base.data.root or "").split("::")
+        if (strange := [one for one in pipe_commands(conf.data) if one in theirs]) and not conf.data.allow_pipe:
             raise ConfigError([_strange_command(run_dir, strange)])
         conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # what is left are the person's own commands
-        texts = [override.text for override in overrides if override.key != "resume_force"]
+        texts = [o.text for o in overrides if o.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     if any(override.key == key for override in overrides):

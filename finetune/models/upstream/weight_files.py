@@ -5,7 +5,6 @@ and a file that needs more than that is refused. TorchScript archives hold progr
 """
 
 import argparse
-import json
 import math
 import os
 import pickle
@@ -28,7 +27,7 @@ from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
 from finetune.system.errors import UserError
 from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, check_growth, check_pickles
-from finetune.system.reading import DamagedError
+from finetune.system.reading import DamagedError, UnfitError, parse_json
 from finetune.system.seals import check_checksum, damaged_if_unreadable
 
 # The exceptions that torch's reader raises on damaged files.
@@ -260,12 +259,13 @@ def read_metadata(path: Path | None) -> SavedWeights:
     from safetensors import safe_open
 
     check_checksum(path)
-    with damaged_if_unreadable(path):
-        with safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-        keys = ("classes", "preprocess", "changes")
-        classes, values, changes = (json.loads(texts[key]) if key in texts else None for key in keys)
-        preprocess = None
-        if values is not None:
-            preprocess = Preprocess(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        return SavedWeights(preprocess, classes, Network(**(changes or {})))
+    with damaged_if_unreadable(path), safe_open(path, framework="pt") as file:
+        texts = file.metadata() or {}
+    kinds = {"classes": list[str] | None, "preprocess": Preprocess | None, "changes": Network | None}
+    found: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        try:
+            found[key] = parse_json(texts.get(key, "null").encode(), kind)  # type: ignore[arg-type]
+        except UnfitError as error:
+            raise DamagedError.because(path, f"its metadata {key!r}: {error}", "fetch it again") from error
+    return SavedWeights(found["preprocess"], found["classes"], found["changes"] or Network())
