@@ -74,9 +74,15 @@ class Session:
         """What the folder held, with the changes since the checkpoint `found`; logs those that are not announced yet.
 
         Raises:
-            RefusedError: Some need `resume_force`.
+            RefusedError: Some need `resume_force`; or the run has finished, and its state is gone.
         """
         if found is None:
+            if self.earlier.result is not None and self.earlier.result["status"] == "finished":
+                self.is_refused = True
+                raise RefusedError(
+                    f"{self.run_dir / 'checkpoints'} has no last.pt any more, so this finished run cannot go on;"
+                    " nothing was changed: put the file back, or start a new run in another folder"
+                )
             return self.earlier
         force, text = self.conf.resume_force, found[0]["notes"].get(SETTINGS, "{}")
         try:

@@ -109,7 +109,8 @@ class EarlierRun:
         """
         changes = _differences(parse_json(text.encode(), dict), flat(settings))
         refused = [change for change in changes if not change.is_allowed]
-        was_forced = self.result is not None and self.result.get("settings") == self.digest
+        result = self.result or {}  # of a start that forced a change, it has its digest and promises nothing
+        was_forced = result.get("settings") == self.digest and result.get("promise") == "none"
         if refused and not force and not was_forced:
             raise RefusedError(
                 f"the settings are not those that the checkpoint was made with: {'; '.join(map(str, refused))}:"

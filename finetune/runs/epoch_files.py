@@ -123,6 +123,9 @@ def settle(folder: Path, state: TrainState, finished: int) -> None:
 
     They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage. But
     none is of a later epoch than the `finished` ones, which the history has.
+
+    Raises:
+        UserError: The weights of the best epoch are neither there nor in `best.safetensors`.
     """
     if state.best_epoch > 0:
         path = epoch_path(folder, state.best_epoch)
@@ -130,6 +133,11 @@ def settle(folder: Path, state: TrainState, finished: int) -> None:
             _find_best(folder, state.best_epoch, path)
         if path.exists():
             link_or_copy(path, folder / BEST)
+        if not _is_own(folder / BEST, state.best_epoch):
+            raise UserError(
+                f"{path} is gone, the weights of the best epoch so far, and {BEST} does not hold them: put one of both"
+                f" back, or remove {folder} to start from the beginning"
+            )
     remove_epochs(folder, but=range(state.epoch + 1), last=finished)
 
 

@@ -214,6 +214,38 @@ def test_a_promise_that_somebody_improved_is_not_believed(begun: Path, monkeypat
     assert again(begun)["promise"] == "close"
 
 
+def test_the_state_of_another_run_is_refused(begun: Path, stripes: Path, tmp_path: Path) -> None:
+    """Nobody forced its settings, though `config.yaml` and `result.json` agree."""
+    go(small(stripes, optim__lr=0.004, train__epochs=1), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "checkpoints" / "last.pt", begun / "checkpoints")
+    before = {path: path.read_bytes() for path in begun.rglob("*.*") if path.is_file() and path.name != "run.log"}
+    with pytest.raises(RefusedError, match=r"optim\.lr: 0\.004 -> 0\.001"):
+        again(begun)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_weights_of_another_epoch_are_not_taken_for_the_best(begun: Path, straight: Path) -> None:
+    state = read_state(straight / "checkpoints" / "last.pt")
+    assert state["counters"]["best_epoch"] == 2  # and the folder has those of epoch 1
+    shutil.copy(straight / "checkpoints" / "last.pt", begun / "checkpoints")
+    with pytest.raises(UserError, match=r"epoch_0002\.safetensors is gone, the weights of the best epoch"):
+        again(begun)
+    shutil.copy(straight / "checkpoints" / "best.safetensors", begun / "checkpoints" / "epoch_0002.safetensors")
+    shutil.copy(straight / "checkpoints" / "last.safetensors", begun / "checkpoints")
+    again(begun)
+    assert_same_run(straight, begun)
+
+
+def test_a_finished_run_without_its_state_is_not_begun_anew(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    (run / "checkpoints" / "last.pt").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file() and path.name != "run.log"}
+    again(run)  # nothing to do
+    with pytest.raises(RefusedError, match=r"no last\.pt any more"):
+        again(run, train__epochs=3)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_an_edited_history_is_restored(begun: Path, straight: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = begun / "history.jsonl"
     damages: dict[str, Callable[[str], str | None]] = {
