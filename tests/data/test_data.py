@@ -505,7 +505,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "folder.png").mkdir()
     reasons = {"empty.jpg": "empty", "text.png": "not an image", "cut.jpg": "truncated", "broken.png": "broken link"}
-    for name, reason in {**reasons, "folder.png": "directory"}.items():
+    for name, reason in {**reasons, "folder.png": "a folder"}.items():
         with pytest.raises(ImageError, match=reason) as caught:
             read_image(str(tmp_path / name))
         assert caught.value.path == str(tmp_path / name) and str(caught.value).startswith(caught.value.path)
