@@ -128,10 +128,14 @@ def install(below: Path, kill: Kill | None) -> Points:
         setattr(os, name, _wrapped(points, name, getattr(os, name), place))
     os.open = _wrapped_os_open(points, os.open)
     builtins.open = io.open = _wrapped_open(points, builtins.open)  # type: ignore[assignment]
-    # These write from C++ and Rust; the third is what `safetensors.torch.save_file` calls.
-    for module, name, place in (("torch", "save", 1), ("safetensors.torch", "serialize_file", 1)):
+    # These write from C++ and Rust; the second is what `safetensors.torch.save_file` calls.
+    for module, name, halve in (
+        ("torch", "save", lambda path: os.truncate(path, os.path.getsize(path) // 2)),
+        # It writes under a name that it draws, and renames the file at the end.
+        ("safetensors.torch", "serialize_file", lambda path: os.rename(path, Path(path).with_name(".tmpHalf12"))),
+    ):
         home = importlib.import_module(module)
-        setattr(home, name, _wrapped(points, f"{module}.{name}", getattr(home, name), place))
+        setattr(home, name, _wrapped(points, f"{module}.{name}", getattr(home, name), 1, halve))
     return points
 
 
@@ -143,13 +147,25 @@ def make_quick() -> None:
     os.fsync = lambda handle: None
 
 
-def _wrapped(points: Points, operation: str, function: Callable[..., Any], place: int) -> Callable[..., Any]:
+def _wrapped(
+    points: Points,
+    operation: str,
+    function: Callable[..., Any],
+    place: int,
+    halve: Callable[[Any], None] | None = None,
+) -> Callable[..., Any]:
+    """A function of which each call is a point; `halve` makes of what it has written what a kill would have left."""
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         folder = kwargs.get("dst_dir_fd" if place else "dir_fd")
         if len(args) <= place or isinstance(args[place], io.IOBase):  # an open file, whose writes are points
             return function(*args, **kwargs)
-        with points.around(operation, points.path_of(args[place], folder)):
-            return function(*args, **kwargs)
+        with points.around(operation, points.path_of(args[place], folder)) as at:
+            result = function(*args, **kwargs)
+            if halve is not None and points.is_now(HALF, at):
+                halve(args[place])
+                die()
+            return result
 
     return wrapped
 

@@ -335,7 +335,8 @@ def kills_of(course: Course, *, every: bool, dice: random.Random) -> list[Kill]:
     found = []
     for point, times in course.points.items():
         # A kill after an fsync finds the same files as one before it.
-        moments = {"fsync": (BEFORE,), "write": MOMENTS}.get(point.partition(" ")[0], (BEFORE, AFTER))
+        in_steps = dict.fromkeys(("write", "torch.save", "safetensors.torch.serialize_file"), MOMENTS)
+        moments = {"fsync": (BEFORE,), **in_steps}.get(point.partition(" ")[0], (BEFORE, AFTER))
         for moment in moments:
             chosen = times if every else [dice.choice((times[0], times[-1], dice.choice(times)))]
             found += [Kill(point, number, moment) for number in chosen]

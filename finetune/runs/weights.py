@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
 from finetune.system.errors import UserError
 from finetune.system.files import json_text, write_atomic
+from finetune.system.ours import WHOLE, temporary_folder
 from finetune.system.reading import DamagedError
 from finetune.system.seals import CHECKSUM_KEY, PLACEHOLDER, check_checksum, damaged_if_unreadable, put_checksum
 
@@ -74,11 +76,12 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, 
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(plain, temporary, metadata=whole)  # `save` would copy the tensors twice
-        temporary.chmod(mode)  # `save_file` lets nobody but the owner read
-        put_checksum(temporary)
+        with temporary_folder(path) as folder:
+            made = folder / WHOLE
+            save_file(plain, made, metadata=whole)  # `save` would copy the tensors twice
+            made.chmod(temporary.stat().st_mode)  # `save_file` lets nobody but the owner read
+            put_checksum(made)
+            os.replace(made, temporary)
 
     write_whole(path, write, is_durable=is_durable)
 

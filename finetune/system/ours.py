@@ -32,6 +32,8 @@ COPIED = f"if it is a copy of one of yours, copy the hidden file {MARKER} too"  
 # Windows has neither; links are rare there, and no FIFO lies in a folder.
 _SAFE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if sys.platform != "win32" else 0
 _ID = "[0-9a-f]{16}"
+# What `temporary_folder` adds to the name of a file, and the file in it that a library writes.
+PARTS, WHOLE = ".parts", "whole"
 
 
 class RefusedError(UserError):
@@ -305,6 +307,32 @@ def create_temporary(path: Path) -> Path:
     return temporary
 
 
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder for a library that writes the file `path`, and gives names to temporary files of its own.
+
+    A kill leaves these inside, where `sweep_temporaries` finds them. The library writes `WHOLE`; move it away.
+    """
+    folder = temporary_of(path.with_name(path.name + PARTS))
+    _remove_parts(folder)  # of a killed process with our number
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove such a folder and what libraries write there; it stays if somebody put something else into it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if re.fullmatch(rf"{WHOLE}|\.tmp\w+", path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink()
+    with contextlib.suppress(OSError):  # not empty
+        folder.rmdir()
+
+
 def sweep_temporaries(folder: Path, kind: FolderKind) -> None:
     """Remove the temporary files that killed processes left in a folder of ours and in its subfolders of our names.
 
@@ -314,9 +342,13 @@ def sweep_temporaries(folder: Path, kind: FolderKind) -> None:
     if marker is None:
         return
     for place in (folder, *_own_folders(folder, OWN[kind])):
-        for path, _, ident in _temporaries(place):
-            if ident == marker.id:
+        for path, name, ident in _temporaries(place):
+            if ident != marker.id:
+                continue
+            if path.is_symlink() or not path.is_dir():
                 path.unlink()
+            elif name.endswith(PARTS):
+                _remove_parts(path)
 
 
 def _own_folders(folder: Path, own: OwnNames) -> list[Path]:
@@ -338,13 +370,9 @@ def _sweep_claims(folder: Path) -> None:
 
 
 def _temporaries(folder: Path) -> list[tuple[Path, str, str]]:
-    """Every file or link that is named as a temporary file, the name that it was to get, and the id in its name."""
-    found = []
-    for path in folder.iterdir():
-        parts = re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)
-        if parts is not None and (path.is_symlink() or not path.is_dir()):
-            found.append((path, parts[1], parts[2]))
-    return found
+    """All that is named as a temporary file of ours: its path, the name that it was to get, the id in its name."""
+    found = [(path, re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)) for path in folder.iterdir()]
+    return [(path, parts[1], parts[2]) for path, parts in found if parts is not None]
 
 
 def _begins_marker(path: Path, ident: str) -> bool:

@@ -89,7 +89,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("only a regular file with one name", ("opener",)),
         (
             "only names with the folder's id, or a marker's beginning",
-            ("create_temporary", "sweep_temporaries", "_sweep_claims"),
+            ("create_temporary", "sweep_temporaries", "_sweep_claims", "temporary_folder", "_remove_parts"),
         ),
     ],
     "system/reading.py": [(READS, ("open_regular",))],

@@ -14,6 +14,7 @@ from finetune.system.files import write_atomic, write_text
 from finetune.system.ours import (
     MARKER,
     OWN,
+    WHOLE,
     FolderKind,
     OwnNames,
     RefusedError,
@@ -21,6 +22,7 @@ from finetune.system.ours import (
     look,
     open_own,
     sweep_temporaries,
+    temporary_folder,
     temporary_of,
 )
 
@@ -215,6 +217,35 @@ def test_temporaries_carry_the_id_and_no_others_are_swept(tmp_path: Path) -> Non
     loose = tmp_path.parent / f"loose{random.random()}"
     loose.mkdir()
     assert temporary_of(loose / "a") != temporary_of(loose / "a")
+
+
+def test_a_library_with_temporary_names_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
+    """safetensors writes .tmpXXXXXX beside the file that it was asked for; a kill leaves that, as large as a model."""
+    marker, place = claim(tmp_path, FolderKind.run), tmp_path / "checkpoints"
+    place.mkdir()
+    path = place / "last.safetensors"
+    with pytest.raises(OSError, match="full"), temporary_folder(path) as folder:
+        assert folder.parent == place and folder.name == f".last.safetensors.parts.{marker.id}-{os.getpid()}.tmp"
+        (folder / ".tmpQMcGfw").write_text("x")
+        (folder / WHOLE).write_text("x")
+        raise OSError("full")
+    assert not list(place.iterdir())
+    left, mixed, foreign = (
+        place / f".x.parts.{ident}-{number}.tmp" for ident, number in ((marker.id, 7), (marker.id, 8), ("0" * 16, 9))
+    )
+    for each in (left, mixed, foreign):
+        each.mkdir()
+        (each / ".tmpQMcGfw").write_text("x")
+    (mixed / "notes.txt").write_text("somebody's")
+    (mixed / "folder").mkdir()
+    sweep_temporaries(tmp_path, FolderKind.run)
+    assert not left.exists() and (foreign / ".tmpQMcGfw").exists()
+    assert {path.name for path in mixed.iterdir()} == {"notes.txt", "folder"}
+    # Under the number of this process, too.
+    (place / folder.name).mkdir()
+    (place / folder.name / ".tmpQMcGfw").write_text("x")
+    with temporary_folder(path) as again:
+        assert not list(again.iterdir())
 
 
 @pytest.mark.parametrize("kind", KINDS)
