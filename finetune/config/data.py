@@ -64,6 +64,9 @@ class DataConf:
     )
     table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image", place=True)
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
+    path_suffix: str | None = setting(
+        None, "table: ending behind each path that lacks it, such as .jpg; auto: that of the image with this name"
+    )
     label_column: str = setting("label", "column (table, hf) or json key (webdataset) that holds the label")
     split_column: str | None = setting(None, "table: column that says train, val or test; null: cut by data.split_seed")
     label_separator: str | None = setting(None, "table: separator of the labels in a cell (multi-label)")
@@ -131,6 +134,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "root": (SourceKind.folder, SourceKind.table, SourceKind.torchvision, SourceKind.webdataset),
     "table": (SourceKind.table,),
     "path_column": (SourceKind.table,),
+    "path_suffix": (SourceKind.table,),
     "label_column": (SourceKind.table, SourceKind.hf, SourceKind.webdataset),
     "split_column": (SourceKind.table,),
     "label_separator": (SourceKind.table,),

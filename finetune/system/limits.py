@@ -131,7 +131,8 @@ def text_of(data: bytes, subject: str, *, strict: bool = True) -> str:
 
     If not `strict`, bytes that are no UTF-8 are carried through as lone surrogates, as those of file names are.
     """
-    refuse_encoding(data, subject)
+    if problem := encoding_problem(data[:64]):
+        raise UserError(f"{subject}: {problem}")
     try:
         return data.decode("utf-8-sig", "strict" if strict else "surrogateescape")
     except UnicodeDecodeError as error:
@@ -147,17 +148,20 @@ _BEGINNINGS = {
     b"\xd0\xcf\x11\xe0": ("is a sheet of Excel", "save it as text in UTF-8 (`CSV UTF-8` in Excel)"),
     b"\x1f\x8b": ("is packed by gzip", "unpack it, or for a table let its name end in .gz"),
     b"PAR1": ("is a Parquet file", "let its name end in .parquet"),
+    b"<!doctype": ("is a web page", "download the file itself"),
+    b"<html": ("is a web page", "download the file itself"),
     b"SQLite": ("is a data base of SQLite", "save the rows as text in UTF-8"),
 }
 
 
-def refuse_encoding(start: bytes, subject: str) -> None:
-    """A UserError that begins with `subject` if the first bytes of a file show that it is no text in UTF-8."""
+def encoding_problem(start: bytes) -> str:
+    """Why a file that starts with these 64 bytes is no text in UTF-8, and how to mend that; empty if it may be one."""
     for beginning, (what, how) in _BEGINNINGS.items():
-        if start.startswith(beginning):
-            raise UserError(f"{subject}: {what}, expected text in UTF-8; {how}")
-    if start[:64].count(0) * 4 > len(start[:64]):  # every second byte of plain letters in UTF-16 is 0
-        raise UserError(f"{subject}: looks like text in UTF-16, or is no text; save it as UTF-8 (`CSV UTF-8` in Excel)")
+        if start.lower().startswith(beginning.lower()):
+            return f"{what}, expected text in UTF-8; {how}"
+    if start.count(0) * 4 > len(start):  # every second byte of plain letters in UTF-16 is 0
+        return "looks like text in UTF-16, or is no text; save it as UTF-8 (`CSV UTF-8` in Excel)"
+    return ""
 
 
 class BoundedLines(Iterator[str]):

@@ -233,7 +233,7 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("optim.lr = 3", 2, [["'optim.lr'", "KEY=VALUE"], ["'='"], ["'3'"]]),
     ("=3", 2, [["nothing in front of the ="]]),
     ("'optim.lr=(a'", 2, [["optim.lr=(a", "expected a number"]]),
-    ("'model.templates=[a photo of {}]'", 2, [["model.templates", "['one','two']"]]),
+    ("'model.templates=[a photo of {}'", 2, [["model.templates", "['one','two']"]]),
     ("''", 2, [["KEY=VALUE"]]),
     ("seed=1 --bogus", 2, [["--bogus", "no such flag"]]),
     # Hydra's own

@@ -311,3 +311,89 @@ def test_a_class_that_is_no_utf8_is_carried_through_and_utf16_is_named(tmp_path:
     pack(tmp_path / "0.tar", samples() | {"l.png": picture(50), "l.cls": "caf\xe9".encode("utf-16")})
     with pytest.raises(UserError, match=r"l\.cls: is text in UTF-16"):
         shards(tmp_path)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path, **changes: Any) -> Source:
+    return open_source(DataConf(source=SourceKind.table, table=str(path), **changes))
+
+
+def listed(root: Path, form: str, separator: str = ",", encoding: str = "utf-8") -> Path:
+    """A table of the images in `root/pics/{cat,dog}`, each path in the form `form`."""
+    make(root / "pics", "cat", "dog", count=6)
+    rows = [(form.format(name=name, i=i), name) for name in ("cat", "dog") for i in range(6)]
+    text = "\n".join(separator.join(row) for row in [("path", "label"), *rows])
+    (root / "t.csv").write_bytes(text.encode(encoding))
+    return root / "t.csv"
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("pics/{name}/{i}", r"there is pics/cat/0\.png, so the ending is missing: add data\.path_suffix=\.png"),
+        ("https://host/{name}/{i}.png", "it is an address; download the images"),
+        ("{name}/{i}.png", None),
+        ("/home/me/set/pics/{name}/{i}.png", r"there is pics/cat/0\.png in .*: take /home/me/set/ off the paths"),
+        ("C:\\me\\{name}\\no{i}.png", "it is a path of Windows"),
+        ("pics/{name}/{i}.PNG", r"there is 0\.png, in other upper and lower case"),
+    ],
+)
+def test_paths_that_lead_nowhere_say_what_they_look_like(tmp_path: Path, form: str, words: str | None) -> None:
+    path = listed(tmp_path, form)
+    if words is None:
+        (tmp_path / "sub").mkdir()
+        with pytest.raises(UserError, match=rf"from another folder: set data\.root={tmp_path / 'pics'}\b"):
+            table(path, root=str(tmp_path / "pics" / "cat"))
+        assert table(path, root=str(tmp_path / "pics")).num_images == 12
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        table(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_backslashes_of_windows_are_read(tmp_path: Path) -> None:
+    source = table(listed(tmp_path, "pics\\{name}\\{i}.png"))
+    assert source.num_images == 12 and source.splits["train"].load(0).shape == (3, 6, 6)
+    assert any("have backslashes" in line for line in source.warnings)
+
+
+@pytest.mark.parametrize("suffix", [".png", "auto"])
+def test_endings_are_put_behind_paths(tmp_path: Path, suffix: str) -> None:
+    path = listed(tmp_path, "pics/{name}/{i}")
+    source = table(path, path_suffix=suffix)
+    assert all(source.splits[name].load(0).shape == (3, 6, 6) for name in source.splits)
+    assert table(listed(tmp_path, "pics/{name}/{i}.png"), path_suffix=suffix).num_images == 12
+    if suffix == "auto":
+        (tmp_path / "pics" / "cat" / "3.jpg").touch()
+        path = listed(tmp_path, "pics/{name}/{i}")
+        with pytest.raises(UserError, match=r"pics/cat/3 may be 3\.jpg or 3\.png; say the ending"):
+            table(path, path_suffix=suffix)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_the_first_line_says_what_stands_between_cells(tmp_path: Path, separator: str) -> None:
+    source = table(listed(tmp_path, "pics/{name}/{i}.png", separator))
+    assert source.classes == ("cat", "dog") and source.num_images == 12
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_tables_in_utf16_are_named(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(UserError, match=r"t\.csv: (is|looks like) text in UTF-16.*`CSV UTF-8` in Excel"):
+        table(listed(tmp_path, "pics/{name}/{i}.png", encoding=encoding))
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"PK\x03\x04", "Excel"),
+        (b"PAR1", "ends? in .parquet"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
+)
+def test_files_that_are_no_text_are_named(tmp_path: Path, start: bytes, words: str) -> None:
+    (tmp_path / "t.csv").write_bytes(start + b"path,label\n" * 9)
+    with pytest.raises(UserError, match=words):
+        table(tmp_path / "t.csv")

@@ -48,8 +48,8 @@ def tokenizer(texts: list[str]) -> Tensor:
 
 def test_logits_equal_clips_own_for_one_template(clip: nn.Module) -> None:
     images = torch.randn(5, 3, 16, 16)
-    head = zeroshot_head(zeroshot_weight(clip, tokenizer, CLASSES, ["a photo of a {}."]))
-    prompts = [f"a photo of a {name}." for name in ("a cat", "dog", "7")]
+    head = zeroshot_head(zeroshot_weight(clip, tokenizer, CLASSES, ["of {}."]))
+    prompts = [f"of {name}." for name in ("a cat", "dog", "7")]
     with torch.no_grad():
         expected, _ = clip.get_logits(images, tokenizer(prompts))
         got = TowerWithHead(clip.visual, head)(images)
@@ -65,6 +65,29 @@ def test_templates_are_averaged_as_openai_and_open_clip_do(clip: nn.Module) -> N
     weight = zeroshot_weight(clip, tokenizer, CLASSES, TEMPLATES)
     torch.testing.assert_close(weight, expected.T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.norm(dim=1), clip.logit_scale.exp().expand(3).detach())
+
+
+def test_classes_that_the_tokenizer_reads_alike_are_refused(clip: nn.Module, caplog) -> None:
+    def lower(texts: list[str]) -> Tensor:
+        return tokenizer([text.lower() for text in texts])
+
+    for classes, words in {
+        ("Cat", "dog", "cat"): r"reads 'Cat' and 'cat' alike; give them other names by model\.class_names",
+        (
+            "a very long name",
+            "dog",
+            "a very long one",
+        ): r"alike once it is cut off at 12 tokens",
+        ("dog", "caf\udce9"): r"class 'caf\\udce9' has bytes that are no text",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            zeroshot_weight(clip, lower, classes, ["{}"])
+    # Another prompt tells them apart.
+    weight = zeroshot_weight(clip, lower, ["very long name", "very long one"], ["it is a {}", "{}"])
+    assert not torch.equal(weight[0], weight[1])
+    with caplog.at_level("WARNING", logger="finetune"):
+        zeroshot_weight(clip, lower, ["x", "a name that is long"], ["{}"])
+    assert "cut off at 12 tokens: 'a name that is long'" in caplog.text and "'x'" not in caplog.text
 
 
 def test_many_prompts_are_read_in_parts(clip: nn.Module, monkeypatch) -> None:

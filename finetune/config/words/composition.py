@@ -7,7 +7,7 @@ files pass through the composition, and `problems.py` finds all of them at once.
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.conf import PLACES, Conf, as_dict, find_problems
 from finetune.config.environment import escaped, keep_reference
+from finetune.config.fields import show
 from finetune.config.words import choices
 from finetune.config.words.references import Reference, fill_in, fill_in_one
 from finetune.config.words.settings import (
     PATH_SETTINGS,
     SECTIONS,
+    SETTINGS,
     Reading,
     absolute_place,
     build,
@@ -46,6 +48,10 @@ from finetune.system.reading import ANY_OF_YAML, yaml_text
 PRIMARY_NAME = "finetune_primary_config"
 # Hydra 1.4 warns when it is told which version's defaults to use, 1.3 when it is not.
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+
+
+# Words that yaml may read as something else than a text; the others need no second look.
+_MAY_BE_READ = re.compile(r"[-+.0-9][-+.\w:]*|true|false|yes|no|on|off", re.IGNORECASE)
 
 
 class _Folders(SearchPathPlugin):
@@ -68,7 +74,9 @@ class _CheckedFiles(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path, self._normalize_file_name(config_path))
         if path.exists():
-            choices.read_nodes(path)
+            node, group = choices.read_nodes(path), config_path.rpartition("/")[0]
+            if problems := [f"{choices.shown(path)}, line {line}" for line in _altered(node, group)]:
+                raise ConfigError(problems)
         return super().load_config(config_path)
 
 
@@ -177,6 +185,26 @@ def _line_of(node: yaml.Node | None, name: str) -> int | None:
             if name.startswith(f"{key.value}.") and (line := _line_of(value, name[len(key.value) + 1 :])):
                 return line
     return None
+
+
+def _altered(node: yaml.Node | None, group: str, name: str = "") -> Iterator[str]:
+    """The texts in a yaml file of `group` that yaml reads as something else, such as 010 as 8: `3: data.classes: ...`.
+
+    `name` is the dotted key of `node`, as far as the file has it.
+    """
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _altered(value, group, f"{name}.{key.value}" if name else str(key.value))
+        return
+    known = [key for key in (name, f"{group}.{name}") if key in SETTINGS]
+    if not known or SETTINGS[known[0]].kind not in (str, list[str]):
+        return
+    for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        if isinstance(part, yaml.ScalarNode) and part.style is None and _MAY_BE_READ.fullmatch(part.value):
+            read = OmegaConf.create(f"a: {part.value}").a
+            if read is not None and str(read) != part.value:
+                why = f"{known[0]}: yaml reads {part.value} as {show(read)}; put it in quotes: '{part.value}'"
+                yield f"{part.start_mark.line + 1}: {why}"
 
 
 def file_problem(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from finetune.config.fields import show
-from finetune.config.words.quoting import quote, quote_override
+from finetune.config.words.quoting import altered, quote, quote_override
 from finetune.config.words.settings import SETTINGS, describe_kind
 
 MAX_JOBS = 10_000  # of one sweep
@@ -19,6 +19,10 @@ MAX_LETTERS = 2**17  # of one word; Linux passes no longer ones
 MAX_DEPTH, SHOWN = 50, 60
 _SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 _SWEEPS = {ChoiceSweep: "choice", RangeSweep: "range", IntervalSweep: "interval", Glob: "glob"}
+
+
+class _AlteredError(Exception):
+    """A text that Hydra's grammar reads as a number or as true or false."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def parse_overrides(typed: Sequence[str], *, multirun: bool) -> tuple[list[Overr
             continue
         try:
             parsed.append(_parse(parser, text, quote_override(text, multirun=multirun)))
+        except _AlteredError as error:
+            problems.append(str(error))
         except (HydraException, ValueError, ArithmeticError) as error:
             problems.append(_unparsable(text, error))
     return parsed, problems
@@ -90,6 +96,8 @@ def _parse(parser: OverridesParser, text: str, safe: str) -> Override:
         values = (value.start, value.end)
     else:
         values = () if sweep else (_unquoted(value),)
+    if sweep in ("", "choice") and not key.startswith("hydra") and (read := altered(key, values, text)) is not None:
+        raise _AlteredError(f"{text}: a text in it is read as {read}; put each text in quotes, such as ['1_1','no']")
     return Override(text, safe, key, _SIGNS[parsed.type], values, sweep, value if sweep == "glob" else None)
 
 

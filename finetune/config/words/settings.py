@@ -98,6 +98,8 @@ def convert(setting: Setting, value: Any) -> Any:
     close = nearest(str(value), setting.words)
     if value is False and "off" in setting.words:
         close = " (yaml reads a bare off as false: write 'off')"
+    elif setting.kind in (str, list[str]) and any(isinstance(part, bool) for part in _as_list(value)):
+        close = " (yaml reads yes, no, on, off, true and false as no text: put such a word in quotes, 'no')"
     meaning = "" if close or setting.words else f" ({setting.meaning})"
     raise UserError(f"{setting.name}={show(value)}: expected {describe_kind(setting)}{close}{meaning}")
 
@@ -113,13 +115,17 @@ def with_words(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _read(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; any of ValueError, TypeError, OverflowError where it is none."""
     if kind is bool and isinstance(value, (bool, int)):
         return bool(value)
     if kind is bool and isinstance(value, str) and value.lower() in BOOLS:
         return BOOLS[value.lower()]
-    if value is None or kind is bool or (isinstance(value, bool) and kind is not str):
+    if value is None or kind is bool or isinstance(value, bool):
         raise TypeError
     if (kind is int and isinstance(value, float)) or (kind is str and not isinstance(value, (str, int, float))):
         raise TypeError

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from finetune.config import nearest
 from finetune.system.errors import UserError
-from finetune.system.limits import COLUMNS, BoundedLines, Limit
+from finetune.system.limits import COLUMNS, BoundedLines, Limit, encoding_problem
 from finetune.system.reading import open_regular
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": "", ".pq": ""}
@@ -51,6 +51,9 @@ def read_blocks(path: str, wanted: Sequence[str], limit: Limit) -> Iterator[Colu
 def _text_blocks(path: str, wanted: Sequence[str], separator: str, limit: Limit) -> Iterator[ColumnBlock]:
     opener: Any = gzip.open if path.lower().endswith(".gz") else open
     width = 1 + len(wanted)
+    with opener(path, "rb") as file:
+        if problem := encoding_problem(file.read(64)):
+            raise UserError(problem)
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = BoundedLines(file, "", limit)
         rows = _csv_rows(lines, wanted, separator, limit) if separator else _json_rows(lines, wanted)
@@ -73,7 +76,8 @@ def _next_rows(rows: Iterator[Sequence[Any]], lines: BoundedLines) -> Iterator[S
 def _csv_rows(lines: BoundedLines, wanted: Sequence[str], separator: str, limit: Limit) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each row below the header."""
     csv.field_size_limit(limit.most)  # of the whole process; by default 128 KiB
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    first = next(lines, "")
+    reader = csv.reader(chain([first], lines), delimiter=_separator(first, separator, wanted), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         COLUMNS.check("the first line", len(header))
@@ -88,6 +92,14 @@ def _csv_rows(lines: BoundedLines, wanted: Sequence[str], separator: str, limit:
                 raise UserError(f"row {reader.line_num} has {counts} (a text with a comma needs quotes)")
     except csv.Error as error:
         raise UserError(f"row {reader.line_num}: {error}") from error
+
+
+def _separator(first: str, usual: str, wanted: Sequence[str]) -> str:
+    """What stands between cells: `usual`, or what makes all wanted columns of the first line, as `;` of Excel does."""
+    for separator in (usual, ";", "\t", "|", ","):
+        if set(wanted) <= {cell.strip().strip('"') for cell in first.split(separator)}:
+            return separator
+    return usual
 
 
 def _json_rows(lines: BoundedLines, wanted: Sequence[str]) -> Iterator[Sequence[Any]]:

@@ -19,6 +19,7 @@ from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
+from finetune.data.sources.table_paths import found_paths
 from finetune.data.split import SPLITS, FoundImages, Groups
 from finetune.data.split_words import split_of
 from finetune.data.streams import ranks
@@ -96,6 +97,7 @@ def find_table(conf: DataConf) -> FoundImages:
     classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
     labels = rows.labels.tensor(classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
+    names, warnings = found_paths(names, root, path, conf)
     return FoundImages(
         store=TableStore(root, names, np.array(rows.numbers), os.path.basename(path)),
         names=_names_without_place(names, root),
@@ -105,7 +107,7 @@ def find_table(conf: DataConf) -> FoundImages:
         place=f"data.table={path}",
         title=f"table {path}",
         location=os.path.abspath(root),
-        warnings=_check_repeats(path, names, labels, np.array(rows.numbers)),
+        warnings=(*warnings, *_check_repeats(path, names, labels, np.array(rows.numbers))),
         groups=None if groups is None else Groups.of(rows.groups),
     )
 

@@ -1,5 +1,6 @@
 """A head made from class names by the text tower of a CLIP."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
 from finetune.system.limits import NAMES, read_text
 
+logger = logging.getLogger("finetune")
+
+SHOWN = 5  # names in a message
 PROMPTS_AT_ONCE = 256  # read by the text tower; bounds the memory, and the features do not depend on it
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -77,6 +81,40 @@ def class_prompts(classes: Sequence[str], may_repeat: Collection[str] = ()) -> l
     return names
 
 
+def refuse_equal_tokens(
+    tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], may_repeat: Collection[str] = ()
+) -> None:
+    """A UserError where the tokenizer makes the same of two names, so that their rows of the head would be equal.
+
+    It puts most letters into lower case and cuts long texts off; a warning names the classes whose prompt is cut off.
+    """
+    broken = [name for name in names if any("\ud800" <= char <= "\udfff" for char in name)]
+    if broken:
+        mend = "rename it, or give a name by model.class_names"
+        raise UserError(f"class {broken[0]!r} has bytes that are no text, which a zero-shot head cannot read; {mend}")
+    prompts = [templates[0].replace("{}", name) for name in names]
+    tokens = tokenizer(prompts)
+    longer = tokenizer([f"{prompt} zebra" for prompt in prompts])  # a text that is cut off stays the same
+    is_cut = [bool(torch.equal(one, other)) for one, other in zip(tokens, longer, strict=True)]
+    seen: dict[bytes, int] = {}
+    for label, row in enumerate(tokens):
+        first = seen.setdefault(row.numpy().tobytes(), label)
+        if first == label or names[label] in may_repeat:
+            continue
+        one, other = ([template.replace("{}", names[place]) for template in templates] for place in (first, label))
+        if torch.equal(tokenizer(one), tokenizer(other)):
+            why = f" once it is cut off at {len(row)} tokens" if is_cut[label] else ""
+            pair = f"{names[first]!r} and {names[label]!r}"
+            mend = "give them other names by model.class_names=FILE, or use model.head=random"
+            raise UserError(
+                f"class names must differ for a zero-shot head: its tokenizer reads {pair} alike{why}; {mend}"
+            )
+    if cut := [name for name, cut_off in zip(names, is_cut, strict=True) if cut_off]:
+        shown = ", ".join(f"{name[:40]!r}" for name in cut[:SHOWN])
+        more = f" and {len(cut) - SHOWN:,} more" if len(cut) > SHOWN else ""
+        logger.warning("prompts of a zero-shot head are cut off at %d tokens: %s%s", tokens.shape[1], shown, more)
+
+
 @torch.no_grad()
 def zeroshot_weight(
     clip: nn.Module,
@@ -94,7 +132,9 @@ def zeroshot_weight(
     of sets of prompts. Class names that a text tower cannot tell apart are a UserError, but for those `may_repeat`.
     """
     templates = expand_templates(templates)
-    prompts = [template.replace("{}", name) for name in class_prompts(classes, may_repeat) for template in templates]
+    names = class_prompts(classes, may_repeat)
+    refuse_equal_tokens(tokenizer, names, templates, may_repeat)
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     device = next(clip.parameters()).device
     clip.eval()
     features = [
