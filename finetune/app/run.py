@@ -35,9 +35,9 @@ from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
 from finetune.runs.finished import check_finished
 from finetune.runs.history import History
 from finetune.runs.records import Result
-from finetune.runs.resume import compare_state, first_promise, notes_of, restore_run
+from finetune.runs.resume import BEFORE, compare_state, first_promise, notes_of, restore_run, scores_before
 from finetune.system.errors import UserError
-from finetune.system.files import write_json
+from finetune.system.files import json_text, write_json
 from finetune.system.locks import run_lock
 from finetune.system.log import say, start_log, stop_log
 from finetune.system.memory import hand_back_freed_memory
@@ -140,7 +140,10 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 
     feeds = Feeds(run, stop.check)
     train, val = feeds.train_and_val()
-    prepare_head(run, train, val, result, stop)
+    # The checkpoint has the head as it is by now, and the scores from before the first step.
+    scores = None if found is None else scores_before(found)
+    result |= (scores := prepare_head(run, train, val, stop) if scores is None else scores)
+    run.notes[BEFORE] = json_text(scores)
     state = _start(run, curve)
     restore_run(run.folder, state, found)
     if found is not None:

@@ -52,9 +52,12 @@ def write_scores(run: Run, split: str, meter: Meter) -> None:
     scores.write_scores(run.folder, split, meter.results(), details=meter.details(), classes=run.source.classes)
 
 
-def prepare_head(run: Run, train: Feed, val: Feed | None, result: Result, stop: StopSignals) -> None:
-    """Score the zero-shot head, fit a linear probe, or set the bias for several labels, whichever the run asks for."""
-    head = run.conf.model.head
+def prepare_head(run: Run, train: Feed, val: Feed | None, stop: StopSignals) -> Result:
+    """Score the zero-shot head, fit a linear probe, or set the bias for several labels, whichever the run asks for.
+
+    Returns the scores, for `result.json`.
+    """
+    head, result = run.conf.model.head, Result()
     if run.built.has_zeroshot and val is not None:
         meter = run.meter()
         zeroshot = _score(run, run.model, scored(val, "zero-shot", stop, meter), meter)
@@ -66,6 +69,7 @@ def prepare_head(run: Run, train: Feed, val: Feed | None, result: Result, stop: 
     if run.source.is_multilabel and head in (HeadKind.auto, HeadKind.zeroshot, HeadKind.random):
         labels = run.source.splits["train"].labels
         set_offsets(run.model, train.epoch(0), labels, run.autocast(), run.model.boundary)
+    return result
 
 
 def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:

@@ -154,7 +154,7 @@ def carried_over(run: Run, earlier: EarlierRun, *, is_found: bool) -> Result:
     """
     names = ("promise", *(["auto_"] if run.is_auto_batch else []))
     if is_found:
-        names += ("val/", "epochs", "best_", "seconds", *(["zeroshot/"] if run.built.has_zeroshot else []))
+        names += ("val/", "epochs", "best_", "seconds", "zeroshot/", "probe/")
     return {name: value for name, value in (earlier.result or {}).items() if name.startswith(names)}
 
 

@@ -16,15 +16,15 @@ from finetune.runs.checkpoint import Content, restore
 from finetune.runs.earlier import ROUNDING, Change, EarlierRun, as_text
 from finetune.runs.epoch_files import settle
 from finetune.runs.history import History
-from finetune.runs.records import PromiseKind, read_rates
+from finetune.runs.records import Number, PromiseKind, read_rates
 from finetune.runs.weights import restore_frozen
 from finetune.system.errors import UserError
-from finetune.system.reading import DamagedError, parse_json
+from finetune.system.reading import DamagedError, UnfitError, parse_json
 
 logger = logging.getLogger("finetune")
 
 Saved = tuple[Content, Path]  # a state, and the file that holds it
-SETTINGS, PROMISE = "settings", "promise"  # names of notes
+SETTINGS, PROMISE, BEFORE = "settings", "promise", "scores before training"  # names of notes
 # Notes without which a run would be another one -> what is wrong where they differ.
 DIFFERENT = {
     "images": "the training images are not those that the run began with (or of val, or test)",
@@ -87,6 +87,23 @@ def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: b
 def notes_of(first: Mapping[str, str], settings: Mapping[str, Any], promise: Promise) -> dict[str, str]:
     """The notes that every checkpoint of a start carries: machine, versions and images; its settings and promise."""
     return {**first, SETTINGS: as_text(settings), PROMISE: json.dumps(dataclasses.asdict(promise))}
+
+
+def scores_before(found: Saved) -> dict[str, float | None] | None:
+    """The scores of the model before its first step, by their names in `result.json`, that a checkpoint carries.
+
+    None where an earlier version saved it without them.
+
+    Raises:
+        DamagedError: They are no scores.
+    """
+    content, path = found
+    if BEFORE not in content["notes"]:
+        return None
+    try:
+        return parse_json(content["notes"][BEFORE].encode(), dict[str, Number])
+    except UnfitError as error:
+        raise DamagedError.because(path, str(error)) from None
 
 
 def compare_state(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import struct
 import sys
 import tarfile
@@ -362,6 +363,35 @@ def test_hugging_face_from_a_disk(tmp_path: Path, rows: Rows) -> None:
         hf(label_column="labels")
     with pytest.raises(ValueError, match="no images"):
         hf(image_column="label")
+
+
+def test_a_replaced_file_behind_a_data_set_of_paths_is_another_image(tmp_path: Path, rows: Rows) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    paths = [str(tmp_path / path) for path, _ in rows]
+    cells = {"paths": paths, "mixed": [{"bytes": Path(p).read_bytes(), "path": None} for p in paths[:-1]] + [paths[-1]]}
+    cells["bytes"] = [{"bytes": Path(path).read_bytes(), "path": path} for path in paths]
+    for name, images in cells.items():
+        data = datasets.Dataset.from_dict(
+            {"image": images, "label": [i % 3 for i in range(36)]},
+            datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
+        )
+        data.save_to_disk(str(tmp_path / name))
+
+    def digest(name: str) -> bytes:
+        conf = DataConf(source=SourceKind.hf, name=str(tmp_path / name), val_fraction=0.0, test_fraction=0.0)
+        return open_source(conf).splits["train"].content_digest()
+
+    conf = {name: digest(name) for name in cells}
+    assert conf == {name: digest(name) for name in cells}
+    for path in paths:
+        status = os.stat(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))  # as a copy of another image over it
+    assert {name for name in cells if digest(name) != conf[name]} == {"paths", "mixed"}
+    Path(paths[3]).unlink()
+    source = open_source(DataConf(source=SourceKind.hf, name=str(tmp_path / "paths")))
+    with pytest.raises(ImageError, match="no such file"):
+        [source.splits["train"].store.stamp(row) for row in range(36)]
 
 
 def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from finetune.__main__ import main
 from finetune.app import training
 from finetune.app.build import Run
 from finetune.app.run import run
-from finetune.config import Conf, OnNonfinite, Precision
+from finetune.config import Conf, Family, HeadKind, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
 from finetune.data import ImageError
@@ -199,6 +199,42 @@ def test_a_run_that_cannot_go_on_says_why_now(stripes: Path, tmp_path: Path, str
     assert after["status"] == "failed" and "data.root" in after["error"]
     assert {**after, "status": None, "error": None} == {**before, "status": None, "error": None}
     assert resume(tmp_path / "run", conf)["status"] == "finished"
+
+
+def test_what_was_scored_before_training_is_scored_once(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint carries the scores, so a `result.json` that is gone takes none away."""
+    heads = {"zeroshot": {"model__family": Family.clip}, "probe": {"model__head": HeadKind.linear_probe}}
+    for name, changes in heads.items():
+        conf, folder = small(stripes, **changes), tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting, "train_step", _stopped_at(3))
+            with pytest.raises(Interrupted):
+                go(conf, folder)
+        before = json.loads((folder / "result.json").read_text())
+        (score,) = [key for key in before if key.startswith(("zeroshot/", "probe/"))]
+        assert score == f"{name}/top1"
+        (folder / "result.json").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr("finetune.app.run.prepare_head", Mock(side_effect=AssertionError("computed again")))
+            result = resume(folder, conf)
+        assert result["status"] == "finished" and result[score] == before[score]
+        go(small(stripes, **changes), tmp_path / f"{name} straight")
+        assert_same_run(tmp_path / f"{name} straight", folder)
+
+
+def _stopped_at(number: int) -> Any:
+    """`train_step` that gets a signal ahead of its n-th call, from 1."""
+    original, calls = fitting.train_step, Mock()
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        calls()
+        if calls.call_count == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    return struck
 
 
 def test_another_error_waits_for_the_save_under_way(

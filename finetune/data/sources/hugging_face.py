@@ -1,7 +1,7 @@
 """A data set of the Hugging Face `datasets` library: from the hub, or from a local folder."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,14 +10,20 @@ from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, read_file
 from finetune.data.labels import LabelError, LabelReader, is_no_label, told_apart
-from finetune.data.sources.stores import PartsStore
+from finetune.data.sources.stores import PartsStore, file_stamp
 from finetune.data.split import SPLITS, FoundImages, Groups
 from finetune.data.split_words import split_of
 from finetune.system.errors import UserError
 
 
 class HuggingFaceStore(PartsStore):
-    """The image column of each split of a data set, undecoded."""
+    """The image column of each split of a data set, undecoded: the bytes of an image file, or the path of one."""
+
+    def __init__(self, name: str, parts: Mapping[str, tuple[str, Any]]) -> None:
+        """Take what `PartsStore` does; each split has one column, of cells `{bytes, path}`."""
+        super().__init__(name, parts)
+        # The library's words for splits with images that are files of their own. Only Arrow's marks of nulls are read.
+        self._with_files = {word for word, part in parts.values() if _may_lack_bytes(part)}
 
     def read(self, row: int) -> bytes:
         """The bytes of the image file; raises ImageError."""
@@ -32,9 +38,18 @@ class HuggingFaceStore(PartsStore):
         return data
 
     def stamp(self, row: int) -> str:
-        """The library's fingerprint of the split, and the index in it."""
-        _, part, index = self.find(row)
+        """The library's fingerprint of the split, and the index in it; `file_stamp` of an image in its own file."""
+        word, part, index = self.find(row)
+        if word in self._with_files:
+            (cell,) = part[index].values()
+            if cell is not None and cell["bytes"] is None and cell["path"]:
+                return file_stamp(cell["path"])  # the library's fingerprint stays when such a file is replaced
         return f"{part._fingerprint}:{index}"
+
+
+def _may_lack_bytes(part: Any) -> bool:
+    chunks = part.data.column(0).chunks
+    return any(chunk.null_count or chunk.field("bytes").null_count for chunk in chunks)
 
 
 def find_hugging_face(conf: DataConf) -> FoundImages:

@@ -12,6 +12,19 @@ from finetune.data.packed import PackedStrings
 from finetune.data.split import SPLITS, ImageStore
 
 
+def file_stamp(path: str) -> str:
+    """Path, size and time of the last change; raises ImageError if there is no such file."""
+    status = _status(path)
+    return f"{status.st_size}:{status.st_mtime_ns}:{path}"
+
+
+def _status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ImageError(path, error_words(error)) from error
+
+
 class FileStore(ImageStore):
     """Image files under one folder."""
 
@@ -29,7 +42,7 @@ class FileStore(ImageStore):
 
     def size(self, row: int) -> int:
         """The length of the file; raises ImageError if there is no such file."""
-        return self._status(row).st_size
+        return _status(self.name_of(row)).st_size
 
     def tail(self, row: int, count: int) -> bytes:
         """The last `count` bytes of the file; raises ImageError."""
@@ -37,15 +50,7 @@ class FileStore(ImageStore):
 
     def stamp(self, row: int) -> str:
         """Path, size and time of the last change; raises ImageError if there is no such file."""
-        status = self._status(row)
-        return f"{status.st_size}:{status.st_mtime_ns}:{self.name_of(row)}"
-
-    def _status(self, row: int) -> os.stat_result:
-        path = self.name_of(row)
-        try:
-            return os.stat(path)
-        except (OSError, ValueError) as error:
-            raise ImageError(path, error_words(error)) from error
+        return file_stamp(self.name_of(row))
 
     def key_of(self, row: int) -> str:
         """The path of the file from the folder of all images."""
