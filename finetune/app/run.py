@@ -28,6 +28,7 @@ from finetune.core.freezing import set_up_layers
 from finetune.core.loop import TrainState
 from finetune.core.optim import build_optimizer
 from finetune.core.sched import Curve, create_scheduler
+from finetune.prefix.feed import Feed
 from finetune.report import run_figures as report
 from finetune.report.look import dispensable
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
@@ -35,7 +36,7 @@ from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
 from finetune.runs.finished import check_finished
 from finetune.runs.history import History
 from finetune.runs.records import Result
-from finetune.runs.resume import BEFORE, compare_state, first_promise, notes_of, restore_run, scores_before
+from finetune.runs.resume import BEFORE, Saved, compare_state, first_promise, notes_of, restore_run, scores_before
 from finetune.system.errors import UserError
 from finetune.system.files import json_text, write_json
 from finetune.system.locks import run_lock
@@ -140,10 +141,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 
     feeds = Feeds(run, stop.check)
     train, val = feeds.train_and_val()
-    # The checkpoint has the head as it is by now, and the scores from before the first step.
-    scores = None if found is None else scores_before(found)
-    result |= (scores := prepare_head(run, train, val, stop) if scores is None else scores)
-    run.notes[BEFORE] = json_text(scores)
+    result |= _prepared(run, train, val, found, stop)
     state = _start(run, curve)
     restore_run(run.folder, state, found)
     if found is not None:
@@ -173,6 +171,15 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     with dispensable(run.folder / "curves.png"):
         report.plot_curves(run.folder)
     saver.finish(History(run.folder / "history.jsonl").rows(), run.monitor)
+
+
+def _prepared(run: Run, train: Feed, val: Feed | None, found: Saved | None, stop: StopSignals) -> Result:
+    """The scores from before the first step; a checkpoint has them, and the head as it is by now."""
+    scores = None if found is None else scores_before(found)
+    if scores is None:
+        scores = prepare_head(run, train, val, stop)
+    run.notes[BEFORE] = json_text(scores)
+    return scores
 
 
 def _log_start(run: Run, result: Result) -> None:
