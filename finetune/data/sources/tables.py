@@ -126,6 +126,10 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
     for block in blocks:
         for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
+                if isinstance(path, (bytes, dict)):
+                    folder = os.path.dirname(conf.table or "") or "."
+                    how = f"data=hf data.name={folder} data.image_column={conf.path_column} reads such files"
+                    raise UserError(f"data.table={conf.table}: {conf.path_column} holds images, not their paths; {how}")
                 if not isinstance(path, str) or not path.strip():
                     raise _RowError(f"has no {conf.path_column}")
                 if len(path) > NAME.most:
