@@ -158,15 +158,11 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     with closing(train), nullcontext() if val is None else closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
     hand_back_freed_memory()  # that of gradients and activations; the best weights are read next
-    try:  # while the last save goes to the disk
+    with saver.waited():  # for the last save, which goes to the disk meanwhile
         if (test := feeds.test()) is not None:
             score_test(run, state, saver, test, result, stop)
         with dispensable(run.folder / "lr.png"):
             report.plot_rates(run.folder)
-    except BaseException:
-        saver.wait_after_error()
-        raise
-    saver.wait()
     session.write_result()  # the picture reads it; its status becomes `finished` at the very end
     with dispensable(run.folder / "curves.png"):
         report.plot_curves(run.folder)

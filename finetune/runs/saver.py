@@ -12,7 +12,8 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,16 @@ class Saver:
             self.wait()
         except Exception as error:
             logger.error("%s", error)
+
+    @contextmanager
+    def waited(self) -> Iterator[None]:
+        """Within it other work is done during a save; at its end, also by an error, the save is on the disk."""
+        try:
+            yield
+        except BaseException:
+            self.wait_after_error()
+            raise
+        self.wait()
 
     def _wait_before_update(self) -> None:
         """Wait for the thread, which reads the weights, moments or averages that are about to change."""

@@ -60,6 +60,7 @@ def assert_equal(one: Any, other: Any) -> None:
     spec = importlib.util.spec_from_file_location("kill_test", ROOT / "scripts" / "kill_test.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["kill_test"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     assert module.differences(one, other, "") == []
 
