@@ -37,6 +37,7 @@ from finetune.runs.finished import check_finished
 from finetune.runs.history import History
 from finetune.runs.records import Result
 from finetune.runs.resume import BEFORE, Saved, compare_state, first_promise, notes_of, restore_run, scores_before
+from finetune.runs.saver import Saver
 from finetune.system.errors import UserError
 from finetune.system.files import json_text, write_json
 from finetune.system.locks import run_lock
@@ -157,10 +158,15 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 
     with closing(train), nullcontext() if val is None else closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
+    _conclude(run, session, feeds, state, saver, stop)
+
+
+def _conclude(run: Run, session: Session, feeds: Feeds, state: TrainState, saver: Saver, stop: StopSignals) -> None:
+    """Score the test images, draw, and remove what only a resume needs."""
     hand_back_freed_memory()  # that of gradients and activations; the best weights are read next
     with saver.waited():  # for the last save, which goes to the disk meanwhile
         if (test := feeds.test()) is not None:
-            score_test(run, state, saver, test, result, stop)
+            score_test(run, state, saver, test, session.result, stop)
         with dispensable(run.folder / "lr.png"):
             report.plot_rates(run.folder)
     session.write_result()  # the picture reads it; its status becomes `finished` at the very end
