@@ -37,8 +37,8 @@ def measure(epochs: int, *, waits: bool) -> tuple[float, float, float]:
         is_saved = original(self, *args, **named)
         if waits:
             self.wait()
-            self.stalled_s = getattr(self, "waited", 0.0) + time.perf_counter() - began
-            self.waited = self.stalled_s  # type: ignore[attr-defined]
+            self.stalled_s = getattr(self, "measured_s", 0.0) + time.perf_counter() - began
+            self.measured_s = self.stalled_s  # type: ignore[attr-defined]
         return is_saved
 
     def timed(self: Saver, *args: Any) -> None:
