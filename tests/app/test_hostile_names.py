@@ -43,9 +43,9 @@ def named(tmp_path: Path) -> Path:
 def test_no_name_steers_a_terminal_a_spreadsheet_or_a_log(
     named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["data=folder", f"data.root={named}", "data.on_error=skip", "data.batch_size=16"]
+    words = ["data=folder", f"data.root={named}", "data.on_error=skip", "data.batch_size=16", "model.head=random"]
     assert main(["check", *words, f"hydra.run.dir={tmp_path}/check"]) == 0
-    short = [*words, "model.head=random", "train.epochs=1"]
+    short = [*words, "train.epochs=1"]
     assert main([*short, f"hydra.run.dir={tmp_path}/run"]) == 0
     assert main([f"resume={tmp_path}/run", "train.epochs=2"]) == 0
     assert main(["describe", *short, "--json"]) == 0

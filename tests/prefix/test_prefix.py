@@ -183,7 +183,8 @@ def test_as_many_bad_images_as_a_batch_holds(pictures: Path, tmp_path: Path, kin
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)
     conf = settings(root, train=TrainConf(epochs=4))
-    conf = replace(conf, data=replace(conf.data, on_error=OnError.skip, check_budget_s=0.0, batch_size=5))
+    data = replace(conf.data, on_error=OnError.skip, check_budget_s=0.0, batch_size=5, test_fraction=0.3)
+    conf = replace(conf, data=data)
     train = open_source(conf.data).splits["train"]
     bad = range(5, 10)
     for sample in bad:
@@ -516,7 +517,7 @@ def test_activations_beyond_the_limit_of_the_disk_are_refused(pictures: Path, tm
     conf = with_cache(settings(pictures), "disk")
     conf = replace(conf, data=replace(conf.data, cache_dir=str(tmp_path / "cache")))
     conf = replace(conf, prefix=replace(conf.prefix, max_gib=1e-6))
-    with pytest.raises(ValueError, match=r"those of val .* need .*  [\d,]+ images\. Try prefix\.max_gib="):
+    with pytest.raises(ValueError, match=r"those of val .* need .* enough for [\d,]+ images\. Try prefix\.max_gib="):
         came_out(conf, tmp_path / "run")
 
 

@@ -83,16 +83,16 @@ def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypat
     place = tmp_path / PLACE
     open_on_disk(place, 4, _fill)
     (place / "activations").write_bytes(b"")
-    real = opening.file_lock
+    real = opening.entry_lock
 
     @contextlib.contextmanager
-    def overtaken(path: Path) -> Iterator[bool]:
-        monkeypatch.setattr(opening, "file_lock", real)
+    def overtaken(entry: Path) -> Iterator[None]:
+        monkeypatch.setattr(opening, "entry_lock", real)
         assert open_on_disk(place, 4, _fill)[1]  # the other one, in the moment before this one has the lock
-        with real(path) as waited:
-            yield waited
+        with real(entry):
+            yield
 
-    monkeypatch.setattr(opening, "file_lock", overtaken)
+    monkeypatch.setattr(opening, "entry_lock", overtaken)
     block, built = open_on_disk(place, 4, _fill)
     assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
 
