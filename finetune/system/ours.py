@@ -364,8 +364,8 @@ def _sweep_claims(folder: Path) -> None:
     This takes no lock: a living process that loses its file here finds the other's marker.
     """
     for path, name, ident in _temporaries(folder):
-        if name == MARKER and _begins_marker(path, ident):
-            with contextlib.suppress(OSError):  # gone, or in a folder of another user
+        with contextlib.suppress(OSError):  # another process took its file away, or it is another user's
+            if name == MARKER and _begins_marker(path, ident):
                 path.unlink()
 
 
