@@ -624,15 +624,17 @@ def test_a_signal_to_the_group_while_workers_start(stripes: Path, tmp_path: Path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
+    """A file system of 40 MB. Another process unmounts it once the pipe to this one ends, so also after a kill."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = shutil.which("mount") and sys.platform == "linux" and os.geteuid() == 0
     command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)]
     if not mounted or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
+    unmount = ["sh", "-c", 'read -r _; umount -l "$0"', str(place)]
+    with subprocess.Popen(unmount, stdin=subprocess.PIPE, start_new_session=True):
+        yield place
+    assert not os.path.ismount(place)
 
 
 def test_a_full_disk_stops_the_run_with_the_checkpoint_before_it_whole(

@@ -26,7 +26,7 @@ from finetune.data.checks.known_images import (
 )  # fmt: skip
 from finetune.data.checks.looks import look_of
 from finetune.data.cutting import Rows
-from finetune.data.images.decode import Header, ImageError, decode, header_of
+from finetune.data.images.decode import Header, ImageError, decode_with_header
 from finetune.data.split import SPLITS, ImageStore, Source, UnreadableImage
 from finetune.data.streams import shuffled
 from finetune.system.processors import map_in_threads
@@ -213,8 +213,7 @@ def examine(source: Source, known: KnownImages, *, budget_s: float = math.inf, w
 def _decode(store: ImageStore, row: int, *, with_look: bool = False) -> Records:
     data = store.read(row)
     if store.encoded:
-        header = header_of(data, store.name_of(row), store.max_pixels)
-        pixels = decode(data, store.name_of(row), store.max_pixels)
+        header, pixels = decode_with_header(data, store.name_of(row), store.max_pixels)
     else:
         header = store.header(row)
         pixels = store.load(row)

@@ -128,17 +128,23 @@ def header_of(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode the bytes of a file called `name`, as `read_image` does.
+    """Decode the bytes of a file called `name`, as `read_image` does."""
+    return decode_with_header(data, name, max_pixels)[1]
+
+
+def decode_with_header(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> tuple[Header, Tensor]:
+    """What `header_of` and `decode` give, of an image that is opened once.
 
     torchvision decodes plain JPEGs: with the same library as Pillow, to the same pixels, in two thirds of the time.
     Pillow decodes all other images, and those that torchvision refuses.
     """
     with _opened(io.BytesIO(data), name, max_pixels) as image:
+        header = Header(image.height, image.width, image.mode)
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             pixels = _decode_jpeg(data)
             if pixels is not None and pixels.shape[1:] == (image.height, image.width):
-                return _upright(pixels, image)
-        return pixels_of(image)
+                return header, _upright(pixels, image)
+        return header, pixels_of(image)
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
