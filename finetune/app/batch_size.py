@@ -16,6 +16,7 @@ from finetune.core.optim import build_optimizer
 from finetune.prefix.choice import SHARE
 from finetune.system.errors import UserError
 from finetune.system.limits import in_bytes
+from finetune.system.terminal import counted
 
 logger = logging.getLogger("finetune")
 
@@ -63,8 +64,8 @@ def choose_batch(run: Run) -> int:
     if found is None:
         advice = _advice(with_batch(run.conf, 1), is_auto=True)
         raise UserError(f"data.batch_size=auto: not even one image fits. {advice}")
-    text = "data.batch_size=auto: %d images a micro-batch fit, times %d make the %d images of a step"
-    logger.info(text, found, sizes[-1] // found, sizes[-1])
+    fit, step = counted(found, "image"), counted(sizes[-1], "image")
+    logger.info("data.batch_size=auto: %s a micro-batch fit, times %d: %s a step", fit, sizes[-1] // found, step)
     return found
 
 

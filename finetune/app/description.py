@@ -26,6 +26,7 @@ from finetune.models import build_model
 from finetune.models.patches import products_dominate
 from finetune.prefix.planning import why_not_cacheable
 from finetune.system.errors import UserError
+from finetune.system.terminal import counted
 
 
 def describe(
@@ -87,7 +88,8 @@ def _data_sizes(conf: Conf, classes: int | None, images: int | None) -> tuple[in
     if images is None:
         images = 1_281_167
         notes.append("ImageNet-1k's number of images assumed (--images N)")
-    return classes, images, f"{classes:,} classes, {images:,} training images: {'; '.join(notes) or 'as given'}"
+    sizes = f"{counted(classes, 'class', 'classes')}, {counted(images, 'training image')}"
+    return classes, images, f"{sizes}: {'; '.join(notes) or 'as given'}"
 
 
 def _memory(model: LayeredModel, conf: Conf, image_size: int) -> dict[str, Any]:

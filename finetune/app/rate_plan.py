@@ -14,6 +14,7 @@ from finetune.runs.earlier import EarlierRun
 from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
 from finetune.system.limits import Limit
 from finetune.system.tables import table
+from finetune.system.terminal import counted
 
 STEPS = Limit(10_000_000, "every step's rate is planned ahead: lower train.epochs", "steps")
 
@@ -48,7 +49,7 @@ def batch_notice(conf: Conf) -> str | None:
     if wanted in (0, batch):
         return None
     text = (
-        f"BATCH: this run learns from {batch} images a step (data.batch_size={conf.data.batch_size} x"
+        f"BATCH: this run learns from {counted(batch, 'image')} a step (data.batch_size={conf.data.batch_size} x"
         f" train.accumulate={conf.train.accumulate}), and its recipe was tuned for {wanted}."
     )
     again = -(-wanted // conf.data.batch_size)
@@ -86,5 +87,5 @@ def log_layers(run: Run, num_groups: int) -> None:
     everything, learning = (sum(row[key] for row in rows) for key in ("parameters", "learning"))
     optim = run.conf.optim
     spared = "nothing" if optim.decay_all else "biases, norms" + ", tokens and positions" * (not optim.decay_embeddings)
-    text = f"{learning:,} of {everything:,} parameters learn, in {num_groups} groups; weight decay spares {spared}"
-    logger.info("%s", text)
+    text = f"{learning:,} of {everything:,} parameters learn, in {counted(num_groups, 'group')}"
+    logger.info("%s; weight decay spares %s", text, spared)

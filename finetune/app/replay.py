@@ -14,7 +14,7 @@ from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.runs import bad_batch
 from finetune.runs.weights import read_weights
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 
 def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str], bool]:
@@ -34,7 +34,7 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
     set_up_layers(run.model, conf.optim, train=conf.train)
     run.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])
     lines, is_bad = _compute(run, window)
-    return [f"step {step}: {sum(len(images) for images, _ in window)} images", *lines], is_bad
+    return [f"step {step}: {counted(sum(len(images) for images, _ in window), 'image')}", *lines], is_bad
 
 
 def _compute(run: Run, window: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[str], bool]:

@@ -11,6 +11,7 @@ from finetune.data.loading.workers import pick_workers
 from finetune.models import build_model
 from finetune.models.patches import products_dominate
 from finetune.system.limits import check_memory, check_open_files
+from finetune.system.terminal import counted
 
 LARGE_BATCH, LARGE_SIDE, MANY_CLASSES = 2**28, 768, 100_000  # bytes, pixels: below these nothing is estimated
 FILES, FILES_OF_WORKER = 20, 16  # handles; two workers were seen to take 28 beside the 20 of a run without any
@@ -31,18 +32,20 @@ def check_room(conf: Conf, model_conf: ModelConf, source: Source, device: torch.
     """
     shown = (conf.data.epoch_images or len(source.splits["train"])) * conf.augment.repeats
     # The order of an epoch: four numbers of 64 bits a showing.
-    check_memory(f"the order of {shown:,} images an epoch", 32 * shown, "lower data.epoch_images or augment.repeats")
+    check_memory(
+        f"the order of {counted(shown, 'image')} an epoch", 32 * shown, "lower data.epoch_images or augment.repeats"
+    )
     batch = min(max(1, conf.data.batch_size), shown)
     side = model_conf.image_size
     images = batch * 3 * max(side, 32) ** 2 * 4
     if images < LARGE_BATCH and side < LARGE_SIDE and len(source.classes) < MANY_CLASSES:
         return
     mend = "lower data.batch_size or model.image_size"
-    what = f"a batch of {batch:,} images of {max(side, 32):,} pixels a side"
+    what = f"a batch of {counted(batch, 'image')} of {max(side, 32):,} pixels a side"
     check_memory(what, images, mend)
     built = build_model(model_conf, source.classes, device="meta")
     model, side = built.model, built.preprocess.size
-    images, what = batch * 3 * side**2 * 4, f"a batch of {batch:,} images of {side:,} pixels a side"
+    images, what = batch * 3 * side**2 * 4, f"a batch of {counted(batch, 'image')} of {side:,} pixels a side"
     set_up_layers(model, conf.optim, train=conf.train)
     needed = images + 4 * sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu":

@@ -45,6 +45,7 @@ from finetune.system.log import say, start_log, stop_log
 from finetune.system.memory import hand_back_freed_memory
 from finetune.system.ours import FolderKind, claim, sweep_temporaries
 from finetune.system.signals import StopSignals
+from finetune.system.terminal import counted
 
 logger = logging.getLogger("finetune")
 
@@ -201,7 +202,7 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
     size = int(known) if known else choose_batch(run)
     conf = with_batch(run.conf, size)
     if problems := train_problems(conf.train):  # such as more micro-batches a step than compiled training allows
-        raise UserError(f"data.batch_size=auto came to {size} images: {problems[0]}")
+        raise UserError(f"data.batch_size=auto came to {counted(size, 'image')}: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(run, conf=conf)
 

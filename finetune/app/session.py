@@ -22,7 +22,7 @@ from finetune.runs.resume import SETTINGS, Saved
 from finetune.system.files import write_json, write_text
 from finetune.system.ours import RefusedError
 from finetune.system.signals import Interrupted
-from finetune.system.terminal import command, printable, without_secrets
+from finetune.system.terminal import command, counted, printable, without_secrets
 
 logger = logging.getLogger("finetune")
 
@@ -178,7 +178,9 @@ def log_summary(run_dir: Path, result: Result) -> None:
         shown = "   ".join(_scores(result, split, zeroshot[split], names) for split in splits)
         logger.info("zero-shot   %s", shown)
     epochs, best, seconds = (result.get(name, math.nan) for name in ("epochs", "best_epoch", "seconds"))
-    which = f"best of {epochs} epochs: {best}" if "val" in splits else f"the last of {epochs} epochs"
+    which = (
+        f"best of {counted(epochs, 'epoch')}: {best}" if "val" in splits else f"the last of {counted(epochs, 'epoch')}"
+    )
     scores = [*(f"{_scores(result, split, f'{split}/', names)}   " for split in splits), f"({which}; {seconds:.1f} s)"]
     logger.info("fine-tuned  %s", "".join(scores))
     for line in _about_splits(splits):

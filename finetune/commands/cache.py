@@ -7,7 +7,7 @@ from datetime import datetime
 
 from finetune.system.limits import in_bytes
 from finetune.system.log import say
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 KINDS = ("pixels", "activations", "shards")
 EPILOG = (
@@ -46,7 +46,9 @@ def main(words: Sequence[str]) -> int:
         used = datetime.fromtimestamp(item.used).strftime("%Y-%m-%d %H:%M")
         say(f"{item.kind:<11}  {in_bytes(item.num_bytes):>12}  {used}  {printable(str(item.path))}")
     total = sum(item.num_bytes for item in shown)
-    say(f"{'removed' if is_clear else 'total':<11}  {in_bytes(total):>12}  {len(shown):,} entries in {cache}")
+    title, number = "removed" if is_clear else "total", counted(len(shown), "entry", "entries")
+    say(f"{title:<11}  {in_bytes(total):>12}  {number} in {cache}")
     if len(shown) < len(entries):
-        say(f"{len(entries) - len(shown):,} entries stay: a run is using them, or their folder cannot be written")
+        stay = counted(len(entries) - len(shown), "entry that stays", "entries that stay")
+        say(f"{stay}: in use by a run, or in a folder that cannot be written")
     return 0

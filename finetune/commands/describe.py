@@ -10,9 +10,11 @@ from finetune.config import Conf, nearest
 from finetune.report.columns import state_in_words
 from finetune.system.errors import ConfigError
 from finetune.system.files import json_text
+from finetune.system.limits import in_bytes
 from finetune.system.log import say
 from finetune.system.ours import refuse_unless
 from finetune.system.tables import table
+from finetune.system.terminal import counted
 
 HELP = """\
 Every layer with its rate, memory, work and schedule, before a run starts. Nothing is loaded or trained.
@@ -109,7 +111,7 @@ def as_text(found: dict[str, Any]) -> str:
         f" images of {model['image_size']} pixels a side; {found['assumed']}",
         f"\n{table(rows, columns=list(COLUMNS))}\n",
         f"parameters  {totals['parameters']:,}, of which {totals['learning']:,} learn"
-        f" ({100 * totals['learning_share']:.3g} %) in {totals['groups']} groups;"
+        f" ({100 * totals['learning_share']:.3g} %) in {counted(totals['groups'], 'group')};"
         f" weight decay reaches {totals['decayed']:,}",
         _memory_line(found["memory"]),
         f"compute     {compute['gflop_forward_image']:.4g} GFLOP an image forward,"
@@ -124,25 +126,26 @@ def as_text(found: dict[str, Any]) -> str:
 def _memory_line(memory: dict[str, Any]) -> str:
     names = {"weights": "weights", "gradients": "gradients", "optimizer": memory["optimizer"]}
     names["average"] = "average of weights"
-    unit, scale = ("GiB", 2**30) if memory["total_bytes"] >= 2**30 else ("MiB", 2**20)
-    parts = [f"{word} {memory[f'{name}_bytes'] / scale:.4g}" for name, word in names.items() if memory[f"{name}_bytes"]]
+    sizes = {name: in_bytes(memory[f"{name}_bytes"]) for name in (*names, "activations", "total")}
+    parts = [f"{word} {sizes[name]}" for name, word in names.items() if memory[f"{name}_bytes"]]
     return (
-        f"memory      {' + '.join(parts)} + activations {memory['activations_bytes'] / scale:.4g} ="
-        f" {memory['total_bytes'] / scale:.4g} {unit} at {memory['batch_size']} images a micro-batch in"
-        f" {memory['precision']}; a GPU needs 1 to 2 GiB beside it"
+        f"memory      {' + '.join(parts)} + activations {sizes['activations']} = {sizes['total']} at"
+        f" {counted(memory['batch_size'], 'image')} a micro-batch in {memory['precision']};"
+        " a GPU needs 1 to 2 GiB beside it"
     )
 
 
 def _schedule_line(schedule: dict[str, Any]) -> str:
     unit = schedule["interval"]
-    warmup = f", {schedule['warmup']:,} {unit}s of warmup" if schedule["warmup"] else ""
+    warmup = f", {counted(schedule['warmup'], unit)} of warmup" if schedule["warmup"] else ""
     if warmup and unit == "step":
         warmup += f" ({schedule['warmup_epochs']:.3g} epochs)"
     past = ""
     if schedule["cycle"] < schedule["units"]:
-        past = f"; a cycle has {schedule['cycle']:,} {unit}s, then {schedule['past_cycle']}"
+        past = f"; a cycle has {counted(schedule['cycle'], unit)}, then {schedule['past_cycle']}"
+    epochs, steps = counted(schedule["epochs"], "epoch"), counted(schedule["steps"], "step")
     return (
-        f"schedule    {schedule['mode']} by {unit}: {schedule['epochs']} epochs, {schedule['steps']:,} steps of"
-        f" {schedule['batch']:,} images{warmup}{past}; the head's rate {schedule['lr_start']:.3g} at the start,"
+        f"schedule    {schedule['mode']} by {unit}: {epochs}, {steps} of {counted(schedule['batch'], 'image')}"
+        f"{warmup}{past}; the head's rate {schedule['lr_start']:.3g} at the start,"
         f" {schedule['lr_peak']:.3g} at its peak, {schedule['lr_last']:.3g} in the last {unit}"
     )

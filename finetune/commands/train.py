@@ -17,7 +17,7 @@ from finetune.runs.folders import SweepRecord, record_failure, run_folder, where
 from finetune.system.errors import EXPECTED_ERRORS, fault_line
 from finetune.system.locks import InUseError
 from finetune.system.ours import FolderKind, RefusedError, claim, refuse_links
-from finetune.system.terminal import complain
+from finetune.system.terminal import complain, counted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +71,7 @@ def _sweep(line: CommandLine, prepared: Prepared) -> int:
     codes: list[int] = []
     with run_folder(prepared.run_dir, multirun=True) as folder, shared_between_runs():
         claim(folder, FolderKind.sweep)
-        print(f"{prepared.jobs} jobs, in {folder}", flush=True)
+        print(f"{counted(prepared.jobs, 'job')}, in {folder}", flush=True)
         SweepRecord(folder).start()
         arguments = ["--multirun", *prepared.overrides, f"hydra.sweep.dir={quote(str(folder))}"]
         try:

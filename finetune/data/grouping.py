@@ -28,6 +28,7 @@ from finetune.data.selection import shares_to_cut
 from finetune.data.split import SPLITS, FoundImages, ImageStore
 from finetune.system.errors import UserError
 from finetune.system.processors import map_in_threads
+from finetune.system.terminal import counted
 
 CHUNK, PIECE = 4096, 64  # images handed to a thread at once, to be looked for and to be read
 LISTED = 10  # groups that a message names
@@ -82,7 +83,7 @@ def _check_given(found: FoundImages, given: Rows) -> None:
         more = f" and {len(shared) - LISTED:,} more" if len(shared) > LISTED else ""
         mend = "move each into one split, or leave data.group out"
         raise UserError(
-            f"{found.place}: {len(shared):,} groups lie in several splits: {', '.join(shown)}{more}; {mend}"
+            f"{found.place}: {counted(len(shared), 'group')} in several splits: {', '.join(shown)}{more}; {mend}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.data.images.decode import natural_key
 from finetune.system.limits import CLASSES, NAME, check_memory
+from finetune.system.terminal import counted
 
 _REMEMBERED = 2**24  # letters of cells whose labels are remembered
 SHOWN, LISTED = 40, 5  # letters of a cell, and look-alikes, that a message shows
@@ -101,7 +102,7 @@ class LabelReader:
         if not self.several:
             return labels
         counts = torch.from_numpy(np.array(self._counts))
-        subject = f"the table of {len(counts):,} images and {len(classes):,} classes"
+        subject = f"the table of {counted(len(counts), 'image')} and {counted(len(classes), 'class', 'classes')}"
         check_memory(subject, 4 * len(counts) * len(classes), f"is {self.column} the right label (data.label_column)?")
         table = torch.zeros(len(counts), len(classes))
         table[torch.repeat_interleave(torch.arange(len(counts)), counts), labels] = 1

@@ -19,6 +19,7 @@ from finetune.data.cutting import Rows, cut, in_fold, ranked_strata
 from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
+from finetune.system.terminal import counted
 
 
 def split_up(found: FoundImages, conf: DataConf, groups: Rows | None = None) -> Source:
@@ -122,7 +123,11 @@ def _groups_in_words(groups: Rows) -> str:
     """How many images belong to groups of several, for the description."""
     sizes = np.unique(groups, return_counts=True)[1]
     together = sizes[sizes > 1]
-    return f" ({together.sum():,} images in {len(together):,} groups, which stay together)" if len(together) else ""
+    return (
+        f" ({counted(together.sum(), 'image')} of {counted(len(together), 'group')} that stay together)"
+        if len(together)
+        else ""
+    )
 
 
 def shares_to_cut(found: FoundImages, conf: DataConf) -> dict[str, float]:
@@ -205,7 +210,7 @@ def _check_classes(found: FoundImages, splits: Mapping[str, Split]) -> list[str]
         words = _listed(unseen)
         raise UserError(f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes")
     some = {name: words for name, words in lacking.items() if words and len(splits[name])}
-    sizes = {name: f"{len(words)} of {len(found.classes)} classes" for name, words in some.items()}
+    sizes = {name: f"{len(words)} of {counted(len(found.classes), 'class', 'classes')}" for name, words in some.items()}
     return [f"{name} has no image of {size}: {_listed(lacking[name])}" for name, size in sizes.items()]
 
 

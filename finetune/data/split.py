@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.data.images.decode import MAX_PIXELS, Header, ImageError, decode, header_of
 from finetune.system.errors import UserError
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 SPLITS = ("train", "val", "test")
 
@@ -153,7 +153,7 @@ class Source:
         """One line for the start of a run: counts, and how the splits were made."""
         labels = " (several labels an image)" if self.is_multilabel else ""
         sizes = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
-        size = f"{self.num_images:,} images in {len(self.classes)} classes{labels}"
+        size = f"{counted(self.num_images, 'image')} in {counted(len(self.classes), 'class', 'classes')}{labels}"
         return printable(f"{self.title}: {size}; {sizes}{self.how}")
 
     def without(self, images: Collection[UnreadableImage]) -> Source:

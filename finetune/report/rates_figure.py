@@ -10,6 +10,7 @@ from finetune.report import look
 from finetune.report.columns import layer_of
 from finetune.report.reading import number
 from finetune.system.errors import UserError
+from finetune.system.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _draw_before(axes: Any, before: dict[str, Any], *, is_stepwise: bool) -> Non
     style = {"color": look.INK, "linewidth": 1.4, "linestyle": (0, (4, 3)), "zorder": 2}
     _plot_plan(axes, x, rates, is_stepwise=is_stepwise, **style)
     place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right", "fontsize": 10, "color": look.INK}
-    axes.annotate(f" as planned for {before['epochs']} epochs", (x[-1] + is_stepwise, rates[-1]), **place)
+    axes.annotate(f" as planned for {counted(before['epochs'], 'epoch')}", (x[-1] + is_stepwise, rates[-1]), **place)
 
 
 def _plot_plan(axes: Any, x: Sequence[float], rates: Sequence[float], *, is_stepwise: bool, **style: Any) -> None:

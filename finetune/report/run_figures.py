@@ -12,6 +12,7 @@ from finetune.report.rates_figure import rates_figure
 from finetune.report.reading import number
 from finetune.runs.history import History
 from finetune.runs.records import read_rates, read_result
+from finetune.system.terminal import counted
 
 Series = tuple[str, Sequence[float], str]  # name, a value for each epoch, colour
 Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
@@ -152,7 +153,9 @@ def _mark_not_finite(axes: Any, epochs: Sequence[float], series: Sequence[Sequen
 def _curves_subtitle(num_epochs: int, best: Best | None, result: dict[str, Any]) -> str:
     """The run's scores in one line; for a run that did not finish, also its status and its number of epochs."""
     status, judge = result.get("status"), judge_of(result)
-    parts = [f"{status} after {num_epochs} epochs"] if status in ("failed", "diverged", "interrupted") else []
+    parts = (
+        [f"{status} after {counted(num_epochs, 'epoch')}"] if status in ("failed", "diverged", "interrupted") else []
+    )
     values = {
         "zero-shot": number(result.get(f"zeroshot/{judge}")),
         "best validation": math.nan if best is None else best.score,

@@ -10,7 +10,7 @@ from finetune.report.sweep_figure import sweep_figure
 from finetune.system.files import write_text
 from finetune.system.log import say
 from finetune.system.tables import csv_text, table
-from finetune.system.terminal import command
+from finetune.system.terminal import command, counted
 
 
 def summarize(sweep_dir: Path, *, is_picture_asked: bool = False) -> int:
@@ -33,7 +33,7 @@ def summarize(sweep_dir: Path, *, is_picture_asked: bool = False) -> int:
 def _tables(sweep: Sweep) -> list[str]:
     """The lines ahead of the answer: all jobs, means over seeds where there are several, and failed jobs."""
     failed = [job for job in sweep.jobs if not job.is_finished]
-    lines = ["", f"sweep {sweep.folder}: {len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} jobs finished"]
+    lines = ["", f"sweep {sweep.folder}: {len(sweep.jobs) - len(failed)} of {counted(len(sweep.jobs), 'job')} finished"]
     if sweep.jobs:
         lines += ["", _jobs_table(sweep)]
     if any(len(group.jobs) > 1 for group in sweep.groups):

@@ -7,7 +7,7 @@ from typing import Any
 from finetune.report import look
 from finetune.report.columns import axis_name
 from finetune.report.jobs import JobGroup, Sweep, group_jobs, rank
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 MAX_ROWS = 30  # of a ranking; more would be too small to read
 # Split, colour and marker of each series of points.
@@ -42,7 +42,7 @@ def _subtitle(sweep: Sweep, keys: Sequence[str]) -> str:
     test, num_missing = best.mean(f"test/{metric}"), len(sweep.jobs) - len(sweep.scored)
     text += f"   test {test:.4f}" if math.isfinite(test) else ""
     text += f"   (mean of {len(best.jobs)} seeds)" if len(best.jobs) > 1 else ""
-    return text + (f"   without a score: {num_missing} of {len(sweep.jobs)} jobs" if num_missing else "")
+    return text + (f"   without a score: {num_missing} of {counted(len(sweep.jobs), 'job')}" if num_missing else "")
 
 
 def _best(groups: Sequence[JobGroup], metric: str) -> JobGroup:

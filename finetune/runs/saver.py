@@ -35,6 +35,7 @@ from finetune.runs.weights import (
     write_weights,
 )  # fmt: skip
 from finetune.system.files import link_or_copy, sync_file
+from finetune.system.limits import in_bytes
 
 logger = logging.getLogger("finetune")
 
@@ -305,7 +306,7 @@ class Saver:
         try:
             needed, free = save.num_bytes, shutil.disk_usage(self.folder).free
             if free < needed + SPARE_BYTES:
-                raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
+                raise OSError(errno.ENOSPC, f"{in_bytes(needed)} are needed and {in_bytes(free)} are free")
             self._write(save)
         except OSError as error:
             self._error = NoSpaceError(

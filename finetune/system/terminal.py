@@ -1,4 +1,4 @@
-"""Text that is safe to print on a terminal and to paste into a shell; error messages."""
+"""Text for people: safe to print on a terminal and to paste into a shell, numbers of things, error messages."""
 
 import re
 import shlex
@@ -44,6 +44,11 @@ def _escape(char: str) -> str:
     if char not in _BIDI and unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp"):
         return char
     return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 127 else f"\\x{ord(char):02x}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things: `1 image`, `2,000 images`, and `2 classes` where `many` is `classes`."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def command(words: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ def test_a_folder_of_others_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFi
     conf = DataConf(cache=CacheKind.disk, cache_dir=str(tmp_path))
     step = first_step(Preprocess(16, (0, 0, 0), (1, 1, 1)), None)
     open_cache(source.splits["train"], step, conf)
-    assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0 and "1 entries" in capsys.readouterr().out
+    assert main(["clear", f"data.cache_dir={tmp_path}"]) == 0 and "1 entry in" in capsys.readouterr().out
     assert all(path.read_bytes() == bytes(SIZE) for path in others)
     shutil.rmtree(cache_folder(str(tmp_path)))
     write(cache_folder(str(tmp_path)) / "shards" / "mine.tar")

@@ -127,7 +127,7 @@ def test_runs_are_no_classes(tmp_path: Path) -> None:
             (tmp_path / place / name).write_bytes(b"of a run")
     source = folder(tmp_path)
     assert source.classes == ("a", "b") and source.num_images == 8
-    assert "[left out: 3 folders of runs]" in source.description
+    assert "[left out: 3 folders of a run]" in source.description
     make(tmp_path, "outputs/mine")  # images beside the runs are a class
     assert folder(tmp_path).classes == ("a", "b", "outputs")
 
@@ -239,7 +239,7 @@ def test_what_else_lies_in_shards_is_counted(tmp_path: Path) -> None:
     pack(tmp_path / "0.tar", {**samples(), **more, "._1.png": b"", "__MACOSX/1.png": b""})
     source = shards(tmp_path)
     assert source.num_images == 20
-    assert "[left out: 20 .seg.png, 3 .txt, 1 labels without an image]" in source.description
+    assert "[left out: 20 .seg.png, 3 .txt, 1 label without an image]" in source.description
 
 
 def test_one_image_of_another_ending_is_the_image_and_two_are_not(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_archives_beside_and_below_are_read_or_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     source = shards(tmp_path)
     assert source.num_images == 40
-    assert "[left out: 1 .tar.gz, 1 .tgz, 1 files without an ending, 1 .tar.zst]" in source.description
+    assert "[left out: 1 .tar.gz, 1 .tgz, 1 file without an ending, 1 .tar.zst]" in source.description
     (tmp_path / "packed").mkdir()
     (tmp_path / "c.tar.gz").rename(tmp_path / "packed" / "c.tar.gz")
     with pytest.raises(FileNotFoundError, match=r"no \.tar files there \(found 1 \.tar\.gz\); unpack these"):
@@ -282,7 +282,7 @@ def test_a_split_of_shards_that_ends_empty_is_refused(tmp_path: Path) -> None:
 def test_shards_beside_those_of_splits_are_a_question_or_extra(tmp_path: Path) -> None:
     for place in ("train", "val", "unlabeled"):
         pack(tmp_path / place / "0.tar", samples(name=f"{place}{{i}}"))
-    assert "[left out: 1 shards in unlabeled]" in shards(tmp_path).description
+    assert "[left out: 1 shard in unlabeled]" in shards(tmp_path).description
     pack(tmp_path / "rest" / "0.tar", samples(name="rest{i}"))
     with pytest.raises(UserError, match="rest beside train, val"):
         shards(tmp_path)

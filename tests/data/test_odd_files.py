@@ -96,7 +96,7 @@ def test_a_run_stops_with_the_list_or_goes_without_them(tmp_path: Path, folder: 
     code, text = run("stop")
     assert code == 1 and f"{len(ODD)} images cannot be read" in text and "\x1b[31m" not in text
     code, text = run("skip")
-    assert code == 0 and f"{len(ODD)} images are left out" in text and "\x1b[31m" not in text
+    assert code == 0 and f"left out: {len(ODD)} images" in text and "\x1b[31m" not in text
     assert len((tmp_path / "skip" / "skipped.txt").read_text().splitlines()) == len(ODD)
 
 

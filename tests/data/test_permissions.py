@@ -79,7 +79,7 @@ def test_a_file_follows_the_policy(tmp_path: Path, folder: Path, source: str) ->
         (tmp_path / "t.csv").write_text("\n".join(["path,label", *sorted(rows)]))
         words = ["data=table", f"data.table={tmp_path}/t.csv"]
     code, (line,) = start(tmp_path, *words)
-    assert code == 1 and "1 images cannot be read" in line and f"{folder}/a/3.png (Permission denied" in line
+    assert code == 1 and "1 image cannot be read" in line and f"{folder}/a/3.png (Permission denied" in line
     shutil.rmtree(tmp_path / "run")
     code, lines = start(tmp_path, *words, "data.on_error=skip")
     assert code == 0 and not lines

@@ -170,7 +170,7 @@ def test_urls_give_what_local_shards_give_and_are_asked_once(tmp_path: Path, pac
 
 def test_nothing_is_fetched_unasked(tmp_path: Path, packed: Path, server: Server) -> None:
     size = sum((packed / name).stat().st_size for name in NAMES)
-    with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, .* data\.download=true") as error:
+    with pytest.raises(ValueError, match=r"not on this machine yet: 4 of 4 shards, .* data\.download=true") as error:
         open_source(conf(tmp_path, url(server), download=False))
     assert in_bytes(size) in str(error.value) and len(server.log) == 4
     with pytest.raises(ValueError, match="of unknown size"):
@@ -235,7 +235,7 @@ def test_nobody_there(tmp_path: Path, server: Server) -> None:
     server.server_close()
     with pytest.raises(ValueError, match=r"cannot be fetched \(.*refused.*\), 4 tries in a row"):
         open_source(conf(tmp_path, f"{server.base}/0.tar"))
-    with pytest.raises(ValueError, match="1 of 1 shards are not on this machine yet, of unknown size"):
+    with pytest.raises(ValueError, match="not on this machine yet: 1 of 1 shard, of unknown size"):
         open_source(conf(tmp_path, f"{server.base}/0.tar", download=False))
 
 
@@ -309,7 +309,7 @@ def test_other_schemes_give_what_local_shards_give(tmp_path: Path, packed: Path)
     for path in packed.iterdir():
         memory.pipe(f"/set/{path.name}", path.read_bytes())
     root = "::".join(f"memory://set/{pattern}" for pattern in PATTERNS)
-    with pytest.raises(ValueError, match=r"4 of 4 shards are not on this machine yet, "):
+    with pytest.raises(ValueError, match=r"not on this machine yet: 4 of 4 shards, "):
         open_source(conf(tmp_path, root, download=False))
     assert content(open_source(conf(tmp_path, root))) == content(local(packed))
     memory.rm("/set", recursive=True)

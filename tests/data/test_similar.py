@@ -113,7 +113,7 @@ def test_images_that_look_alike_stay_together(tmp_path: Path, folds: int) -> Non
     assert shared(conf) > 0
     conf.group = "similar"
     assert shared(conf) == 0
-    assert "40 images in 20 groups, which stay together" in open_source(conf).description
+    assert "40 images of 20 groups that stay together" in open_source(conf).description
 
 
 def test_where_nothing_is_cut_similar_would_be_ignored(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_check_lists_images_that_look_alike(tmp_path: Path, capsys: pytest.C
     assert main(["check", *words]) == 0
     shown = capsys.readouterr().out
     lines = (tmp_path / "out" / "similar.txt").read_text().splitlines()
-    assert "20 groups of images look alike" in shown and len(lines) == 20
+    assert "images that look alike" in shown and "20 lines in" in shown and len(lines) == 20
     assert any("0.png" in line and "0-small.jpg" in line and "same.png" in line for line in lines)
     assert len((tmp_path / "out" / "duplicates.txt").read_text().splitlines()) == 1
     # A training start has decoded the images without their looks; the check still computes them.

@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_table_is_said_by_row(tmp_path: Path, rows: Rows) -
     refused("path,label\na,b\nc\n", "row 3 has 1 cells where the first line has 2")
     refused('path,label\na,"b\n', "row 2", "unexpected end of data")
     refused([*rows, ("", "x"), ("p", " ")], "2 rows cannot be used", "row 38 has no path", "row 39 has no label")
-    refused([*rows, (rows[3][0], "10")], "another label", f"{rows[3][0]} in rows 5 and 38", "data.label_separator")
+    refused([*rows, (rows[3][0], "10")], "with several labels", f"{rows[3][0]} in rows 5 and 38", "data.label_separator")
     refused([(f"{i}", i * 0.37) for i in range(9)], "too few images", "0.37 (1)")
     refused("{}\n", "row 1", "no column path", name="a.jsonl")
     refused('{"path": 1}\nnone\n', "row 1", "it has path", name="a.jsonl")
@@ -195,10 +195,10 @@ def test_what_is_wrong_with_a_table_is_said_by_row(tmp_path: Path, rows: Rows) -
 
 def test_repeated_rows_are_said(tmp_path: Path, rows: Rows) -> None:
     source = table(write_csv(tmp_path / "a.csv", ["path", "label"], [*rows, rows[3]]))
-    assert len(source.warnings) == 1 and "1 rows" in source.warnings[0] and "rows 5 and 38" in source.warnings[0]
+    assert len(source.warnings) == 1 and "in 1 row," in source.warnings[0] and "rows 5 and 38" in source.warnings[0]
     other = (rows[30][0].replace("ä", "a\u0308"), rows[30][1])  # the same name, as another file system writes it
     source = table(write_csv(tmp_path / "a.csv", ["path", "label"], [*rows, other]))
-    assert len(source.warnings) == 1 and "1 rows" in source.warnings[0] and "rows 32 and 38" in source.warnings[0]
+    assert len(source.warnings) == 1 and "in 1 row," in source.warnings[0] and "rows 32 and 38" in source.warnings[0]
 
 
 def test_long_lists_of_names_are_exact() -> None:
@@ -264,7 +264,7 @@ def test_shards_with_splits_and_names(tmp_path: Path) -> None:
     source = shards(tmp_path, classes=["dog", "bird"])
     assert source.classes == ("dog", "bird") and len(source.splits["test"]) == 4
     write_shard(tmp_path / "train" / "1.tar", {"x.png": image.getvalue()})
-    with pytest.raises(ValueError, match=r"1 images have no label, such as x\.png"):
+    with pytest.raises(ValueError, match=r"1 image without a label, such as x\.png"):
         shards(tmp_path)
     (tmp_path / "train" / "1.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match=r"1\.tar is damaged"):

@@ -287,7 +287,7 @@ def test_equal_images_stay_together(kind: str, tmp_path: Path) -> None:
         copies = [set(data for data, _ in found[name]) for name in SPLITS]
         assert not (copies[0] & copies[1] or copies[0] & copies[2] or copies[1] & copies[2])
         assert sum(map(len, found.values())) == 4 * PATIENTS
-        assert "24 images in 12 groups, which stay together" in source.description
+        assert "24 images of 12 groups that stay together" in source.description
 
 
 def test_the_split_is_the_same_with_and_without_a_memory_of_earlier_checks(
@@ -327,7 +327,7 @@ def test_large_files_that_differ_at_the_end_are_read_at_the_end_only(
     monkeypatch.setattr(stores, "read_file", counted)
     source = open_source(DataConf(source=SourceKind.folder, root=str(tmp_path / "data")))
     assert sorted(Path(path).name for path in whole) == ["0.bmp", "copy.bmp"]
-    assert "2 images in 1 groups" in source.description
+    assert "2 images of 1 group that stay" in source.description
 
 
 def test_given_splits_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +389,7 @@ def test_groups_that_lie_in_several_given_splits_are_refused_by_name(tmp_path: P
     source = open_source(conf)
     assert source.counts["test"] == 6 and source.has("val")
     shutil.copy(tmp_path / "data" / "train" / "a" / "p0-1.png", tmp_path / "data" / "test" / "a" / "p0-7.png")
-    with pytest.raises(UserError, match=r"1 groups lie in several splits: p0 \(train, test\); move each"):
+    with pytest.raises(UserError, match=r"1 group in several splits: p0 \(train, test\); move each"):
         open_source(conf)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "finetune"
+MAP = "## Every file\n"  # of ARCHITECTURE.md
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -43,3 +46,31 @@ def test_the_names_on_the_architecture_page_exist() -> None:
         assert file is not None, f"{path} does not exist"
         is_defined = rf"^ *(?:async )?(?:def |class |){name}\b"
         assert re.search(is_defined, file.read_text(encoding="utf-8"), re.MULTILINE), f"{path} defines no {name}"
+
+
+def map_of_files() -> str:
+    """A line for each module of the package, the first sentence of its docstring, under its folder."""
+    lines = []
+    for init in sorted(PACKAGE.rglob("__init__.py")):
+        folder = init.parent.relative_to(PACKAGE).as_posix()
+        lines += ["", f"**`{folder}/`** {first_sentence(init)}" if folder != "." else "**`finetune/`**", ""]
+        modules = (path for path in sorted(init.parent.glob("*.py")) if path != init)
+        lines += [f"* `{path.relative_to(PACKAGE).as_posix()}`: {first_sentence(path)}" for path in modules]
+    return "\n".join(lines) + "\n"
+
+
+def first_sentence(path: Path) -> str:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.) ", " ".join(said.partition("\n\n")[0].split()))[0]
+
+
+def test_the_map_names_every_file_once_with_the_sentence_at_its_top(update_golden: bool) -> None:
+    page = ROOT / "ARCHITECTURE.md"
+    text = page.read_text(encoding="utf-8")
+    above, found, below = text.partition(MAP)
+    assert found
+    if update_golden:
+        page.write_text(f"{above}{MAP}{map_of_files()}", encoding="utf-8")
+    else:
+        mend = "files or their docstrings changed: pytest tests/house/test_docs.py --update-golden rewrites the map"
+        assert below == map_of_files(), mend

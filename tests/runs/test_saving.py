@@ -449,7 +449,7 @@ def test_free_space_is_looked_at_before_a_save(tmp_path: Path, monkeypatch: pyte
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage)
     keeper.save(at_step(2))
-    with pytest.raises(NoSpaceError, match=r"MB are needed and 0\.0 MB are free.*that of step 1 is whole.*resume="):
+    with pytest.raises(NoSpaceError, match=r"iB are needed and 1,000 bytes are free.*that of step 1 is whole.*resume="):
         keeper.wait()
     assert read_state(tmp_path / "last.pt")["counters"]["step"] == 1
     keeper.check()  # told once

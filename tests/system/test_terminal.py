@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config.words.quoting import quote_override
-from finetune.system.terminal import command, printable
+from finetune.system.terminal import command, counted, printable
 
 
 @given(st.text(st.characters()))
@@ -59,3 +59,8 @@ def test_a_command_with_odd_characters_is_one_line_and_means_the_same_in_bash(te
     assert printable(shown) == shown
     given = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True).stdout
     assert os.fsdecode(given) == os.fsdecode(os.fsencode(f"data.root={text}"))
+
+
+def test_one_thing_has_the_singular() -> None:
+    assert counted(1, "image") == "1 image" and counted(0, "image") == "0 images"
+    assert counted(1, "class", "classes") == "1 class" and counted(2_000, "class", "classes") == "2,000 classes"

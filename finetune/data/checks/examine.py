@@ -30,6 +30,7 @@ from finetune.data.images.decode import Header, ImageError, decode_with_header
 from finetune.data.split import SPLITS, ImageStore, Source, UnreadableImage
 from finetune.data.streams import shuffled
 from finetune.system.processors import map_in_threads
+from finetune.system.terminal import counted
 
 CHUNK = 4096  # files looked for between two looks at the clock
 PIECE = 8  # images handed to a thread at once: handing over a single one costs as much as reading its header
@@ -58,7 +59,7 @@ class DataReport:
         parts = [f"{counts[depth]:,} {words}" for depth, words in DEPTH_WORDS.items() if counts[depth]]
         parts += [f"{len(self.unreadable):,} unreadable"] * bool(self.unreadable)
         known = f" ({self.remembered:,} of them known from an earlier look)" if self.remembered else ""
-        return f"{total:,} images checked: {', '.join(parts)}{known}"
+        return f"{counted(total, 'image')} checked: {', '.join(parts)}{known}"
 
 
 class _Examination:

@@ -20,7 +20,7 @@ from finetune.system.errors import UserError, naming
 from finetune.system.files import write_text
 from finetune.system.ours import open_own
 from finetune.system.reading import MAX_BYTES, DamagedError, UnfitError, parse_json_lines, read_file
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 logger = logging.getLogger("finetune")
 
@@ -105,8 +105,9 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     if duplicates:
         path = run_dir / "duplicates.txt"
         write_lines(path, duplicates)
-        title = "images come more than once, to the last byte, in several splits or classes"
-        logger.warning("%d %s (all in %s): %s", len(duplicates), title, path, _first(duplicates, 3))
+        number = counted(len(duplicates), "image that comes", "images that come")
+        title = f"{number} more than once, to the last byte, in several splits or classes"
+        logger.warning("%s (all in %s): %s", title, path, _first(duplicates, 3))
     skipped = SkippedList(run_dir)
     earlier = skipped.from_start()
     if conf.on_error == OnError.stop:
@@ -115,7 +116,7 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
         if new:
             path = run_dir / "unreadable.txt"
             write_lines(path, unreadable_lines(new))
-            found = f"{len(new):,} images cannot be read: {_names(new)}. All of them are in {path}"
+            found = f"{counted(len(new), 'image')} cannot be read: {_names(new)}. The list: {path}"
             raise UserError(f"{found}. Repair or remove them, or train without them by data.on_error=skip")
     if earlier is None:
         skipped.start(report.unreadable)
@@ -129,7 +130,7 @@ def check_at_start(source: Source, conf: DataConf, run_dir: Path) -> Source:
     # In a continued run an image that became unreadable since its first start is left out when its batch is made.
     if not earlier:
         return source
-    logger.warning("%d images are left out (all in %s): %s", len(earlier), skipped.path, _names(earlier))
+    logger.warning("left out: %s (listed in %s): %s", counted(len(earlier), "image"), skipped.path, _names(earlier))
     return source.without(earlier)
 
 

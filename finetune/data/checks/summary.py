@@ -11,7 +11,7 @@ from finetune.data.checks.similar import find_near_duplicates
 from finetune.data.split import SPLITS, Source, UnreadableImage, class_counts
 from finetune.system.files import write_text
 from finetune.system.tables import table
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 MAX_CLASSES = 40  # shown; of more, the largest and the smallest
 IMBALANCE = 10.0  # largest class over smallest, from which on there is a warning
@@ -27,12 +27,12 @@ def check_source(source: Source, cache_dir: str | None, folder: Path) -> tuple[D
     lines = [source.description, report.coverage, "", *_classes(source), "", *_sizes_and_modes(report)]
     text = "\n".join([*lines, *(f"warning: {line}" for line in [*source.warnings, *imbalance(source)])])
     write_text(folder / "data.txt", text.encode("utf-8", "backslashreplace").decode() + "\n")
-    same = "images are the same to the last byte in several splits or classes"
+    same = "the same image, to the last byte, in several splits or classes"
     text += _write_list(folder / "duplicates.txt", same, _lines_of(source, find_duplicates(source, report)), most=20)
-    alike = "groups of images look alike, and lie in several splits or classes; data.group=similar cuts none of them"
+    alike = "images that look alike, in several splits or classes; data.group=similar cuts no such group"
     text += _write_list(folder / "similar.txt", alike, _lines_of(source, find_near_duplicates(source, report)), most=20)
     bad = unreadable_lines(report.unreadable)
-    text += _write_list(folder / "unreadable.txt", "images cannot be read", bad, most=len(bad))
+    text += _write_list(folder / "unreadable.txt", "images that cannot be read", bad, most=len(bad))
     return report, text
 
 
@@ -41,7 +41,7 @@ def _write_list(path: Path, title: str, lines: Sequence[str], *, most: int) -> s
     if not lines:
         return ""
     write_lines(path, lines)
-    shown = [f"\n\n{len(lines):,} {title} ({path}):", *(f"  {line}" for line in lines[:most])]
+    shown = [f"\n\n{title}: {counted(len(lines), 'line')} in {path}:", *(f"  {line}" for line in lines[:most])]
     shown += [f"  ... and {len(lines) - most:,} more"] * (len(lines) > most)
     return "\n".join(shown)
 

@@ -22,6 +22,7 @@ from finetune.data.sources.torchvision_sets import find_torchvision
 from finetune.data.split import FoundImages, Groups, Source
 from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, image_limit
+from finetune.system.terminal import counted
 
 _BUILDERS: dict[SourceKind, Callable[[DataConf], FoundImages]] = {
     SourceKind.digits: find_digits,
@@ -63,4 +64,6 @@ def _check_groups(found: FoundImages, groups: Groups, conf: DataConf) -> list[st
         raise UserError(f"{found.place}: data.group={conf.group} gives no image a group; a name here is {name}")
     if not alone:
         return []
-    return [f"data.group={conf.group} gives {alone:,} of {len(groups.numbers):,} images no group: each is alone"]
+    return [
+        f"data.group={conf.group} gives {alone:,} of {counted(len(groups.numbers), 'image')} no group: each is alone"
+    ]

@@ -126,4 +126,4 @@ def _check_same_classes(root: str, found: dict[str, dict[str, list[str]]]) -> No
 
 
 def _kind(file: str) -> str:
-    return "images" if is_image(file) else os.path.splitext(file)[1].lower() or "files without an ending"
+    return "image" if is_image(file) else os.path.splitext(file)[1].lower() or "file without an ending"

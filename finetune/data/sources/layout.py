@@ -11,11 +11,12 @@ from finetune.data.split import SPLITS
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.ours import MARKER, OWN, read_marker
+from finetune.system.terminal import counted
 
 LAYOUT = "expected one folder a class with its images inside, such as ROOT/cat/1.jpg and ROOT/dog/1.jpg"
 # Folders that operating systems and tools leave behind. Some hold small copies of the images.
 LITTER = frozenset(["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
-OURS = "folders of runs"  # in the list of what was left out
+OURS = "folder of a run"  # in the list of what was left out
 DEPTH = 5  # folders, from that of all outputs down: outputs/sweeps/<date>/<time>/<job>
 MOST_PARTS = 10  # folders that may be parts of a data set; more of them are classes
 SHOWN = 5  # names in a message
@@ -124,7 +125,7 @@ def split_folders(root: str, wanted: Sequence[str], left_out: Counter[str]) -> d
     if others:
         _refuse(root, folders, entries(os.path.join(root, found["train"]))[0])
     for folder in extra:
-        left_out[f"images in {folder}"] += sum(
+        left_out[f"image in {folder}"] += sum(
             map(is_image, (file for _, _, files in os.walk(os.path.join(root, folder)) for file in files))
         )
     return found
@@ -167,7 +168,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def in_brackets(counts: Counter[str], word: str = "left out:") -> str:
-    """` [left out: 2 .txt, 1 .gif]`; empty if there is nothing to say."""
+    """` [left out: 2 .txt, 1 file without an ending]`, of kinds in the singular; empty if there is nothing to say."""
     if not counts:
         return ""
-    return f" [{word} {', '.join(f'{number:,} {kind}' for kind, number in counts.most_common(SHOWN))}]"
+    return f" [{word} {', '.join(_in_words(kind, number) for kind, number in counts.most_common(SHOWN))}]"
+
+
+def _in_words(kind: str, number: int) -> str:
+    """`2 .txt`, or `2 shards in unlabeled`: the first word of a kind takes the plural, and an ending of names none."""
+    noun, blank, rest = kind.partition(" ")
+    return f"{number:,} {kind}" if kind.startswith(".") else counted(number, noun) + blank + rest

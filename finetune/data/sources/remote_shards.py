@@ -18,7 +18,7 @@ from finetune.system.errors import UserError
 from finetune.system.limits import Limit, LimitError, in_bytes, text_limit
 from finetune.system.reading import DamagedError
 from finetune.system.signals import at_once
-from finetune.system.terminal import printable
+from finetune.system.terminal import counted, printable
 
 logger = logging.getLogger("finetune")
 
@@ -46,8 +46,8 @@ def fetch_shards(remotes: Sequence[RemoteFile], conf: DataConf) -> list[Path]:
             num_bytes, size = _size(missing)
             if not conf.download:
                 raise UserError(
-                    f"data.root: {len(missing):,} of {len(remotes):,} shards are not on this machine yet, {size}; the"
-                    f" first is {missing[0].name}. data.download=true fetches them once, into {folder}"
+                    f"data.root: not on this machine yet: {len(missing):,} of {counted(len(remotes), 'shard')}, {size};"
+                    f" the first is {missing[0].name}. data.download=true fetches them once, into {folder}"
                 )
             try:
                 claim_cache(folder.parent)

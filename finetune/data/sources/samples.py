@@ -10,6 +10,7 @@ from finetune.data.images.decode import EXTENSIONS
 from finetune.data.sources.layout import LITTER
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit, text_of
+from finetune.system.terminal import counted
 
 SHOWN = 5  # names in a message
 
@@ -72,7 +73,7 @@ class Samples:
             tar.seek(member.offset_data)
             self._take_text(key, ending, tar.read(member.size), subject)
         else:
-            self.left_out[f".{ending}" if dot else "files without an ending"] += 1
+            self.left_out[f".{ending}" if dot else "file without an ending"] += 1
 
     def _take_text(self, key: str, ending: str, content: bytes, subject: str) -> None:
         if ending == "cls":
@@ -109,11 +110,11 @@ class Samples:
                 reason = self._broken.get(key)
                 without.append(f"{image.name} ({reason})" if reason else image.name)
         if without:
-            some = f"{len(without):,} images have no label, such as {', '.join(without[:SHOWN])}"
+            some = f"{counted(len(without), 'image')} without a label, such as {', '.join(without[:SHOWN])}"
             how = f"expected a .cls beside each, or a .json with {self._key!r} (data.label_column)"
             raise UserError(f"{self._subject}: {some}; {how}")
         alone = {*self._texts, *self._objects} - used - {image.sample for image in self._images.values()}
-        self.left_out.update({"labels without an image": len(alone)} if alone else {})
+        self.left_out.update({"label without an image": len(alone)} if alone else {})
         return iter(found)
 
     def _has_label(self, key: str) -> bool:

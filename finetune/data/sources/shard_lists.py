@@ -117,7 +117,7 @@ def _in_folder(folder: str, split: int | None, left_out: Counter[str], above: tu
         both = f"{', '.join(others)} beside {', '.join(named)}"
         raise UserError(f"data.root={folder}: {both}, and all of them hold shards; move the first into train, or away")
     for name in extra:
-        left_out[f"shards in {name}"] += len(shards.pop(name))
+        left_out[f"shard in {name}"] += len(shards.pop(name))
     for inside in shards.values():
         yield from inside
 
@@ -142,7 +142,7 @@ def _entries(folder: str) -> tuple[list[str], list[str]]:
 def _kind(name: str) -> str:
     """The ending of a file that is no shard: `.tar.gz`, `.json`."""
     packed = re.search(r"\.tar\.\w+$", name.lower())
-    return packed[0] if packed else os.path.splitext(name)[1].lower() or "files without an ending"
+    return packed[0] if packed else os.path.splitext(name)[1].lower() or "file without an ending"
 
 
 def _is_packed(kind: str) -> bool:
@@ -166,7 +166,7 @@ def _with_splits(shards: Collection[Shard], left_out: Counter[str]) -> Collectio
     named = set(splits.values())
     if any(shard.split for shard in shards) or 0 not in named or not named & {1, 2}:
         return shards
-    left_out.update(f"shards of {word}" for word in extra.values())
+    left_out.update(f"shard of {word}" for word in extra.values())
     return [replace(shard, split=split or 0) for shard, split in splits.items() if shard not in extra]
 
 

@@ -32,6 +32,7 @@ from finetune.system.errors import UserError
 from finetune.system.limits import Limit, read_text, text_limit, text_of
 from finetune.system.reading import DamagedError
 from finetune.system.seals import SealedFile, read_sealed
+from finetune.system.terminal import counted
 
 
 class ShardStore(ImageStore):
@@ -132,7 +133,7 @@ def find_shards(conf: DataConf) -> FoundImages:
     root = "::".join(map(place_name, places(conf)))
     note = in_brackets(left_out)
     if not index.keys:
-        raise UserError(f"data.root={root}: no images in {len(shards)} shards{note}; {LAYOUT}")
+        raise UserError(f"data.root={root}: no images in {counted(len(shards), 'shard')}{note}; {LAYOUT}")
     empty = {shard.split for shard in shards} - {*index.given}
     if empty:
         words = " and ".join(SPLITS[split] for split in sorted(empty))
@@ -147,7 +148,7 @@ def find_shards(conf: DataConf) -> FoundImages:
         labels=labels,
         given=torch.frombuffer(index.given, dtype=torch.uint8),
         place=f"data.root={root}",
-        title=f"webdataset {root} ({len(shards)} shards)",
+        title=f"webdataset {root} ({counted(len(shards), 'shard')})",
         note=note,
         location=os.path.abspath(root),
         groups=None if group_column(conf) is None else Groups.of(index.groups),
@@ -223,7 +224,7 @@ def _classes(
         highest = max(numbers.values())
         if highest >= len(names) or len(set(names)) < len(names):
             expected = f"one for each label up to {str(highest)[:20]}, all different"
-            raise UserError(f"{path}: has {len(names)} names, expected {expected}")
+            raise UserError(f"{path}: has {counted(len(names), 'name')}, expected {expected}")
         return names, labels.tensor(names, numbers)
     names = labels.names(f"data.root={root}")
     return names, labels.tensor(names)

@@ -25,6 +25,7 @@ from finetune.data.split_words import split_of
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
 from finetune.system.limits import NAME, text_limit
+from finetune.system.terminal import counted
 
 MAX_LISTED = 20  # rows that one message names
 
@@ -91,7 +92,7 @@ def find_table(conf: DataConf) -> FoundImages:
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
         listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
-        raise UserError(f"data.table={path}: {rows.num_problems:,} rows cannot be used: {listed}")
+        raise UserError(f"data.table={path}: {counted(rows.num_problems, 'row')} cannot be used: {listed}")
     if not len(names):
         raise UserError(f"data.table={path}: has no rows; expected a line an image below the names of the columns")
     classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
@@ -170,8 +171,8 @@ def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Num
     listed = wrong[:MAX_LISTED] if len(wrong) else [0]
     shown = [f"{names[int(first[i])]} in rows {numbers[first[i]]} and {numbers[second[i]]}" for i in listed]
     if len(wrong):
-        again = f"{len(wrong):,} paths come again with another label: {'; '.join(shown)}; keep one row of each"
+        again = f"{counted(len(wrong), 'path')} with several labels: {'; '.join(shown)}; keep one row of each"
         several = "for several labels an image, put them in one cell and set data.label_separator"
         raise UserError(f"data.table={path}: {again} ({several})")
-    repeated = f"{len(same):,} rows of {path} repeat a path"
-    return (f"{repeated}, so these images count twice, perhaps in two splits: {shown[0]}",)
+    repeated = f"{path} repeats a path in {counted(len(same), 'row')}"
+    return (f"{repeated}, so such an image counts twice, perhaps in two splits: {shown[0]}",)

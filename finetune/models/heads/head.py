@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.config import HeadKind, ModelConf, Pool
 from finetune.core.layers import LayeredModel
 from finetune.system.errors import UserError
+from finetune.system.terminal import counted
 
 
 class Head(nn.Linear):
@@ -144,7 +145,7 @@ def keep_head(
         problem = f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
     elif known is None or len(known) != old.out_features:
         if old.out_features != len(classes):
-            size = f"{old.out_features} classes and the data has {len(classes)}"
+            size = f"{counted(old.out_features, 'class', 'classes')} and the data has {len(classes)}"
             problem = f"the weights classify into {size}, and nothing says the names of theirs"
     else:
         rows = rows_of(known, classes)

@@ -13,6 +13,7 @@ from finetune.config import TemplateSet, nearest
 from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
 from finetune.system.limits import NAMES, read_text
+from finetune.system.terminal import counted
 
 logger = logging.getLogger("finetune")
 
@@ -60,7 +61,7 @@ def read_class_names(path: Path | None, classes: Sequence[str], known: Mapping[s
             raise UserError(f"model.class_names={path} names {problem}")
         return [named.get(name, default) for name, default in zip(classes, own, strict=True)]
     if len(lines) != len(classes):
-        problem = f"holds {len(lines)} names and the data has {len(classes)} classes"
+        problem = f"holds {counted(len(lines), 'name')} and the data has {counted(len(classes), 'class', 'classes')}"
         mend = "give one name a line in class order, or CLASS<tab>NAME for some"
         raise UserError(f"model.class_names={path} {problem}: {mend}")
     return lines

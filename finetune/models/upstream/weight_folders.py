@@ -6,6 +6,7 @@ from typing import TypedDict
 from finetune.models.upstream.candidates import shown
 from finetune.system.errors import UserError
 from finetune.system.reading import UnfitError, parse_json, read_file
+from finetune.system.terminal import counted
 
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
@@ -38,7 +39,7 @@ def weights_in(folder: Path) -> Path:
         names = [str(path.relative_to(folder)) for path in found]
         mend = f"name one, such as model.pretrained={found[0]}"
         raise UserError(
-            f"model.pretrained={folder}: the folder has {len(found)} files of weights: {shown(names)}; {mend}"
+            f"model.pretrained={folder}: it has {counted(len(found), 'file')} of weights: {shown(names)}; {mend}"
         )
     return found[0]
 
