@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_table_is_said_by_row(tmp_path: Path, rows: Rows) -
     refused("path,label\na,b\nc\n", "row 3 has 1 cells where the first line has 2")
     refused('path,label\na,"b\n', "row 2", "unexpected end of data")
     refused([*rows, ("", "x"), ("p", " ")], "2 rows cannot be used", "row 38 has no path", "row 39 has no label")
-    refused([*rows, (rows[3][0], "10")], "with several labels", f"{rows[3][0]} in rows 5 and 38", "data.label_separator")
+    refused([*rows, (rows[3][0], "10")], "with several labels", f"{rows[3][0]} in rows 5 and 38", "label_separator")
     refused([(f"{i}", i * 0.37) for i in range(9)], "too few images", "0.37 (1)")
     refused("{}\n", "row 1", "no column path", name="a.jsonl")
     refused('{"path": 1}\nnone\n', "row 1", "it has path", name="a.jsonl")
