@@ -64,7 +64,7 @@ def save_weights(path: Path, model: LayeredModel, metadata: dict[str, str]) -> N
 
 
 def save_state(path: Path, state: TrainState) -> None:
-    write_state(path, snapshot(state), checksum(frozen_weights(state.model)))
+    write_state(path, snapshot(state), checksum(frozen_weights(state.model)), weights={})
 
 
 def load_state(path: Path, state: TrainState) -> None:

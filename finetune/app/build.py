@@ -55,6 +55,7 @@ class Run:
         """Name the model that learns, and the folder of weights and states."""
         self.model, self.checkpoints = self.built.model, self.folder / "checkpoints"
         self.notes: dict[str, str] = {}  # that every checkpoint carries, once the start is agreed on; see `first_notes`
+        self.written: dict[str, str] = {}  # checksums of its weights files when it continues, by their names
         self.loss = loss_of(self.conf.train, is_multilabel=self.source.is_multilabel)
         self.headlines = headlines(self.monitor)
 

@@ -13,8 +13,12 @@ from finetune.config import Conf
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.runs import bad_batch
+from finetune.runs.finished import compare_with_result
+from finetune.runs.records import read_result
 from finetune.runs.weights import read_weights
 from finetune.system.terminal import counted, printable
+
+LAST_WEIGHTS = "checkpoints/last.safetensors"
 
 
 def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str], bool]:
@@ -29,10 +33,12 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
         UserError: A file is damaged.
     """
     step, window = bad_batch.load(run_dir, step)
+    if (run_dir / "result.json").exists():  # a run that was killed had no time to write checksums into it
+        compare_with_result(run_dir, LAST_WEIGHTS, read_result(run_dir / "result.json"))
     with tempfile.TemporaryDirectory() as scratch:  # for the list of unreadable images, so that the run's own stays
         run = build_run(conf, Path(scratch))
     set_up_layers(run.model, conf.optim, train=conf.train)
-    run.model.net.load_state_dict(read_weights(run_dir / "checkpoints" / "last.safetensors")[0])
+    run.model.net.load_state_dict(read_weights(run_dir / LAST_WEIGHTS)[0])
     lines, is_bad = _compute(run, window)
     return [f"step {step}: {counted(sum(len(images) for images, _ in window), 'image')}", *lines], is_bad
 

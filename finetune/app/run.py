@@ -145,7 +145,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     train, val = feeds.train_and_val()
     result |= _prepared(run, train, val, found, stop)
     state = _start(run, curve)
-    restore_run(run.folder, state, found)
+    run.written = restore_run(run.folder, state, found)
     if found is not None:
         result["resumed_at"] = [*result["resumed_at"], state.step]
     if not session.is_accepted:  # forced changes may not fit the checkpoint, so they are accepted only now

@@ -129,9 +129,9 @@ class Session:
                 return
             ended = {name: self.result[name] for name in ("status", "error")}
             self.result = {**(self.earlier.result or {}), **ended}
-        if self.result["status"] == "finished":
-            self.result[CHECKSUMS] = checksums(self.run_dir, self.result)
         try:
+            if self.is_accepted:
+                self.result[CHECKSUMS] = checksums(self.run_dir, self.result)
             self.write_result()
         except OSError as error:
             if self.result["status"] == "finished":

@@ -64,8 +64,15 @@ class _Training:
 
     def __init__(self, run: Run, state: TrainState, train: Feed, val: Feed | None, stop: StopSignals) -> None:
         self.run, self.state, self.train, self.stop = run, state, train, stop
-        keep, share, best = run.conf.train.keep, run.conf.train.max_save_share, state.best_epoch
-        self.saver = Saver(run.checkpoints, run.metadata(), run.notes, keep=keep, max_share=share, best_epoch=best)
+        self.saver = Saver(
+            run.checkpoints,
+            run.metadata(),
+            run.notes,
+            keep=run.conf.train.keep,
+            max_share=run.conf.train.max_save_share,
+            best_epoch=state.best_epoch,
+            written=run.written,
+        )
         self.validation: Validation | None = None
         if val is not None:
             batches = partial(self.val_batches, val)

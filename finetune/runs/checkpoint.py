@@ -22,7 +22,7 @@ from finetune.system.reading import DamagedError, UnfitError, fitted
 from finetune.system.seals import check_seal, damaged_if_unreadable, seal
 from finetune.system.terminal import printable
 
-FORMAT = 5
+FORMAT = 6
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how the last bytes of a zip file begin, and how many they are
 COUNTERS = ("epoch", "batch", "step", "skipped", "best_score", "best_loss", "best_epoch", "best_is_ema", "seconds")
 
@@ -56,7 +56,10 @@ class _Scheduler(TypedDict):
 
 
 class _State(TypedDict):
-    """A snapshot and the checksum of the frozen weights; torch checks what it holds of tensors."""
+    """A snapshot, the checksum of the frozen weights, and those of the weights files beside it, by their names.
+
+    Torch checks what it holds of tensors.
+    """
 
     model: dict[str, Any]
     optimizer: _Optimizer
@@ -71,6 +74,7 @@ class _State(TypedDict):
     notes: dict[str, str]
     history: str
     frozen: str
+    weights: dict[str, str]
 
 
 def snapshot(state: TrainState, notes: Mapping[str, str] | None = None, history: str = "") -> Content:
@@ -122,14 +126,17 @@ def _gpus() -> range:
     return range(torch.cuda.device_count())
 
 
-def write_state(path: Path, content: Content, frozen: str, *, aside: Path | None = None) -> None:
+def write_state(
+    path: Path, content: Content, frozen: str, *, weights: Mapping[str, str], aside: Path | None = None
+) -> None:
     """Write a snapshot, with the checksum `frozen` of the frozen weights. The older file at `path` moves to `aside`.
 
-    The file ends with a checksum of all its bytes, which `check_state` compares. See `write_whole` for errors.
+    `weights` has the checksum of each weights file beside it that belongs to the state, by its name. The file ends with
+    a checksum of all its bytes, which `check_state` compares. See `write_whole` for errors.
     """
 
     def write(temporary: Path) -> None:
-        torch.save({**content, "frozen": frozen}, temporary)
+        torch.save({**content, "frozen": frozen, "weights": dict(weights)}, temporary)
         seal(temporary)
 
     write_whole(path, write, aside=aside)

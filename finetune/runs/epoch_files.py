@@ -3,6 +3,9 @@
 `epoch_0007.safetensors` holds the weights of epoch 7. A state names the best epoch so far, and the file of that epoch
 stays as long as `last.pt` or `previous.pt` names it. `best.safetensors` is a second name (hard link) of the file of the
 epoch that `last.pt` names, so it is whole at every moment and costs no space.
+
+A state has the checksum of each weights file that belongs to it. A file with another one is of another run, and is
+never taken for this run's.
 """
 
 import logging
@@ -14,16 +17,18 @@ from typing import Any
 from finetune.core.fit import is_better
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, read_state
-from finetune.runs.weights import metadata_of, read_weights
+from finetune.runs.weights import metadata_of
 from finetune.system.errors import UserError
 from finetune.system.files import link_or_copy
 from finetune.system.reading import DamagedError
-from finetune.system.seals import CHECKSUM_KEY
+from finetune.system.seals import CHECKSUM_KEY, check_checksum, checksum_in
 
 logger = logging.getLogger("finetune")
 
 STATE, STATE_BEFORE, DAMAGED_STATE = "last.pt", "previous.pt", "damaged.pt"
 BEST, LAST = "best.safetensors", "last.safetensors"
+
+Checksums = Mapping[str, str]  # name of a weights file -> the checksum in it, see `checksum_in`
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -118,34 +123,61 @@ def latest_state(folder: Path) -> tuple[Content, Path] | None:
         return content, previous
 
 
-def settle(folder: Path, state: TrainState, finished: int) -> None:
-    """Bring the weights files in line with the state that a run continues from.
+def settle(folder: Path, state: TrainState, finished: int, written: Checksums) -> None:
+    """Bring the weights files in line with the state that a run continues from, which has the checksums `written`.
 
     They may be ahead of it: the run was killed between two of them, diverged, or lost its newest state to damage. But
     none is of a later epoch than the `finished` ones, which the history has.
 
     Raises:
-        UserError: The weights of the best epoch are neither there nor in `best.safetensors`.
+        UserError: The weights of the best epoch are neither there nor in `best.safetensors`; or a file that the run
+            would keep holds the weights of another run.
     """
+    for epoch, path in _by_epoch(folder, state.epoch):
+        if epoch == state.best_epoch or path.name in written:
+            refuse_other_weights(path, written.get(path.name))
+    if (folder / LAST).exists() and _is_of_epoch(folder / LAST, range(1, state.epoch + 1)):
+        refuse_other_weights(folder / LAST, written.get(LAST))
     if state.best_epoch > 0:
         path = epoch_path(folder, state.best_epoch)
         if not path.exists():
-            _find_best(folder, state.best_epoch, path)
-        if path.exists():
-            link_or_copy(path, folder / BEST)
-        if not _is_own(folder / BEST, state.best_epoch):
-            raise UserError(
-                f"{path} is gone, the weights of the best epoch so far, and {BEST} does not hold them: put one of both"
-                f" back, or remove {folder} to start from the beginning"
-            )
+            _put_back(path, folder / BEST, written.get(path.name))
+        link_or_copy(path, folder / BEST)
     remove_epochs(folder, but=range(state.epoch + 1), last=finished)
 
 
-def _find_best(folder: Path, epoch: int, path: Path) -> None:
-    """Put the weights of `epoch` at `path`, from a run that has finished."""
-    try:
-        found = read_weights(folder / BEST)[1].get("epoch")
-    except (FileNotFoundError, DamagedError):
+def refuse_other_weights(path: Path, written: str | None) -> None:
+    """Compare the weights file at `path` with its checksum, and this with the one that the run has `written`.
+
+    Raises:
+        DamagedError: The file is damaged.
+        UserError: It is whole, and holds other weights.
+    """
+    check_checksum(path)
+    if checksum_in(path) != written:
+        raise UserError(
+            f"{path} does not hold the weights that this run saved there, but those of another run or program (its"
+            f" checksum is {checksum_in(path)}, and the state says {written}): put the run's own file back, or move"
+            " this one elsewhere"
+        )
+
+
+def _is_of_epoch(path: Path, epochs: Collection[int]) -> bool:
+    """Whether a weights file says that it is of one of these epochs; one of before a step that failed says nothing."""
+    return metadata_of(path).get("epoch") in [str(epoch) for epoch in epochs]
+
+
+def _put_back(path: Path, best: Path, written: str | None) -> None:
+    """Make the weights file of the best epoch at `path`, which is gone, out of the file `best`, if that holds them."""
+    if not best.exists():
+        why = "is not there either"
+    elif checksum_in(best) != written:
+        why = "holds other weights"
+    else:
+        check_checksum(best)
+        link_or_copy(best, path)
         return
-    if found == str(epoch):
-        link_or_copy(folder / BEST, path)
+    raise UserError(
+        f"{path} is gone, the weights of the best epoch so far, and {best.name} {why}: put one of both back, or remove"
+        f" {path.parent} to start from the beginning"
+    )

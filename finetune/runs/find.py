@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.config.words.saved import recorded_in
+from finetune.runs.finished import check_claim
 from finetune.runs.folders import OUTPUTS
 from finetune.runs.records import read_result
 from finetune.system.errors import UserError
@@ -61,9 +62,11 @@ def _has_failed(folder: Path) -> bool:
 def _status(folder: Path) -> str:
     """The status in `result.json`; a run that still says `running` was killed, or is at work. Raises DamagedError."""
     try:
-        status = str(read_result(folder / "result.json")["status"])
+        result = read_result(folder / "result.json")
     except FileNotFoundError:
         return "stopped before its result was written"
+    check_claim(folder, result)
+    status = str(result["status"])
     return "killed while it ran" if status == "running" else status
 
 

@@ -141,19 +141,23 @@ def compare_state(
     restore_frozen(model, content["frozen"], path)
 
 
-def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> None:
+def restore_run(run_dir: Path, state: TrainState, found: Saved | None) -> dict[str, str]:
     """Bring `state`, the history and the weights files back to the checkpoint `found`; None: to the beginning.
 
+    Returns the checksums of the weights files that belong to the checkpoint, by their names.
+
     Raises:
-        UserError: The checkpoint is of another model.
+        UserError: The checkpoint is of another model, or weights beside it are of another run.
     """
     if found is not None:
         restore(found[0], state, str(found[1]))
         logger.info("resumed at step %d (epoch %d, batch %d)", state.step, state.epoch + 1, state.batch)
     history = History(run_dir / "history.jsonl")
     rows = history.readable_rows()
-    settle(run_dir / "checkpoints", state, len(rows))
+    written: dict[str, str] = {} if found is None else found[0]["weights"]
+    settle(run_dir / "checkpoints", state, len(rows), written)
     history.restore("" if found is None else found[0]["history"], rows)
+    return written
 
 
 def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -> None:

@@ -23,13 +23,25 @@ from torch.utils.hooks import RemovableHandle
 
 from finetune.core.loop import TrainState
 from finetune.runs.checkpoint import Content, check_state, snapshot, write_state
-from finetune.runs.epoch_files import BEST, LAST, STATE, STATE_BEFORE, best_epochs, epoch_path, remove_epochs, score_of
+from finetune.runs.epoch_files import (
+    BEST,
+    LAST,
+    STATE,
+    STATE_BEFORE,
+    Checksums,
+    best_epochs,
+    epoch_path,
+    refuse_other_weights,
+    remove_epochs,
+    score_of,
+)  # fmt: skip
 from finetune.runs.history import as_lines
 from finetune.runs.weights import (
     Tensors,
     checksum,
     copied_weights,
     frozen_weights,
+    num_bytes,
     read_weights,
     threshold_of,
     write_weights,
@@ -57,9 +69,9 @@ class _Weights:
     tensors: Tensors
     metadata: Mapping[str, str]
 
-    def write(self, path: Path, *, is_durable: bool = True) -> None:
-        """Write them to a weights file."""
-        write_weights(path, self.tensors, self.metadata, is_durable=is_durable)
+    def write(self, path: Path, *, is_durable: bool = True) -> str:
+        """Write them to a weights file; the checksum in it."""
+        return write_weights(path, self.tensors, self.metadata, is_durable=is_durable)
 
 
 @dataclass
@@ -75,7 +87,7 @@ class _Save:
     def num_bytes(self) -> int:
         """Disk space that the save takes; `last.safetensors` may be a link to an epoch's file."""
         written = [weights.tensors for weights in {*self.epochs, self.last} if weights is not None]
-        return _size(self.content) + _size(written)
+        return num_bytes(self.content) + num_bytes(written)
 
 
 class Saver:
@@ -90,13 +102,15 @@ class Saver:
         keep: int = 1,
         max_share: float = 1.0,
         best_epoch: int = 0,
+        written: Checksums | None = None,
     ) -> None:
         """Save into `folder`, which exists: `metadata` into every weights file, `notes` into every state.
 
         The weights files of the `keep` best epochs stay; above 1 every epoch is saved. Saves at the ends of epochs may
         take a share of the time, `max_share` in (0, 1]. An epoch that ends too soon after a save is not saved; the best
         epoch's weights then wait for the next save, in memory or, on a CPU where they are large, in their own file.
-        `best_epoch` is that of the state from which the run continues.
+        `best_epoch` is that of the state from which the run continues, and `written` has the checksums of the weights
+        files that belong to that state.
         """
         self.folder = folder
         self.rows: Sequence[Mapping[str, Any]] = ()  # of the history so far, which every state carries
@@ -107,6 +121,7 @@ class Saver:
         self._best: _Weights | None = None  # of the best epoch, until a save takes them
         self._ahead: int | None = None  # the epoch whose weights lie on the disk ahead of the state that will name it
         self._best_on_disk = best_epoch  # the epoch whose weights best.safetensors holds
+        self._written = dict(written or {})  # checksums of the weights files on the disk that belong to this run
         self._frozen: dict[str, Tensor] | None = None
         self._frozen_checksum = ""
         self._thread: threading.Thread | None = None
@@ -181,7 +196,7 @@ class Saver:
         learning = {
             name: tensor.detach() for name, tensor in state.model.net.named_parameters() if tensor.requires_grad
         }
-        if state.device.type != "cpu" or _size(learning) < LARGE_BYTES:
+        if state.device.type != "cpu" or num_bytes(learning) < LARGE_BYTES:
             return None, None
         self.wait()
         return learning, None if state.ema is None else state.ema.state_dict()
@@ -205,8 +220,8 @@ class Saver:
         if self._max_share >= 1:
             return True
         if self._thread is None:  # nothing was saved yet
-            weights, moments = _size(state.model.net.state_dict()), _size(state.optimizer.state_dict()["state"])
-            self._cost_s = (2 * weights - _size(self._frozen_of(state)) + moments) / DISK_BYTES_PER_S
+            weights, moments = num_bytes(state.model.net.state_dict()), num_bytes(state.optimizer.state_dict()["state"])
+            self._cost_s = (2 * weights - num_bytes(self._frozen_of(state)) + moments) / DISK_BYTES_PER_S
         elif self._thread.is_alive():
             return False
         apart_s = min(time.monotonic() - self._saved_at, left_s)
@@ -216,9 +231,13 @@ class Saver:
         """The tensors of the best epoch and the threshold that validation chose for them, from their file.
 
         The threshold is None with one label an image. Waits for a save under way, which may read the network.
+
+        Raises:
+            UserError: The file is damaged, or of another run.
         """
         self.wait()
         assert self._best_on_disk == best_epoch
+        self._refuse_other_best()
         tensors, metadata = read_weights(self.folder / BEST)
         return tensors, threshold_of(metadata, self.folder / BEST)
 
@@ -229,22 +248,31 @@ class Saver:
         """
         self.wait()
         if self._best is not None:
-            self._best.write(epoch_path(self.folder, self._best.epoch))
+            self._write_epoch(self._best)
             self._make_best(self._best.epoch)
             self._best = None
         elif self._ahead is not None:
             sync_file(epoch_path(self.folder, self._ahead))
             self._make_best(self._ahead)
-        write_weights(self.folder / LAST, copied_weights(state.model, self._frozen_of(state)), self._metadata)
+        tensors = copied_weights(state.model, self._frozen_of(state))
+        self._written[LAST] = write_weights(self.folder / LAST, tensors, self._metadata)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], monitor: str) -> None:
-        """After the last epoch: remove the files that only a resume needs, if `check_state` finds `last.pt` whole."""
+        """After the last epoch: remove the files that only a resume needs, if `check_state` finds `last.pt` whole.
+
+        Raises:
+            UserError: `last.pt` is damaged, or weights that stay are not those that this run has written.
+        """
         self.wait()
+        self._refuse_other_best()
+        if (self.folder / LAST).exists():
+            refuse_other_weights(self.folder / LAST, self._written.get(LAST))
         if (self.folder / STATE_BEFORE).exists():
             check_state(self.folder / STATE)
             (self.folder / STATE_BEFORE).unlink()
         kept = best_epochs(rows, monitor, self._keep) if self._keep > 1 else []
-        remove_epochs(self.folder, but=kept, last=len(rows))
+        known = [epoch for epoch in kept if epoch_path(self.folder, epoch).name in self._written]
+        remove_epochs(self.folder, but=known, last=len(rows))
 
     def check(self) -> None:
         """Raise the error of a save that has failed meanwhile, an OSError; does not wait."""
@@ -326,22 +354,28 @@ class Saver:
         are still there. What a kill leaves undone after it, `settle` does.
         """
         for weights in save.epochs:
-            weights.write(epoch_path(self.folder, weights.epoch), is_durable=save.content is not None)
+            self._write_epoch(weights, is_durable=save.content is not None)
         if save.content is None:
             if self._ahead is not None:
                 epoch_path(self.folder, self._ahead).unlink()
             self._ahead = save.epochs[0].epoch
             return
         if save.last in save.epochs:
-            link_or_copy(epoch_path(self.folder, save.last.epoch), self.folder / LAST)
+            same = epoch_path(self.folder, save.last.epoch)
+            link_or_copy(same, self.folder / LAST)
+            self._written[LAST] = self._written[same.name]
         elif save.last is not None:
-            save.last.write(self.folder / LAST)
+            self._written[LAST] = save.last.write(self.folder / LAST)
         if self._ahead is not None:
             sync_file(epoch_path(self.folder, self._ahead))  # before the state that may name it
             self._ahead = None
         self._frozen_checksum = self._frozen_checksum or checksum(self._frozen or {})
-        write_state(self.folder / STATE, save.content, self._frozen_checksum, aside=self.folder / STATE_BEFORE)
         step, best_epoch = (save.content["counters"][name] for name in ("step", "best_epoch"))
+        if save.kept is not None:
+            stay = {LAST, *(epoch_path(self.folder, epoch).name for epoch in (*save.kept, best_epoch))}
+            self._written = {name: own for name, own in self._written.items() if name in stay}
+        aside, own = self.folder / STATE_BEFORE, self._written
+        write_state(self.folder / STATE, save.content, self._frozen_checksum, weights=own, aside=aside)
         self._safe = f"that of step {step} is whole"
         before = self._best_on_disk
         if best_epoch != before:
@@ -349,15 +383,16 @@ class Saver:
         if save.kept is not None:
             remove_epochs(self.folder, but={*save.kept, before, best_epoch}, last=save.content["counters"]["epoch"])
 
+    def _write_epoch(self, weights: _Weights, *, is_durable: bool = True) -> None:
+        path = epoch_path(self.folder, weights.epoch)
+        self._written[path.name] = weights.write(path, is_durable=is_durable)
+
+    def _refuse_other_best(self) -> None:
+        """Raise a UserError if `best.safetensors` does not hold the weights that the run has written for that epoch."""
+        if self._best_on_disk:
+            written = self._written.get(epoch_path(self.folder, self._best_on_disk).name)
+            refuse_other_weights(self.folder / BEST, written)
+
     def _make_best(self, epoch: int) -> None:
         link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)
         self._best_on_disk = epoch
-
-
-def _size(tree: Any) -> int:
-    """Bytes of all tensors in a tree of mappings and sequences."""
-    if isinstance(tree, Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, Mapping):
-        return sum(map(_size, tree.values()))
-    return sum(map(_size, tree)) if isinstance(tree, (list, tuple)) else 0

@@ -20,7 +20,15 @@ from finetune.system.errors import UserError
 from finetune.system.files import json_text, write_atomic
 from finetune.system.ours import WHOLE, temporary_folder
 from finetune.system.reading import DamagedError
-from finetune.system.seals import CHECKSUM_KEY, PLACEHOLDER, check_checksum, damaged_if_unreadable, put_checksum
+from finetune.system.seals import (
+    CHECKSUM_KEY,
+    PLACEHOLDER,
+    check_checksum,
+    checksum_in,
+    damaged_if_unreadable,
+    put_checksum,
+    sort_metadata,
+)  # fmt: skip
 
 Tensors = Mapping[str, Tensor]
 
@@ -68,8 +76,11 @@ def copied_weights(model: LayeredModel, known: Tensors) -> dict[str, Tensor]:
     return {name: known[name] if name in known else copied_to_host(tensor) for name, tensor in tensors}
 
 
-def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, is_durable: bool = True) -> None:
-    """Write tensors under upstream's own names, metadata, and a checksum of all of it; see `write_atomic`."""
+def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, is_durable: bool = True) -> str:
+    """Write tensors under upstream's own names, metadata, and a checksum of all of it, which is returned.
+
+    See `write_atomic` for `is_durable`.
+    """
     from safetensors.torch import save_file
 
     whole = {**metadata, CHECKSUM_KEY: PLACEHOLDER}
@@ -80,10 +91,14 @@ def write_weights(path: Path, tensors: Tensors, metadata: Mapping[str, str], *, 
             made = folder / WHOLE
             save_file(plain, made, metadata=whole)  # `save` would copy the tensors twice
             made.chmod(temporary.stat().st_mode)  # `save_file` lets nobody but the owner read
+            sort_metadata(made)
             put_checksum(made)
             os.replace(made, temporary)
 
     write_whole(path, write, is_durable=is_durable)
+    written = checksum_in(path)
+    assert written is not None
+    return written
 
 
 def write_whole(path: Path, write: Callable[[Path], object], **kwargs: Any) -> None:
@@ -94,6 +109,15 @@ def write_whole(path: Path, write: Callable[[Path], object], **kwargs: Any) -> N
         write_atomic(path, write, **kwargs)
     except (RuntimeError, SafetensorError) as error:
         raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a tree of mappings and sequences."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, Mapping):
+        return sum(map(num_bytes, tree.values()))
+    return sum(map(num_bytes, tree)) if isinstance(tree, (list, tuple)) else 0
 
 
 def checksum(tensors: Tensors) -> str:

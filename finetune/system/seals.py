@@ -9,6 +9,7 @@ standard library, about 4 GB/s.
 import contextlib
 import errno
 import io
+import json
 import os
 import struct
 import sys
@@ -185,6 +186,21 @@ class SealedStream(io.RawIOBase):
         return len(data)
 
 
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file: the library writes them in any order, and equal files are to be equal.
+
+    Where the sorted header would have another length, which no text of ours leads to, the file stays as it is.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        tree = json.loads(file.read(length))
+        tree["__metadata__"] = dict(sorted(tree["__metadata__"].items()))
+        header = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(header) == length:
+            file.seek(8)
+            file.write(header)
+
+
 def put_checksum(path: Path) -> None:
     """Write the checksum of a safetensors file into its metadata, which has `CHECKSUM_KEY: PLACEHOLDER`."""
     with open(path, "r+b") as file:
@@ -209,6 +225,16 @@ def check_checksum(path: Path) -> bool:
             mend = f"a program that changes such a file leaves {CHECKSUM_KEY} out of its metadata"
             raise DamagedError.because(path, "its checksum differs from what was written", mend)
     return True
+
+
+def checksum_in(path: Path) -> str | None:
+    """The checksum that a safetensors file says it has, without comparing it; None where it has none.
+
+    It tells this file from any other that the program wrote: other weights or other metadata have another one.
+    """
+    with _opened(path) as file:
+        place = _place_of_checksum(file)
+        return None if place is None else _read_at(file, place, 8).decode("latin-1")
 
 
 def _place_of_checksum(file: IO[bytes]) -> int | None:

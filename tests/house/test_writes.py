@@ -66,7 +66,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "runs/checkpoint.py": [(RUN, ("write_state",)), (TEMPORARY, ("write",))],
     "runs/earlier.py": [(f"{RUN}; no step was saved there", ("remove_given_up",))],
     "runs/epoch_files.py": [
-        (f"{RUN}; the metadata say who wrote a file", ("latest_state", "remove_epochs", "settle", "_find_best"))
+        (f"{RUN}; the metadata say who wrote a file", ("latest_state", "remove_epochs", "settle", "_put_back"))
     ],
     "runs/folders.py": [
         ("new or empty folders, and a marker that is alone in one", ("new_folder", "usable_folder", "run_folder")),
@@ -93,7 +93,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ),
     ],
     "system/reading.py": [(READS, ("open_regular",))],
-    "system/seals.py": [(TEMPORARY, ("seal", "put_checksum"))],
+    "system/seals.py": [(TEMPORARY, ("seal", "put_checksum", "sort_metadata"))],
 }
 
 

@@ -228,10 +228,12 @@ def test_weights_of_another_epoch_are_not_taken_for_the_best(begun: Path, straig
     state = read_state(straight / "checkpoints" / "last.pt")
     assert state["counters"]["best_epoch"] == 2  # and the folder has those of epoch 1
     shutil.copy(straight / "checkpoints" / "last.pt", begun / "checkpoints")
+    with pytest.raises(UserError, match=r"last\.safetensors does not hold the weights that this run saved"):
+        again(begun)
+    shutil.copy(straight / "checkpoints" / "last.safetensors", begun / "checkpoints")
     with pytest.raises(UserError, match=r"epoch_0002\.safetensors is gone, the weights of the best epoch"):
         again(begun)
     shutil.copy(straight / "checkpoints" / "best.safetensors", begun / "checkpoints" / "epoch_0002.safetensors")
-    shutil.copy(straight / "checkpoints" / "last.safetensors", begun / "checkpoints")
     again(begun)
     assert_same_run(straight, begun)
 

@@ -292,7 +292,7 @@ def assert_best_is_what_the_state_names(folder: Path) -> int:
     if found is not None:
         load_state(found[1], state)
     sweep_temporaries(folder, FolderKind.run)
-    settle(folder, state, 4)
+    settle(folder, state, 4, {} if found is None else found[0]["weights"])
     if state.best_epoch:
         tensors, metadata = read_weights(folder / "best.safetensors")
         assert metadata["epoch"] == str(state.best_epoch)
@@ -377,7 +377,7 @@ def test_a_run_removes_only_weights_that_it_wrote(tmp_path: Path, epochs_before:
     (tmp_path / "epoch_0008.safetensors").symlink_to(tmp_path / "elsewhere")
     foreign += ["elsewhere", "epoch_0008.safetensors"]
     before = {name: (tmp_path / name).read_bytes() for name in foreign}
-    settle(tmp_path, at_step(0), epochs_before)
+    settle(tmp_path, at_step(0), epochs_before, {})
     keeper = saver(tmp_path, keep=1)
     save_epochs(keeper, [0.3, 0.9, 0.5, 0.95])
     keeper.finish([{"epoch": epoch, "val/top1": 0.1} for epoch in range(1, 10)], "val/top1")
@@ -530,7 +530,7 @@ def test_better_weights_of_a_run_that_diverged_do_not_cost_those_its_state_speak
     again = at_step(7)
     load_state(path, again)
     assert content["counters"]["best_epoch"] == again.best_epoch == 1
-    settle(tmp_path, again, 9)
+    settle(tmp_path, again, 9, content["weights"])
     assert torch.equal(read_weights(best)[0]["head.weight"], kept[1])
 
 
@@ -547,7 +547,7 @@ def test_large_best_weights_take_no_memory_and_one_file(tmp_path: Path, monkeypa
     keeper.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_0003.safetensors"]
     assert keeper._best is None
-    settle(tmp_path, at_step(0), 3)
+    settle(tmp_path, at_step(0), 3, {})
     assert not list(tmp_path.iterdir())
 
 
