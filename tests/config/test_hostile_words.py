@@ -81,7 +81,7 @@ def test_what_is_no_small_file_neither_blocks_nor_fills_memory(
     if place == "config.yaml":  # of some other project, for all that anybody knows
         assert main(["--cfg", "job"]) == 0
         return
-    assert ("5,368,709,120 bytes" if kind == "huge" else "no such choice") in refusal(capsys, "experiment=mine")
+    assert ("5,368,709,120 bytes" if kind == "huge" else "it is no regular file") in refusal(capsys, "experiment=mine")
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,27 @@ def test_a_word_beyond_all_bounds_is_one_short_line(
     folder: Path, capsys: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
     assert expected in refusal(capsys, word)
+
+
+def put(kind: str, path: Path) -> None:
+    """Put something else than a yaml file into the place of one."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"broken": "/nowhere/x.yaml", "loop": path.name, "device": "/dev/zero"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "broken", "loop", "device"])
+@pytest.mark.parametrize("group", ["experiment", "data", "model"])
+def test_a_choice_that_is_no_readable_file_is_named_and_not_looked_for_elsewhere(
+    conf: Path, capsys: pytest.CaptureFixture[str], kind: str, group: str
+) -> None:
+    (conf / group).mkdir(exist_ok=True)
+    put(kind, conf / group / "mine.yaml")
+    assert f"conf/{group}/mine.yaml: cannot be read: " in (text := refusal(capsys, f"{group}=mine"))
+    assert "no such choice" not in text
+    entry = "mine" if group == "experiment" else f"override /{group}: mine"
+    (conf / "experiment" / "above.yaml").write_text(f"# @package _global_\ndefaults:\n  - {entry}\n")
+    assert f"conf/{group}/mine.yaml: cannot be read: " in refusal(capsys, "experiment=above")

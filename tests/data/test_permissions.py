@@ -157,3 +157,13 @@ def test_a_cache_that_may_not_be_written_ends_the_run_only_where_it_was_asked_fo
     assert code == 1
     assert line.startswith(f"error: cannot use {tmp_path / 'cache'}/") and "data.cache_dir" in line, line
     assert without == (0, [])
+
+
+def test_a_yaml_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\nseed: 1\n")
+    path.chmod(0)
+    assert without_capabilities(lambda: main(["--cfg", "job", "experiment=mine"]), tmp_path / "said") == 1
+    assert (tmp_path / "said").read_text() == ("error: conf/experiment/mine.yaml: cannot be read: Permission denied\n")

@@ -5,21 +5,25 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import get_model
 
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
 from finetune.models.upstream.clip_source import locate
 from finetune.models.upstream.downloads import _reachable, downloads
-from finetune.models.upstream.weight_files import load_strictly, read_state_dict
+from finetune.models.upstream.glyphs import CLIP, VIT, read_bundle
+from finetune.models.upstream.weight_files import WholeCopies, fitting, load_strictly, read_state_dict
 from finetune.system.errors import UserError
 
 CLASSES = ["a", "b", "c"]
@@ -177,6 +181,15 @@ def test_only_the_classifier_may_differ() -> None:
     before = model["head"].weight.clone()
     load_strictly(model, state, source="w.pt", optional=("head.",))
     assert torch.equal(model["body"].weight, torch.ones(2, 3)) and torch.equal(model["head"].weight, before)
+
+
+def built_network(settings: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a network, in single precision: the bundled one, or a small one with random weights."""
+    if settings.get("name") in (None, VIT):
+        path = read_bundle(CLIP if settings["family"] == Family.clip else VIT).weights
+        return read_state_dict(path)
+    make = timm.create_model if settings["library"] == Library.timm else get_model
+    return make(settings["name"]).state_dict()
 
 
 def clip_conf(path: Path, **changes: object) -> ModelConf:
@@ -664,3 +677,70 @@ def test_downloads_leave_settings_and_loggers_as_they_were(monkeypatch) -> None:
         logging.root.manager.disable,
     )
     assert after == before
+
+
+# Whatever a library raises on a file that a person named is a line about that file.
+
+ARCHIVES = {
+    "foreign": {"a": np.ones(3), "b": np.ones((2, 2))},
+    "right name, wrong shape": {"embedding/kernel": np.zeros(())},
+    "dates": {"embedding/kernel": np.zeros((16, 16, 3, 192), "datetime64[s]")},
+    "other byte order": {"embedding/kernel": np.zeros((16, 16, 3, 192), ">f4")},
+    "long numbers": {"embedding/kernel": np.zeros((16, 16, 3, 192), np.longdouble)},
+    "objects": {"embedding/kernel": np.array([{}], dtype=object)},
+    "no arrays": {},
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_50x1_bit", "resnet18.a1_in1k"])
+def test_a_jax_archive_of_something_else_is_named(kind: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    np.savez(path, **ARCHIVES[kind])
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        build_model(ModelConf(family=Family.vit, library=Library.timm, name=name, pretrained=str(path)), CLASSES)
+
+
+def test_a_library_that_fails_in_a_way_of_its_own_is_a_line_about_the_file() -> None:
+    for error in (ZeroDivisionError("x"), KeyError("head"), AttributeError(), StopIteration(), RecursionError("deep")):
+        with pytest.raises(UserError, match=r"w\.pt does not fit model\.name=m: "), fitting("w.pt", "m"):
+            raise error
+    for kept in (UserError("as it is"), FileNotFoundError("as it is"), MemoryError("as it is")):
+        with pytest.raises(type(kept), match=r"^as it is$"), fitting("w.pt", "m"):
+            raise kept
+
+
+def test_no_small_array_is_repeated_to_fill_a_large_one() -> None:
+    large = nn.Parameter(torch.zeros(4, 2))
+    with torch.no_grad(), WholeCopies():
+        large.copy_(torch.ones(4, 2))
+        for small in (torch.ones(()), torch.ones(1), torch.ones(2)):
+            with pytest.raises(ValueError, match=r"stands for one of \(4, 2\)"):
+                large.copy_(small)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"family": Family.clip},
+        {"family": Family.clip, "head": HeadKind.random},
+        {"family": Family.vit, "name": VIT},
+        {"family": Family.vit, "name": "resnet18", "library": Library.torchvision},
+        {"family": Family.vit, "name": "resnet18", "library": Library.timm},
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_with_the_tensor(value: float, settings: dict, tmp_path: Path) -> None:
+    upstream = built_network(settings)
+    name = next(name for name in upstream if name.endswith(("conv1.weight", "patch_embed.proj.weight")))
+    upstream[name].view(-1)[1] = value
+    torch.save(upstream, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=rf"w\.pt: 1 of the [\d,]+ numbers of {re.escape(name)} are NaN or infinite"):
+        build_model(ModelConf(**settings, pretrained=str(tmp_path / "w.pt")), CLASSES)
+
+
+def test_numbers_of_four_bits_are_refused_with_their_name(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(UserError, match=r"w\.safetensors (is refused: a holds float4|is damaged|cannot be read)"):
+        read_state_dict(tmp_path / "w.safetensors")

@@ -88,18 +88,20 @@ def unreadable(path: Path, error: Exception) -> str:
         reason = error.problem or error.context or "not yaml"
         if error.problem_mark is not None:
             where += f", line {error.problem_mark.line + 1}"
+    elif isinstance(error, FileNotFoundError):  # the name is there, so it is a link
+        reason = "it is a link to a file that is not there"
     elif not isinstance(error, UnfitError):
         reason = yaml_problem(error)
     return f"{where}: cannot be read: {' '.join(reason.split())}"
 
 
 def find_option(searched: Sequence[Path], group: str, option: str) -> Path | None:
-    """The file that `group=option` stands for, or None."""
+    """The path that `group=option` stands for, or None; what is there may be no readable file, see `read_nodes`."""
     name = option.removesuffix(".yaml")
     if not name or ".." in Path(name).parts or Path(name).is_absolute():
         return None
     paths = (folder / group / f"{name}.yaml" for folder in searched)
-    return next((path for path in paths if os.path.isfile(path)), None)  # False for a name that is too long
+    return next((path for path in paths if os.path.lexists(path)), None)  # False for a name that is too long
 
 
 def options(searched: Sequence[Path], group: str) -> dict[str, Path]:

@@ -5,6 +5,7 @@ The primary configuration is stored in Hydra under a name of our own, so that a 
 files pass through the composition, and `problems.py` finds all of them at once.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -71,9 +72,13 @@ class _CheckedFiles(FileConfigSource):
     def scheme() -> str:
         return "checked"
 
+    def is_config(self, config_path: str) -> bool:
+        # A pipe, a folder or a broken link in the place of a file is no missing choice: `load_config` names it.
+        return os.path.lexists(os.path.join(self.path, self._normalize_file_name(config_path)))
+
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path, self._normalize_file_name(config_path))
-        if path.exists():
+        if os.path.lexists(path):
             node, group = choices.read_nodes(path), config_path.rpartition("/")[0]
             if problems := [f"{choices.shown(path)}, line {line}" for line in _altered(node, group)]:
                 raise ConfigError(problems)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +42,19 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         set_channels(clip.get_submodule("visual"), conf.in_channels)
     beside, note = Beside(weight_files.read_metadata(path).changes), ""
     beside.network.put_into(clip)
-    if path is not None:
-        if is_jax:
-            _load_jax(clip, path, source)
-        else:
+    if path is not None and is_jax:
+        _load_jax(clip, path, source)
+    elif path is not None:
+        with weight_files.fitting(source.label, source.name):
             found = _find(clip, weight_files.read_state_dict(path), conf.pretrained_key, source.label)
             state = _as_open_clip(clip, found.state)
             stem = fit_stem(state, clip.get_submodule("visual"), "visual.")
             weight_files.load_strictly(clip, state, source=source.label)
-            if found.program:
-                beside = read_beside(path, table_of(found.program), clip)
-            note = found.note + stem + beside.note
+        if found.program:
+            beside = read_beside(path, table_of(found.program), clip)
+        note = found.note + stem + beside.note
+    if path is not None:
+        weight_files.check_finite(clip, source.label)
     if conf.image_size and isinstance(clip.visual, TimmModel):
         clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
     preprocess = beside.preprocess(_preprocess(source, conf))
@@ -115,10 +116,8 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
     if first_convolution(clip.get_submodule("visual"))[1].in_channels != 3:
         raise UserError(f"{source.label} is for images of three channels, so leave model.in_channels at 3")
     weight_files.check_npz(path)
-    try:
+    with weight_files.fitting(source.label, source.name), weight_files.WholeCopies():
         load_big_vision_weights(clip, str(path))
-    except (KeyError, ValueError, OSError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source.label} is no big_vision archive of {source.name}: {error}") from error
 
 
 def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> Found:

@@ -1,11 +1,11 @@
 """timm's models: find their weights and load them."""
 
+import contextlib
 import dataclasses
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -32,6 +32,14 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     return _bundled(conf, load=load) if conf.name == glyphs.VIT else _from_registry(conf, load=load)
 
 
+@runtime_checkable
+class ReadsJax(Protocol):
+    """A timm network that reads the JAX archives (.npz) of its authors."""
+
+    def load_pretrained(self, checkpoint_path: str) -> None:
+        """Read an archive."""
+
+
 def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -53,7 +61,9 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     net = VisionTransformer(**args, drop_path_rate=conf.drop_path)
     stem = fit_stem(state, net)
     if state:
-        weight_files.load_strictly(net, checkpoint_filter_fn(state, net), source=str(path), optional=("head.",))
+        with weight_files.fitting(path, conf.name):
+            weight_files.load_strictly(net, checkpoint_filter_fn(state, net), source=str(path), optional=("head.",))
+        weight_files.check_finite(net, path)
     saved = weight_files.read_metadata(path)
     if conf.pretrained == "bundled":
         saved = weight_files.SavedWeights(None, list(bundle.config["classes"]))
@@ -81,19 +91,20 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         args["img_size"] = conf.image_size
     if conf.in_channels != 3:
         args["in_chans"] = conf.in_channels
-    settings = ", ".join(args)
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
-    try:
-        with downloads(f"weights of {source}") if fetches else quiet_upstream():
-            found = Found({})
-            if wants_weights and path is not None:
-                args, found = _file_args(name, args, path, conf.pretrained_key)
-            create = partial(timm.create_model, name, pretrained=wants_weights, **args)
+    found = Found({})
+    with (
+        weight_files.fitting(source, conf.name) if wants_weights else contextlib.nullcontext(),
+        _taken(conf.name, args),
+        downloads(f"weights of {source}") if fetches else quiet_upstream(),
+    ):
+        if wants_weights and path is not None:
+            args, found = _file_args(name, args, path, conf.pretrained_key)
+        create = partial(timm.create_model, name, pretrained=wants_weights, **args)
+        with weight_files.WholeCopies() if path is not None else contextlib.nullcontext():
             net = built_from_weights(create) if wants_weights else create()
-    except TypeError as error:
-        raise UserError(f"model.name={conf.name} does not take {settings} ({error}); leave it out") from error
-    except (RuntimeError, KeyError, AssertionError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source} does not fit model.name={conf.name}: {weight_files.misfit_of(error)}") from error
+    if wants_weights:
+        weight_files.check_finite(net, source)
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:
             network.check_patches(conf.image_size, module.patch_size[0])
@@ -112,6 +123,17 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         text += f"; the file does not say its preprocessing, so {own}"
     classes = _tag_classes(net, conf) if path is None and conf.head == HeadKind.keep else beside.classes
     return Upstream(net, preprocess, text, classifier_names, classes, beside.network)
+
+
+@contextlib.contextmanager
+def _taken(name: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Turn the TypeError of a network that does not take `settings` into a UserError."""
+    try:
+        yield
+    except TypeError as error:
+        if not settings:
+            raise
+        raise UserError(f"model.name={name} does not take {', '.join(settings)} ({error}); leave it out") from error
 
 
 def _tag_classes(net: Any, conf: ModelConf) -> list[str] | None:
@@ -173,11 +195,16 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
     """`args` with which timm loads a file instead of a hub's, with its own conversions and as strictly."""
     import timm
 
-    if path.suffix in (".npz", ".npy"):
-        weight_files.check_npz(path)
-        return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, Found({})
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=1, **args)
+    if path.suffix in (".npz", ".npy"):
+        if not isinstance(net, ReadsJax):
+            expected = ".safetensors, .pt, .pth, .bin or .ckpt"
+            raise UserError(
+                f"{path} is a JAX archive, which timm reads for other models than {name}; expected {expected}"
+            )
+        weight_files.check_npz(path)
+        return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, Found({})
     wanted = Wanted.by(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
     first = classifier_names(net)[:1]
 

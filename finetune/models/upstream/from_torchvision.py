@@ -66,8 +66,10 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
             raise UserError(unknown_tag(conf, conf.pretrained, tags))
         path = weight_files.path_of(conf.pretrained) if load else None
     chosen = options[conf.pretrained] if conf.pretrained in tags else None
-    with _NumbersOnCpu():
+    with _NumbersOnCpu(), weight_files.fitting(path, conf.name) if path else contextlib.nullcontext():
         net, note = _construct(conf, chosen, path, load=load)
+    if load and conf.pretrained != "none":
+        weight_files.check_finite(net, path or conf.pretrained)
     saved = weight_files.read_metadata(path)
     preprocess = saved.preprocess or _preprocess(chosen or options["DEFAULT"])
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)

@@ -5,6 +5,7 @@ and a file that needs more than that is refused. TorchScript archives hold progr
 """
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -12,13 +13,14 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.candidates import COUNTER, StateDict, shown
@@ -138,8 +140,18 @@ def _clean(content: Mapping[Any, Any], path: Path) -> StateDict:
         keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in content]
         raise UserError(f"{path} holds no weights: expected tensors by name, found {shown(keys)}")
     _check_plain(tensors, path)
-    # Position embeddings are resized later, which a CPU can do in single precision only.
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    return {name: _single(name, value, path) for name, value in tensors.items()}
+
+
+def _single(name: str, value: Tensor, path: Path) -> Tensor:
+    """Real numbers in single precision, since a CPU can resize position embeddings in no other; others as they are."""
+    try:
+        return value.float() if value.is_floating_point() else value
+    except (NotImplementedError, RuntimeError) as error:  # such as two numbers of 4 bits in a byte
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path} is refused: {shown([name])} holds {kind}, which are no weights by themselves"
+        ) from error
 
 
 def _check_plain(tensors: StateDict, path: Path) -> None:
@@ -203,6 +215,42 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, o
         problem = f"holds the weights of another model than {type(net).__name__} built here"
         raise UserError(f"{source} {problem} ({'; '.join(listed)}); check model.name")
     net.load_state_dict({name: state[name] for name in fitting}, strict=False)
+
+
+class WholeCopies(TorchFunctionMode):
+    """While active, `copy_` takes exactly as many numbers as it fills: torch would repeat those of a small array."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept one call of a torch function."""
+        if func is Tensor.copy_ and args[0].numel() != args[1].numel():
+            raise ValueError(f"an array of shape {tuple(args[1].shape)} stands for one of {tuple(args[0].shape)}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fitting(source: object, name: str) -> Iterator[None]:
+    """Turn whatever a library raises while it puts the weights `source` into the model `name` into a UserError.
+
+    Errors of the disk and a lack of memory stay as they are.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # On tensors that it did not expect a library raises nearly anything, from a bare KeyError to struct.error.
+        raise UserError(f"{source} does not fit model.name={name}: {misfit_of(error)}") from error
+
+
+def check_finite(net: nn.Module, source: object) -> None:
+    """Raise a UserError where a parameter that the weights `source` gave is NaN or infinite: no training mends that."""
+    for name, parameter in net.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            least, most = parameter.detach().aminmax()  # one pass without a copy, which a large model would feel
+            if not (least.isfinite() and most.isfinite()):
+                bad = parameter.numel() - int(parameter.isfinite().sum())
+                problem = f"{bad:,} of the {parameter.numel():,} numbers of {shown([name])} are NaN or infinite"
+                raise UserError(f"{source}: {problem}; the file is damaged, or its training diverged: use another")
 
 
 def misfit_of(error: BaseException) -> str:
