@@ -115,13 +115,14 @@ def is_no_label(cell: Any) -> bool:
 
 
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """Names that agree but for case, blanks, leading zeros or the Unicode form, in lists of two or more.
+    """Names that agree but for case, blanks, zeros, invisible letters or the Unicode form, in lists of two or more.
 
     Single letters of both cases are classes of their own, as in sets of handwriting.
     """
     found: dict[str, list[str]] = {}
     for name in names:
-        plain = unicodedata.normalize("NFKC", name).strip()
+        seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")  # no zero-width space
+        plain = re.sub(r"(?<=^\d)\.0*$|(?<=\d\d)\.0*$", "", unicodedata.normalize("NFKC", seen).strip())
         plain = re.sub(r"(?<=\w)[-_\s]+(?=\w)", " ", plain if len(plain) == 1 else plain.casefold())
         found.setdefault(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), []).append(name)
     return [same for same in found.values() if len(same) > 1]

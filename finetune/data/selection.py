@@ -113,6 +113,11 @@ def _cut_all(
         of_both = None if groups is None else groups[both]
         inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold, groups=of_both)
         parts["train"], parts["val"] = both[~inside], both[inside]
+        if not (len(parts["train"]) and len(parts["val"])):
+            known = "" if groups is None else f" in {len(np.unique(groups[both])):,} groups, which stay together"
+            where = "no image is in this fold" if len(parts["train"]) else "all images are in this fold"
+            mend = "take fewer folds, or data.folds=0"
+            raise UserError(f"{found.place}: data.fold={conf.fold}: {where}, of {len(both):,}{known}; {mend}")
     by_seed = [name for name in missing if len(parts[name]) and not (conf.folds and name == "val")]
     how = f" ({' and '.join(by_seed)} cut by data.split_seed={conf.split_seed})" if by_seed else ""
     how += f" (val is fold {conf.fold} of {conf.folds})" if conf.folds else ""

@@ -182,11 +182,14 @@ class Groups:
 
     @classmethod
     def of(cls, cells: Iterable[object]) -> Groups:
-        """The groups that a cell for each image names; an image with an empty cell, or None, is alone."""
+        """The groups that a cell for each image names; an image with an empty cell, None or NaN, is alone."""
         known: dict[str, int] = {}
         numbers = array("q")
         for cell in cells:
-            name = "" if cell is None else unicodedata.normalize("NFC", str(cell).strip())
+            if isinstance(cell, float) and cell.is_integer():
+                cell = int(cell)  # Parquet gives a column of whole numbers with gaps as 3.0
+            is_empty = cell is None or cell != cell
+            name = "" if is_empty else unicodedata.normalize("NFC", str(cell).strip())
             numbers.append(known.setdefault(name, len(known)) if name else -1)
         return cls(np.frombuffer(numbers, dtype=np.int64) if numbers else np.empty(0, dtype=np.int64), list(known))
 

@@ -16,6 +16,7 @@ from PIL import Image
 from finetune.config import DataConf, SourceKind
 from finetune.data import Source, open_source
 from finetune.data.labels import LabelError, LabelReader, look_alikes
+from finetune.data.split import Groups
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.ours import OWN, FolderKind, claim
@@ -397,3 +398,62 @@ def test_files_that_are_no_text_are_named(tmp_path: Path, start: bytes, words: s
     (tmp_path / "t.csv").write_bytes(start + b"path,label\n" * 9)
     with pytest.raises(UserError, match=words):
         table(tmp_path / "t.csv")
+
+
+# --- a second look: what was silently read otherwise ------------------------------------------------------------------
+
+
+def test_one_class_folder_with_splits_in_it_is_enough_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the class folders hold splits \(cats/train, val\); put the splits outside"):
+        folder(make(tmp_path / "a", "cats/train", "cats/val", "dogs"))
+    with pytest.raises(UserError, match=r"hold splits \(data/Training, Test\)|hold splits \(data/Test, Training\)"):
+        folder(make(tmp_path / "b", "data/Training", "data/Test", "masks/Training"))
+    assert folder(make(tmp_path / "c", "cats/train", "cats/x", "dogs")).num_images == 12  # no split but train
+
+
+def test_a_missing_shard_in_a_folder_with_brackets_is_said(tmp_path: Path) -> None:
+    pack(tmp_path / "a[1]" / "t-0.tar", samples())
+    with pytest.raises(FileNotFoundError, match=r"1 of its shards do not exist: .*t-1\.tar"):
+        shards(tmp_path / "a[1]" / "t-{0..1}.tar")
+
+
+def test_shards_of_no_split_beside_those_of_test_are_not_trained_on_silently(tmp_path: Path) -> None:
+    for number, names in enumerate((("trainval-0", "test-0"), ("train-0", "val-0", "rest-0"), ("0", "dev-1"))):
+        for name in names:
+            pack(tmp_path / str(number) / f"{name}.tar", samples(name=f"{name}_{{i}}"))
+        with pytest.raises(UserError, match=r"is named like a split and \S+ like none; put the shards into folders"):
+            shards(tmp_path / str(number))
+    for name in ("train0000", "train0001", "val0000"):
+        pack(tmp_path / "digits" / f"{name}.tar", samples(name=f"{name}_{{i}}"))
+    assert sizes(shards(tmp_path / "digits")) == {"train": 40, "val": 20, "test": 0}
+
+
+def test_a_key_that_was_named_comes_before_a_cls(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for i in range(20):
+        cells = {"label": "ba"[i % 2], "fine": f"fine{i % 2}"}
+        files |= {f"{i}.png": picture(i), f"{i}.cls": b"ab"[i % 2 :][:1], f"{i}.json": json.dumps(cells).encode()}
+    pack(tmp_path / "0.tar", files)
+    assert shards(tmp_path, label_column="fine").classes == ("fine0", "fine1")
+    source = shards(tmp_path, val_fraction=0.0, test_fraction=0.0)
+    label = dict(zip(map(source.splits["train"].name_of, range(20)), source.splits["train"].labels, strict=True))
+    assert source.classes[int(next(value for name, value in label.items() if name.endswith("/0.png")))] == "a"
+
+
+def test_invisible_letters_and_zeros_behind_the_point_look_alike() -> None:
+    for pair in (["cat", "cat\u200b"], ["\ufeffcat", "cat"], ["\u202ecat", "cat"], ["1", "1.0"], ["10", "10.00"]):
+        assert look_alikes(pair) == [pair]
+    assert not look_alikes(["1.5", "1", "2", "v1.0", "v1.01", "1.0.1"])
+
+
+def test_images_whose_group_is_no_number_are_alone() -> None:
+    groups = Groups.of([float("nan"), None, " ", 3.0, 3, "3", 2.5])
+    assert groups.numbers.tolist() == [-1, -1, -1, 0, 0, 0, 1] and list(groups.names) == ["3", "2.5"]
+
+
+def test_a_fold_without_images_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a", "b", count=5)
+    with pytest.raises(UserError, match=r"data\.fold=9: no image is in this fold, of 8; take fewer folds"):
+        folder(tmp_path, folds=10, fold=9)
+    with pytest.raises(UserError, match="all images are in this fold, of 10 in 1 groups"):
+        folder(tmp_path, folds=2, group=r"\.(png)")

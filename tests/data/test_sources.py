@@ -324,6 +324,13 @@ def test_torchvision_keeps_its_splits_and_labels(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 50, "val": 10, "test": 30}
     assert source.classes[3] == "3 - three" and source.splits["test"].labels.tolist() == [i % 10 for i in range(30)]
     assert (source.splits["test"].load(7).numpy() == images[7]).all()
+    before = [source.splits["test"].store.stamp(int(row)) for row in source.splits["test"].rows]
+    images[7] += 1  # a changed file is another image, and only that one
+    path = raw / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:16] + images[:30].tobytes())
+    again = torchvision(tmp_path, "MNIST").splits["test"]
+    after = [again.store.stamp(int(row)) for row in again.rows]
+    assert [i for i in range(30) if before[i] != after[i]] == [7] and len(set(after)) == 30
 
 
 def test_torchvision_without_splits_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.conf import Conf
 from finetune.config.data import pipe_commands
-from finetune.config.words.choices import default_choices, find_option, folders
+from finetune.config.words.choices import default_choices, find_option, folders, options
 from finetune.config.words.composition import Composition, file_problem, register, to_conf
 from finetune.config.words.overrides import Override, parse_overrides
 from finetune.config.words.problems import Request, check_cells, sort_overrides
@@ -91,8 +91,15 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
 
 
 def _with_choices(typed: Sequence[str], searched: Sequence[Path]) -> list[str]:
-    """The words with references in choices, such as `model=${oc.env:MODEL}`, filled in: a choice is looked up first."""
+    """The words with references in choices, such as `model=${oc.env:MODEL}`, filled in: a choice is looked up first.
+
+    `data.source=folder` alone brings `data=folder`: the shares of the splits in `data=digits` are not for other images.
+    """
     groups, words = default_choices(searched), []
+    keys = {word.partition("=")[0].lstrip("+") for word in typed}
+    source = next((word.partition("=")[2] for word in typed if word.startswith("data.source=")), "")
+    if not keys & {"data", "resume"} and source in options(searched, "data"):
+        words.append(f"data={source}")
     for word in typed:
         key, equals, value = word.partition("=")
         is_choice = equals and key.lstrip("+") in groups and not value.startswith("{")

@@ -138,18 +138,21 @@ def _has_images(root: str, folder: str) -> bool:
 
 
 def _refuse_parts(root: str, folders: Sequence[str]) -> None:
-    """Raises UserError if each of `folders` holds only folders, and most of them those of two names or more."""
+    """Raises UserError if one of `folders` holds splits, or each holds only folders of names that most share."""
     names: Counter[str] = Counter()
+    with_images = False
     for folder in folders:
-        if _has_images(root, folder):
-            return
-        names.update(entries(os.path.join(root, folder))[0])
+        inner = entries(os.path.join(root, folder))[0]
+        splits = {split_of(name) for name in inner} - {None}
+        if 0 in splits and len(splits) > 1 and len(folders) > 1:  # of a single folder another error says more
+            first = f"{folder}/{', '.join(name for name in inner if split_of(name) is not None)}"
+            how = f"put the splits outside, such as train/{folder}, or give a table (data=table)"
+            raise UserError(f"data.root={root}: the class folders hold splits ({first}); {how}")
+        with_images |= _has_images(root, folder)
+        names.update(inner)
+    if with_images:
+        return
     shared = [name for name, count in names.items() if count > 1 and 2 * count >= len(folders)]
-    splits = {split_of(name) for name in shared} - {None}
-    if 0 in splits and len(splits) > 1:
-        first = f"{folders[0]}/{', '.join(shared)}"
-        how = f"put the splits outside, such as train/{folders[0]}, or give a table (data=table)"
-        raise UserError(f"data.root={root}: the class folders hold splits ({first}); {how}")
     if len(folders) > 1 and len(shared) > 1 and len(folders) <= MOST_PARTS:
         _refuse(root, folders, shared)
 

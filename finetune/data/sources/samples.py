@@ -13,6 +13,7 @@ from finetune.system.limits import Limit, text_of
 from finetune.system.terminal import counted
 
 SHOWN = 5  # names in a message
+USUAL_KEY = "label"  # a .cls comes before it, but after a key that a person has named
 
 
 class Sample(NamedTuple):
@@ -104,7 +105,8 @@ class Samples:
             elif of_sample or key in used:
                 chosen = image.sample if of_sample else key
                 more = self._objects.get(chosen, {})
-                label = self._texts.get(chosen, "").strip() or more.get(self._key, "")
+                text = self._texts.get(chosen, "").strip()
+                label = more[self._key] if self._key in more and (self._key != USUAL_KEY or not text) else text
                 found.append(Sample(image.name, image.offset, image.size, label, more))
             else:
                 reason = self._broken.get(key)

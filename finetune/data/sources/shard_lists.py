@@ -80,12 +80,13 @@ def _matches(place: str) -> list[str]:
     missing = []
     for name in [place] if os.path.exists(place) else expand_braces(place):
         folder, file = os.path.split(name)
+        pattern = os.path.join(glob.escape(folder), file) if os.path.isdir(folder) else name
         if os.path.exists(name):
             found.append(name)
-        elif matches := glob.glob(os.path.join(glob.escape(folder), file) if os.path.isdir(folder) else name):
+        elif matches := glob.glob(pattern):
             found += matches
-        elif not glob.has_magic(name):
-            missing.append(name)
+        elif not glob.has_magic(file if os.path.isdir(folder) else name):
+            missing.append(name)  # also in a folder such as w[v2]
     if found and missing:
         some = f"{', '.join(missing[:SHOWN])}{' ...' if len(missing) > SHOWN else ''}"
         raise FileNotFoundError(f"data.root={place}: {len(missing):,} of its shards do not exist: {some}")
@@ -150,22 +151,28 @@ def _is_packed(kind: str) -> bool:
 
 
 def _with_splits(shards: Collection[Shard], left_out: Counter[str]) -> Collection[Shard]:
-    """The shards with the splits that their names give, such as `val/000.tar` or `val-000.tar`.
+    """The shards with the splits that their names give, such as `val/000.tar`, `val-000.tar` or `val000.tar`.
 
-    Names count only if some shards are named after train and others after val or test. Else the splits are cut by seed.
-    Shards such as `unlabeled-000.tar` beside those are counted in `left_out`.
+    If all shards are named after one split, or none is, their names do not count and the splits are cut by seed.
+    Shards such as `unlabeled-000.tar` beside those of splits are counted in `left_out`. Raises UserError where shards
+    of val or test lie beside shards that no split has its name from: they would be trained on.
     """
     splits: dict[Shard, int | None] = {}
     extra: dict[Shard, str] = {}
     for shard in shards:
         *_, folder, file = ("", *shard.name.replace(os.sep, "/").split("/"))
-        words = (folder, *re.split(r"[-_.]", file))
+        words = (folder, *re.split(r"[-_.\d]+", file))
         splits[shard] = next((split for word in words if (split := split_of(word)) is not None), None)
         if splits[shard] is None and (word := next(filter(is_extra, words), None)):
             extra[shard] = word
-    named = set(splits.values())
-    if any(shard.split for shard in shards) or 0 not in named or not named & {1, 2}:
+    named = {split for shard, split in splits.items() if shard not in extra}
+    if any(shard.split for shard in shards) or not named & {1, 2} or len(named) == 1:
         return shards
+    if None in named:
+        others = sorted(shard.name for shard, split in splits.items() if split is None and shard not in extra)
+        one = next(shard.name for shard, split in splits.items() if split)
+        both = f"{one} is named like a split and {', '.join(others[:SHOWN])} like none"
+        raise UserError(f"data.root: {both}; put the shards into folders train, val and test, or name them so")
     left_out.update(f"shard of {word}" for word in extra.values())
     return [replace(shard, split=split or 0) for shard, split in splits.items() if shard not in extra]
 

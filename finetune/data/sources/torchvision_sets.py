@@ -1,9 +1,12 @@
 """Any classification data set of `torchvision.datasets`, by the name of its class."""
 
+import functools
+import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.data.images.decode import Header, ImageError, error_words, pixels_of
-from finetune.data.sources.stores import PartsStore
+from finetune.data.sources.stores import PartsStore, file_stamp
 from finetune.data.split import FoundImages
 from finetune.system.errors import UserError
 
@@ -64,9 +67,34 @@ class TorchvisionStore(PartsStore):
         return int(np.prod(pixels.shape[1:])) if isinstance(pixels, (np.ndarray, Tensor)) else None
 
     def stamp(self, row: int) -> str:
-        """Folder, split and number: a downloaded data set does not change, and torchvision compares its checksums."""
+        """Its place, with a hash of the pixels in memory, the `file_stamp` of its file, or a hash of all files."""
         word, part, index = self.find(row)
-        return f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
+        place = f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
+        pixels = vars(part).get("data")
+        if isinstance(pixels, (np.ndarray, Tensor)):
+            return f"{_hash(np.ascontiguousarray(pixels[index]).tobytes())}:{place}"
+        path = _file_of(part, index)
+        return f"{file_stamp(path)}:{place}" if path is not None else f"{self._files}:{place}"
+
+    @functools.cached_property
+    def _files(self) -> str:
+        """A hash of path, size and time of all files in the folder."""
+        paths = (os.path.join(folder, file) for folder, _, files in os.walk(self._root) for file in files)
+        return _hash("\n".join(file_stamp(path) for path in sorted(paths)).encode("utf-8", "surrogateescape"))
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16, usedforsecurity=False).hexdigest()
+
+
+def _file_of(part: Any, index: int) -> str | None:
+    """The path of an image, out of a list of paths, or of (path, label), that the data set stores; None without one."""
+    for values in vars(part).values():
+        if isinstance(values, (list, tuple)) and len(values) == len(part):
+            value = values[index][0] if isinstance(values[index], (list, tuple)) and values[index] else values[index]
+            if isinstance(value, (str, Path)) and os.path.isfile(value):
+                return os.path.abspath(value)
+    return None
 
 
 def find_torchvision(conf: DataConf) -> FoundImages:
