@@ -114,7 +114,9 @@ def _cut_all(
         inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold, groups=of_both)
         parts["train"], parts["val"] = both[~inside], both[inside]
         if not (len(parts["train"]) and len(parts["val"])):
-            known = "" if groups is None else f" in {len(np.unique(groups[both])):,} groups, which stay together"
+            known = (
+                "" if groups is None else f" in {counted(len(np.unique(groups[both])), 'group')}, which stay together"
+            )
             where = "no image is in this fold" if len(parts["train"]) else "all images are in this fold"
             mend = "take fewer folds, or data.folds=0"
             raise UserError(f"{found.place}: data.fold={conf.fold}: {where}, of {len(both):,}{known}; {mend}")

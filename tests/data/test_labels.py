@@ -455,5 +455,5 @@ def test_a_fold_without_images_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "a", "b", count=5)
     with pytest.raises(UserError, match=r"data\.fold=9: no image is in this fold, of 8; take fewer folds"):
         folder(tmp_path, folds=10, fold=9)
-    with pytest.raises(UserError, match="all images are in this fold, of 10 in 1 groups"):
+    with pytest.raises(UserError, match="all images are in this fold, of 10 in 1 group,"):
         folder(tmp_path, folds=2, group=r"\.(png)")
