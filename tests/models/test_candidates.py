@@ -1,6 +1,7 @@
 """The weights of a network are found in whatever a training program left around them, or the choice is asked for."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
-from finetune.models.upstream.candidates import Layout, Wanted, find_weights
+from finetune.models.upstream.candidates import find_weights
+from finetune.models.upstream.layouts import Layout, Wanted
 
 CLASSES = ["a", "b", "c"]
 ARGS = {"img_size": 32}
@@ -121,6 +123,7 @@ def test_what_is_left_out_is_said(states: list[dict], tmp_path: Path) -> None:
         (("model", "model_ema.module"), ("model", "model_ema")),
         (("student.module.backbone", "teacher.backbone"), ("student", "teacher.backbone")),
         (("", "ema"), (".", "ema")),
+        (("student.module.backbone", "teacher._orig_mod.backbone"), ("student.backbone", "teacher.backbone")),
         (("module.encoder_q", "module.encoder_k"), ("encoder_q", "module.encoder_k")),
     ],
 )
@@ -182,6 +185,51 @@ def test_a_near_candidate_is_named_with_its_size(states: list[dict], tmp_path: P
     torch.save({"state_dict": short}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"12 missing: blocks\.11.*11 blocks of width 192, and .*12 blocks"):
         build_model(conf(tmp_path / "w.pt"), CLASSES)
+
+
+@pytest.mark.parametrize("patch", [8, 32])
+def test_patches_of_another_size_are_another_model(patch: int, tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, patch_size=patch, **ARGS).state_dict()
+    torch.save({"model": state}, tmp_path / "w.pt")
+    words = rf"patch_embed\.proj\.weight \(192, 3, {patch}, {patch}\) for \(192, 3, 16, 16\)"
+    with pytest.raises(ValueError, match=words):
+        build_model(conf(tmp_path / "w.pt"), CLASSES)
+
+
+def test_patches_of_another_size_in_the_authors_layout_are_another_model(tmp_path: Path) -> None:
+    import timm
+
+    name = "vit_small_patch14_reg4_dinov2"
+    state = timm.create_model(name, num_classes=0, img_size=32, patch_size=16).state_dict()
+    state["register_tokens"] = state.pop("reg_token")
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
+    torch.save(state, tmp_path / "w.pt")
+    settings = ModelConf(family=Family.vit, name=name, pretrained=str(tmp_path / "w.pt"), image_size=28)
+    with pytest.raises(ValueError, match=r"weights of another model"):
+        build_model(settings, CLASSES)
+
+
+def test_a_deeper_network_beside_the_wanted_one_is_no_candidate(states: list[dict], tmp_path: Path) -> None:
+    import timm
+
+    deeper = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=14, **ARGS).state_dict()
+    content = {"student": states[0], "teacher": deeper}
+    assert_built(content, states[0], tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"pretrained_key=teacher: .* under student, and none there"):
+        assert_built(content, deeper, tmp_path / "w.pt", pretrained_key="teacher")
+
+
+def test_blocks_in_groups_as_the_training_of_dinov2_leaves_them(states: list[dict], tmp_path: Path) -> None:
+    def grouped(state: dict) -> dict:
+        return {re.sub(r"blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 4}.{m[1]}", n): t for n, t in state.items()}
+
+    content = {"teacher": {**at("backbone.", grouped(states[0])), "dino_head.mlp.0.weight": torch.ones(3, 3)}}
+    assert_built(content, states[0], tmp_path / "w.pt")
+    extra = {**grouped(states[0]), "blocks.3.12.norm1.weight": torch.ones(192)}
+    with pytest.raises(ValueError, match=r"unexpected: blocks\.3\.12"):
+        assert_built({"teacher": extra}, states[0], tmp_path / "w.pt")
 
 
 def test_adapters_of_lora_are_no_leftovers(states: list[dict], tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.config import nearest
+from finetune.models.upstream.layouts import COUNTER, GROUPED, Layout, Source, StateDict, Wanted
 from finetune.system.errors import UserError
-
-StateDict = dict[str, Tensor]
 
 # Parts that wrappers (DDP, torch.compile, FSDP, checkpointing) put inside names, in front of a part that they wrap.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -24,67 +23,16 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|gradients?)(\.|$)", re.IGNORECASE)
 # The adapters of LoRA change what the weights beside them compute.
 LORA = re.compile(r"(^|\.)lora_\w+(\.|$)")
-# Old files lack this counter of BatchNorm, and torch then starts it at 0.
-COUNTER = ".num_batches_tracked"
 # A complete candidate has at most this share of tensors of another shape: those that depend on the size of the images.
 MAX_MISSHAPEN = 0.25
 MAX_PARTS = 40  # of a name
+# A numbered part of a name with what stands before it: `blocks.3` of `blocks.3.attn.qkv.weight`.
+BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 TOP = "."  # stands for the names without a prefix in `model.pretrained_key`
 SHOWN = 6  # candidates and parts that a message lists at most
 # An error lists at most this many names of each kind, each of them up to this length.
 NAMES_SHOWN = 5
 NAME_SHOWN = 100
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a network needs of a file."""
-
-    shapes: Mapping[str, torch.Size]  # of all tensors of its state dict
-    optional: tuple[str, ...] = ()  # how the names of its classifier begin: they may be missing or of another shape
-    # First parts of names that mean a part of the network, which it may have or not, such as `reg_token`; others
-    # (`decoder`, `queue`) are foreign.
-    known: frozenset[str] = frozenset()
-    numbers: frozenset[str] = frozenset()  # names of the tensors of real numbers; indices are whole ones
-
-    @classmethod
-    def by(cls, net: nn.Module, optional: tuple[str, ...] = ()) -> "Wanted":
-        """What `net` needs; it may be on the device `meta`."""
-        shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
-        attributes = {*vars(net), *vars(net)["_parameters"], *vars(net)["_buffers"], *vars(net)["_modules"]}
-        numbers = frozenset(name for name, tensor in net.state_dict().items() if tensor.is_floating_point())
-        return cls(shapes, optional, frozenset(attributes | {name.partition(".")[0] for name in shapes}), numbers)
-
-    def needs(self, name: str) -> bool:
-        """Whether a file must have the network's tensor `name`."""
-        return not name.startswith(self.optional) and not name.endswith(COUNTER)
-
-
-def same(tensor: Tensor) -> Tensor:
-    """The tensor itself."""
-    return tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a file of one layout has a tensor of the network."""
-
-    names: tuple[str, ...]  # without prefix
-    make: Callable[..., Tensor] = same  # the tensors under these names -> the network's
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a file names the tensors of a network: as the network does, or as another program."""
-
-    sources: Mapping[str, Source]  # the network's name -> its source
-    program: str = ""  # the other program; empty for the network's own names
-    ignored: re.Pattern[str] = re.compile(r"(?!)")  # the other program's names that the network has no use for
-
-    @classmethod
-    def own(cls, wanted: Wanted, rename: Callable[[str], str] = lambda name: name) -> "Layout":
-        """The network's own names, each changed by `rename`."""
-        return cls({name: Source((rename(name),)) for name in wanted.shapes})
 
 
 @dataclass(frozen=True)
@@ -113,7 +61,9 @@ class _Candidate:
     missing: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)  # tensors of another shape or kind, in words
     is_complete: bool = False
-    is_coded: bool = False  # whether its real numbers are stored as whole ones
+    # Whether a tensor cannot be this network's: whole numbers for real ones, or the kernel of a convolution of another
+    # size, such as that of larger patches. timm would resample those, and the features would be other ones.
+    is_foreign: bool = False
 
     @property
     def place(self) -> str:
@@ -144,11 +94,13 @@ def find_weights(
         mend = "merge them into the weights first (peft: model.merge_and_unload()) and save those"
         raise UserError(f"{source} holds LoRA adapters beside the weights, which would be left out: {mend}")
     candidates = _candidates(tensors, wanted, layouts)
-    complete = _distinct([each for each in candidates if each.is_complete], tensors)
+    complete = [each for each in candidates if each.is_complete]
+    # A deeper network has all names too. It is meant where no other fits, and the error then lists its other blocks.
+    complete = _distinct([each for each in complete if not _is_deeper(each, tensors)] or complete, tensors)
     if complete:
         place = _chosen([each.place for each in complete], key, source)
         return _found(tensors, wanted, next(each for each in complete if each.place == place), source)
-    converted = {} if any(each.is_coded for each in candidates) else _converted(tensors, wanted, convert)
+    converted = {} if any(each.is_foreign for each in candidates) else _converted(tensors, wanted, convert)
     if converted:
         place = _chosen(list(converted), key, source)
         prefix = "" if place == TOP else place
@@ -169,13 +121,12 @@ def has_complete(tensors: StateDict, wanted: Wanted, layouts: Sequence[Layout]) 
 def _candidates(tensors: StateDict, wanted: Wanted, layouts: Sequence[Layout]) -> list[_Candidate]:
     """A candidate for each layout and each prefix under which at least one of its names stands."""
     found: dict[tuple[int, str], _Candidate] = {}
-    theirs = [{name for source in layout.sources.values() for name in source.names} for layout in layouts]
     for full in tensors:
         parts = full.split(".")
         for cut in range(len(parts) if len(parts) <= MAX_PARTS else 0):
-            for index, (layout, names) in enumerate(zip(layouts, theirs, strict=True)):
-                name = _unwrapped(parts[cut:])
-                if name in names and parts[cut] == name.partition(".")[0]:
+            for index, layout in enumerate(layouts):
+                name = _plain(parts[cut:], layout)
+                if name in layout.names and parts[cut] == name.partition(".")[0]:
                     prefix = ".".join(parts[:cut])
                     candidate = found.setdefault((index, prefix), _Candidate(prefix, layout))
                     candidate.names.setdefault(name, full)
@@ -187,6 +138,12 @@ def _candidates(tensors: StateDict, wanted: Wanted, layouts: Sequence[Layout]) -
 
 def _unwrapped(parts: Iterable[str]) -> str:
     return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _plain(parts: Sequence[str], layout: Layout) -> str:
+    """A name without wrappers, and without the numbers of groups of blocks."""
+    name = _unwrapped(parts)
+    return name if layout.has_groups else GROUPED.sub(r".\1", name)
 
 
 def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
@@ -202,10 +159,21 @@ def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
         whole = [part.dtype for part in parts if not part.is_floating_point()]
         if whole and own in wanted.numbers:  # such as weights in 8 bits, which mean nothing without their scales
             candidate.shapes.append(f"{own} {whole[0]} for real numbers")
-            candidate.is_coded = True
+            candidate.is_foreign = True
         elif shape != wanted.shapes[own]:
             candidate.shapes.append(f"{own} {tuple(shape or parts[0].shape)} for {tuple(wanted.shapes[own])}")
-    candidate.is_complete = not candidate.is_coded and len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
+            is_kernel = own in wanted.kernels and shape is not None and len(shape) == len(wanted.shapes[own])
+            candidate.is_foreign |= is_kernel and (shape or ())[2:] != wanted.shapes[own][2:]
+    candidate.is_complete = not candidate.is_foreign and len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
+
+
+def _is_deeper(candidate: _Candidate, tensors: StateDict) -> bool:
+    """Whether blocks stand under the candidate's prefix, beside those of its layout, that the layout lacks."""
+    blocks = {block[0] for name in candidate.layout.names for block in BLOCK.finditer(name)}
+    rows = {block.rpartition(".")[0] for block in blocks}
+    others = (_plain(name.split("."), candidate.layout) for name in _under(tensors, candidate.prefix))
+    found = {block[0] for name in others if (block := BLOCK.match(name))}
+    return any(block not in blocks and block.rpartition(".")[0] in rows for block in found)
 
 
 def _shape(source: Source, parts: Sequence[Tensor]) -> torch.Size | None:
@@ -232,8 +200,10 @@ def _distinct(candidates: Sequence[_Candidate], tensors: StateDict) -> list[_Can
 
 
 def _matches(key: str, place: str) -> bool:
-    """Whether a key names a place in a file: the parts of one stand side by side in the other."""
-    return key == place or f".{key}." in f".{place}."
+    """Whether a key names a place in a file: the parts of one stand side by side in the other, wrappers or not."""
+    bare = _unwrapped(key.split("."))
+    is_inside = bool(bare) and f".{bare}." in f".{_unwrapped(place.split('.'))}."
+    return key == place or f".{key}." in f".{place}." or is_inside
 
 
 def _chosen(places: Sequence[str], key: str | None, source: str) -> str:
@@ -294,7 +264,7 @@ def _is_part(name: str, tensor: Tensor, wanted: Wanted, layout: Layout) -> bool:
     first = name.partition(".")[0]
     if not layout.program:
         return first in wanted.known and not name.startswith(wanted.optional) and name not in wanted.shapes
-    known = {theirs.partition(".")[0] for origin in layout.sources.values() for theirs in origin.names}
+    known = {theirs.partition(".")[0] for theirs in layout.names}
     is_nothing = name.endswith(".bias") and not bool(tensor.any())
     return first in known and not is_nothing and not layout.ignored.search(name)
 

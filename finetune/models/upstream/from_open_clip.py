@@ -14,9 +14,10 @@ from torch import nn
 from finetune.config import ModelConf
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted, find_weights, has_complete
+from finetune.models.upstream.candidates import Found, find_weights, has_complete
 from finetune.models.upstream.clip_source import ClipSource
 from finetune.models.upstream.downloads import quiet_upstream
+from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.models.upstream.stems import first_convolution, fit_stem, set_channels
@@ -125,9 +126,7 @@ def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> F
     from open_clip.convert import convert_state_dict
 
     visual = clip.get_submodule("visual")
-    tower = Wanted.by(visual)
-    shapes = {f"visual.{name}": shape for name, shape in tower.shapes.items()}
-    tower = Wanted(shapes, known=tower.known, numbers=frozenset(f"visual.{name}" for name in tower.numbers))
+    tower = Wanted.by(visual).under("visual.")
     # Below any prefix: that of a whole CLIP (`visual.`) or none, where a file holds model.visual.state_dict() alone.
     tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual.")), *transformers_layouts(tower)]
 

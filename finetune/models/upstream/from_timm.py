@@ -14,8 +14,9 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.candidates import Found, Layout, StateDict, Wanted, find_weights
+from finetune.models.upstream.candidates import Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
+from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
 from finetune.models.upstream.stems import fit_stem
@@ -217,6 +218,8 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
 
     def convert(group: StateDict) -> StateDict | None:
         """The tensors of a layout that timm reads by itself, such as those of the authors of a model."""
+        if not _has_stem(group, net):
+            return None
         shapes = {name: tensor.to("meta") for name, tensor in group.items()}
         try:
             with torch.device("meta"):
@@ -229,6 +232,19 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
     found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
     found = dataclasses.replace(found, stem=fit_stem(found.state, net))
     return with_state(found.state), found
+
+
+def _has_stem(group: StateDict, net: nn.Module) -> bool:
+    """Whether a tensor can be the first convolution of `net`, for any number of channels, maybe flat.
+
+    timm would resample the weights of patches of another size, and the features would be other ones.
+    """
+    first = next((module.weight.shape for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return True
+    area = first[2] * first[3]
+    shapes = [tensor.shape for tensor in group.values() if tensor.ndim in (2, 4) and tensor.shape[0] == first[0]]
+    return any(shape[2:] == first[2:] if len(shape) == 4 else shape[1] % area == 0 for shape in shapes)
 
 
 def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:

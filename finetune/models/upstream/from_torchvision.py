@@ -18,8 +18,9 @@ from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.torchvision_networks import RULES
 from finetune.models.upstream import weight_files
-from finetune.models.upstream.candidates import Layout, Wanted, find_weights
+from finetune.models.upstream.candidates import find_weights
 from finetune.models.upstream.downloads import downloads
+from finetune.models.upstream.layouts import Layout, Wanted
 from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, unknown_tag
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.models.upstream.stems import fit_stem, set_channels

@@ -6,7 +6,7 @@ equal channels give the same features.
 
 from torch import nn
 
-from finetune.models.upstream.candidates import StateDict
+from finetune.models.upstream.layouts import StateDict
 from finetune.system.errors import UserError
 
 

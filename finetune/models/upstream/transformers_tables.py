@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.models.upstream.candidates import Layout, Source, Wanted, same
+from finetune.models.upstream.layouts import Layout, Source, Wanted, same
 
 # Tensors without a use here: buffers that are computed anew, the token of masked patches, ViT's unused pooler.
 IGNORED = re.compile(r"(position_ids|mask_token|inv_freq)$|^pooler\.")

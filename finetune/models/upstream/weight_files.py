@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from finetune.core.preprocess import Preprocess
-from finetune.models.upstream.candidates import COUNTER, StateDict, shown
+from finetune.models.upstream.candidates import shown
+from finetune.models.upstream.layouts import COUNTER, StateDict
 from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
