@@ -14,20 +14,27 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 _hidden: dict[str, str] = {}  # texts that no output may show -> what stands in their place
 MAX_LINE = 4_000  # letters of an error
-MIN_HIDDEN = 6  # letters: a shorter text is no secret, and stands in other words by chance
+# A text of so many letters is hidden wherever it stands. A shorter one stands inside other words by chance, so it is
+# hidden as a word of its own. Those of one or two letters are everywhere and keep no secret.
+MIN_HIDDEN, MIN_HIDDEN_WORD = 6, 3
 
 
 def hide(secret: str, shown: str) -> None:
     """From now on `printable` shows `shown` in the place of `secret`, such as a token, and of its part behind a `?`."""
     for text in (secret, secret.partition("?")[2]):
-        if len(text) >= MIN_HIDDEN:
+        if len(text) >= MIN_HIDDEN_WORD:
             _hidden[text] = shown
 
 
 def without_secrets(text: str) -> str:
     """`text` with every secret replaced, see `hide`."""
     for secret, shown in _hidden.items():
-        text = text.replace(secret, shown)
+        if secret not in text:
+            continue
+        if len(secret) >= MIN_HIDDEN:
+            text = text.replace(secret, shown)
+        else:
+            text = re.sub(rf"(?<![^\W_]){re.escape(secret)}(?![^\W_])", shown.replace("\\", r"\\"), text)
     return text
 
 

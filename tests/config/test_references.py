@@ -18,6 +18,7 @@ from PIL import Image
 from finetune.__main__ import main
 from finetune.config.environment import escaped, is_local_path, plain
 from finetune.config.words.configuration import compose, read_settings
+from finetune.system import terminal
 from finetune.system.errors import ConfigError
 
 
@@ -160,3 +161,23 @@ def test_a_failing_address_does_not_show_its_secret(
     assert main(["data=webdataset", "data.download=true", "data.cache_dir=cache", "hydra.run.dir=run", root]) == 1
     assert "the token is ${oc.env:TOKEN}" in (text := "".join(capsys.readouterr())) and "s3cr3t" not in text
     assert "s3cr3t" not in everything_in(folder / "run")
+
+
+@pytest.mark.parametrize("secret", ["k3y", "pw42", "a.b-c", "x+y?z"])
+def test_a_short_secret_is_hidden_where_it_is_a_word_of_its_own_or_a_part_of_the_settings_words(
+    variables: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str], secret: str
+) -> None:
+    variables.setattr(terminal, "_hidden", {})
+    variables.setenv("TOKEN", secret)
+    root = "data.root=pipe:echo 'is ${oc.env:TOKEN} or pre${oc.env:TOKEN} (${oc.env:TOKEN})' >&2; exit 127"
+    assert main(["data=webdataset", "data.download=true", "data.cache_dir=cache", "hydra.run.dir=run", root]) == 1
+    assert "is ${oc.env:TOKEN} or " in (text := "".join(capsys.readouterr()))
+    assert secret not in text + everything_in(folder / "run")
+
+
+def test_a_short_text_of_the_environment_changes_no_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_hidden", {})
+    for secret in ("cat", "7", "is"):
+        terminal.hide(secret, r"${oc.env:A}\1")
+    assert terminal.printable("concatenate 7 cats: this is 0.7") == "concatenate 7 cats: this is 0.7"
+    assert terminal.printable("cat cat_1 'cat' cats") == r"${oc.env:A}\1 ${oc.env:A}\1_1 '${oc.env:A}\1' cats"

@@ -14,7 +14,7 @@ from finetune.config.environment import is_local_path
 from finetune.config.fields import nearest, show
 from finetune.config.words.settings import PATH_SETTINGS, SETTINGS, Reading, convert, nearest_setting
 from finetune.system.errors import ConfigError, UserError
-from finetune.system.terminal import hide
+from finetune.system.terminal import MIN_HIDDEN_WORD, hide
 
 # What resolvers raise of themselves; OmegaConf wraps most of it.
 _ERRORS = (OmegaConfBaseException, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -64,8 +64,16 @@ def fill_in(cfg: DictConfig, references: dict[str, Any]) -> Filled:
             filled.kept.append(name)
             for variable, text in _taken:
                 if not is_local_path(text):
-                    hide(text, f"${{oc.env:{variable}}}")
+                    _hide(text, f"${{oc.env:{variable}}}", filled.reading.values.get(name))
     return filled
+
+
+def _hide(text: str, reference: str, value: Any) -> None:
+    """Let no output show `text`, nor the words of the setting's `value` that it is a part of: it may be a short one."""
+    hide(text, reference)
+    whole = " ".join(map(str, value if isinstance(value, list) else [value]))
+    for word in re.findall(rf"[^\W_]*{re.escape(text)}[^\W_]*", whole) if len(text) >= MIN_HIDDEN_WORD else ():
+        hide(word, word.replace(text, reference))
 
 
 def fill_in_one(cfg: DictConfig, name: str, reference: Reference) -> Filled:
