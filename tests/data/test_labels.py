@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from finetune.data.split import Groups
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.ours import OWN, FolderKind, claim
+from tests.data.test_sources import write_shard
 
 
 def picture(seed: int) -> bytes:
@@ -186,15 +186,6 @@ def test_cells_that_are_labels_and_cells_that_are_none() -> None:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def pack(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
 def samples(count: int = 20, name: str = "{i}", image: str = "png", label: str = "cls") -> dict[str, bytes]:
     files = {}
     for i in range(count):
@@ -209,7 +200,9 @@ def shards(root: Path | str, **changes: Any) -> Source:
 
 @pytest.mark.parametrize("label", [None, "", "  ", 0.5, {"a": 1}, [None], [1]], ids=str)
 def test_a_bad_label_of_a_shard_names_its_sample(tmp_path: Path, label: Any) -> None:
-    pack(tmp_path / "0.tar", {**samples(), "bad.png": picture(99), "bad.json": json.dumps({"label": label}).encode()})
+    write_shard(
+        tmp_path / "0.tar", {**samples(), "bad.png": picture(99), "bad.json": json.dumps({"label": label}).encode()}
+    )
     with pytest.raises(UserError, match=r"0\.tar: bad\.png has .*label"):
         shards(tmp_path)
 
@@ -218,7 +211,7 @@ def test_lists_in_shards_are_several_labels(tmp_path: Path) -> None:
     files = {}
     for i in range(20):
         files |= {f"{i}.png": picture(i), f"{i}.json": json.dumps({"label": [i % 2, 2] if i % 3 else [i % 2]}).encode()}
-    pack(tmp_path / "0.tar", files)
+    write_shard(tmp_path / "0.tar", files)
     source = shards(tmp_path)
     assert source.is_multilabel and source.classes == ("0", "1", "2")
     total = sum(split.labels.sum(0) for split in source.splits.values())
@@ -230,23 +223,25 @@ def test_lists_in_shards_are_several_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["im{i}_0.5", "v1.2/im{i}.a.b", "IM.{i}"])
 @pytest.mark.parametrize(("image", "label"), [("png", "cls"), ("PNG", "CLS"), ("Png", "cls")])
 def test_names_with_dots_and_upper_case_endings_are_read(tmp_path: Path, name: str, image: str, label: str) -> None:
-    pack(tmp_path / "0.TAR", samples(name=name, image=image, label=label))
+    write_shard(tmp_path / "0.TAR", samples(name=name, image=image, label=label))
     source = shards(tmp_path)
     assert source.num_images == 20 and source.classes == ("0", "1") and "left out" not in source.description
 
 
 def test_what_else_lies_in_shards_is_counted(tmp_path: Path) -> None:
     more = {f"{i}.seg.png": picture(i) for i in range(20)} | {f"{i}.txt": b"a cat" for i in range(3)} | {"x.cls": b"1"}
-    pack(tmp_path / "0.tar", {**samples(), **more, "._1.png": b"", "__MACOSX/1.png": b""})
+    write_shard(tmp_path / "0.tar", {**samples(), **more, "._1.png": b"", "__MACOSX/1.png": b""})
     source = shards(tmp_path)
     assert source.num_images == 20
     assert "[left out: 20 .seg.png, 3 .txt, 1 label without an image]" in source.description
 
 
 def test_one_image_of_another_ending_is_the_image_and_two_are_not(tmp_path: Path) -> None:
-    pack(tmp_path / "0.tar", samples(image="input.png"))
+    write_shard(tmp_path / "0.tar", samples(image="input.png"))
     assert shards(tmp_path).num_images == 20
-    pack(tmp_path / "0.tar", {**samples(), **samples(3, name="pair{i}", image="a.png"), "pair0.b.png": picture(77)})
+    write_shard(
+        tmp_path / "0.tar", {**samples(), **samples(3, name="pair{i}", image="a.png"), "pair0.b.png": picture(77)}
+    )
     source = shards(tmp_path)
     assert source.num_images == 22 and "left out: 1 .b.png, 1 .a.png" in source.description.replace(
         "1 .a.png, 1 .b.png", "1 .b.png, 1 .a.png"
@@ -254,8 +249,8 @@ def test_one_image_of_another_ending_is_the_image_and_two_are_not(tmp_path: Path
 
 
 def test_archives_beside_and_below_are_read_or_counted(tmp_path: Path) -> None:
-    pack(tmp_path / "a.tar", samples())
-    pack(tmp_path / "part2" / "deep" / "b.tar", samples(name="b{i}"))
+    write_shard(tmp_path / "a.tar", samples())
+    write_shard(tmp_path / "part2" / "deep" / "b.tar", samples(name="b{i}"))
     for name in ("c.tar.gz", "d.tgz", "part2/e.tar.zst", "notes"):
         (tmp_path / name).write_bytes(b"x")
     source = shards(tmp_path)
@@ -269,22 +264,22 @@ def test_archives_beside_and_below_are_read_or_counted(tmp_path: Path) -> None:
 
 def test_a_split_of_shards_that_ends_empty_is_refused(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        pack(tmp_path / split / "0.tar", samples(name=f"{split}{{i}}"))
+        write_shard(tmp_path / split / "0.tar", samples(name=f"{split}{{i}}"))
     assert sizes(shards(tmp_path)) == {"train": 20, "val": 20, "test": 0}
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"/test is named like a split and has no \.tar files"):
         shards(tmp_path)
-    pack(tmp_path / "test" / "0.tar", {"x.txt": b"nothing"})
+    write_shard(tmp_path / "test" / "0.tar", {"x.txt": b"nothing"})
     with pytest.raises(UserError, match=r"the shards of test hold no images \[left out: 1 \.tar\.gz, 1 \.txt\]"):
         shards(tmp_path)
 
 
 def test_shards_beside_those_of_splits_are_a_question_or_extra(tmp_path: Path) -> None:
     for place in ("train", "val", "unlabeled"):
-        pack(tmp_path / place / "0.tar", samples(name=f"{place}{{i}}"))
+        write_shard(tmp_path / place / "0.tar", samples(name=f"{place}{{i}}"))
     assert "[left out: 1 shard in unlabeled]" in shards(tmp_path).description
-    pack(tmp_path / "rest" / "0.tar", samples(name="rest{i}"))
+    write_shard(tmp_path / "rest" / "0.tar", samples(name="rest{i}"))
     with pytest.raises(UserError, match="rest beside train, val"):
         shards(tmp_path)
 
@@ -292,24 +287,24 @@ def test_shards_beside_those_of_splits_are_a_question_or_extra(tmp_path: Path) -
 def test_a_name_with_brackets_is_a_name_first_and_a_pattern_then(tmp_path: Path) -> None:
     for folder_name in ("w[v2]", "wv", "w2"):
         for number in range(2):
-            pack(tmp_path / folder_name / f"t-{number:03}.tar", samples(name=f"{folder_name}{number}_{{i}}"))
+            write_shard(tmp_path / folder_name / f"t-{number:03}.tar", samples(name=f"{folder_name}{number}_{{i}}"))
     assert shards(tmp_path / "w[v2]" / "t-{000..001}.tar").num_images == 40
     assert shards(tmp_path / "w[v2]" / "t-*.tar").num_images == 40
     assert shards(tmp_path / "w[v2]").num_images == 40
     assert shards(tmp_path / "w[v2]" / "t-000.tar").num_images == 20
     assert shards(tmp_path / "w[2]" / "t-*.tar").num_images == 40
-    with pytest.raises(FileNotFoundError, match=r"2 of its shards do not exist: .*t-002\.tar, .*t-003\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file for 2 shards: .*t-002\.tar, .*t-003\.tar"):
         shards(tmp_path / "wv" / "t-{000..003}.tar")
 
 
 def test_a_class_that_is_no_utf8_is_carried_through_and_utf16_is_named(tmp_path: Path) -> None:
-    pack(
+    write_shard(
         tmp_path / "0.tar",
         samples() | {"l.png": picture(50), "l.cls": b"caf\xe9"} | {f"{i}.cls": b"a" for i in range(20)},
     )
     with pytest.raises(UserError, match=r"in class caf\udce9 \(1\)"):
         shards(tmp_path)
-    pack(tmp_path / "0.tar", samples() | {"l.png": picture(50), "l.cls": "caf\xe9".encode("utf-16")})
+    write_shard(tmp_path / "0.tar", samples() | {"l.png": picture(50), "l.cls": "caf\xe9".encode("utf-16")})
     with pytest.raises(UserError, match=r"l\.cls: is text in UTF-16"):
         shards(tmp_path)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.system.ours import MARKER, OWN, FolderKind
+
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "finetune"
 MAP = "## Every file\n"  # of ARCHITECTURE.md
@@ -46,6 +48,14 @@ def test_the_names_on_the_architecture_page_exist() -> None:
         assert file is not None, f"{path} does not exist"
         is_defined = rf"^ *(?:async )?(?:def |class |){name}\b"
         assert re.search(is_defined, file.read_text(encoding="utf-8"), re.MULTILINE), f"{path} defines no {name}"
+
+
+def test_the_readme_names_every_file_that_a_run_leaves() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What a run leaves")[2].partition("## ")[0]
+    run = OWN[FolderKind.run]
+    names = [*run.replaced, *run.in_place, *run.folders, *run.folders["checkpoints"].replaced, MARKER]
+    missing = [name for name in names if f"{name}`" not in table and f"{name}/`" not in table]
+    assert missing == ["checkpoints", "damaged.pt"], missing
 
 
 def map_of_files() -> str:

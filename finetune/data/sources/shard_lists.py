@@ -16,6 +16,7 @@ from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit
+from finetune.system.terminal import counted
 
 SHARDS = Limit(1_000_000, "a larger number is most likely a typing mistake", "shards")  # in one pattern
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{},\s]+(?:,[^{},\s]+)+)\}")
@@ -89,7 +90,7 @@ def _matches(place: str) -> list[str]:
             missing.append(name)  # also in a folder such as w[v2]
     if found and missing:
         some = f"{', '.join(missing[:SHOWN])}{' ...' if len(missing) > SHOWN else ''}"
-        raise FileNotFoundError(f"data.root={place}: {len(missing):,} of its shards do not exist: {some}")
+        raise FileNotFoundError(f"data.root={place}: there is no file for {counted(len(missing), 'shard')}: {some}")
     return found
 
 
