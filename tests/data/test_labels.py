@@ -407,7 +407,7 @@ def test_one_class_folder_with_splits_in_it_is_enough_to_ask(tmp_path: Path) -> 
 
 
 def test_a_missing_shard_in_a_folder_with_brackets_is_said(tmp_path: Path) -> None:
-    pack(tmp_path / "a[1]" / "t-0.tar", samples())
+    write_shard(tmp_path / "a[1]" / "t-0.tar", samples())
     with pytest.raises(FileNotFoundError, match=r"1 of its shards do not exist: .*t-1\.tar"):
         shards(tmp_path / "a[1]" / "t-{0..1}.tar")
 
@@ -415,11 +415,11 @@ def test_a_missing_shard_in_a_folder_with_brackets_is_said(tmp_path: Path) -> No
 def test_shards_of_no_split_beside_those_of_test_are_not_trained_on_silently(tmp_path: Path) -> None:
     for number, names in enumerate((("trainval-0", "test-0"), ("train-0", "val-0", "rest-0"), ("0", "dev-1"))):
         for name in names:
-            pack(tmp_path / str(number) / f"{name}.tar", samples(name=f"{name}_{{i}}"))
+            write_shard(tmp_path / str(number) / f"{name}.tar", samples(name=f"{name}_{{i}}"))
         with pytest.raises(UserError, match=r"is named like a split and \S+ like none; put the shards into folders"):
             shards(tmp_path / str(number))
     for name in ("train0000", "train0001", "val0000"):
-        pack(tmp_path / "digits" / f"{name}.tar", samples(name=f"{name}_{{i}}"))
+        write_shard(tmp_path / "digits" / f"{name}.tar", samples(name=f"{name}_{{i}}"))
     assert sizes(shards(tmp_path / "digits")) == {"train": 40, "val": 20, "test": 0}
 
 
@@ -428,7 +428,7 @@ def test_a_key_that_was_named_comes_before_a_cls(tmp_path: Path) -> None:
     for i in range(20):
         cells = {"label": "ba"[i % 2], "fine": f"fine{i % 2}"}
         files |= {f"{i}.png": picture(i), f"{i}.cls": b"ab"[i % 2 :][:1], f"{i}.json": json.dumps(cells).encode()}
-    pack(tmp_path / "0.tar", files)
+    write_shard(tmp_path / "0.tar", files)
     assert shards(tmp_path, label_column="fine").classes == ("fine0", "fine1")
     source = shards(tmp_path, val_fraction=0.0, test_fraction=0.0)
     label = dict(zip(map(source.splits["train"].name_of, range(20)), source.splits["train"].labels, strict=True))
