@@ -77,7 +77,7 @@ LETTERS = {
     "omega": "Ω", "small_beta": "β", "small_delta": "δ", "small_lambda": "λ", "small_pi": "π", "small_xi": "ξ",
     "small_zeta": "ζ", "small_mu": "μ", "be": "Б", "de": "Д", "zhe": "Ж", "i": "И", "short_i": "Й", "pe": "П",
     "tse": "Ц", "che": "Ч", "sha": "Ш", "shcha": "Щ", "hard_sign": "Ъ", "yeru": "Ы", "e": "Э", "yu": "Ю", "ya": "Я",
-    "ef": "ф",
+    "small_epsilon": "ε",
 }  # fmt: skip
 # None of these families was seen in pretraining (finetune/models/bundled/MODEL_CARD.md), and no split shares one.
 FONTS = {
@@ -253,7 +253,7 @@ def digits(packages: Packages, sets: Path) -> Iterator[Item]:
 
 
 def letters(packages: Packages, sets: Path) -> Iterator[Item]:
-    """Greek and Cyrillic letters, white on black, turned, slanted, stretched, noisy; each split has its own fonts."""
+    """Greek and Cyrillic letters, white before dark clouds, turned and stretched; each split has its own fonts."""
     from glyphs import draw_text, find_fonts, fit_ink
 
     for split in SPLITS:
@@ -282,17 +282,19 @@ def has(font: Path, letter: str) -> bool:
 
 
 def distort(glyph: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """A clean glyph as a camera may see it: turned, slanted, stretched, coarse, with grain; 48 x 48 pixels."""
-    angle, slant = rng.normal(0, 10) * np.pi / 180, rng.normal(0, 0.15)
-    wide, high = rng.uniform(0.7, 1.15), rng.uniform(0.8, 1.15)
+    """A clean glyph as a camera may see it, 48 x 48: turned, slanted, stretched, coarse, before clouds, with grain."""
+    angle, slant = rng.normal(0, 12) * np.pi / 180, rng.normal(0, 0.18)
+    wide, high = rng.uniform(0.6, 1.1), rng.uniform(0.7, 1.1)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     matrix = np.array([[1 / wide, slant], [0, 1 / high]]) @ turn * (len(glyph) / 48)
-    shift = len(glyph) / 2 - matrix @ (24 + rng.normal(0, 2, 2))
+    shift = len(glyph) / 2 - matrix @ (24 + rng.normal(0, 3, 2))
     rows = [*matrix[0], shift[0], *matrix[1], shift[1]]
     picture = Image.fromarray(glyph).transform((48, 48), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR)
-    coarse = int(rng.integers(16, 49))
+    coarse = int(rng.integers(14, 41))
     picture = picture.resize((coarse, coarse), Image.Resampling.BOX).resize((48, 48), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture) * rng.uniform(0.6, 1.0) + rng.normal(0, 12, (48, 48))
+    clouds = Image.fromarray(rng.uniform(0, 40, (4, 4)).astype(np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+    ink = np.asarray(picture) / 255 * rng.uniform(0.6, 1.0)
+    pixels = np.asarray(clouds) * (1 - ink) + 255 * ink + rng.normal(0, 15, (48, 48))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
