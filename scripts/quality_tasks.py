@@ -108,13 +108,13 @@ class Ready:
         std = torch.tensor(self.preprocess.std)[:, None, None]
         return squares.float().div_(255).sub_(mean).div_(std)
 
-    def batches(self, view: View, epoch: int, *, drop_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, view: View, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled training batches of an epoch; the same order for all arms with the same seed."""
         train = self.splits["train"]
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1000 * self.seed + epoch))
         for part in order.split(self.task.batch_size):
             # A last batch of one image leaves BatchNorm nothing to normalise.
-            if len(part) > 1 and not (drop_last and len(part) < self.task.batch_size):
+            if len(part) > 1:
                 yield view(self, part.tolist(), epoch), train.labels[part]
 
 
