@@ -27,7 +27,7 @@ from finetune.data import ImageError, Loader, SkippedList, Source, check_at_star
 from finetune.data.images.mix import Mixer
 from finetune.models import BuiltModel, build_model
 from finetune.models.heads.offsets import with_head_bias
-from finetune.models.patches import patches_as_products, products_dominate
+from finetune.models.patches import place, products_dominate
 from finetune.report.columns import headlines
 from finetune.runs.weights import weights_metadata
 from finetune.system.errors import UserError
@@ -169,13 +169,6 @@ class Run:
         classes, model, is_multilabel = self.source.classes, as_dict(self.model_conf), self.source.is_multilabel
         metadata = weights_metadata(classes, self.built.preprocess, model, is_multilabel=is_multilabel)
         return metadata | ({"changes": json.dumps(self.built.changes)} if self.built.changes else {})
-
-
-def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:
-    """Move the model to its device, with the kernels that suit `dtype` there."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        patches_as_products(model.net)
-    return model.to(device)
 
 
 def build_run(conf: Conf, run_dir: Path) -> Run:

@@ -7,7 +7,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from finetune.app.build import Run, place
+from finetune.app.build import Run
 from finetune.config import HeadKind
 from finetune.core.fit import validate
 from finetune.core.layers import LayeredModel
@@ -16,6 +16,7 @@ from finetune.core.metrics import Meter
 from finetune.models.heads.head import find_head
 from finetune.models.heads.offsets import set_offsets
 from finetune.models.heads.probe import features_of_split, linear_probe
+from finetune.models.patches import place
 from finetune.prefix.feed import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.core.layers import LayeredModel
+
 
 class PatchProduct(nn.Conv2d):
     """A convolution without overlap, computed as a matrix product; parameters and their names are those of Conv2d."""
@@ -29,6 +31,13 @@ def patches_as_products(net: nn.Module) -> None:
             continue
         if module.kernel_size == module.stride and module.kernel_size[0] > 1 and module.padding in ((0, 0), "valid"):
             module.__class__ = PatchProduct
+
+
+def place(model: LayeredModel, device: torch.device, dtype: torch.dtype) -> LayeredModel:
+    """Move the model to its device, with the kernels that suit `dtype` there."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        patches_as_products(model.net)
+    return model.to(device)
 
 
 def products_dominate(net: nn.Module, width: int) -> bool:

@@ -159,6 +159,44 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+# How a safetensors file calls the types that networks have.
+_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+_TYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+
+
+def misfit_of(path: Path, model: LayeredModel) -> str:
+    """What of the tensors in a weights file does not fit the network, in a few words; empty where all do.
+
+    Reads names, shapes and types only, so that a file of a few bytes is found out before a large network takes memory.
+    """
+    from safetensors import safe_open
+
+    wanted = {name: (list(tensor.shape), _TYPES[tensor.dtype]) for name, tensor in model.net.state_dict().items()}
+    with damaged_if_unreadable(path), safe_open(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        found = {name: (list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    differ = [name for name in wanted if found.get(name) != wanted[name]] or sorted(found.keys() - wanted.keys())
+    if not differ:
+        return ""
+    (shape, kind), name = found.get(differ[0], ([], "none")), differ[0]
+    expected = wanted.get(name, ([], "none"))
+    return f"{name} has shape {shape} and type {kind}, expected {expected[0]} and {expected[1]}"
+
+
+def fill(model: LayeredModel, path: Path) -> None:
+    """Copy every tensor of a weights file, which `misfit_of` found to fit, into the network, one after the other.
+
+    Raises:
+        DamagedError: The file cannot be read, or its checksum differs.
+    """
+    from safetensors import safe_open
+
+    check_checksum(path)
+    with damaged_if_unreadable(path), safe_open(path, "pt") as file, torch.no_grad():
+        for name, tensor in model.net.state_dict().items():
+            tensor.copy_(file.get_tensor(name))
+
+
 def threshold_of(metadata: Mapping[str, str], path: Path) -> float | None:
     """The threshold in the metadata of the weights file `path`, in [0, 1]; None where images have one label.
 
