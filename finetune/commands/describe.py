@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from finetune.commands.flags import configure, parse_command_line
+from finetune.commands.flags import Parser, configure, parse_command_line
 from finetune.config import Conf, nearest
 from finetune.report.columns import state_in_words
 from finetune.system.errors import ConfigError
@@ -61,16 +61,9 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises a mistake as one line, where argparse prints the usage page."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message.removeprefix("argument ")], code=2)
-
-
 def take_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns this command's own flags (`json`, `plot`, `classes`, `images`), and all other words in their order."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=lambda text: Path(text).expanduser())
     for name in ("--classes", "--images"):

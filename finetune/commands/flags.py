@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from finetune.config.fields import nearest
 from finetune.config.words.settings import SETTINGS, nearest_setting, path_as_typed
@@ -13,6 +14,14 @@ from finetune.system.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.config.words.configuration import Prepared
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises a mistake as one line, where argparse prints the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError with exit code 2."""
+        raise ConfigError([message.removeprefix("argument ")], code=2)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class FolderKind(str, Enum):
     sweep = "sweep"
     check = "check"
     cache = "cache"
+    table = "table"
+    sorted = "sorted"
 
     def __str__(self) -> str:
         """The word itself."""
@@ -92,6 +94,9 @@ OWN: dict[FolderKind, OwnNames] = {
     FolderKind.check: OwnNames(
         replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt", "similar.txt")
     ),
+    FolderKind.table: OwnNames(pattern=r"part-\d{5,}\.parquet"),
+    # Its folders have the names of classes, and what is in them is named after other people's images.
+    FolderKind.sorted: OwnNames(),
     # Every entry in these has a header, see data/caches/entries.py.
     FolderKind.cache: OwnNames(folders=dict.fromkeys(("pixels", "activations", "shards", "checks"), OwnNames())),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ class Predictor:
         first: int = 0,
         flip: bool = False,
         on_error: Callable[[int, ImageError], None] | None = None,
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor]]:
         """Yield, for each batch from image `first` on, the indices of its images and their probabilities.
 
         These are float32 (batch, classes) in host memory: the softmax of the logits, or with several labels an image
@@ -140,7 +140,7 @@ class Predictor:
         batch_size: int,
         first: int = 0,
         on_error: Callable[[int, ImageError], None] | None = None,
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor]]:
         """Yield indices and features, float32 (batch, width), as `probabilities` yields probabilities; see `embed`."""
         stop = self.check_layer(layer) + 1
 
@@ -178,7 +178,7 @@ class Predictor:
         batch_size: int,
         first: int,
         on_error: Callable[[int, ImageError], None] | None,
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor]]:
         """Yield the indices of each batch, and what `compute` makes of its normalised images, in host memory."""
         size = min(batch_size, len(split))
         pixels = size * 3 * self.preprocess.size**2

@@ -94,6 +94,15 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     ],
     "system/reading.py": [(READS, ("open_regular",))],
     "system/seals.py": [(TEMPORARY, ("seal", "put_checksum", "sort_metadata"))],
+    "use/record.py": [
+        ("files of an output that was not there, whose marker was found, or that `--overwrite` names", ("append",)),
+        ("the same", ("replace_head", "commit", "finish", "_begun", "_cut", "_take_away")),
+        ("the folder was claimed as a table", ("add_part",)),
+        ("a lock, and temporary files, with the name of the output in theirs", ("open_record", "_sweep")),
+    ],
+    "use/sorting.py": [
+        ("the folder was claimed as a sorted one; no link in it is followed", ("__init__", "put", "_put"))
+    ],
 }
 
 

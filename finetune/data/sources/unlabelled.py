@@ -175,10 +175,11 @@ def _opened(places: Iterable[str], path_column: str) -> Iterator[tuple[str, Iter
 
 
 def _matches(word: str) -> list[str]:
-    """The place that a word names, or the places that it stands for as a pattern, in natural order of the shell."""
+    """The place that a word names, or those that it stands for as a pattern, each once, in order of their names."""
     if os.path.lexists(word):
         return [word]
-    found = sorted(glob.glob(word, recursive=True)) if glob.has_magic(word) else []
+    matches = sorted(glob.glob(word, recursive=True)) if glob.has_magic(word) else []
+    found = list({os.path.realpath(path): path for path in reversed(matches)}.values())[::-1]  # `**` follows links
     if not found:
         what = "no file has a name like that" if glob.has_magic(word) else "there is no such file or folder"
         raise FileNotFoundError(f"{printable(word)}: {what}; {EXPECTED}")
