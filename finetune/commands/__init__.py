@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "describe": "every layer with its rate, memory, work and schedule; loads no data and no weights",
     "check": "look at the data before training: counts, damaged files, duplicates, a contact sheet",
     "predict": "the classes of new images by a finished run, or by a CLIP without training",
+    "embed": "the features of new images by any layer, for search and clustering",
     "cache": "list the decoded images, activations and fetched shards that runs have cached, or clear them",
     "report": "draw the pictures of a run, or the summary of a sweep, again",
     "replay": "compute a step that was not finite again: which layer, which image",

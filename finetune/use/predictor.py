@@ -21,7 +21,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader
 from finetune.data.sources.unlabelled import find_images, in_memory
 from finetune.data.split import Split
-from finetune.models.heads.head import mean_over_positions
+from finetune.models.heads.head import Head, mean_over_positions
 from finetune.system.errors import UserError
 from finetune.system.limits import check_memory
 
@@ -90,7 +90,8 @@ class Predictor:
 
         Raises:
             ImageError: An image cannot be read.
-            UserError: There is no such layer, or the network is no plain chain of layers, or there are no images.
+            UserError: There is no such layer, or there are no images. A network that is no plain chain of layers has
+            `readout` and `head` only.
         """
         split = self.split_of(images)
         return torch.cat([part for _, part in self.features(split, layer=layer, batch_size=batch_size)])
@@ -142,12 +143,34 @@ class Predictor:
         on_error: Callable[[int, ImageError], None] | None = None,
     ) -> Generator[tuple[list[int], Tensor]]:
         """Yield indices and features, float32 (batch, width), as `probabilities` yields probabilities; see `embed`."""
-        stop = self.check_layer(layer) + 1
+        index = self.check_layer(layer)
 
         def compute(inputs: Tensor) -> Tensor:
-            return mean_over_positions(self.model(inputs, stop=stop)).float()
+            if not self.model.is_chain and layer == "readout":
+                return self._into_head(inputs)
+            # The shorter run of the last block gives the class token alone, and here the mean of all tokens is wanted.
+            is_short = self.model.class_token_only
+            self.model.class_token_only = is_short and index > self.model.num_blocks
+            try:
+                return mean_over_positions(self.model(inputs, stop=index + 1)).float()
+            finally:
+                self.model.class_token_only = is_short
 
         return self._passes(compute, split, batch_size=batch_size, first=first, on_error=on_error)
+
+    def _into_head(self, inputs: Tensor) -> Tensor:
+        """What the classifier of a network that runs only whole reads."""
+        heads = [module for module in self.model.net.modules() if isinstance(module, Head)]
+        if len(heads) != 1:
+            kind = type(self.model.net).__name__
+            raise UserError(f"layer readout: {kind} runs only whole, and has no single linear classifier; use head")
+        seen: list[Tensor] = []
+        handle = heads[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            self.model(inputs)
+        finally:
+            handle.remove()
+        return mean_over_positions(seen[0]).float()
 
     def check_layer(self, layer: str) -> int:
         """The id of the layer that is called `layer`; a UserError with the names where there is none."""
