@@ -103,6 +103,8 @@ def take(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     given.paths = rest[count:]
     if "-" in given.paths and len(given.paths) > 1:
         parser.error("- stands for all paths, so give no others")
+    if given.out is not None and any(os.path.realpath(path) == os.path.realpath(given.out) for path in given.paths):
+        parser.error(f"--out {printable(str(given.out))} is one of the places that are read; choose another name")
     return given
 
 

@@ -198,9 +198,9 @@ def _cut(path: Path, progress: _Progress) -> None:
     if path.suffix == ".parquet":
         path.mkdir(exist_ok=True)
         claim(path, FolderKind.table)
-        parts = [path / f"part-{number:05d}.parquet" for number in range(progress.parts)]
-        if lost := [part.name for part in parts if not part.is_file()]:
-            raise RefusedError(f"{shown} lacks {lost[0]}, which was written; add --overwrite to begin anew")
+        parts = (path / f"part-{number:05d}.parquet" for number in range(progress.parts))
+        if lost := next((part.name for part in parts if not part.is_file()), None):
+            raise RefusedError(f"{shown} lacks {lost}, which was written; add --overwrite to begin anew")
         return
     grown = progress.files.get(path.name, _Grown())
     if not os.path.lexists(path) and not grown.size:

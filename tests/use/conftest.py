@@ -30,3 +30,18 @@ def pictures(folder: Path) -> Path:
     (folder / "in" / "cut.png").write_bytes((folder / "in" / "0.png").read_bytes()[:99])
     (folder / "in" / "notes.txt").write_text("x")
     return folder / "in"
+
+
+@pytest.fixture(scope="session")
+def labelled_run(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on images with several labels, and its table."""
+    folder = tmp_path_factory.mktemp("labelled")
+    lines = ["path,label"]
+    for path in sorted(stripes.rglob("*.png")):
+        lines.append(f"{path},{path.parent.name};{'even' if int(path.stem) % 2 else '=odd'}")
+    table = folder / "table.csv"
+    table.write_text("\n".join(lines))
+    conf = small(stripes)
+    conf.data.source, conf.data.table, conf.data.root, conf.data.label_separator = "table", str(table), None, ";"
+    go(conf, folder / "run")
+    return folder / "run", table

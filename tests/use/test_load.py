@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_runs import ROOT, go, small
+from small_runs import ROOT, go
 
 import finetune
 from finetune.config import Conf
@@ -101,20 +101,13 @@ def test_features_of_every_layer(runs: dict[str, Path]) -> None:
         predictor.embed(image, layer="blok.1")
 
 
-def test_several_labels_come_from_the_threshold_in_the_file(stripes: Path, tmp_path: Path) -> None:
-    lines = ["path,label"]
-    for path in sorted(stripes.rglob("*.png")):
-        lines.append(f"{path},{path.parent.name};{'even' if int(path.stem) % 2 else 'odd'}")
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(lines))
-    conf = small(stripes)
-    conf.data.source, conf.data.table, conf.data.root, conf.data.label_separator = "table", str(table), None, ";"
-    go(conf, tmp_path / "run")
-    predictor = finetune.load(tmp_path / "run")
-    with safe_open(tmp_path / "run" / "checkpoints" / "best.safetensors", "pt") as file:
+def test_several_labels_come_from_the_threshold_in_the_file(labelled_run: tuple[Path, Path]) -> None:
+    run, table = labelled_run
+    predictor = finetune.load(run)
+    with safe_open(run / "checkpoints" / "best.safetensors", "pt") as file:
         assert predictor.threshold == float(file.metadata()["threshold"])
     found = predictor.predict(table)
-    assert [prediction.path for prediction in found] == [line.partition(",")[0] for line in lines[1:]]
+    assert [each.path for each in found] == [line.partition(",")[0] for line in table.read_text().splitlines()[1:]]
     for prediction in found:
         expected = {name for name, value in prediction.scores.items() if value >= predictor.threshold}
         assert set(prediction.labels) == expected and len(prediction.scores) == 5

@@ -17,6 +17,7 @@ from PIL import Image
 
 import finetune
 from finetune.__main__ import main
+from finetune.system.locks import file_lock
 from finetune.use import record, writing
 from finetune.use.sorting import safe_name
 
@@ -281,3 +282,38 @@ def test_parquet_has_numbered_parts_that_read_as_one_table(striped_run: Path, pi
         assert main(["predict", str(striped_run), "in", "--out", "y.parquet", *more]) == 1
     assert tree(Path("y.parquet")) == {"theirs": b"x"}
     assert np.isfinite(found["probability"]).all()
+
+
+def test_several_labels_have_a_column_for_each_class(
+    labelled_run: tuple[Path, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, table = labelled_run
+    assert main(["predict", str(run), str(table), "--out", "x.csv"]) == 0
+    assert main(["predict", str(run), str(table), "--out", "x.jsonl"]) == 0
+    predictor = finetune.load(run)
+    found, lines = rows(Path("x.csv")), [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]
+    assert list(found[0]) == ["path", "labels", *(f"p:{name}" for name in predictor.classes)] and "=odd" in str(lines)
+    for row, line, wanted in zip(found, lines, predictor.predict(table), strict=True):
+        assert line["labels"] == list(wanted.labels)
+        assert row["labels"].replace("'=", "=") == ";".join(wanted.labels)
+        for name in predictor.classes:
+            assert float(row[f"p:{name}"]) == line[f"p:{name}"] == pytest.approx(wanted.scores[name], abs=1e-5)
+    assert main(["predict", str(run), str(table), "--sort-into", "sorted"]) == 0
+    none = sum(not line["labels"] for line in lines)
+    unknown = len(list(Path("sorted/unknown").iterdir())) if none else 0
+    assert bool(none) == bool(unknown)
+    for flags in (["--top-k", "2"], ["--reject", "0.5"]):
+        assert main(["predict", str(run), str(table), *flags]) == 1
+        assert "would be ignored: this model gives several labels" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_one_output_and_no_input_is_replaced(
+    striped_run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with file_lock(Path(".x.csv.finetune.lock")):
+        assert main(["predict", str(striped_run), "in", "--out", "x.csv"]) == 1
+    assert "is being written by another process" in capsys.readouterr().err and not Path("x.csv").exists()
+    Path("t.csv").write_text("path\nin/0.png\n")
+    assert main(["predict", str(striped_run), "t.csv", "--out", "./t.csv", "--overwrite"]) == 2
+    assert Path("t.csv").read_text() == "path\nin/0.png\n"
+    assert main(["predict", str(striped_run), "t.csv", "--out", "x.csv"]) == 0
