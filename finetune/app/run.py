@@ -33,7 +33,7 @@ from finetune.report import run_figures as report
 from finetune.report.look import dispensable
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
 from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
-from finetune.runs.finished import check_finished
+from finetune.runs.finished import check_claim, check_finished
 from finetune.runs.history import History
 from finetune.runs.records import Result
 from finetune.runs.resume import BEFORE, Saved, compare_state, first_promise, notes_of, restore_run, scores_before
@@ -70,6 +70,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
             if not earlier.is_finished:
                 return _run(Session(conf, run_dir, overrides, earlier), quiet=quiet)
     assert earlier.result is not None
+    check_claim(run_dir, earlier.result)
     check_finished(run_dir, earlier.result)
     say(f"{run_dir} holds this very run, and it has finished: nothing to do. Its result: {run_dir / 'result.json'}")
     return earlier.result

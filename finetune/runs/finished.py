@@ -41,13 +41,14 @@ def weights_files(run_dir: Path) -> list[str]:
 def check_finished(run_dir: Path, result: Result | None = None) -> None:
     """Compare the files of a finished run with the checksums in its `result`, which is read if it is not given.
 
-    A weights file may be gone: people remove large files.
+    A weights file may be gone: people remove large files. A result without any checksums, as an earlier version wrote
+    it, can still be looked at; whoever leaves work out because of it asks `check_claim` too.
 
     Raises:
         DamagedError: A file is not what the run wrote. Nothing is compared if the run has not finished.
     """
     result = read_result(run_dir / "result.json") if result is None else result
-    if result["status"] != "finished":
+    if result["status"] != "finished" or CHECKSUMS not in result:
         return
     check_claim(run_dir, result)
     for name in dict.fromkeys((*NAMES, *weights_files(run_dir))):

@@ -54,7 +54,10 @@ def test_a_run_is_not_finished_because_its_result_says_so(
     else:
         del changed[CHECKSUMS][gone]
     (folder / "result.json").write_text(json.dumps(changed))
-    for words in (["report", str(folder)], [f"resume={folder}"]):
+    if gone == "all":  # as a result of an earlier version, which can be looked at and leaves no work out
+        assert main(["report", str(folder)]) == 0
+        capsys.readouterr()
+    for words in ([f"resume={folder}"],) if gone == "all" else (["report", str(folder)], [f"resume={folder}"]):
         assert main(words) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert f"has no checksum of {'result.json, history' if gone == 'all' else gone}" in line
