@@ -141,7 +141,7 @@ class Session:
 
 def _log_changes(changes: Sequence[Change]) -> None:
     for change in changes:
-        key, before, now = map(printable, (change.key, str(change.before), str(change.now)))
+        key, before, now = map(printable, (change.key, *change.words))
         logger.info("  - %s: %s", key, before)
         logger.info("  + %s: %s%s", key, now, "" if change.is_allowed else "   (forced)")
 

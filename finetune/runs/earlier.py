@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.config import PLACES, Conf, as_dict
 from finetune.config.words.saved import recorded_in
+from finetune.config.words.settings import as_word
 from finetune.runs.records import Result, read_result
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
@@ -53,7 +54,13 @@ class Change:
 
     def __str__(self) -> str:
         """`key: before -> now`."""
-        return f"{self.key}: {_short(self.before)} -> {_short(self.now)}"
+        before, now = self.words
+        return f"{self.key}: {_short(before)} -> {_short(now)}"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Both values as a person writes them."""
+        return str(as_word(self.key, self.before)), str(as_word(self.key, self.now))
 
     @property
     def is_allowed(self) -> bool:

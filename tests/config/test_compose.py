@@ -365,7 +365,7 @@ BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "source: no\n", ["data.source=false", "digits, folder"]),
     ("data/mine.yaml", "defaults:\n  - foldr\n", ["mine.yaml, line 2", "data=foldr", "'folder'"]),
     ("data/mine.yaml", "defaults:\n  - mine\n", ["brings in itself"]),
-    ("data/mine.yaml", "defaults: 3\n", ["data/mine", "must be a list"]),
+    ("data/mine.yaml", "defaults: 3\n", ["data/mine.yaml, line 1", "expected a list"]),
     ("data/mine.yml", "source: digits\n", ["data=mine", "has to end in .yaml"]),
     ("experiment/mine.yaml", "# @package _global_\nsede: 3\n", ["mine.yaml, line 2", "sede", "'seed'"]),
     ("experiment/mine.yaml", "# @package _global_\nsched: cosine\n", ["mine.yaml, line 2", "indented below"]),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main
+from finetune.config.words.configuration import compose, read_settings
+from finetune.system.errors import ConfigError
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(i + 1)}: &{chr(i + 1)} [{', '.join([f'*{chr(i)}'] * 9)}]\n" for i in range(ord("a"), ord("l"))
@@ -131,3 +133,62 @@ def test_a_choice_that_is_no_readable_file_is_named_and_not_looked_for_elsewhere
     entry = "mine" if group == "experiment" else f"override /{group}: mine"
     (conf / "experiment" / "above.yaml").write_text(f"# @package _global_\ndefaults:\n  - {entry}\n")
     assert f"conf/{group}/mine.yaml: cannot be read: " in refusal(capsys, "experiment=above")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "words"),
+    [
+        ("[no]", "yaml reads no as no text; put it in quotes: 'no'"),
+        ("[{model: no}]", "yaml reads no as no text"),
+        ("[{data: [digits, 010]}]", "yaml reads 010 as no text"),
+        ("3", "expected a list"),
+        ("{model: clip}", "expected a list"),
+        ("[[clip]]", "expected lines like `- model: clip`"),
+        ("[{model: clip, data: digits}]", "expected lines like `- model: clip`"),
+    ],
+)
+@pytest.mark.parametrize("group", ["experiment", "model"])
+def test_a_bad_list_of_defaults_is_named_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, defaults: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / group).mkdir(parents=True)
+    (tmp_path / "conf" / group / "mine.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\n")
+    with pytest.raises(ConfigError) as caught:
+        compose([f"{group}=mine"])
+    assert str(caught.value).startswith(f"conf/{group}/mine.yaml, line 2: defaults: ") and words in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("optim: {lr: 1e-4}\n", "`# @package _global_`")])
+def test_an_experiment_that_sets_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^conf/experiment/mine\.yaml, line 1: ") as caught:
+        compose(["experiment=mine"])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["model=${oc.env:A_TOKEN}", "data=[${oc.env:A_TOKEN}]", "model=x${oc.env:A_TOKEN}"])
+def test_a_choice_from_the_environment_is_not_shown(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    monkeypatch.setenv("A_TOKEN", "hunter2-hunter2")
+    with pytest.raises(ConfigError) as caught:
+        compose([typed])
+    assert "hunter2" not in str(caught.value) and "A_TOKEN" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", [r"hydra.run.dir=a/\${x}/b", r"hydra.run.dir='\${now:%Y}'"])
+def test_a_folder_that_a_reference_would_have_named_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="in its name can not be used"):
+        compose([word])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_whose_jobs_share_a_folder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="every job of a sweep needs a folder of its own"):
+        read_settings(["seed=0,1", r"hydra.sweep.subdir=\${hydra.job.num}"], multirun=True)

@@ -75,7 +75,7 @@ def test_a_reference_counts_before_rules_are_applied(variables: pytest.MonkeyPat
         (["optim.lr=${optim.lrr}"], "no such setting optim.lrr (did you mean 'optim.lr'?)"),
         (["seed=${seed}"], "seed=${seed}: it refers to itself"),
         (["optim.lr=${optim.weight_decay}", "optim.weight_decay=${optim.lr}"], "it refers to itself"),
-        (["model=${oc.env:IMG}"], "model=/some/where: no such choice"),
+        (["model=${oc.env:IMG}"], "model=${oc.env:IMG}: what it stands for is no choice"),
     ],
 )
 def test_what_cannot_be_filled_in_is_named(variables: pytest.MonkeyPatch, words: list[str], expected: str) -> None:

@@ -131,7 +131,7 @@ def test_labels_of_shards_have_limits(tmp_path: Path) -> None:
         opened_shard(tmp_path, json.dumps({"label": 1, "x": "y" * 1_100_000}).encode(), max_text_mib=1)
     opened_shard(tmp_path, json.dumps({"label": 1, "x": "y" * 1_100_000}).encode(), max_text_mib=2)
     for label in (b"[" * 200_000, b'{"label": ' + b"7" * 5000 + b"}"):
-        with pytest.raises(UserError, match=r"no label, such as 7\.png"):
+        with pytest.raises(UserError, match=r"1 image without a label, such as 7\.png"):
             opened_shard(tmp_path, label)
     with pytest.raises(UserError, match=r"0\.tar: 7\.png has a label of 5,000 letters, at most 4,096"):
         opened_shard(tmp_path, b"7" * 5000, "cls")

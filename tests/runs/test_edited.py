@@ -18,7 +18,7 @@ from finetune.config import PLACES, as_dict
 from finetune.config.words.saved import base_of
 from finetune.core import fit as fitting
 from finetune.runs.checkpoint import read_state
-from finetune.runs.earlier import FREE, ROUNDING, EarlierRun, digest_of, flat
+from finetune.runs.earlier import FREE, ROUNDING, Change, EarlierRun, digest_of, flat
 from finetune.system.errors import UserError
 from finetune.system.ours import RefusedError
 
@@ -279,3 +279,8 @@ def test_the_batch_that_auto_found_is_that_of_the_state(
     edit_result(folder, auto_batch_size=size // 2)
     with pytest.raises(UserError, match=f"auto_batch_size.*{size} images x 1 -> {size // 2} images x 2"):
         again(folder)
+
+
+def test_a_difference_is_shown_in_the_words_that_a_person_writes() -> None:
+    assert str(Change("data.batch_size", 0, 8)) == "data.batch_size: auto -> 8"
+    assert str(Change("train.patience", 0, 8)) == "train.patience: 0 -> 8"

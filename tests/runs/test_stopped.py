@@ -644,7 +644,7 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before_it_whole(
     words = ["data=folder", f"data.root={stripes}", "data.batch_size=8", "train.epochs=4", "train.max_save_share=1"]
     assert main([*words, f"hydra.run.dir={small_disk}/run"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    for word in ("cannot save a checkpoint", "is whole", "MB", "resume="):
+    for word in ("cannot save a checkpoint", "is whole", "MiB", "resume="):
         assert word in line
     content = read_state(small_disk / "run" / "checkpoints" / "last.pt")
     assert content["counters"]["step"] >= 5

@@ -55,6 +55,9 @@ VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.star
 _MAY_BE_READ = re.compile(r"[-+.0-9][-+.\w:]*|true|false|yes|no|on|off", re.IGNORECASE)
 
 
+_TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+
+
 class _Folders(SearchPathPlugin):
     """Puts the user's folders ahead of the built-in one, also for completion and `--info`."""
 
@@ -80,8 +83,9 @@ class _CheckedFiles(FileConfigSource):
         path = Path(self.path, self._normalize_file_name(config_path))
         if os.path.lexists(path):
             node, group = choices.read_nodes(path), config_path.rpartition("/")[0]
-            if problems := [f"{choices.shown(path)}, line {line}" for line in _altered(node, group)]:
-                raise ConfigError(problems)
+            found = [*_misread_defaults(node), *_altered(node, group), *_misplaced(path, node, group)]
+            if found:
+                raise ConfigError([f"{choices.shown(path)}, line {line}" for line in found])
         return super().load_config(config_path)
 
 
@@ -210,6 +214,36 @@ def _altered(node: yaml.Node | None, group: str, name: str = "") -> Iterator[str
             if read is not None and str(read) != part.value:
                 why = f"{known[0]}: yaml reads {part.value} as {show(read)}; put it in quotes: '{part.value}'"
                 yield f"{part.start_mark.line + 1}: {why}"
+
+
+def _misread_defaults(node: yaml.Node | None) -> Iterator[str]:
+    """What Hydra cannot take in the list `defaults` of a yaml file, whose name it does not say: `3: defaults: ...`."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for entries in (value for key, value in pairs if key.value == "defaults"):
+        if not isinstance(entries, yaml.SequenceNode):
+            yield f"{entries.start_mark.line + 1}: defaults: expected a list with lines like `- model: clip`"
+            continue
+        for entry in entries.value:
+            one_pair = isinstance(entry, yaml.MappingNode) and len(entry.value) == 1
+            key, value = entry.value[0] if one_pair else (None, entry)
+            words = value.value if one_pair and isinstance(value, yaml.SequenceNode) else [value]
+            for word in (*words, *([key] if key else ())):
+                if isinstance(word, yaml.ScalarNode) and (word.tag == _TEXT or (word.tag == _NULL and word is value)):
+                    continue
+                why = "expected lines like `- model: clip`, or `- _self_`"
+                if isinstance(word, yaml.ScalarNode):
+                    why = f"yaml reads {word.value or 'nothing'} as no text; put it in quotes: '{word.value}'"
+                yield f"{word.start_mark.line + 1}: defaults: {why}"
+
+
+def _misplaced(path: Path, node: yaml.Node | None, group: str) -> Iterator[str]:
+    """Why an experiment would set nothing, or settings of a section `experiment` that does not exist."""
+    if group != "experiment":
+        return
+    if node is None:
+        yield "1: the file is empty: expected settings, such as `optim: {lr: 3e-4}`"
+    elif not re.search(r"^#\s*@package\s+_global_\s*$", yaml_text(path, follow=True), re.MULTILINE):
+        yield "1: an experiment begins with the line `# @package _global_`, since it sets keys of all groups"
 
 
 def file_problem(path: Path) -> str | None:

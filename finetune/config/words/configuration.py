@@ -1,5 +1,6 @@
 """From a command line to a configuration without mistakes, or to the list of all mistakes."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,8 +104,17 @@ def _with_choices(typed: Sequence[str], searched: Sequence[Path]) -> list[str]:
     for word in typed:
         key, equals, value = word.partition("=")
         is_choice = equals and key.lstrip("+") in groups and not value.startswith("{")
-        words.append(f"{key}={fill_in_text(value, key)}" if is_choice else word)
+        words.append(f"{key}={_chosen(value, key.lstrip('+'), searched)}" if is_choice else word)
     return words
+
+
+def _chosen(value: str, group: str, searched: Sequence[Path]) -> str:
+    """The choice of a group that `value` names; what a reference holds is not shown, since it may be a secret."""
+    word = fill_in_text(value, group)
+    if word != value and not all(find_option(searched, group, part) for part in word.strip("[]").split(",")):
+        found = ", ".join(options(searched, group))
+        raise ConfigError([f"{group}={value}: what it stands for is no choice, expected one of {found}"])
+    return word
 
 
 def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) -> list[Override]:
@@ -150,12 +160,15 @@ def _given_folder(cfg: DictConfig, key: str) -> str:
         raise ConfigError([f"{key}={raw}: {explained(error, key, raw)}"]) from None
     if typed is None or not str(typed).strip():  # `hydra.run.dir=$DIR` of a script without DIR
         raise ConfigError([f"{key}= names no folder; give one, or leave it out for a new one in outputs/"])
+    if "${" in str(typed) or "\0" in str(typed):
+        what = "${" if "${" in str(typed) else "a null character"
+        raise ConfigError([f"{key}={printable(str(typed))}: a folder with {what} in its name can not be used"])
     return str(typed)
 
 
 def _refuse_one_folder(cfg: DictConfig) -> None:
     """Refuse a `hydra.sweep.subdir` that is the same for every job: it would put them all into one folder."""
     subdir = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    if "${" not in str(subdir):
+    if not re.search(r"(?<!\\)(\\\\)*\$\{", str(subdir)):  # one behind a backslash is no reference
         mend = "every job of a sweep needs a folder of its own, such as hydra.sweep.subdir='${hydra.job.num}'"
         raise ConfigError([f"hydra.sweep.subdir={subdir or ''}: {mend}"])

@@ -106,13 +106,18 @@ def convert(setting: Setting, value: Any) -> Any:
 
 def with_words(tree: dict[str, Any]) -> dict[str, Any]:
     """Settings nested by section, with a word where they have the number that stands for it, such as `auto` for 0."""
-    for name, words in NUMBER_WORDS.items():
+    for name in NUMBER_WORDS:
         section, _, last = name.partition(".")
         values = tree.get(section)
         if isinstance(values, dict) and last in values:
-            as_word = {number: word for word, number in words.items()}
-            values[last] = as_word.get(values[last], values[last]) if type(values[last]) is int else values[last]
+            values[last] = as_word(name, values[last])
     return tree
+
+
+def as_word(name: str, value: Any) -> Any:
+    """`value`, or the word that stands for it where the setting `name` has one, such as `auto` for 0."""
+    words = {number: word for word, number in NUMBER_WORDS.get(name, {}).items()}
+    return words.get(value, value) if type(value) is int else value
 
 
 def _as_list(value: Any) -> list[Any]:
