@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from finetune.system.errors import UserError
 from finetune.system.memory import keep_freed_memory
 
 MOST_NAMES = 1_000_000  # of a split that a fingerprint hashes: of two million images every second; takes a second
+HEAD = ("head.weight", "head.bias")  # the parameters of a zero-shot head
 MOST_SIZES, MOST_READ = 100_000, 32  # images of a split whose size is looked at, and that are read
 
 
@@ -171,8 +173,10 @@ class Run:
         return metadata | ({"changes": json.dumps(self.built.changes)} if self.built.changes else {})
 
 
-def build_run(conf: Conf, run_dir: Path) -> Run:
+def build_run(conf: Conf, run_dir: Path, *, is_begun: bool = False) -> Run:
     """Open the images, and build the model on its device; its random numbers come from torch's generator, seeded here.
+
+    Where the run `is_begun` a file holds what it has learned, and so a zero-shot head: no class name is read for it.
 
     Raises:
         UserError: A mistake that only the model, the data or the machine could show.
@@ -189,7 +193,9 @@ def build_run(conf: Conf, run_dir: Path) -> Run:
     model_conf = with_head_bias(conf.model, is_multilabel=source.is_multilabel)
     check_room(conf, model_conf, source, device)
     torch.manual_seed(conf.seed)
-    built = build_model(model_conf, source.classes)
+    # A head of which something is frozen comes out of its names again, as the frozen layers come out of their weights.
+    reads_names = not is_begun or any(fnmatchcase(name, glob) for name in HEAD for glob in conf.optim.freeze)
+    built = build_model(model_conf, source.classes, reads_names=reads_names)
     built = dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)

@@ -36,7 +36,7 @@ def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str
     if (run_dir / "result.json").exists():  # a run that was killed had no time to write checksums into it
         compare_with_result(run_dir, LAST_WEIGHTS, read_result(run_dir / "result.json"))
     with tempfile.TemporaryDirectory() as scratch:  # for the list of unreadable images, so that the run's own stays
-        run = build_run(conf, Path(scratch))
+        run = build_run(conf, Path(scratch), is_begun=True)
     set_up_layers(run.model, conf.optim, train=conf.train)
     run.model.net.load_state_dict(read_weights(run_dir / LAST_WEIGHTS)[0])
     lines, is_bad = _compute(run, window)

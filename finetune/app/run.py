@@ -32,7 +32,7 @@ from finetune.prefix.feed import Feed
 from finetune.report import run_figures as report
 from finetune.report.look import dispensable
 from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
-from finetune.runs.epoch_files import latest_state, refuse_foreign_epochs
+from finetune.runs.epoch_files import has_state, latest_state, refuse_foreign_epochs
 from finetune.runs.finished import check_claim, check_finished
 from finetune.runs.history import History
 from finetune.runs.records import Result
@@ -110,7 +110,7 @@ def _run(session: Session, *, quiet: bool) -> Result:
 def _fine_tune(session: Session, stop: StopSignals) -> None:
     """Build the run and train it; running out of memory becomes an error that says what to change."""
     set_deterministic(session.conf.deterministic)
-    run = build_run(session.conf, session.run_dir)
+    run = build_run(session.conf, session.run_dir, is_begun=has_state(session.run_dir / "checkpoints"))
     try:
         if run.is_auto_batch:
             run = _with_auto_batch(run, session)
@@ -179,9 +179,7 @@ def _conclude(run: Run, session: Session, feeds: Feeds, state: TrainState, saver
 
 def _prepared(run: Run, train: Feed, val: Feed | None, found: Saved | None, stop: StopSignals) -> Result:
     """The scores from before the first step; a checkpoint has them, and the head as it is by now."""
-    scores = None if found is None else scores_before(found)
-    if scores is None:
-        scores = prepare_head(run, train, val, stop)
+    scores: Result = prepare_head(run, train, val, stop) if found is None else Result(scores_before(found))
     run.notes[BEFORE] = json_text(scores)
     return scores
 

@@ -107,8 +107,7 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
     `feed` gives the test images, and is closed at the end.
     """
     with closing(feed):
-        if feed.will_fork(0):
-            saver.wait()  # a process forked while the saving thread holds a lock would wait for that lock forever
+        feed.before_workers(saver.pause)
         feed.fill(0)
         # The threshold comes from validation: one picked on the test split would raise the test score. It stands in the
         # file of the weights that it was picked for.

@@ -74,7 +74,9 @@ class _Training:
             written=run.written,
         )
         self.validation: Validation | None = None
+        train.before_workers(self.saver.pause)
         if val is not None:
+            val.before_workers(self.saver.pause)
             batches = partial(self.val_batches, val)
             self.validation = Validation(batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
@@ -88,8 +90,6 @@ class _Training:
 
     def train_batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         """The batches of a training epoch without the first `skip`, under a progress bar."""
-        if self.train.will_fork(epoch):
-            self.saver.wait()  # a process forked while the saving thread holds a lock would wait for it forever
         self.train.fill(epoch)
         title = f"train {epoch + 1}/{self.run.conf.train.epochs}"
         self.bar = Bar(title, total=len(self.train), images=self.train.num_images, start=skip)
@@ -98,8 +98,6 @@ class _Training:
 
     def val_batches(self, val: Feed, meter: Meter) -> Iterator[Batch]:
         """The validation batches, under a progress bar that shows `meter`."""
-        if val.will_fork(0):
-            self.saver.wait()  # as above
         return scored(val, "validate", self.stop, meter)
 
     def on_step_end(self, state: TrainState) -> bool:

@@ -46,13 +46,19 @@ class BuiltModel:
 
 
 def build_model(
-    conf: ModelConf, classes: Sequence[str], *, load: bool = True, device: torch.device | str = "cpu"
+    conf: ModelConf,
+    classes: Sequence[str],
+    *,
+    load: bool = True,
+    reads_names: bool = True,
+    device: torch.device | str = "cpu",
 ) -> BuiltModel:
     """The model of a run, in training mode, with a classifier for `classes`, the names in the order of the labels.
 
     Random values, the head's above all, come from torch's global generator: seed it first. A head of `linear_probe`
     starts at random too; fit it with `finetune.models.heads.probe`. Without `load` weights and head stay random and no
-    file is read: for a checkpoint that is loaded later. The device `meta` builds without memory or weights.
+    file is read: for a checkpoint that is loaded later. Without `reads_names` only the values of a zero-shot head are
+    random, since a checkpoint brings them. The device `meta` builds without memory or weights.
 
     A name, tag or setting that does not exist or does not fit, and weights of another model, are a UserError; a file
     that does not exist or cannot be downloaded is a FileNotFoundError.
@@ -70,7 +76,7 @@ def build_model(
     net: nn.Module
     with torch.device("meta" if target.type == "meta" else "cpu"):
         if has_zeroshot:
-            upstream, net = _zeroshot_clip(conf, classes, target)
+            upstream, net = _zeroshot_clip(conf, classes, target if reads_names else None)
         elif library == Library.open_clip:
             upstream, net = _plain_clip(conf, len(classes), normalize=kind == HeadKind.zeroshot, load=load)
         else:
@@ -113,19 +119,29 @@ def library_of(conf: ModelConf) -> Library:
     return library
 
 
-def _zeroshot_clip(conf: ModelConf, classes: Sequence[str], device: torch.device) -> tuple[Upstream, TowerWithHead]:
-    """The image tower of a CLIP under a head that its text tower makes; the text tower itself is dropped."""
+def _zeroshot_clip(
+    conf: ModelConf, classes: Sequence[str], device: torch.device | None
+) -> tuple[Upstream, TowerWithHead]:
+    """The image tower of a CLIP under a head that its text tower makes on `device`; the text tower itself is dropped.
+
+    Without a device it reads no names, and the head of the same form is random.
+    """
     source = clip_source.locate(conf, load=True)
     known = imagenet_names(classes)
     names = read_class_names(Path(conf.class_names).expanduser() if conf.class_names else None, classes, known)
-    tokenizer = source.tokenizer()  # ahead of the weights, which take long: its package may be missing
+    tokenizer = source.tokenizer() if device else None  # ahead of the weights, which take long: it may be missing
+    # With the text tower in any case, so that the same part of a file is taken for the network.
     upstream = from_open_clip.read(conf, source, load=True, with_text=True)
-    twice = [name for name, count in Counter(known.values()).items() if count > 1]  # by ImageNet's own list
-    weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates, may_repeat=twice)
+    if tokenizer is None:
+        width, bias = source.model_cfg["embed_dim"], conf.head_bias
+        head = Head(width, len(names), bias=bias, normalize=True, dropout=conf.head_dropout)
+    else:
+        twice = [name for name, count in Counter(known.values()).items() if count > 1]  # by ImageNet's own list
+        weight = zeroshot_weight(upstream.net.to(device), tokenizer, names, conf.templates, may_repeat=twice)
+        head = zeroshot_head(weight, dropout=conf.head_dropout, bias=conf.head_bias)
     if used := sum(known.get(wnid) == name for wnid, name in zip(classes, names, strict=True)):
         text = f"{upstream.description}; prompts have ImageNet's names for {used:,} classes that are WordNet ids"
         upstream = dataclasses.replace(upstream, description=text)
-    head = zeroshot_head(weight, dropout=conf.head_dropout, bias=conf.head_bias)
     return upstream, TowerWithHead(upstream.net.get_submodule("visual"), head)
 
 

@@ -72,11 +72,13 @@ class Feed:
         """Whether epochs read activations from a cache."""
         return self._cache is not None
 
-    def will_fork(self, epoch: int) -> bool:
-        """Whether the epoch may start worker processes."""
-        view = self._loader.view(epoch)
-        is_there = view in self._blocks or (self._cache is not None and self._cache.has(view))
-        return self._loader.will_fork and not is_there
+    def before_workers(self, call: Callable[[], None]) -> None:
+        """From now on call `call` just before worker processes start, whatever makes them start; it must not raise.
+
+        A process forked while another thread holds a lock would wait for that lock forever: so `call` waits for the
+        thread that saves. An error from it would be taken for one of the cache.
+        """
+        self._loader.before_workers = call
 
     def fill(self, epoch: int) -> None:
         """Fill the cache for an epoch, if there is one; raises OSError if the disk that the user asked for is full."""

@@ -66,13 +66,15 @@ def epoch_line(
 ) -> str:
     """A row of the history in one line: `epoch 7/20  lr 9.1e-05  train/loss 0.412  val/top1 0.931 (best 0.934 @ 6)`.
 
-    The rate is that with which the head began the epoch. `epochs` is the length of the run. `monitor` is the metric
-    that picks the best epoch; `best` is its best value so far, None at the start, and `best_epoch` (from 1) its epoch.
+    The rate is that with which the highest layer that learns, mostly the head, began the epoch. `epochs` is the length
+    of the run. `monitor` is the metric that picks the best epoch; `best` is its best value so far, None at the start,
+    and `best_epoch` (from 1) its epoch.
     """
-    head_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == "head")
+    top = layer_of(list(row["lr"])[-1])  # groups go from the stem up; the head has none where it is frozen
+    top_rate = next(rate for name, rate in row["lr"].items() if layer_of(name) == top)
     of_average = monitor.replace("val/", "val_ema/", 1)  # the monitor of the averaged weights, with train.ema
     metrics = dict.fromkeys(["train/loss", "val/top1", monitor, *([of_average] if of_average in row else [])])
-    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"lr {COLUMNS['lr'].text(head_rate)}"]
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"lr {COLUMNS['lr'].text(top_rate)}"]
     for name in [name for name in metrics if name in row]:  # a run without validation images has no val/...
         note = f" (best {metric_text(best)} @ {best_epoch})" if name == monitor and best is not None else ""
         parts.append(f"{name} {metric_text(row[name])}{note}")

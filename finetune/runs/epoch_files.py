@@ -100,6 +100,11 @@ def best_epochs(rows: Sequence[Mapping[str, Any]], monitor: str, count: int) -> 
     return [epoch for _, _, epoch in best[:count]]
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a checkpoint was ever saved: then `latest_state` finds one, or raises."""
+    return (folder / STATE).exists() or (folder / STATE_BEFORE).exists()
+
+
 def latest_state(folder: Path) -> tuple[Content, Path] | None:
     """The newest checkpoint that can be read, and its path; None where none was ever saved.
 

@@ -89,21 +89,17 @@ def notes_of(first: Mapping[str, str], settings: Mapping[str, Any], promise: Pro
     return {**first, SETTINGS: as_text(settings), PROMISE: json.dumps(dataclasses.asdict(promise))}
 
 
-def scores_before(found: Saved) -> dict[str, float | None] | None:
+def scores_before(found: Saved) -> dict[str, float | None]:
     """The scores of the model before its first step, by their names in `result.json`, that a checkpoint carries.
 
-    None where an earlier version saved it without them.
-
     Raises:
-        DamagedError: They are no scores.
+        DamagedError: They are no scores, or they are missing.
     """
     content, path = found
-    if BEFORE not in content["notes"]:
-        return None
     try:
-        return parse_json(content["notes"][BEFORE].encode(), dict[str, Number])
+        return parse_json(content["notes"].get(BEFORE, "").encode(), dict[str, Number])
     except UnfitError as error:
-        raise DamagedError.because(path, str(error)) from None
+        raise DamagedError.because(path, f"its {BEFORE}: {error}") from None
 
 
 def compare_state(

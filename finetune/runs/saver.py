@@ -303,11 +303,11 @@ class Saver:
             raise
         self.wait()
 
-    def _wait_before_update(self) -> None:
-        """Wait for the thread, which reads the weights, moments or averages that are about to change."""
+    def pause(self) -> None:
+        """Let a save under way end, before its tensors change or a process is forked; `check` raises its error."""
         if self._thread is not None and self._thread.is_alive():
             began = time.perf_counter()
-            self._thread.join()  # `check` raises its error, after the step
+            self._thread.join()
             self.stalled_s += time.perf_counter() - began
 
     def _submit(self, state: TrainState, save: _Save) -> None:
@@ -322,9 +322,9 @@ class Saver:
             save.epochs.append(self._best)
             self._best = None
         if self._hook is None and state.device.type == "cpu":
-            self._hook = state.optimizer.register_step_pre_hook(lambda *_: self._wait_before_update())
+            self._hook = state.optimizer.register_step_pre_hook(lambda *_: self.pause())
             if state.ema is not None:  # averages are written to even by a step that is skipped, with the same bits
-                state.ema.before_change = self._wait_before_update
+                state.ema.before_change = self.pause
         # A daemon: after a second Ctrl-C nobody waits for it. Its unfinished file has a temporary name.
         self._thread = threading.Thread(target=self._work, args=(save,), name="saver", daemon=True)
         self._thread.start()

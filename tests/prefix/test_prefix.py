@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ from finetune.config import (
 from finetune.core.freezing import freeze
 from finetune.data import ImageError, open_source
 from finetune.data.caches.entries import cache_folder, size_of
+from finetune.data.loading import loader
 from finetune.data.loading.order import epoch_order, most_showings
 from finetune.prefix import choice, store
+from finetune.prefix.cache import ActivationCache
 from finetune.prefix.feed import Feed
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.measuring import Measured, measure
@@ -422,24 +424,35 @@ def test_what_is_there_already_needs_no_room(pictures: Path, tmp_path: Path, mon
         assert not memory.num_bytes(ram)  # nothing is frozen: they would only take memory
 
 
-def test_an_epoch_from_the_cache_waits_for_no_save(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_only_a_pass_that_starts_processes_waits_for_the_save(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
 ) -> None:
-    """Only a pass that reads images starts processes."""
-    conf = with_cache(settings(pictures), "ram")
-    conf = replace(conf, data=replace(conf.data, workers="1"))
-    told: list[tuple[str, bool]] = []
-    real = Feed.will_fork
+    """An epoch from the cache waits for none; a kept block that turns out damaged is computed again."""
+    conf = with_cache(settings(pictures), "disk" if is_damaged else "ram")
+    conf = replace(conf, data=replace(conf.data, workers="1", cache_dir=str(tmp_path / "cache")))
+    if is_damaged:
+        came_out(conf, tmp_path / "before")
+        for entry in entries(tmp_path / "cache"):
+            (entry / "meta.json").write_text("{}")
+        monkeypatch.setattr(ActivationCache, "has", lambda self, view: True)
+    told: list[str] = []
+    real, start = Feed.before_workers, loader.build_data_loader
 
-    def noted(self: Feed, epoch: int) -> bool:
-        told.append((self._title, real(self, epoch)))
-        return told[-1][1]
+    def noted(self: Feed, call: Callable[[], None]) -> None:
+        real(self, lambda: (told.append(self._title), call())[0])
 
-    monkeypatch.setattr(Feed, "will_fork", noted)
+    def started(dataset: Any, keys: Any, workers: int, device: torch.device) -> Any:
+        told.append("built")
+        return start(dataset, keys, workers, device)
+
+    monkeypatch.setattr(Feed, "before_workers", noted)
+    monkeypatch.setattr(loader, "build_data_loader", started)
     came_out(conf, tmp_path / "run")
-    assert [forks for title, forks in told if title == "train"] == [True, True, False]  # two views, then the first
-    assert [forks for title, forks in told if title == "val"] == [False, False, False]
-    assert [forks for title, forks in told if title == "test"] == [True]
+    # Validation's activations come first, before anything is saved; then two views of training, then the first again.
+    built = [name for name in told if name != "built"]
+    assert built == ["train", "train", "test"] and told.count("built") >= 4
+    assert all(told[place - 1] == "built" for place, name in enumerate(told) if name != "built")
 
 
 def test_jobs_of_one_process_share_memory(pictures: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from finetune.config import Conf, Family, HeadKind, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
 from finetune.data import ImageError
+from finetune.models import build
 from finetune.runs import saver
 from finetune.runs.checkpoint import read_state
 from finetune.runs.earlier import RefusedError
@@ -224,6 +225,29 @@ def test_what_was_scored_before_training_is_scored_once(
         assert result["status"] == "finished" and result[score] == before[score]
         go(small(stripes, **changes), tmp_path / f"{name} straight")
         assert_same_run(tmp_path / f"{name} straight", folder)
+
+
+@pytest.mark.parametrize("frozen", [[], ["head.weight"], ["head.*", "*conv1*"]])
+def test_a_resume_reads_no_class_names(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: list[str]
+) -> None:
+    """The head's weights come from the checkpoint; only the test's zero-shot score asks the text tower, at the end."""
+    conf = small(stripes, model__family=Family.clip, optim__freeze=frozen, train__save_every_steps=1)
+    encoded = Mock(side_effect=build.zeroshot_weight)
+    monkeypatch.setattr(build, "zeroshot_weight", encoded)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "train_step", _stopped_at(3))
+        with pytest.raises(Interrupted):
+            go(conf, tmp_path / "run")
+    assert encoded.call_count == 1
+    assert resume(tmp_path / "run", conf)["status"] == "finished"
+    assert encoded.call_count == 2 + (frozen != [])
+    conf.resume = None
+    go(conf, tmp_path / "straight")
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "run"))
+    assert one["test/zeroshot/top1"] == other["test/zeroshot/top1"]
+    assert one["zeroshot/top1"] == other["zeroshot/top1"]
 
 
 def _stopped_at(number: int) -> Any:

@@ -68,6 +68,7 @@ class Loader:
         self._batches: Iterator[PixelBatch | Failure] = iter(())
         self._turn = 0
         self._image_cost_s: float | None = None
+        self.before_workers: Callable[[], None] = lambda: None  # called just before worker processes start
 
     def drop_last(self, step: int) -> None:
         """From now on leave out an epoch's last images that fill no step of `step`; see `in_whole_steps`."""
@@ -102,6 +103,8 @@ class Loader:
         else:
             if self._loader is None:
                 self._loader = self._build()
+                if self._loader.num_workers:  # they start below, and live until `close`
+                    self.before_workers()
             with signals_blocked():
                 self._batches = iter(self._loader)
         # Nothing but `self._batches` refers to the iterator, not even this frame, so that `close` ends the workers.
@@ -143,19 +146,11 @@ class Loader:
         balanced = self._augment is not None and self._conf.balance == Balance.sampling
         return most_showings(self.split.labels, balanced=balanced, repeats=self._repeats)
 
-    @property
-    def will_fork(self) -> bool:
-        """Whether the next pass may start worker processes."""
-        if self._loader is not None or self._conf.cache == CacheKind.device:
-            return False
-        # For `auto` this is the largest possible number: the cost of an image is measured when the pass begins.
-        return (pick_workers(1.0, self._device) if self._conf.workers == "auto" else int(self._conf.workers)) > 0
-
     def seconds_per_image(self) -> float:
         """Seconds until an image is loaded, with as many workers as there are, by measurement; 0 from the device."""
         if self._conf.cache == CacheKind.device:
             return 0.0
-        # A loader that is built here is not stored: its workers have not started, and `will_fork` relies on that.
+        # A loader that is built here is not stored: its workers have not started.
         workers = (self._loader or self._build()).num_workers
         return self._image_cost() / max(1, workers)
 
