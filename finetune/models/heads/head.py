@@ -134,7 +134,8 @@ def keep_head(
 
     `known` are the class names that the weights were trained with; None where nothing says them. Then the classes are
     taken to be the same in the same order. Else the rows follow the names, and a new class gets a random row. No class
-    in common, another number of unnamed classes, and a classifier that is not linear are a UserError.
+    in common, more or fewer names than rows, another number of unnamed classes, and a classifier that is not linear are
+    a UserError.
     """
     old: Any = net.get_submodule(name)
     rows: list[int | None] = list(range(len(classes)))
@@ -143,7 +144,10 @@ def keep_head(
         problem = "the weights have no classifier to keep"
     elif type(old) is not nn.Linear:
         problem = f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
-    elif known is None or len(known) != old.out_features:
+    elif known is not None and len(known) != old.out_features:
+        size = f"{counted(old.out_features, 'class', 'classes')} and {counted(len(known), 'name')} are known of them"
+        problem = f"the weights classify into {size}, so nothing says which row is whose"
+    elif known is None:
         if old.out_features != len(classes):
             size = f"{counted(old.out_features, 'class', 'classes')} and the data has {len(classes)}"
             problem = f"the weights classify into {size}, and nothing says the names of theirs"

@@ -45,6 +45,7 @@ class ClipSource:
     weights: Path | None  # None for random weights
     label: str  # the name of the weights in messages
     tokenizer: Callable[[], Tokenizer]  # makes the tokenizer, so that only a zero-shot head needs its package
+    theirs: dict[str, Any] | None = None  # the content of `HUB_CONFIG` beside the weights, where `name` is another's
 
 
 def locate(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -77,7 +78,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
         raise UserError(_unknown_name(conf.name, open_clip.list_models()))
     tags = open_clip.list_pretrained_tags_by_model(name)
     preprocess: dict[str, Any] = get_pretrained_cfg(name, tags[0]) if tags else {}
-    path, label = None, conf.pretrained
+    path, label, theirs = None, conf.pretrained, None
     if conf.pretrained == "none":
         label = "random"
     elif open_clip.pretrained.is_pretrained_cfg(name, conf.pretrained):
@@ -89,7 +90,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
                 path = Path(download_pretrained(preprocess))
     elif conf.pretrained.startswith(HUB):
         repository = conf.pretrained.partition(":")[2]
-        preprocess = _read_hub_config(repository)["preprocess_cfg"]
+        theirs = _read_hub_config(repository)
         path = _hub_weights(repository) if load else None
     elif weight_files.is_path(conf.pretrained):
         path = weight_files.path_of(conf.pretrained) if load else None
@@ -97,25 +98,29 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
             # An error, and no silent change: a resumed run may no longer have the file, only the name.
             mend = f"model.name={name}-quickgelu"
             raise UserError(f"{path} is one of OpenAI's own archives, whose models use the quick GELU: {mend}")
+        theirs = _config_beside(path)
     else:
         raise UserError(unknown_tag(conf, conf.pretrained, [*tags, "hf-hub:OWNER/NAME"]))
-    return ClipSource(conf.name, cfg, preprocess, path, label, partial(_tokenizer, name, cfg))
+    preprocess = preprocess if theirs is None else theirs["preprocess_cfg"]
+    return ClipSource(conf.name, cfg, preprocess, path, label, partial(_tokenizer, name, cfg), theirs)
 
 
 def _from_hub(conf: ModelConf, *, load: bool) -> ClipSource:
     repository = conf.name.partition(":")[2]
     config = _read_hub_config(repository)
-    path, label = None, "random"
+    path, label, theirs = None, "random", None
     # `bundled` is the default of model.pretrained: the user named no other weights than the repository's.
     if conf.pretrained == "bundled":
         path, label = _hub_weights(repository) if load else None, repository
     elif weight_files.is_path(conf.pretrained):
         path, label = weight_files.path_of(conf.pretrained) if load else None, conf.pretrained
+        theirs = _config_beside(path)
     elif conf.pretrained != "none":
         problem = f"model.pretrained={conf.pretrained} would be ignored: model.name={conf.name} brings its own weights"
         raise UserError(f"{problem}; leave it out, or use none or a path")
     tokenizer = partial(_tokenizer, f"hf-hub:{repository}", config["model_cfg"])
-    return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, label, tokenizer)
+    images = (theirs or config)["preprocess_cfg"]
+    return ClipSource(conf.name, config["model_cfg"], images, path, label, tokenizer, theirs)
 
 
 def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
@@ -126,9 +131,10 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
         missing = f"{folder / HUB_CONFIG} not found; such a folder holds it and the weights"
         raise FileNotFoundError(f"model.name={conf.name}: {missing}")
     config = _read_config(folder / HUB_CONFIG, str(folder))
-    path = None
+    path, theirs = None, None
     if load and weight_files.is_path(conf.pretrained):
         path = weight_files.path_of(conf.pretrained)
+        theirs = _config_beside(path)
     elif load and conf.pretrained != "none":
         with quiet_upstream():
             found = _find_checkpoint_in_dir(folder)
@@ -136,7 +142,34 @@ def _from_folder(conf: ModelConf, *, load: bool) -> ClipSource:
             raise FileNotFoundError(f"model.name={conf.name}: no .safetensors, .bin or .pth file in {folder}")
         path = Path(found)
     tokenizer = partial(_tokenizer, f"{FOLDER}{folder}", config["model_cfg"])
-    return ClipSource(conf.name, config["model_cfg"], config["preprocess_cfg"], path, str(path or "random"), tokenizer)
+    images, label = (theirs or config)["preprocess_cfg"], str(path or "random")
+    return ClipSource(conf.name, config["model_cfg"], images, path, label, tokenizer, theirs)
+
+
+def _config_beside(path: Path | None) -> dict[str, Any] | None:
+    """The `HUB_CONFIG` beside a file of weights; None where there is none."""
+    place = None if path is None else path.with_name(HUB_CONFIG)
+    return _read_config(place, str(place.parent)) if place is not None and place.is_file() else None
+
+
+def check_beside(source: ClipSource, conf: ModelConf) -> None:
+    """Raise a UserError where the `HUB_CONFIG` of the weights describes another model than the one that is built.
+
+    Only entries are compared that change what a model computes and not the shapes of its tensors.
+    """
+    if source.theirs is None or source.weights is None:
+        return
+    theirs, ours = source.theirs["model_cfg"], source.model_cfg
+    pairs = [("quick_gelu", bool(theirs.get("quick_gelu")), bool(ours.get("quick_gelu")))]
+    if not conf.image_size:
+        pairs.append(("image_size", *(cfg["vision_cfg"].get("image_size", 224) for cfg in (theirs, ours))))
+    for word, wanted, built in pairs:
+        if wanted != built:
+            is_hub = conf.pretrained.startswith(HUB)
+            name = conf.pretrained if is_hub else f"{FOLDER}{source.weights.parent}"
+            problem = f"the {HUB_CONFIG} of these weights has {word}={wanted} and {conf.name} has {built}"
+            mend = f"use model.name={name}, without model.pretrained"
+            raise UserError(f"model.pretrained={conf.pretrained}: {problem}; {mend}")
 
 
 def _hub_weights(repository: str) -> Path:

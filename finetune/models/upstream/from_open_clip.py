@@ -14,15 +14,15 @@ from torch import nn
 from finetune.config import ModelConf
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs, network, weight_files
+from finetune.models.upstream.beside import Beside, read_beside
 from finetune.models.upstream.candidates import Found, find_weights, has_complete
-from finetune.models.upstream.clip_source import ClipSource
+from finetune.models.upstream.clip_source import ClipSource, check_beside
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
-from finetune.models.upstream.stems import first_convolution, fit_stem, set_channels
-from finetune.models.upstream.transformers_config import Beside, read_beside
-from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
+from finetune.models.upstream.stems import check_archive_stem, first_convolution, fit_stem, set_channels
+from finetune.models.upstream.transformers_tables import transformers_layouts
 from finetune.system.errors import UserError
 
 
@@ -41,7 +41,8 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
         # open_clip's reader of a JAX archive fills both towers.
         clip = _constructed(source, cfg, conf.image_size, whole=with_text or is_jax)
         set_channels(clip.get_submodule("visual"), conf.in_channels)
-    beside, note = Beside(weight_files.read_metadata(path).changes), ""
+    saved, note = weight_files.read_metadata(path), ""
+    beside = Beside(saved.changes)
     beside.network.put_into(clip)
     if path is not None and is_jax:
         _load_jax(clip, path, source)
@@ -52,13 +53,15 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
             stem = fit_stem(state, clip.get_submodule("visual"), "visual.")
             weight_files.load_strictly(clip, state, source=source.label)
         if found.program:
-            beside = read_beside(path, table_of(found.program), clip)
+            beside = read_beside(path, found.program, clip, beside)
+        elif saved.preprocess is None:
+            check_beside(source, conf)
         note = found.note + stem + beside.note
     if path is not None:
         weight_files.check_finite(clip, source.label)
     if conf.image_size and isinstance(clip.visual, TimmModel):
         clip.visual.set_input_size(conf.image_size)  # timm resizes the position embeddings that were loaded
-    preprocess = beside.preprocess(_preprocess(source, conf))
+    preprocess = beside.preprocess(_preprocess(source, conf), conf.image_size)
     text = network.describe(source.name, "an image tower of open_clip", source.label, preprocess) + note
     if source.weights is not None and source.weights.parent == glyphs.FOLDER and source.name == glyphs.CLIP:
         text = glyphs.read_bundle(glyphs.CLIP).description
@@ -116,7 +119,7 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
 
     if first_convolution(clip.get_submodule("visual"))[1].in_channels != 3:
         raise UserError(f"{source.label} is for images of three channels, so leave model.in_channels at 3")
-    weight_files.check_npz(path)
+    check_archive_stem(weight_files.check_npz(path), clip.get_submodule("visual"), path)
     with weight_files.fitting(source.label, source.name), weight_files.WholeCopies():
         load_big_vision_weights(clip, str(path))
 

@@ -14,14 +14,14 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
+from finetune.models.upstream.beside import Beside, names_of, read_beside
 from finetune.models.upstream.candidates import Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
-from finetune.models.upstream.stems import fit_stem
-from finetune.models.upstream.transformers_config import Beside, read_beside
-from finetune.models.upstream.transformers_tables import table_of, transformers_layouts
+from finetune.models.upstream.stems import check_archive_stem, fit_stem, has_stem
+from finetune.models.upstream.transformers_tables import transformers_layouts
 from finetune.system.errors import UserError
 
 # What timm's conversions and its strict loading raise on tensors of another model.
@@ -71,11 +71,15 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     cfg = bundle.config["preprocess_cfg"]
     resize = network.RESIZE[cfg["resize_mode"]]
     own = Preprocess(args["img_size"], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
+    beside = Beside(classes=saved.classes)
+    if load and path is not None and path != bundle.weights and saved.preprocess is None:
+        beside = read_beside(path, found.program, net, beside)
+    own = beside.preprocess(own, conf.image_size)
     preprocess = dataclasses.replace(saved.preprocess or own, size=args["img_size"])
     text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
     text = bundle.description if path == bundle.weights else text + found.note
-    text += stem
-    return Upstream(net, preprocess, text, classifier_names, saved.classes)
+    text += stem + beside.note
+    return Upstream(net, preprocess, text, classifier_names, beside.classes)
 
 
 def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
@@ -112,13 +116,13 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     saved = weight_files.read_metadata(path)
     beside = Beside(saved.changes, saved.classes)
     beside.network.put_into(net)
-    if found.program and path is not None:
-        beside = read_beside(path, table_of(found.program), net)
-    preprocess = beside.preprocess(_preprocess(net, conf))
+    if path is not None and saved.preprocess is None:
+        beside = read_beside(path, found.program, net, beside)
+    preprocess = beside.preprocess(_preprocess(net, conf), conf.image_size)
     text = network.describe(conf.name, "a model of timm", source, preprocess) + found.note + beside.note
     if saved.preprocess is not None:
         preprocess = dataclasses.replace(saved.preprocess, size=preprocess.size)
-    elif path is not None and not beside.has_preprocess:
+    elif path is not None and not beside.images:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
         own = f"that of the architecture's own weights is used (mean {mean})"
         text += f"; the file does not say its preprocessing, so {own}"
@@ -143,7 +147,7 @@ def _tag_classes(net: Any, conf: ModelConf) -> list[str] | None:
 
     config = net.pretrained_cfg
     if config.get("label_names"):
-        return list(config["label_names"])
+        return names_of(config["label_names"])
     subset = None if conf.name.startswith((*HUB, FOLDER)) else infer_imagenet_subset(net)
     if subset is None:
         return None
@@ -204,7 +208,7 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
             raise UserError(
                 f"{path} is a JAX archive, which timm reads for other models than {name}; expected {expected}"
             )
-        weight_files.check_npz(path)
+        check_archive_stem(weight_files.check_npz(path), net, path)
         return {**args, "pretrained_cfg_overlay": {"file": str(path), "custom_load": True}}, Found({})
     wanted = Wanted.by(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
     first = classifier_names(net)[:1]
@@ -218,7 +222,7 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
 
     def convert(group: StateDict) -> StateDict | None:
         """The tensors of a layout that timm reads by itself, such as those of the authors of a model."""
-        if not _has_stem(group, net):
+        if not has_stem(group, net):
             return None
         shapes = {name: tensor.to("meta") for name, tensor in group.items()}
         try:
@@ -232,19 +236,6 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
     found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
     found = dataclasses.replace(found, stem=fit_stem(found.state, net))
     return with_state(found.state), found
-
-
-def _has_stem(group: StateDict, net: nn.Module) -> bool:
-    """Whether a tensor can be the first convolution of `net`, for any number of channels, maybe flat.
-
-    timm would resample the weights of patches of another size, and the features would be other ones.
-    """
-    first = next((module.weight.shape for module in net.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        return True
-    area = first[2] * first[3]
-    shapes = [tensor.shape for tensor in group.values() if tensor.ndim in (2, 4) and tensor.shape[0] == first[0]]
-    return any(shape[2:] == first[2:] if len(shape) == 4 else shape[1] % area == 0 for shape in shapes)
 
 
 def _preprocess(net: nn.Module, conf: ModelConf) -> Preprocess:

@@ -18,6 +18,7 @@ from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.torchvision_networks import RULES
 from finetune.models.upstream import weight_files
+from finetune.models.upstream.beside import Beside, read_beside
 from finetune.models.upstream.candidates import find_weights
 from finetune.models.upstream.downloads import downloads
 from finetune.models.upstream.layouts import Layout, Wanted
@@ -72,12 +73,15 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     if load and conf.pretrained != "none":
         weight_files.check_finite(net, path or conf.pretrained)
     saved = weight_files.read_metadata(path)
-    preprocess = saved.preprocess or _preprocess(chosen or options["DEFAULT"])
+    beside = Beside(classes=saved.classes)
+    if path is not None and saved.preprocess is None:
+        beside = read_beside(path, "", net, beside)
+    own = _preprocess(chosen or options["DEFAULT"])
+    preprocess = saved.preprocess or beside.preprocess(own, conf.image_size)
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)
-    text = (
-        describe(conf.name, "a model of torchvision", path or (chosen.name if chosen else "random"), preprocess) + note
-    )
-    classes = saved.classes
+    source = path or (chosen.name if chosen else "random")
+    text = describe(conf.name, "a model of torchvision", source, preprocess) + note + beside.note
+    classes = beside.classes
     if chosen is not None:  # ImageNet's names in the order of its ids; a folder may have either
         info: Any = ImageNetInfo()
         ids = info.label_names()

@@ -4,6 +4,10 @@ timm's rule: for one channel the weights of all channels are summed, for more th
 equal channels give the same features.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
 from torch import nn
 
 from finetune.models.upstream.layouts import StateDict
@@ -55,3 +59,29 @@ def fit_stem(state: StateDict, net: nn.Module, start: str = "") -> str:
     old = weight.shape[1]
     state[key] = adapt_input_conv(wanted[1], weight, base_chans=old)
     return f"; its stem for {old} channel{'s' * (old != 1)} is adapted to {wanted[1]}"
+
+
+def has_stem(group: StateDict, net: nn.Module) -> bool:
+    """Whether a tensor can be the first convolution of `net`, for any number of channels, maybe flat.
+
+    timm would resample the weights of patches of another size, and the features would be other ones.
+    """
+    first = next((module.weight.shape for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return True
+    area = first[2] * first[3]
+    shapes = [tensor.shape for tensor in group.values() if tensor.ndim in (2, 4) and tensor.shape[0] == first[0]]
+    return any(shape[2:] == first[2:] if len(shape) == 4 else shape[1] % area == 0 for shape in shapes)
+
+
+def check_archive_stem(shapes: Mapping[str, Sequence[int]], net: nn.Module, path: Path) -> None:
+    """Raise a UserError where no kernel of a JAX archive can be the first convolution of `net`.
+
+    `shapes` are those of its arrays by name; a kernel has (height, width, in, out).
+    """
+    kernels = {name: [shape[axis] for axis in (3, 2, 0, 1)] for name, shape in shapes.items() if len(shape) == 4}
+    if has_stem({name: torch.empty(shape, device="meta") for name, shape in kernels.items()}, net):
+        return
+    listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(kernels.items())[:3]) or "none"
+    problem = f"its convolutions are {listed}; the first one here is {tuple(first_convolution(net)[1].weight.shape)}"
+    raise UserError(f"{path} holds the weights of another model than the one built here ({problem}); check model.name")

@@ -1,20 +1,17 @@
-"""What the files beside transformers' weights say: activation, norms, heads, class names and preprocessing.
+"""What transformers' configuration says of a network that shapes do not show: activation, norms, heads.
 
-Shapes show none of these. A network with another activation has the same tensors and gives other outputs.
+A network with another activation has the same tensors and gives other outputs.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 from torch import nn
 
-from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.transformers_tables import DINOV2, Table
 from finetune.system.errors import UserError
-from finetune.system.reading import UnfitError, parse_json, read_file
 
-MAX_CONFIG = 2**24  # bytes; the names of 21,000 classes take one megabyte
 # transformers' words for the activations that finetune can put into a network.
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -26,26 +23,22 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-class _Part(TypedDict, total=False):
+class Part(TypedDict, total=False):
+    """One tower in a `config.json` of transformers, or the only one."""
+
     hidden_act: str
     layer_norm_eps: float
     num_attention_heads: int
     rope_theta: float
-    id2label: dict[str, str] | None
 
 
-class _Config(_Part, total=False):
-    vision_config: _Part | None
-    text_config: _Part | None
+class NetworkConfig(Part, total=False):
+    """What a `config.json` of transformers says of a network."""
 
-
-class _Processor(TypedDict, total=False):
-    image_mean: list[float]
-    image_std: list[float]
-    resample: int | None
+    vision_config: Part | None
+    text_config: Part | None
 
 
 @dataclass(frozen=True)
@@ -94,61 +87,24 @@ def _make(activation: str) -> nn.Module:
     return QuickGELU() if activation == "quick_gelu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What stands beside transformers' weights."""
+def fit_network(net: nn.Module, config: NetworkConfig, table: Table, path: Path) -> Network:
+    """Change activation and norms of `net` in place as the configuration beside the weights `path` says.
 
-    network: Network = Network()
-    classes: list[str] | None = None
-    note: str = ""  # for the line about the model
-    _processor: _Processor | None = None
-
-    @property
-    def has_preprocess(self) -> bool:
-        """Whether a preprocessor_config.json says mean and deviation."""
-        return self._processor is not None
-
-    def preprocess(self, own: Preprocess) -> Preprocess:
-        """Mean, deviation and interpolation of preprocessor_config.json in the place of the model's own."""
-        found = self._processor
-        if found is None:
-            return own
-        red, green, blue = found.get("image_mean", own.mean)
-        mean = (red, green, blue)
-        red, green, blue = found.get("image_std", own.std)
-        interpolation = RESAMPLING.get(found.get("resample") or 0, own.interpolation)
-        return replace(own, mean=mean, std=(red, green, blue), interpolation=interpolation)
-
-
-def read_beside(path: Path, table: Table, net: nn.Module) -> Beside:
-    """What the files beside the weights `path` say; checks `net`, and changes its activation and norms in place.
-
-    `net` has both towers of a CLIP, or the image tower alone.
+    `net` has both towers of a CLIP, or the image tower alone. Returns the changes of the image tower.
 
     Raises:
         UserError: The configuration does not fit the network, and cannot be made to.
     """
-    config = _read(path.with_name("config.json"), _Config)
-    processor = _read(path.with_name("preprocessor_config.json"), _Processor)
-    if processor is not None and not len(processor.get("image_mean", ())) == len(processor.get("image_std", ())) == 3:
-        processor = None  # it says nothing, or something about images with another number of channels
-    if config is None:
-        note = "; no config.json beside them says their activation, so that of model.name is used"
-        return Beside(note=note, _processor=processor)
     text = dict(net.named_children()).get("text") or (net if "transformer" in dict(net.named_children()) else None)
     if (part := config.get("text_config")) and text is not None:
         outside = [child for name, child in net.named_children() if name != "visual"] if text is net else [text]
         for child in outside:
             _fit(child, part, table, path)
     visual = dict(net.named_children()).get("visual", net)
-    network = _fit(visual, config.get("vision_config") or config, table, path)
-    labels = config.get("id2label") or {}
-    names = [labels[key] for key in sorted(labels, key=lambda key: (len(key), key))]
-    classes = None if all(name.startswith("LABEL_") for name in names) else names
-    return Beside(network, classes, f"; {network} as its config.json says" if str(network) else "", processor)
+    return _fit(visual, config.get("vision_config") or config, table, path)
 
 
-def _fit(net: nn.Module, config: _Part, table: Table, path: Path) -> Network:
+def _fit(net: nn.Module, config: Part, table: Table, path: Path) -> Network:
     """Change a tower as the configuration says, and return the changes."""
     place = path.with_name("config.json")
     heads = {vars(module)["num_heads"] for module in net.modules() if "num_heads" in vars(module)}
@@ -174,15 +130,3 @@ def _fit(net: nn.Module, config: _Part, table: Table, path: Path) -> Network:
     network = Network(activation, 0.0 if has_own else eps)
     network.put_into(net)
     return network
-
-
-C = TypeVar("C")
-
-
-def _read(path: Path, kind: type[C]) -> C | None:
-    try:
-        return parse_json(read_file(path, limit=MAX_CONFIG, follow=True), kind)
-    except FileNotFoundError:
-        return None
-    except UnfitError as error:
-        raise UserError(f"{path} cannot be used: {error}; mend it, or move it away") from error

@@ -173,11 +173,16 @@ def _check_plain(tensors: StateDict, path: Path) -> None:
         )
 
 
-def check_npz(path: Path) -> None:
-    """Raise a UserError for a `.npz` file that is damaged or holds no plain arrays; only their headers are read."""
+def check_npz(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of a `.npz` file by name; only their headers are read.
+
+    Raises:
+        UserError: The file is damaged or holds no plain arrays.
+    """
     from numpy.lib import format as npy
 
     headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             check_growth(archive, path)
@@ -187,12 +192,14 @@ def check_npz(path: Path) -> None:
                     size = math.prod(shape) * dtype.itemsize
                     if dtype.hasobject or file.tell() + size != info.file_size:
                         raise ValueError(f"{info.filename} is no whole array of numbers")
+                    shapes[info.filename.removesuffix(".npy")] = shape
     except UserError:
         raise
     except (*UNREADABLE, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, error) from error
-    if not archive.infolist():
+    if not shapes:
         raise UserError(f"{path} holds no arrays")
+    return shapes
 
 
 def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,175 @@
+"""What the files beside weights say: config.json of timm or transformers, and transformers' preprocessor_config.json.
+
+They name the classes of the classifier's rows, say how images are prepared, and what shapes do not show of a network.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
+
+from msgspec import Meta
+from torch import nn
+
+from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.network import RESIZE, interpolation_of
+from finetune.models.upstream.transformers_config import Network, NetworkConfig, fit_network
+from finetune.models.upstream.transformers_tables import table_of
+from finetune.system.errors import UserError
+from finetune.system.reading import UnfitError, parse_json, read_file
+
+MAX_CONFIG = 2**24  # bytes; the names of 21,000 classes take one megabyte
+MAX_GAPS = 10  # rows without a name, for each name
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+Labels = list[str] | dict[str, str] | None  # in the order of the rows, or by the number of the row
+
+
+class _Config(TypedDict, total=False):
+    id2label: Labels  # transformers' word
+    label_names: Labels  # timm's
+    labels: Any  # that of timm's first hub folders
+    architecture: Any  # a name of timm
+    pretrained_cfg: Any
+
+
+class _Processor(TypedDict, total=False):
+    image_mean: list[float]
+    image_std: list[Annotated[float, Meta(gt=0)]]
+    resample: int | None
+
+
+class _TimmConfig(TypedDict, total=False):
+    """The entries of timm's `pretrained_cfg` that are read; those that are missing or null are timm's defaults."""
+
+    mean: list[float] | None
+    std: list[Annotated[float, Meta(gt=0)]] | None
+    interpolation: str | None
+    crop_pct: Annotated[float, Meta(gt=0, le=1)] | None
+    crop_mode: Literal["center", "squash", "border"] | None
+    input_size: Annotated[list[Annotated[int, Meta(ge=1)]], Meta(min_length=3, max_length=3)] | None
+    label_names: Labels
+    labels: Labels
+
+
+class _TimmFile(TypedDict):
+    pretrained_cfg: _TimmConfig
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is known of weights beyond their tensors."""
+
+    network: Network = Network()
+    classes: list[str] | None = None
+    note: str = ""  # for the line about the model
+    images: Mapping[str, Any] = field(default_factory=dict)  # entries of `Preprocess` in the place of the model's own
+    sides: tuple[int, ...] = ()  # height and width of the images that the weights expect; empty where nothing says it
+    place: Path = Path()  # the file that says so
+
+    def preprocess(self, own: Preprocess, image_size: int) -> Preprocess:
+        """The model's own preprocessing with what the files say; `image_size` is the setting, 0 where there is none.
+
+        Raises:
+            UserError: The weights expect images of another size than the model takes, and no setting decides.
+        """
+        if self.sides and not image_size and {*self.sides} != {own.size}:
+            # No silent change: the network of a run is built again from its settings, without this file.
+            problem = f"its input_size is {' x '.join(map(str, self.sides))} pixels and that of the model is {own.size}"
+            choice = f"model.image_size={self.sides[0]} (as the weights) or model.image_size={own.size}"
+            raise UserError(f"{self.place}: {problem}; say which with {choice}")
+        return replace(own, **self.images)
+
+
+def read_beside(path: Path, program: str, net: nn.Module, own: Beside) -> Beside:
+    """What is known of the weights `path`: `own` is what they say themselves, and goes before what stands beside them.
+
+    `program` is that of their layout, see `Layout`. Where it is another one than the network's library, activation and
+    norms of `net` are changed in place; `net` has both towers of a CLIP, or the image tower alone.
+
+    Raises:
+        UserError: A file cannot be read, or does not fit the network.
+    """
+    place = path.with_name("config.json")
+    config: _Config = _read(place, _Config) or {}
+    network, note = own.network, ""
+    if program:
+        towers = _read(place, NetworkConfig)
+        network = own.network if towers is None else fit_network(net, towers, table_of(program), path)
+        note = f"; {network} as its config.json says" if str(network) else ""
+        if towers is None:
+            note = "; no config.json beside them says their activation, so that of model.name is used"
+    timm = _timm_config(config, place)
+    labels = config.get("label_names") or timm.get("label_names") or timm.get("labels") or config.get("id2label")
+    named = names_of(labels)
+    images = _timm_images(timm) or _processor_images(path.with_name("preprocessor_config.json"))
+    if not program:
+        told = ["class names"] * (not own.classes and named is not None) + ["preprocessing"] * bool(images)
+        note = f"; {' and '.join(told)} as the files beside them say" if told else ""
+    return Beside(network, own.classes or named, note, images, tuple((timm.get("input_size") or [])[1:]), place)
+
+
+def names_of(labels: Labels) -> list[str] | None:
+    """The names of classes in the order of the classifier's rows; None where nothing says them.
+
+    A row without a name has an empty one. Names whose keys are no numbers of rows give an empty list, and not None:
+    then nobody may take the names for those of the data.
+    """
+    if not labels:
+        return None
+    names = labels
+    if isinstance(labels, dict):
+        rows = {int(key): name for key, name in labels.items() if key.isascii() and key.isdigit() and len(key) < 8}
+        last = max(rows, default=-1)
+        is_dense = len(rows) == len(labels) and last < MAX_GAPS * len(labels)
+        names = [rows.get(row, "") for row in range(last + 1)] if is_dense else []
+    # transformers writes LABEL_0, LABEL_1 where nobody named the classes.
+    return None if names and all(name.startswith("LABEL_") for name in names) else list(names)
+
+
+def _timm_config(config: _Config, place: Path) -> _TimmConfig:
+    """Timm's `pretrained_cfg`; timm's first hub folders have its entries at the top. Empty where there is none."""
+    if config.get("pretrained_cfg") is not None:
+        file = _read(place, _TimmFile)
+        return {} if file is None else file["pretrained_cfg"]
+    return (_read(place, _TimmConfig) or {}) if "architecture" in config else {}
+
+
+def _timm_images(config: _TimmConfig) -> dict[str, Any]:
+    """How timm prepares the images of these weights; empty where nothing says it, or for other numbers of channels."""
+    from timm.data import config as data_config
+
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {key: value for key, value in config.items() if key in keys and value is not None}
+    if not given:
+        return {}
+    resolve: Callable[..., dict[str, Any]] = data_config.resolve_data_config
+    found = resolve(pretrained_cfg=given)
+    mean, std = (tuple(found[key]) * (3 if len(found[key]) == 1 else 1) for key in ("mean", "std"))
+    if not len(mean) == len(std) == 3:
+        return {}
+    resize = RESIZE[found["crop_mode"]]
+    crop_fraction = float(found["crop_pct"]) if resize == "crop" else 1.0
+    interpolation = interpolation_of(found["interpolation"])
+    return {"mean": mean, "std": std, "interpolation": interpolation, "resize": resize, "crop_fraction": crop_fraction}
+
+
+def _processor_images(place: Path) -> dict[str, Any]:
+    """Mean, deviation and interpolation of a preprocessor_config.json; empty without one for three channels."""
+    found: _Processor = _read(place, _Processor) or {}
+    mean, std = tuple(found.get("image_mean", ())), tuple(found.get("image_std", ()))
+    if not len(mean) == len(std) == 3:
+        return {}
+    resample = RESAMPLING.get(found.get("resample") or 0)
+    return {"mean": mean, "std": std} | ({"interpolation": resample} if resample else {})
+
+
+C = TypeVar("C")
+
+
+def _read(path: Path, kind: type[C]) -> C | None:
+    try:
+        return parse_json(read_file(path, limit=MAX_CONFIG, follow=True), kind)
+    except FileNotFoundError:
+        return None
+    except UnfitError as error:
+        raise UserError(f"{path} cannot be used: {error}; mend it, or move it away") from error
