@@ -14,6 +14,8 @@ from finetune.runs.history import History
 from finetune.runs.records import read_rates, read_result
 from finetune.system.terminal import counted
 
+NEAR_AXIS = 0.12  # of the height of the axes: a note below a lower point would cover the numbers of the epochs
+
 Series = tuple[str, Sequence[float], str]  # name, a value for each epoch, colour
 Labels = dict[str, tuple[float, str]]  # name -> (value, colour)
 # Curves of a panel, by the first part of their columns' names: training, validation, validation of averaged weights.
@@ -41,7 +43,7 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
     figure = look.new_figure()
     judge = judge_of(result)
     metrics = list(dict.fromkeys([*CURVES, judge]))
-    place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.45 if len(metrics) == 2 else 0.95}
+    place = {"left": 0.07, "right": 0.885, "top": 0.84, "bottom": 0.11, "wspace": 0.6 if len(metrics) == 2 else 0.95}
     epochs = [number(row["epoch"]) for row in rows]
     best = best_point(rows, result)
     for axes, metric in zip(figure.subplots(1, len(metrics), gridspec_kw=place), metrics, strict=True):
@@ -49,11 +51,11 @@ def curves_figure(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Any
         look.clean_axes(axes)
         look.label_axes(axes, x="epoch", y=axis_name(metric, str(result.get("loss", ""))))
         extra: Labels = {}
-        if metric == judge and best is not None:
-            _mark_best(axes, epochs[best.row], best.score)
         if metric in ("top1", judge):
             extra = _reference_scores(axes, epochs, metric, result)
         _draw_series(axes, epochs, series, extra)
+        if metric == judge and best is not None:
+            _mark_best(axes, epochs[best.row], best.score)
         _mark_not_finite(axes, epochs, [values for name, values, _ in series if _has(rows, f"{name}/{metric}")])
         axes.set_xlim(*((min(epochs) - 0.5, max(epochs) + 0.5) if epochs else (0.5, 1.5)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -108,12 +110,17 @@ def _reference_scores(axes: Any, epochs: Sequence[float], metric: str, result: d
 
 
 def _mark_best(axes: Any, epoch: float, score: float) -> None:
-    """Draw a ring around the score of the best epoch."""
+    """Draw a ring around the score of the best epoch, and name it below, or above where the axis is too near.
+
+    Call it after `_draw_series`, which settles the height of the axes.
+    """
     from matplotlib.patheffects import withStroke
 
     ring = {"s": 190, "facecolors": "none", "edgecolors": look.INK, "linewidths": 1.6}
     axes.scatter([epoch], [score], zorder=5, clip_on=False, **ring)
-    place = {"textcoords": "offset points", "xytext": (0, -16), "ha": "center", "va": "top", "zorder": 4}
+    low, high = axes.get_ylim()
+    offset, side = (16, "bottom") if (score - low) / (high - low) < NEAR_AXIS else (-16, "top")
+    place = {"textcoords": "offset points", "xytext": (0, offset), "ha": "center", "va": side, "zorder": 4}
     style = {"fontsize": 10.5, "color": look.INK, "path_effects": [withStroke(linewidth=3, foreground="white")]}
     axes.annotate(f"best, epoch {epoch:.0f}", (epoch, score), **place, **style)
 

@@ -354,7 +354,7 @@ def test_a_broken_config_yaml_of_ours_is_one_line(folder: Path) -> None:
 BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "source: digits\nbatch_siez: 3\n", ["mine.yaml, line 2", "batch_siez", "'data.batch_size'"]),
     ("data/mine.yaml", "batch_size: many\n", ["mine.yaml, line 1", "data.batch_size=many", "whole number"]),
-    ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "at least 0"]),
+    ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "must be auto, or at least 1"]),
     ("data/mine.yaml", "a: b: c\n", ["mine.yaml, line 1", "cannot be read"]),
     ("data/mine.yaml", "source: [digits\n", ["mine.yaml, line 2", "cannot be read"]),
     ("data/mine.yaml", "workers: 1\nworkers: 2\n", ["mine.yaml, line 2", "duplicate key workers"]),
@@ -421,6 +421,9 @@ def test_a_word_for_a_number_works_in_a_file_too(folder: Path) -> None:
     for word in ("data.batch_size=0", "data=zero"):
         with pytest.raises(ConfigError, match=r"data\.batch_size=0: write data\.batch_size=auto"):
             compose([word])
+    for word, told in {"-2": "must be auto, or at least 1", "Auto": r"or auto \(did you mean 'auto'"}.items():
+        with pytest.raises(ConfigError, match=rf"data\.batch_size={word}: .*{told}"):
+            compose([f"data.batch_size={word}"])
 
 
 def test_merge_keys_and_anchors(folder: Path) -> None:

@@ -203,6 +203,8 @@ def test_the_metric_that_judges_is_the_one_that_is_told(metric: str, scores: lis
     judged = panels[metric]
     assert [float(best), scores[best - 1]] in points_of(judged) and [3.0, 0.55] in points_of(judged)
     assert {f"best, epoch {best}", "zero-shot 0.900", "test 0.550"} <= texts_of(judged)
+    (note,) = [text for text in judged.texts if text.get_text().startswith("best")]
+    assert (note.xyann[1] > 0) == (metric == "ece")  # this score lies on the axis: below are the epochs' numbers
     assert "test 0.770" in texts_of(panels["top1 accuracy"])
     assert not any(text.startswith("best") for text in texts_of(panels["top1 accuracy"]))
     assert f"zero-shot {metric} 0.900   best validation {metric} {scores[best - 1]:.3f}   test {metric} 0.550" in (

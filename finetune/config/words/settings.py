@@ -72,6 +72,7 @@ def describe_kind(setting: Setting) -> str:
         words = f"a list of {len(setting.default)} numbers, such as [{shown}]"
     else:
         words = names.get(setting.kind, "a list of texts, such as ['a','b']")
+    words = " or ".join([words, *NUMBER_WORDS.get(setting.name, {})])
     return f"{words} or null" if setting.optional else words
 
 
@@ -87,15 +88,16 @@ def convert(setting: Setting, value: Any) -> Any:
     if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
         return NUMBER_WORDS[setting.name][value]
     for word, number in NUMBER_WORDS.get(setting.name, {}).items():
-        if value == number and not isinstance(value, bool):
-            raise UserError(f"{setting.name}={value}: write {setting.name}={word} ({setting.meaning})")
+        if isinstance(value, int) and not isinstance(value, bool) and value <= number:
+            wanted = f"write {setting.name}={word}" if value == number else f"must be {word}, or at least {number + 1}"
+            raise UserError(f"{setting.name}={value}: {wanted} ({setting.meaning})")
     if value == "???":
         raise UserError(f"{setting.name}=???: a value has to be given ({setting.meaning})")
     try:
         return _read(setting.kind, value)
     except (ValueError, TypeError, OverflowError):
         pass  # the error below says what was expected
-    close = nearest(str(value), setting.words)
+    close = nearest(str(value), [*setting.words, *NUMBER_WORDS.get(setting.name, {})])
     if value is False and "off" in setting.words:
         close = " (yaml reads a bare off as false: write 'off')"
     elif setting.kind in (str, list[str]) and any(isinstance(part, bool) for part in _as_list(value)):
