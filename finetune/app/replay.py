@@ -13,12 +13,10 @@ from finetune.config import Conf
 from finetune.core.freezing import set_up_layers
 from finetune.core.layers import LayeredModel
 from finetune.runs import bad_batch
-from finetune.runs.finished import compare_with_result
+from finetune.runs.finished import LAST_WEIGHTS, compare_with_result
 from finetune.runs.records import read_result
 from finetune.runs.weights import read_weights
 from finetune.system.terminal import counted, printable
-
-LAST_WEIGHTS = "checkpoints/last.safetensors"
 
 
 def replay(conf: Conf, run_dir: Path, step: int | None = None) -> tuple[list[str], bool]:

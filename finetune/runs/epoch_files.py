@@ -159,6 +159,15 @@ def refuse_other_weights(path: Path, written: str | None) -> None:
         UserError: It is whole, and holds other weights.
     """
     check_checksum(path)
+    compare_with_written(path, written)
+
+
+def compare_with_written(path: Path, written: str | None) -> None:
+    """Compare the checksum that the weights file at `path` says it has with the one that the run has `written`.
+
+    Raises:
+        UserError: It holds other weights.
+    """
     if checksum_in(path) != written:
         raise UserError(
             f"{path} does not hold the weights that this run saved there, but those of another run or program (its"

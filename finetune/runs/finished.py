@@ -18,7 +18,8 @@ from finetune.system.seals import checksum_in
 CHECKSUMS = "checksums"  # the entry of `result.json`
 # Entries that equal runs may have differently, as those of a clock. What is wrong there changes no result.
 OF_THE_START = ("seconds", "seconds_saving", "resumed_at", "overrides", CHECKSUMS)
-WEIGHTS = ("checkpoints/best.safetensors", "checkpoints/last.safetensors")
+BEST_WEIGHTS, LAST_WEIGHTS = "checkpoints/best.safetensors", "checkpoints/last.safetensors"
+WEIGHTS = (BEST_WEIGHTS, LAST_WEIGHTS)
 NAMES = ("result.json", "history.jsonl", "rates.json", "metrics.json", "confusion.csv", "confusion_val.csv", *WEIGHTS)
 
 

@@ -30,6 +30,7 @@ from finetune.runs.epoch_files import (
     STATE_BEFORE,
     Checksums,
     best_epochs,
+    compare_with_written,
     epoch_path,
     refuse_other_weights,
     remove_epochs,
@@ -237,8 +238,8 @@ class Saver:
         """
         self.wait()
         assert self._best_on_disk == best_epoch
-        self._refuse_other_best()
-        tensors, metadata = read_weights(self.folder / BEST)
+        tensors, metadata = read_weights(self.folder / BEST)  # compares the file with its checksum
+        compare_with_written(self.folder / BEST, self._written_best)
         return tensors, threshold_of(metadata, self.folder / BEST)
 
     def save_weights(self, state: TrainState) -> None:
@@ -264,7 +265,8 @@ class Saver:
             UserError: `last.pt` is damaged, or weights that stay are not those that this run has written.
         """
         self.wait()
-        self._refuse_other_best()
+        if self._best_on_disk:
+            refuse_other_weights(self.folder / BEST, self._written_best)
         if (self.folder / LAST).exists():
             refuse_other_weights(self.folder / LAST, self._written.get(LAST))
         if (self.folder / STATE_BEFORE).exists():
@@ -387,11 +389,10 @@ class Saver:
         path = epoch_path(self.folder, weights.epoch)
         self._written[path.name] = weights.write(path, is_durable=is_durable)
 
-    def _refuse_other_best(self) -> None:
-        """Raise a UserError if `best.safetensors` does not hold the weights that the run has written for that epoch."""
-        if self._best_on_disk:
-            written = self._written.get(epoch_path(self.folder, self._best_on_disk).name)
-            refuse_other_weights(self.folder / BEST, written)
+    @property
+    def _written_best(self) -> str | None:
+        """The checksum of the weights that the run has written for the epoch of `best.safetensors`."""
+        return self._written.get(epoch_path(self.folder, self._best_on_disk).name)
 
     def _make_best(self, epoch: int) -> None:
         link_or_copy(epoch_path(self.folder, epoch), self.folder / BEST)

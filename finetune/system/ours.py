@@ -95,7 +95,7 @@ OWN: dict[FolderKind, OwnNames] = {
         replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt", "similar.txt")
     ),
     FolderKind.table: OwnNames(pattern=r"part-\d{5,}\.parquet"),
-    # Its folders have the names of classes, and what is in them is named after other people's images.
+    # Each class has a subfolder, whose files are named after a person's images: so no name in it is ours.
     FolderKind.sorted: OwnNames(),
     # Every entry in these has a header, see data/caches/entries.py.
     FolderKind.cache: OwnNames(folders=dict.fromkeys(("pixels", "activations", "shards", "checks"), OwnNames())),
@@ -347,7 +347,7 @@ def sweep_temporaries(folder: Path, kind: FolderKind) -> None:
     if marker is None:
         return
     for place in (folder, *_own_folders(folder, OWN[kind])):
-        for path, name, ident in _temporaries(place):
+        for path, name, ident in temporaries(place):
             if ident != marker.id:
                 continue
             if path.is_symlink() or not path.is_dir():
@@ -368,13 +368,13 @@ def _sweep_claims(folder: Path) -> None:
 
     This takes no lock: a living process that loses its file here finds the other's marker.
     """
-    for path, name, ident in _temporaries(folder):
+    for path, name, ident in temporaries(folder):
         with contextlib.suppress(OSError):  # another process took its file away, or it is another user's
             if name == MARKER and _begins_marker(path, ident):
                 path.unlink()
 
 
-def _temporaries(folder: Path) -> list[tuple[Path, str, str]]:
+def temporaries(folder: Path) -> list[tuple[Path, str, str]]:
     """All that is named as a temporary file of ours: its path, the name that it was to get, the id in its name."""
     found = [(path, re.fullmatch(rf"\.(.+)\.({_ID})-\d+\.tmp", path.name)) for path in folder.iterdir()]
     return [(path, parts[1], parts[2]) for path, parts in found if parts is not None]

@@ -26,7 +26,7 @@ from finetune.models.upstream.network import HUB
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_files import check_finite
-from finetune.runs.finished import compare_with_result
+from finetune.runs.finished import BEST_WEIGHTS, compare_with_result
 from finetune.runs.records import read_result
 from finetune.runs.weights import checksum, fill, metadata_of, misfit_of, threshold_of
 from finetune.system.errors import UserError
@@ -35,7 +35,6 @@ from finetune.system.seals import check_checksum, checksum_in
 from finetune.system.terminal import printable
 from finetune.use.predictor import Predictor
 
-BEST = "checkpoints/best.safetensors"
 MAX_SIDE = 16_384  # pixels, as of model.image_size
 T = TypeVar("T")
 
@@ -102,14 +101,14 @@ def _weights_file(source: Path) -> Path:
         if source.suffix != ".safetensors":
             raise UserError(f"{shown} is no weights file of a run: expected {example}")
         return source
-    path = source / BEST
+    path = source / BEST_WEIGHTS
     if not os.path.lexists(path):
         if os.path.lexists(source / "config.yaml"):
             mend = f"wait for one, or continue it with resume={shown}"
             raise UserError(f"{shown}: no epoch of this run is finished, so there are no weights yet; {mend}")
-        raise UserError(f"{shown} is no run directory, since it has no {BEST}; expected {example}")
+        raise UserError(f"{shown} is no run directory, since it has no {BEST_WEIGHTS}; expected {example}")
     if (source / "result.json").exists():
-        compare_with_result(source, BEST, read_result(source / "result.json"))
+        compare_with_result(source, BEST_WEIGHTS, read_result(source / "result.json"))
     return path
 
 

@@ -21,7 +21,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader
 from finetune.data.sources.unlabelled import find_images, in_memory
 from finetune.data.split import Split
-from finetune.models.heads.head import Head, mean_over_positions
+from finetune.models.heads.head import Head, mean_over_positions, read_by
 from finetune.system.errors import UserError
 from finetune.system.limits import check_memory
 
@@ -164,13 +164,7 @@ class Predictor:
         if len(heads) != 1:
             kind = type(self.model.net).__name__
             raise UserError(f"layer readout: {kind} runs only whole, and has no single linear classifier; use head")
-        seen: list[Tensor] = []
-        handle = heads[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            self.model(inputs)
-        finally:
-            handle.remove()
-        return mean_over_positions(seen[0]).float()
+        return mean_over_positions(read_by(heads[0], lambda: self.model(inputs))).float()
 
     def check_layer(self, layer: str) -> int:
         """The id of the layer that is called `layer`; a UserError with the names where there is none."""

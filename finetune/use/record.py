@@ -6,7 +6,6 @@ off. A finished output has no marker, so nobody takes it, or somebody else's fil
 """
 
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,10 +16,10 @@ from typing import Annotated
 from msgspec import Meta
 
 import finetune
-from finetune.system.errors import UserError, naming
+from finetune.system.errors import naming
 from finetune.system.files import sync_folder, write_atomic, write_json
 from finetune.system.locks import file_lock
-from finetune.system.ours import FolderKind, RefusedError, claim, look, open_own, own_files, refuse_unless
+from finetune.system.ours import FolderKind, RefusedError, claim, look, open_own, own_files, refuse_unless, temporaries
 from finetune.system.reading import DamagedError, open_regular, read_json
 from finetune.system.seals import crc_of
 from finetune.system.terminal import printable
@@ -235,12 +234,6 @@ def _take_away(path: Path, *, is_folder: bool) -> None:
 
 def _sweep(marker: Path) -> None:
     """Remove the temporary files that killed processes left of this very marker."""
-    pattern = re.compile(rf"\.{re.escape(marker.name)}\.[0-9a-f]{{16}}-\d+\.tmp")
-    for path in [path for path in marker.parent.iterdir() if pattern.fullmatch(path.name)]:
-        path.unlink()
-
-
-def check_name(out: Path, endings: Sequence[str]) -> None:
-    """Raise a UserError where an output has none of the endings."""
-    if out.suffix not in endings:
-        raise UserError(f"--out {printable(str(out))}: expected a name that ends in {' or '.join(endings)}")
+    for path, name, _ in temporaries(marker.parent):
+        if name == marker.name:
+            path.unlink()

@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Take an image that cannot be read."""
 
     def commit(self, done: int) -> None:
-        """All images before `done` have been taken."""
+        """Make the rows taken so far last: they are those of all images before number `done`."""
 
     def finish(self) -> None:
         """All images have been taken and committed."""

@@ -40,7 +40,7 @@ class OnDamage(Choice):
 
 @dataclass(frozen=True)
 class Options:
-    """What of the predictions is written."""
+    """What a command writes of the predictions, and how it takes images: the flags of `predict` and `embed`."""
 
     top_k: int = 1
     batch_size: int = BATCH_SIZE

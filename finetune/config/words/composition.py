@@ -223,17 +223,25 @@ def _misread_defaults(node: yaml.Node | None) -> Iterator[str]:
         if not isinstance(entries, yaml.SequenceNode):
             yield f"{entries.start_mark.line + 1}: defaults: expected a list with lines like `- model: clip`"
             continue
-        for entry in entries.value:
-            one_pair = isinstance(entry, yaml.MappingNode) and len(entry.value) == 1
-            key, value = entry.value[0] if one_pair else (None, entry)
-            words = value.value if one_pair and isinstance(value, yaml.SequenceNode) else [value]
-            for word in (*words, *([key] if key else ())):
-                if isinstance(word, yaml.ScalarNode) and (word.tag == _TEXT or (word.tag == _NULL and word is value)):
-                    continue
-                why = "expected lines like `- model: clip`, or `- _self_`"
-                if isinstance(word, yaml.ScalarNode):
-                    why = f"yaml reads {word.value or 'nothing'} as no text; put it in quotes: '{word.value}'"
-                yield f"{word.start_mark.line + 1}: defaults: {why}"
+        for word in (part for entry in entries.value for part in _words_of(entry) if not _is(part, _TEXT)):
+            why = "expected lines like `- model: clip`, or `- _self_`"
+            if isinstance(word, yaml.ScalarNode):
+                why = f"yaml reads {word.value or 'nothing'} as no text; put it in quotes: '{word.value}'"
+            yield f"{word.start_mark.line + 1}: defaults: {why}"
+
+
+def _words_of(entry: yaml.Node) -> list[yaml.Node]:
+    """The parts of an entry of a list `defaults` that have to be texts; null in the place of a choice is allowed."""
+    if not isinstance(entry, yaml.MappingNode) or len(entry.value) != 1:
+        return [] if _is(entry, _NULL) else [entry]
+    key, value = entry.value[0]
+    if isinstance(value, yaml.SequenceNode):
+        return [*value.value, key]
+    return [key] if _is(value, _NULL) else [value, key]
+
+
+def _is(node: yaml.Node, tag: str) -> bool:
+    return isinstance(node, yaml.ScalarNode) and bool(node.tag == tag)
 
 
 def _misplaced(path: Path, node: yaml.Node | None, group: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from finetune.system.limits import Limit, text_of
 from finetune.system.terminal import counted
 
 SHOWN = 5  # names in a message
-USUAL_KEY = "label"  # a .cls comes before it, but after a key that a person has named
+USUAL_KEY = "label"  # of a label in a .json; a .cls file goes before it, and a key that a person named before both
 
 
 class Sample(NamedTuple):

@@ -67,6 +67,17 @@ def mean_over_positions(features: Tensor) -> Tensor:
     return features.mean(dim=1) if features.ndim == 3 else features
 
 
+def read_by(head: Head, forward: Callable[[], object]) -> Tensor:
+    """What `head` reads while `forward` runs its network: features before any mean over positions."""
+    inputs: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        forward()
+    finally:
+        handle.remove()
+    return inputs[0]
+
+
 class TowerWithHead(nn.Module):
     """An image tower of open_clip, or an encoder of timm, and a classifier. Keys under `visual.` are a whole CLIP's."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.core.layers import LayeredModel
-from finetune.models.heads.head import find_head, mean_over_positions
+from finetune.models.heads.head import find_head, mean_over_positions, read_by
 from finetune.system.errors import UserError
 
 # The strengths of the penalty, strongest first: each fit starts from the result of the one before, which saves steps.
@@ -78,13 +78,7 @@ def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: floa
 def features_of(model: LayeredModel, images: Tensor) -> Tensor:
     """Features that the only head of a model in eval mode reads. (batch, 3, height, width) -> (batch, n), float32."""
     head = find_head(model.net)
-    inputs: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        model(images)
-    finally:
-        handle.remove()
-    features = mean_over_positions(inputs[0].float())
+    features = mean_over_positions(read_by(head, lambda: model(images)).float())
     return F.normalize(features, dim=-1) if head.normalize else features
 
 
