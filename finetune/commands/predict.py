@@ -6,12 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from finetune.commands.flags import Parser
 from finetune.system.errors import ConfigError, UserError
+from finetune.system.limits import NAME
 from finetune.system.log import say
 from finetune.system.terminal import counted, printable
 
@@ -139,11 +140,20 @@ def images_at(paths: Sequence[str], path_column: str) -> Split:
 
     if list(paths) != ["-"]:
         return find_images(paths, path_column=path_column)
-    lines = (line.rstrip(b"\r\n").decode("utf-8", "surrogateescape") for line in sys.stdin.buffer)
-    split = given_files(line for line in lines if line)
+    split = given_files(_lines(sys.stdin.buffer))
     if not len(split):
         raise UserError("-: the standard input has no paths; expected one a line")
     return split
+
+
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """The lines of a file that are not empty; a LimitError for one that is longer than any path."""
+    while line := file.readline(NAME.most + 3):  # with the end of a line
+        line = line.rstrip(b"\r\n")
+        if len(line) > NAME.most:
+            raise NAME.error("-: a line of the standard input")
+        if line:
+            yield line.decode("utf-8", "surrogateescape")
 
 
 def tell_start(sink: Sink, images: int) -> None:

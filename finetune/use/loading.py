@@ -102,7 +102,7 @@ def _weights_file(source: Path) -> Path:
             raise UserError(f"{shown} is no weights file of a run: expected {example}")
         return source
     path = source / BEST_WEIGHTS
-    if not os.path.lexists(path):
+    if not path.exists():
         if os.path.lexists(source / "config.yaml"):
             mend = f"wait for one, or continue it with resume={shown}"
             raise UserError(f"{shown}: no epoch of this run is finished, so there are no weights yet; {mend}")
@@ -120,6 +120,8 @@ def _from_file(path: Path) -> tuple[BuiltModel, tuple[str, ...], float | None]:
         mend = f"to fine-tune from it, use model.pretrained={printable(str(path))}"
         raise UserError(f"{printable(str(path))} says no {missing[0]}, so no run of finetune wrote it; {mend}")
     names = _part(texts, "classes", Annotated[list[str], Meta(min_length=1)], path)
+    if len({*names}) < len(names):
+        raise DamagedError.because(path, "two of its classes have the same name")
     changes, conf = _part(texts, "changes", Network | None, path), _model_conf(texts, path)
     preprocess = _part(texts, "preprocess", Preprocess, path)
     # Several labels have a threshold that validation chose, or a half where there was no validation.
@@ -127,7 +129,7 @@ def _from_file(path: Path) -> tuple[BuiltModel, tuple[str, ...], float | None]:
     if _part(texts, "is_multilabel", bool, path) and threshold is None:
         threshold = 0.5
     with torch.random.fork_rng(devices=[]):
-        empty = build_model(conf, names, load=False, device="meta").model
+        empty = _described(conf, names, path)
         _check_fits(path, empty, preprocess, len(names))
         with SkipInit():  # the file replaces every value
             built = build_model(conf, names, load=False)
@@ -135,6 +137,14 @@ def _from_file(path: Path) -> tuple[BuiltModel, tuple[str, ...], float | None]:
     fill(built.model, path)
     check_finite(built.model.net, printable(str(path)))
     return dataclasses.replace(built, preprocess=preprocess), tuple(names), threshold
+
+
+def _described(conf: ModelConf, names: Sequence[str], path: Path) -> LayeredModel:
+    """The network that the texts of a file describe, without memory; a UserError names the file."""
+    try:
+        return build_model(conf, names, load=False, device="meta").model
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"{printable(str(path))} describes a model that cannot be built: {error}") from error
 
 
 def _part(texts: Mapping[str, str], key: str, kind: Any, path: Path) -> Any:
@@ -170,8 +180,10 @@ def _check_fits(path: Path, empty: LayeredModel, preprocess: Preprocess, num_cla
     needed = sum(t.numel() * t.element_size() for t in (*empty.net.parameters(), *empty.net.buffers()))
     if needed > 2 * path.stat().st_size:
         raise UserError(f"{shown} describes a model of {needed:,} bytes, more than twice as many as it has itself")
-    if max(size, preprocess.shorter_side) > MAX_SIDE or preprocess.channels != empty.channels:
-        raise DamagedError.because(path, f"its images would have {max(size, preprocess.shorter_side):,} pixels a side")
+    if max(size, preprocess.shorter_side) > MAX_SIDE:
+        raise DamagedError.because(path, f"its images would have more than {MAX_SIDE:,} pixels a side")
+    if preprocess.channels != empty.channels:
+        raise DamagedError.because(path, f"its images have {preprocess.channels} channels, its model {empty.channels}")
     try:
         logits = empty.eval()(torch.empty(1, empty.channels, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:

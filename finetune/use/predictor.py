@@ -24,6 +24,7 @@ from finetune.data.split import Split
 from finetune.models.heads.head import Head, mean_over_positions, read_by
 from finetune.system.errors import UserError
 from finetune.system.limits import check_memory
+from finetune.system.terminal import printable
 
 BATCH_SIZE = 64
 PIXEL_BYTES = 5  # of one channel of one pixel: uint8, then float32
@@ -72,7 +73,7 @@ class Predictor:
 
         Raises:
             ImageError: An image cannot be read.
-            UserError: `top_k` is below 1, or there are no images.
+            UserError: `top_k` is below 1, there are no images, or an image gives NaN.
         """
         if top_k < 1 or batch_size < 1:
             raise UserError(f"top_k={top_k}, batch_size={batch_size}: expected 1 or more")
@@ -216,7 +217,17 @@ class Predictor:
                     on_error(index, error)
                 start = end
                 if len(ids):
-                    yield ids.tolist(), self._run(compute, inputs)
+                    values = self._run(compute, inputs)
+                    self._check_finite(values, [split.name_of(index) for index in ids.tolist()])
+                    yield ids.tolist(), values
+
+    def _check_finite(self, values: Tensor, paths: Sequence[str]) -> None:
+        """Raise a UserError where an image gave NaN or infinity: every comparison with it would be false."""
+        if values.isfinite().all():
+            return
+        lost = int((~values.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+        mend = "take precision fp32" if self.dtype != torch.float32 else "its weights or its preprocessing are damaged"
+        raise UserError(f"{printable(self.name)} gives NaN or infinity for {printable(paths[lost])}; {mend}")
 
     @torch.inference_mode()
     def _run(self, compute: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

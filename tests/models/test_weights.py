@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from finetune.models import build_model
 from finetune.models.upstream.clip_source import locate
 from finetune.models.upstream.downloads import _reachable, downloads
 from finetune.models.upstream.glyphs import CLIP, VIT, read_bundle
-from finetune.models.upstream.weight_files import WholeCopies, fitting, load_strictly, read_state_dict
+from finetune.models.upstream.jax_archives import WholeCopies
+from finetune.models.upstream.weight_files import fitting, load_strictly, read_state_dict
 from finetune.system.errors import UserError
 
 CLASSES = ["a", "b", "c"]
@@ -545,14 +547,10 @@ def test_a_timm_folder(hub: Path) -> None:
     assert built.preprocess.mean == (0.1, 0.2, 0.3) and built.preprocess.size == 32
 
 
-def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
-    """Google's format of ViT: kernels are transposed, and query, key and value are apart and split by heads."""
-    import timm
-
-    torch.manual_seed(0)
-    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
-    arrays = {}
-    width, heads = net.embed_dim, 3
+def jax_arrays(net: Any, *, is_stacked: bool = False) -> dict[str, Any]:
+    """The arrays of a ViT in the format of JAX: kernels transposed; query, key and value apart and split by heads."""
+    arrays: dict[str, Any] = {}
+    width, heads = net.embed_dim, net.blocks[0].attn.num_heads
 
     def put(name: str, tensor: torch.Tensor) -> None:
         arrays[name] = tensor.detach().numpy()
@@ -560,15 +558,16 @@ def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
     put("embedding/kernel", net.patch_embed.proj.weight.permute(2, 3, 1, 0))
     put("embedding/bias", net.patch_embed.proj.bias)
     put("cls", net.cls_token)
-    put("Transformer/posembed_input/pos_embedding", net.pos_embed)
+    put("pos_embedding" if is_stacked else "Transformer/posembed_input/pos_embedding", net.pos_embed)
     put("Transformer/encoder_norm/scale", net.norm.weight)
     put("Transformer/encoder_norm/bias", net.norm.bias)
     put("head/kernel", net.head.weight.T)
     put("head/bias", net.head.bias)
     for index, block in enumerate(net.blocks):
         prefix = f"Transformer/encoderblock_{index}/"
-        mha = prefix + "MultiHeadDotProductAttention_1/"
-        for number, norm in ((0, block.norm1), (2, block.norm2)):
+        attention, second, mlp = (0, 1, 0) if is_stacked else (1, 2, 3)
+        mha = f"{prefix}MultiHeadDotProductAttention_{attention}/"
+        for number, norm in ((0, block.norm1), (second, block.norm2)):
             put(f"{prefix}LayerNorm_{number}/scale", norm.weight)
             put(f"{prefix}LayerNorm_{number}/bias", norm.bias)
         for part, weight, bias in zip(
@@ -579,9 +578,23 @@ def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
         put(f"{mha}out/kernel", block.attn.proj.weight.T.reshape(heads, -1, width))
         put(f"{mha}out/bias", block.attn.proj.bias)
         for number, layer in ((0, block.mlp.fc1), (1, block.mlp.fc2)):
-            put(f"{prefix}MlpBlock_3/Dense_{number}/kernel", layer.weight.T)
-            put(f"{prefix}MlpBlock_3/Dense_{number}/bias", layer.bias)
-    np.savez(tmp_path / "vit.npz", **arrays)
+            put(f"{prefix}MlpBlock_{mlp}/Dense_{number}/kernel", layer.weight.T)
+            put(f"{prefix}MlpBlock_{mlp}/Dense_{number}/bias", layer.bias)
+    if is_stacked:
+        first = "Transformer/encoderblock_0/"
+        for name in [name for name in arrays if name.startswith(first)]:
+            parts = [arrays.pop(name.replace("_0/", f"_{index}/", 1)) for index in range(len(net.blocks))]
+            arrays[name.replace("_0/", "/", 1)] = np.stack(parts)
+    return arrays
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_jax_archive_of_a_vit(is_stacked: bool, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    np.savez(tmp_path / "vit.npz", **jax_arrays(net, is_stacked=is_stacked))
     conf = ModelConf(
         family=Family.vit, name="vit_tiny_patch16_224", pretrained=str(tmp_path / "vit.npz"), image_size=32
     )
@@ -593,6 +606,27 @@ def test_a_jax_archive_of_a_vit(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         build_model(conf, CLASSES)
     assert "vit.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_jax_archive_of_a_deeper_vit_or_without_a_part_is_refused(is_stacked: bool, tmp_path: Path) -> None:
+    import timm
+
+    sizes: dict[str, Any] = {"patch_size": 16, "embed_dim": 192, "num_heads": 3, "img_size": 32}
+    deeper = timm.models.VisionTransformer(**sizes, depth=13)
+    np.savez(tmp_path / "vit.npz", **jax_arrays(deeper, is_stacked=is_stacked))
+    conf = ModelConf(
+        family=Family.vit, name="vit_tiny_patch16_224", pretrained=str(tmp_path / "vit.npz"), image_size=32
+    )
+    with pytest.raises(UserError, match=r"vit\.npz holds the weights of another model .* arrays too many"):
+        build_model(conf, CLASSES)
+    if not is_stacked:
+        wide = {"patch_size": 14, "embed_dim": 384, "num_heads": 6, "img_size": 28}
+        same = timm.models.VisionTransformer(**wide, depth=12, no_embed_class=True)
+        np.savez(tmp_path / "vit.npz", **jax_arrays(same))
+        registers = dataclasses.replace(conf, name="vit_small_patch14_reg4_dinov2", image_size=28)
+        with pytest.raises(UserError, match=r"vit\.npz .* parameters missing: .*"):
+            build_model(registers, CLASSES)
 
 
 def test_torchvision_files_and_names(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from finetune.models.upstream.beside import Beside, read_beside
 from finetune.models.upstream.candidates import Found, find_weights, has_complete
 from finetune.models.upstream.clip_source import ClipSource, check_beside
 from finetune.models.upstream.downloads import quiet_upstream
+from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
@@ -34,7 +35,7 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
     from open_clip.timm_model import TimmModel
 
     path = source.weights if load else None
-    is_jax = path is not None and path.suffix in (".npz", ".npy")
+    is_jax = path is not None and is_archive(path)
     # A file replaces every value, except a JAX archive: that is read without a check for missing names.
     with SkipInit() if path is not None and not is_jax else contextlib.nullcontext():
         cfg = _with_drop_path(source.model_cfg, conf)
@@ -120,8 +121,9 @@ def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:
     if first_convolution(clip.get_submodule("visual"))[1].in_channels != 3:
         raise UserError(f"{source.label} is for images of three channels, so leave model.in_channels at 3")
     check_archive_stem(weight_files.check_npz(path), clip.get_submodule("visual"), path)
-    with weight_files.fitting(source.label, source.name), weight_files.WholeCopies():
+    with weight_files.fitting(source.label, source.name), whole_archive(path) as reading:
         load_big_vision_weights(clip, str(path))
+    reading.check(clip)
 
 
 def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> Found:

@@ -17,6 +17,7 @@ from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.beside import Beside, names_of, read_beside
 from finetune.models.upstream.candidates import Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
+from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
@@ -106,8 +107,10 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         if wants_weights and path is not None:
             args, found = _file_args(name, args, path, conf.pretrained_key)
         create = partial(timm.create_model, name, pretrained=wants_weights, **args)
-        with weight_files.WholeCopies() if path is not None else contextlib.nullcontext():
+        with whole_archive(path) if path is not None and is_archive(path) else contextlib.nullcontext() as reading:
             net = built_from_weights(create) if wants_weights else create()
+        if reading is not None:
+            reading.check(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
     if wants_weights:
         weight_files.check_finite(net, source)
     for module in net.children():
@@ -202,7 +205,7 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
 
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=1, **args)
-    if path.suffix in (".npz", ".npy"):
+    if is_archive(path):
         if not isinstance(net, ReadsJax):
             expected = ".safetensors, .pt, .pth, .bin or .ckpt"
             raise UserError(

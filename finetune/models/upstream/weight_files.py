@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.candidates import shown
@@ -223,16 +222,6 @@ def load_strictly(net: nn.Module, state: Mapping[str, Tensor], *, source: str, o
         problem = f"holds the weights of another model than {type(net).__name__} built here"
         raise UserError(f"{source} {problem} ({'; '.join(listed)}); check model.name")
     net.load_state_dict({name: state[name] for name in fitting}, strict=False)
-
-
-class WholeCopies(TorchFunctionMode):
-    """While active, `copy_` takes exactly as many numbers as it fills: torch would repeat those of a small array."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept one call of a torch function."""
-        if func is Tensor.copy_ and args[0].numel() != args[1].numel():
-            raise ValueError(f"an array of shape {tuple(args[1].shape)} stands for one of {tuple(args[0].shape)}")
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
