@@ -84,7 +84,7 @@ class FileSink:
         self.first, self.has_parts = record.done, out.suffix == ".parquet"
         self._record, self._out, self._columns = record, out, list(columns)
         self._rows: list[Row] = []
-        self._lost: list[ImageError] = []
+        self._lost: list[Row] = []  # path and reason: an error would keep the frames that raised it
 
     @property
     def failed(self) -> int:
@@ -97,7 +97,7 @@ class FileSink:
 
     def lose(self, error: ImageError) -> None:
         """See `Sink`."""
-        self._lost.append(error)
+        self._lost.append([error.path, error.reason])
 
     def commit(self, done: int) -> None:
         """See `Sink`."""
@@ -111,8 +111,7 @@ class FileSink:
         else:
             self._append_csv(self._out, self._columns, self._rows)
         if self._lost:
-            lost = [[error.path, error.reason] for error in self._lost]
-            self._append_csv(unreadable_of(self._out), ["path", "reason"], lost)
+            self._append_csv(unreadable_of(self._out), ["path", "reason"], self._lost)
         self._record.commit(done, rows=len(self._rows), failed=len(self._lost))
         self._rows, self._lost = [], []
 
