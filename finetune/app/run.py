@@ -21,7 +21,7 @@ from finetune.app.rate_plan import batch_notice, log_layers, peak_optim, plan_ra
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import train_to_the_end
-from finetune.config import CompileMode, Conf, OnNonfinite, recorded, train_problems
+from finetune.config import CompileMode, Conf, OnNonfinite, mixing_problems, recorded, train_problems
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
 from finetune.core.freezing import set_up_layers
@@ -200,7 +200,8 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
     known = (session.earlier.result or {}).get("auto_batch_size")
     size = int(known) if known else choose_batch(run)
     conf = with_batch(run.conf, size)
-    if problems := train_problems(conf.train):  # such as more micro-batches a step than compiled training allows
+    # Such as more micro-batches a step than compiled training allows, or fewer images than one draw of MixUp takes.
+    if problems := [*train_problems(conf.train), *mixing_problems(conf.augment, size)]:
         raise UserError(f"data.batch_size=auto came to {counted(size, 'image')}: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(run, conf=conf)

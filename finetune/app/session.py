@@ -181,6 +181,7 @@ def log_summary(run_dir: Path, result: Result) -> None:
     which = (
         f"best of {counted(epochs, 'epoch')}: {best}" if "val" in splits else f"the last of {counted(epochs, 'epoch')}"
     )
+    which += ", averaged weights" if result.get("best_weights") == "ema" else ""
     scores = [*(f"{_scores(result, split, f'{split}/', names)}   " for split in splits), f"({which}; {seconds:.1f} s)"]
     logger.info("fine-tuned  %s", "".join(scores))
     for line in _about_splits(splits):

@@ -5,7 +5,7 @@ settings that do not go together. `words/` turns what a person typed into a `Con
 imports the room `system` only, and outside `words/` the standard library only. Read `conf.py` first.
 """
 
-from finetune.config.augment import AugmentConf, Interpolation, Policy, Recipe
+from finetune.config.augment import AugmentConf, Interpolation, Policy, Recipe, mixing_problems
 from finetune.config.conf import PLACES, Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, Resize, SourceKind
 from finetune.config.environment import recorded
@@ -70,6 +70,7 @@ __all__ = [
     "find_problems",
     "measured_metrics",
     "member_of",
+    "mixing_problems",
     "nearest",
     "recorded",
     "setting",

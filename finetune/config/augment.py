@@ -93,7 +93,14 @@ def augment_problems(augment: AugmentConf) -> list[str]:
 
 def mixing_problems(augment: AugmentConf, batch_size: int) -> list[str]:
     """Why groups of `mix_images` do not fit into micro-batches of `batch_size` images (0: not known yet)."""
-    if not 0 < batch_size < augment.mix_images:
+    size = augment.mix_images
+    if not batch_size or size < 2:
         return []
-    problem = f"a group lies within a micro-batch, and data.batch_size={batch_size}"
-    return [f"augment.mix_images={augment.mix_images}: {problem}; expected 0 (all of it) or at most {batch_size}"]
+    given = f"augment.mix_images={size}"
+    if batch_size < size:
+        problem = f"a group lies within a micro-batch, and data.batch_size={batch_size}"
+        return [f"{given}: {problem}; expected 0 (all of it) or at most {batch_size}"]
+    if batch_size % size == 1:
+        problem = f"data.batch_size={batch_size} leaves one image over, which has none to mix with"
+        return [f"{given}: {problem}; expected a divisor of {batch_size}, or 0 (all of it)"]
+    return []

@@ -41,6 +41,15 @@ def test_the_metric_that_judged_comes_first(tmp_path: Path, caplog: pytest.LogCa
     assert not any(line.startswith("zero-shot") for line in lines)
 
 
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_scores_of_averaged_weights_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture, weights: str) -> None:
+    said = ", averaged weights" if weights == "ema" else ""
+    lines = last_lines(tmp_path, RESULT | {"best_weights": weights}, caplog)
+    assert any(line.endswith(f"(best of 3 epochs: 2{said}; 1.0 s)") for line in lines)
+    lines = last_lines(tmp_path, RESULT | {"best_weights": weights, "data": {"val": 0, "test": 5}}, caplog)
+    assert any(line.endswith(f"(the last of 3 epochs{said}; 1.0 s)") for line in lines)
+
+
 def test_a_score_that_is_not_finite_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = last_lines(tmp_path, RESULT | {"test/map": None}, caplog)
     assert any("test/map nan  test/top1 0.6500" in line for line in lines)

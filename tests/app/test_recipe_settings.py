@@ -12,7 +12,17 @@ import torch
 from PIL import Image
 from small_runs import assert_same_run, go, small
 
-from finetune.config import CacheKind, DataConf, Family, ModelConf, PrefixCache, Recipe, Resize, SourceKind
+from finetune.config import (
+    CacheKind,
+    DataConf,
+    Family,
+    ModelConf,
+    PrefixCache,
+    Recipe,
+    Resize,
+    SourceKind,
+    find_problems,
+)
 from finetune.core.preprocess import Preprocess
 from finetune.models import build_model
 from finetune.runs.weights import metadata_of
@@ -92,6 +102,15 @@ def test_what_only_the_model_can_tell_is_one_line(
     with pytest.raises(ValueError, match=r"\.") as caught:
         go(small(stripes, **changes), tmp_path / "run")
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_batch_that_memory_makes_still_holds_the_groups_that_are_mixed(stripes: Path, tmp_path: Path) -> None:
+    """With `data.batch_size=auto` nobody knows the micro-batch before the model runs on the device."""
+    mixed = {"augment__recipe": Recipe.crop, "augment__mixup": 0.8, "augment__mix_images": 80}
+    conf = small(stripes, data__batch_size=0, **mixed)
+    assert not find_problems(conf)
+    with pytest.raises(ValueError, match=r"batch_size=auto came to 64 images: augment\.mix_images=80: .* at most 64"):
+        go(conf, tmp_path / "run")
 
 
 def test_the_last_images_of_an_epoch_are_dropped_where_they_fill_no_step(stripes: Path, tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("seed=-1", 1, [["seed=-1", "at least 0"]]),
     ("data=folder", 1, [["data=folder", "data.root=PATH"]]),
     ("data.root=/x", 1, [["data.root=/x", "ignored", "data=folder"]]),
+    ("augment=mae augment.mix_images=9", 1, [["augment.mix_images=9", "leaves one image over", "divisor of 64"]]),
+    ("augment=mae augment.mix_images=65", 1, [["augment.mix_images=65", "at most 64"]]),
     # several values without -m
     ("optim.lr=1,2", 1, [["optim.lr=1,2", "add -m"]]),
     ("optim.betas=0.9,0.99", 1, [["add -m", "optim.betas=[0.9,0.99]"]]),
@@ -418,7 +420,7 @@ def test_a_word_for_a_number_works_in_a_file_too(folder: Path) -> None:
     write("conf/data/mine.yaml", "batch_size: auto\n")
     assert compose(["data=mine"]).data.batch_size == compose(["data.batch_size=auto"]).data.batch_size == 0
     write("conf/data/zero.yaml", "batch_size: 0\n")
-    for word in ("data.batch_size=0", "data=zero"):
+    for word in ("data.batch_size=0", "data.batch_size=-0", "data.batch_size=00", "data.batch_size=0_0", "data=zero"):
         with pytest.raises(ConfigError, match=r"data\.batch_size=0: write data\.batch_size=auto"):
             compose([word])
     for word, told in {"-2": "must be auto, or at least 1", "Auto": r"or auto \(did you mean 'auto'"}.items():

@@ -87,14 +87,12 @@ def convert(setting: Setting, value: Any) -> Any:
         return None
     if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
         return NUMBER_WORDS[setting.name][value]
-    for word, number in NUMBER_WORDS.get(setting.name, {}).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value <= number:
-            wanted = f"write {setting.name}={word}" if value == number else f"must be {word}, or at least {number + 1}"
-            raise UserError(f"{setting.name}={value}: {wanted} ({setting.meaning})")
     if value == "???":
         raise UserError(f"{setting.name}=???: a value has to be given ({setting.meaning})")
     try:
-        return _read(setting.kind, value)
+        return _checked(setting, _read(setting.kind, value))
+    except UserError:
+        raise
     except (ValueError, TypeError, OverflowError):
         pass  # the error below says what was expected
     close = nearest(str(value), [*setting.words, *NUMBER_WORDS.get(setting.name, {})])
@@ -104,6 +102,15 @@ def convert(setting: Setting, value: Any) -> Any:
         close = " (yaml reads yes, no, on, off, true and false as no text: put such a word in quotes, 'no')"
     meaning = "" if close or setting.words else f" ({setting.meaning})"
     raise UserError(f"{setting.name}={show(value)}: expected {describe_kind(setting)}{close}{meaning}")
+
+
+def _checked(setting: Setting, value: Any) -> Any:
+    """`value`, as `_read` gives it; a UserError for a number that only its word may stand for, or one below it."""
+    for word, number in NUMBER_WORDS.get(setting.name, {}).items():
+        if value <= number:
+            wanted = f"write {setting.name}={word}" if value == number else f"must be {word}, or at least {number + 1}"
+            raise UserError(f"{setting.name}={value}: {wanted} ({setting.meaning})")
+    return value
 
 
 def with_words(tree: dict[str, Any]) -> dict[str, Any]:
