@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from finetune.config import Conf
 from finetune.config.words.configuration import compose
 from finetune.core.freezing import set_up_layers
 from finetune.core.losses import build_criterion
-from finetune.core.optim import param_groups
+from finetune.core.optim import build_optimizer, param_groups
 from finetune.core.preprocess import Preprocess, as_asked
+from finetune.core.sched import create_scheduler
 from finetune.data.images.transforms import fit_square
 from finetune.models import BuiltModel, build_model
 
@@ -85,9 +87,11 @@ FT_CLIP_AUGMENT = {
     "augment.crop_ratio": (0.75, 4 / 3), "augment.jitter": 0.0,
 }  # fmt: skip
 NO_MIXING: dict[str, object] = {"augment.mixup": 0.0, "augment.cutmix": 0.0}
+ADAMW: dict[str, object] = {
+    "optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.eps": 1e-8, "augment.repeats": 1, "augment.views": 0,
+}  # fmt: skip
 SHARED: dict[str, object] = {
-    "train.clip_grad": 0.0, "train.loss": "auto", "optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.eps": 1e-8,
-    "data.drop_last": True, "model.head_scale": 0.001,
+    **ADAMW, "train.clip_grad": 0.0, "train.loss": "auto", "data.drop_last": True, "model.head_scale": 0.001,
 }  # fmt: skip
 
 
@@ -121,9 +125,10 @@ def ft_clip(lr: float, decay: float, depth: int, *, epochs: int, warmup: int, ba
 def wise_ft() -> Theirs:
     """One group; no word of weight decay is passed on, so AdamW decays everything; the last batch is kept."""
     settings = {
-        "augment.policy": "none", "augment.flip": 0.0, "augment.crop_scale": (0.9, 1.0), "augment.erasing": 0.0,
-        "augment.crop_ratio": (0.75, 4 / 3), **NO_MIXING, "train.clip_grad": 1.0, "train.label_smoothing": 0.0,
-        "train.ema": 0.0, "data.drop_last": False, "model.head_bias": True, "model.templates": ["imagenet"],
+        **ADAMW, "augment.policy": "none", "augment.flip": 0.0, "augment.crop_scale": (0.9, 1.0),
+        "augment.erasing": 0.0, "augment.crop_ratio": (0.75, 4 / 3), **NO_MIXING, "train.clip_grad": 1.0,
+        "train.label_smoothing": 0.0, "train.ema": 0.0, "data.drop_last": False, "model.head": "zeroshot",
+        "model.head_bias": True, "model.templates": ["imagenet"], "model.pretrained": "openai",
     }  # fmt: skip
     return Theirs(
         3e-5, 1.0, 0.1, 12, CLIP_BLOCKS, CLIP_STEM, lambda name, shape: False, none_frozen, -(-IMAGES // 512), 10, 500,
@@ -134,8 +139,8 @@ def wise_ft() -> Theirs:
 def mkt() -> Theirs:
     """Its images are normalised by ImageNet's numbers, which the recipe does not follow."""
     settings = {
-        **FT_CLIP_AUGMENT, **NO_MIXING, "augment.erasing": 0.0, "train.clip_grad": 0.0, "train.ema": 0.0,
-        "train.label_smoothing": 0.0, "data.drop_last": True,
+        **ADAMW, **FT_CLIP_AUGMENT, **NO_MIXING, "augment.erasing": 0.0, "train.clip_grad": 0.0, "train.ema": 0.0,
+        "train.label_smoothing": 0.0, "data.drop_last": True, "model.pretrained": "openai",
     }  # fmt: skip
     return Theirs(
         1e-3, 0.65, 0.05, 12, CLIP_BLOCKS, CLIP_STEM, lambda name, shape: len(shape) == 1,
@@ -247,6 +252,31 @@ def test_the_first_steps_and_the_whole_curve_are_theirs(recipe: tuple[Conf, Thei
     assert len(factors) == after.stop
     for t in [*after[:100], *after[:: len(after) // 50], after[-1]]:
         assert peak * factors[t] == pytest.approx(theirs.rate(t), rel=1e-9, abs=1e-15), t
+
+
+def test_the_rates_of_the_first_steps_reach_the_optimizer(recipe: tuple[Conf, Theirs, BuiltModel]) -> None:
+    """Every group's own rate in 100 steps of the optimizer and the scheduler that a run has."""
+    conf, theirs, built = recipe
+    curve = run_curve(conf, theirs.steps_per_epoch * conf.train.accumulate)
+    optimizer = build_optimizer(built.model, peak_optim(conf))
+    scheduler = create_scheduler(curve.sched, optimizer, curve.num_units)
+    assert curve.sched.interval == "step"
+    for t in range(100):
+        for group in optimizer.param_groups:
+            (layer_id,) = {theirs.layer_id(name.removeprefix("visual.")) for name in group["param_names"]}
+            scale = theirs.layer_decay ** (theirs.depth + 1 - layer_id)
+            ours = theirs.lr * (t + 1) / (theirs.warmup + 1)  # as docs/recipes.md says
+            assert group["lr"] == pytest.approx(scale * ours, rel=1e-9), (t, group["name"])
+            apart = scale * theirs.lr / theirs.warmup * 1.001
+            assert group["lr"] == pytest.approx(scale * theirs.rate(t), rel=0, abs=apart), (t, group["name"])
+        optimizer.step()  # without gradients it moves nothing
+        scheduler.step()
+
+
+def test_every_published_recipe_has_a_reference() -> None:
+    """The numbers of the other two are ours."""
+    folder = Path(__file__).parents[2] / "conf" / "experiment"
+    assert {path.stem for path in folder.glob("*.yaml")} == {*RECIPES} - {"mae_l16"} | {"lp_ft", "digits_probe"}
 
 
 def test_its_other_settings_are_theirs(recipe: tuple[Conf, Theirs, BuiltModel]) -> None:
