@@ -121,14 +121,16 @@ class Session:
     def write_end(self) -> None:
         """Write the last `result.json`; an earlier run that could not be continued gets the new status and error only.
 
+        One that has finished stays so: its weights and scores are what they were.
+
         Raises:
             OSError: The disk is full and the run has finished. After another error it is logged: it must not hide that.
         """
         if not self.is_accepted:
-            if self.earlier.changes or self.is_refused:
+            before = self.earlier.result or {}
+            if self.earlier.changes or self.is_refused or before.get("status") == "finished":
                 return
-            ended = {name: self.result[name] for name in ("status", "error")}
-            self.result = {**(self.earlier.result or {}), **ended}
+            self.result = {**before, **{name: self.result[name] for name in ("status", "error")}}
         try:
             if self.is_accepted:
                 self.result[CHECKSUMS] = checksums(self.run_dir, self.result)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from finetune.commands.flags import configure, parse_command_line
 from finetune.config import OnError
 from finetune.runs.folders import run_folder
+from finetune.system.locks import working_in
 from finetune.system.log import say
 from finetune.system.ours import FolderKind, claim
 
@@ -37,13 +38,14 @@ def main(words: Sequence[str]) -> int:
     conf = prepared.conf
     with run_folder(prepared.run_dir, multirun=False) as folder:
         claim(folder, FolderKind.check)
-        source = open_source(conf.data)
-        report, text = check_source(source, conf.data.cache_dir, folder)
-        say(text)
-        preprocess = as_asked(build_model(conf.model, source.classes).preprocess, conf.data)
-        readable = source.without(report.unreadable)
-        sheet = folder / "contact_sheet.png"
-        write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
-        say(f"\n{sheet}: training images as {conf.model.name} will see them")
-        say(f"all of it: {folder}")
+        with working_in(folder, FolderKind.check):
+            source = open_source(conf.data)
+            report, text = check_source(source, conf.data.cache_dir, folder)
+            say(text)
+            preprocess = as_asked(build_model(conf.model, source.classes).preprocess, conf.data)
+            readable = source.without(report.unreadable)
+            sheet = folder / "contact_sheet.png"
+            write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)
+            say(f"\n{sheet}: training images as {conf.model.name} will see them")
+            say(f"all of it: {folder}")
         return 1 if report.unreadable and conf.data.on_error == OnError.stop else 0

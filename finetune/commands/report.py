@@ -1,6 +1,7 @@
 """`finetune report FOLDER`: draw the pictures of a run again, or sum up a sweep again. No torch."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from finetune.report.run_figures import plot_curves, plot_rates
 from finetune.report.scores import plot_confusion
 from finetune.report.sweep import summarize
 from finetune.runs.finished import check_finished
+from finetune.system.locks import InUseError, working_in
 from finetune.system.log import say
 from finetune.system.ours import COPIED, MARKER, FolderKind, RefusedError, look, read_marker
 from finetune.system.terminal import printable
+
+PATIENCE_S = 5.0  # a report takes less, so whoever holds the lock for longer trains the run
 
 
 def main(words: Sequence[str]) -> int:
@@ -33,6 +37,15 @@ def main(words: Sequence[str]) -> int:
     has_rates, has_history = (folder / "rates.json").exists(), (folder / "history.jsonl").exists()
     if not (has_rates or has_history):
         raise FileNotFoundError(f"{shown} has neither rates.json nor history.jsonl yet: its run never began to train")
+    with contextlib.ExitStack() as stack:
+        # A run at work swept its folder when it began, and its curves are worth a look. A second report waits.
+        with contextlib.suppress(InUseError):
+            stack.enter_context(working_in(folder, FolderKind.run, PATIENCE_S))
+        _draw(folder, has_rates=has_rates, has_history=has_history)
+    return 0
+
+
+def _draw(folder: Path, *, has_rates: bool, has_history: bool) -> None:
     if (folder / "result.json").exists():
         check_finished(folder)
     if has_rates:
@@ -44,4 +57,3 @@ def main(words: Sequence[str]) -> int:
     if (folder / "confusion.csv").exists():
         plot_confusion(folder)
         say(str(folder / "confusion.png"))
-    return 0

@@ -14,7 +14,7 @@ from finetune.commands.help import main as help_command
 from finetune.config.words.choices import folders
 from finetune.config.words.quoting import quote
 from finetune.runs.folders import SweepRecord, record_failure, run_folder, where_traceback
-from finetune.system.errors import EXPECTED_ERRORS, fault_line
+from finetune.system.errors import EXPECTED_ERRORS, ConfigError, fault_line
 from finetune.system.locks import InUseError
 from finetune.system.ours import FolderKind, RefusedError, claim, refuse_links
 from finetune.system.terminal import complain, counted
@@ -38,6 +38,8 @@ def main(words: Sequence[str]) -> int:
     from finetune.config.words.composition import config_as_yaml
 
     if line.flags.keys() & {"--hydra-help", "--info", "--shell-completion"} and not line.problems:
+        if "--shell-completion" in line.flags:
+            _refuse_query_by_hand(line)
         launch(lambda cfg: None, hydra_flags(line) + line.overrides, folders(line.config_dir))  # Hydra answers itself
         return 0
     prepared = configure(line)
@@ -49,6 +51,14 @@ def main(words: Sequence[str]) -> int:
         launch(lambda cfg: None, hydra_flags(line) + prepared.first, folders(line.config_dir))
         return 0
     return (_sweep if line.multirun else _single)(line, prepared)
+
+
+def _refuse_query_by_hand(line: CommandLine) -> None:
+    """Raise a ConfigError for `query=SHELL` without a command line to complete, which a shell gives."""
+    queries = [word for word in line.overrides if word.startswith("query=")]
+    if queries and not os.environ.get("COMP_LINE", "").strip():
+        why = "a shell asks this, with the line typed so far in COMP_LINE; a person installs completion once"
+        raise ConfigError([f'--shell-completion {queries[0]}: {why}: eval "$(finetune -sc install=bash)"'])
 
 
 def _single(line: CommandLine, prepared: Prepared) -> int:

@@ -8,9 +8,13 @@ from finetune.report import look
 from finetune.report.jobs import LENGTHS, SPLITS, JobGroup, Sweep, key_of, rank, read_sweep
 from finetune.report.sweep_figure import sweep_figure
 from finetune.system.files import write_text
+from finetune.system.locks import working_in
 from finetune.system.log import say
+from finetune.system.ours import FolderKind
 from finetune.system.tables import csv_text, table
 from finetune.system.terminal import command, counted
+
+PATIENCE_S = 60.0  # how long a summary waits for another of the same sweep, such as of `finetune report`
 
 
 def summarize(sweep_dir: Path, *, is_picture_asked: bool = False) -> int:
@@ -19,13 +23,14 @@ def summarize(sweep_dir: Path, *, is_picture_asked: bool = False) -> int:
     A picture that cannot be drawn is an error only where somebody asked for it (`finetune report`).
     Returns the number of jobs that did not finish, also for want of a good `result.json`, or were refused their folder.
     """
-    sweep = read_sweep(sweep_dir)
-    _write_csv(sweep)
-    say("\n".join(_tables(sweep)))
-    if sweep.scored:
-        path = sweep_dir / "sweep.png"
-        with nullcontext() if is_picture_asked else look.dispensable(path, lambda line: say(f"warning: {line}")):
-            look.save_figure(sweep_figure(sweep), path)
+    with working_in(sweep_dir, FolderKind.sweep, PATIENCE_S):
+        sweep = read_sweep(sweep_dir)
+        _write_csv(sweep)
+        say("\n".join(_tables(sweep)))
+        if sweep.scored:
+            path = sweep_dir / "sweep.png"
+            with nullcontext() if is_picture_asked else look.dispensable(path, lambda line: say(f"warning: {line}")):
+                look.save_figure(sweep_figure(sweep), path)
     say("\n" + "\n".join(_answer(sweep)))
     return sum(not job.is_finished for job in sweep.jobs)
 

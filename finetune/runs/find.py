@@ -1,5 +1,6 @@
 """Finds the run that `resume=` means."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,5 +73,8 @@ def _status(folder: Path) -> str:
 
 def _last_touched(folder: Path) -> int:
     """Nanoseconds since 1970 of the latest change to the run's files."""
-    paths = (folder / name for name in ("config.yaml", "result.json", "history.jsonl", "checkpoints/last.pt"))
-    return max(path.stat().st_mtime_ns for path in paths if path.exists())
+    times = [0]  # of a run that was removed meanwhile
+    for name in ("config.yaml", "result.json", "history.jsonl", "checkpoints/last.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append((folder / name).stat().st_mtime_ns)
+    return max(times)

@@ -40,11 +40,24 @@ def new_folder(*, multirun: bool, now: datetime | None = None) -> Path:
 
 
 def usable_folder(folder: Path) -> Path:
-    """The folder that a person named, made if it is not there; an OSError if files cannot be written there."""
+    """The folder that a person named, made if it is not there; an OSError if files cannot be written there.
+
+    Where it cannot be made, none of the folders above it is made either.
+    """
     with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        chain = (folder.absolute(), *folder.absolute().parents)
+        there = next(path for path in chain if os.path.lexists(path))
+        if not there.is_dir():
+            raise FileExistsError(errno.EEXIST, "a file is in its way", str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "it may not be written")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # such as a name that is too long, below folders that were made already
+            for path in chain[: chain.index(there)]:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
     return folder
 
 

@@ -51,17 +51,29 @@ class Holder:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory; no other process works there meanwhile.
+def working_in(folder: Path, kind: ours.FolderKind, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """`run_lock` of a folder of ours; at its begin the temporary files that killed processes left there go."""
+    with run_lock(folder, patience_s):
+        ours.sweep_temporaries(folder, kind)
+        yield
+
+
+@contextmanager
+def run_lock(run_dir: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Hold the lock of a run directory, or of a sweep's or check's folder; no other process works there meanwhile.
+
+    It waits `patience_s` seconds for another process.
 
     Raises:
         InUseError: Another process holds the lock.
         OSError: The folder cannot be written.
     """
     record = run_dir / RUN_LOCK_HOLDER
+    if not run_dir.is_dir():  # the library would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run_dir))
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(file_lock(run_dir / RUN_LOCK, timeout_s=PATIENCE_S))
+            stack.enter_context(file_lock(run_dir / RUN_LOCK, timeout_s=patience_s))
         except TimeoutError:
             found = _read(record)
             stop = f", or stop it first (kill {found.pid})" if found and found.host == socket.gethostname() else ""

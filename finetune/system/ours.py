@@ -90,9 +90,12 @@ OWN: dict[FolderKind, OwnNames] = {
         },
     ),
     # Its jobs are runs in folders of their own. Hydra writes the last file.
-    FolderKind.sweep: OwnNames(replaced=("summary.csv", "sweep.png"), in_place=("jobs.jsonl", "multirun.yaml")),
+    FolderKind.sweep: OwnNames(
+        replaced=("summary.csv", "sweep.png", LOCK_HOLDER), in_place=("jobs.jsonl", "multirun.yaml", LOCK)
+    ),
     FolderKind.check: OwnNames(
-        replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt", "similar.txt")
+        replaced=("data.txt", "contact_sheet.png", "unreadable.txt", "duplicates.txt", "similar.txt", LOCK_HOLDER),
+        in_place=(LOCK,),
     ),
     FolderKind.table: OwnNames(pattern=r"part-\d{5,}\.parquet"),
     # Each class has a subfolder, whose files are named after a person's images: so no name in it is ours.

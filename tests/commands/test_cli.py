@@ -274,6 +274,36 @@ def test_a_named_folder_that_cannot_be_written(folder: Path) -> None:
             usable_folder(closed)
 
 
+@pytest.mark.parametrize("sort", ["folder", "FIFO", "link"])
+def test_a_config_yaml_that_cannot_be_read_is_named(
+    sort: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("conf").mkdir()
+    {"folder": os.mkdir, "FIFO": os.mkfifo, "link": lambda path: os.symlink("gone", path)}[sort]("conf/config.yaml")
+    assert main(["--cfg", "job"]) == 1
+    assert "conf/config.yaml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [None, "", " "])
+def test_a_completion_query_without_a_line_says_how_to_install(
+    typed: str | None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    if typed is not None:
+        monkeypatch.setenv("COMP_LINE", typed)
+    assert main(["--shell-completion", "query=bash"]) == 1
+    assert "COMP_LINE" in capsys.readouterr().err
+
+
+def test_a_named_folder_that_cannot_be_made_leaves_none_above_it(folder: Path) -> None:
+    with pytest.raises(OSError, match="cannot write to"):
+        usable_folder(Path("new/below") / ("x" * 300) / "run")
+    Path("nowhere").symlink_to("gone")
+    with pytest.raises(OSError, match="a file is in its way"):
+        usable_folder(Path("nowhere/new/run"))
+    assert [path.name for path in Path().iterdir()] == ["nowhere"]
+
+
 def test_a_folder_that_cannot_be_written_ends_the_command_before_any_work(
     folder: Path, fake_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

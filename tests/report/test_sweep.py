@@ -7,6 +7,8 @@ import json
 import math
 import os
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from finetune.report.sweep import summarize
 from finetune.report.sweep_figure import levels, positions, sweep_figure
 from finetune.runs.folders import JOBS, SweepRecord
 from finetune.system.locks import run_lock
+from finetune.system.ours import FolderKind, claim
 
 FINISHED = {
     "status": "finished",
@@ -53,6 +56,24 @@ def picture_of(jobs: list[JobResult], varied: list[str], *, num_missing: int = 0
 def table_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_summary_removes_what_a_killed_one_left_and_waits_for_another(tmp_path: Path) -> None:
+    marker = claim(tmp_path, FolderKind.sweep)
+    add_job(tmp_path / "0", "seed=0", val=0.9, test=0.8)
+    left = [tmp_path / f".{name}.{marker.id}-99999.tmp" for name in ("summary.csv", "sweep.png")]
+    foreign = tmp_path / f".summary.csv.{'0' * 16}-99999.tmp"
+    for path in (*left, foreign):
+        path.write_text("half")
+    with ThreadPoolExecutor() as pool, run_lock(tmp_path):
+        other = pool.submit(summarize, tmp_path)
+        time.sleep(0.05)
+        assert not other.done() and not (tmp_path / "summary.csv").exists()
+        assert all(path.exists() for path in left), "they may be of the process that holds the lock"
+    assert other.result() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        (".finetune.json", "0", "summary.csv", "sweep.png", foreign.name)
+    )
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

@@ -47,6 +47,27 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "train_step", struck)
 
 
+@pytest.mark.parametrize("error", [UserError("no such images"), KeyboardInterrupt()])
+def test_a_finished_run_whose_longer_start_fails_stays_finished(
+    error: BaseException, straight: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(straight, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["epochs"] += 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    before = (folder / "result.json").read_bytes()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("finetune.app.run.build_run", fails)
+    conf = small(stripes, train__epochs=config["train"]["epochs"])
+    conf.resume = str(folder)
+    with pytest.raises(type(error)):
+        run(conf, folder, [], quiet=True)
+    assert (folder / "result.json").read_bytes() == before
+
+
 @pytest.fixture(scope="module")
 def halfway(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs that was killed in the second, after the save at the end of the first."""

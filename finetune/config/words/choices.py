@@ -46,10 +46,16 @@ def _is_ours(path: Path) -> bool:
 
 
 def primary_file(searched: Sequence[Path]) -> Path:
-    """The `config.yaml` that names the groups and the default choices; a ConfigError where there is none."""
+    """The `config.yaml` that names the groups and the default choices; a ConfigError where there is none.
+
+    One that is no file, or may not be read, is not passed over: nobody knows whether it is ours.
+    """
     for folder in searched:
-        if _is_ours(folder / PRIMARY):
-            return folder / PRIMARY
+        path = folder / PRIMARY
+        if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK)):
+            raise ConfigError([f"{shown(path)}: cannot be read: expected a file with the right to read it; move it"])
+        if _is_ours(path):
+            return path
     raise ConfigError([f"{searched[-1] / PRIMARY} is missing or not ours: install finetune again"])
 
 
