@@ -105,7 +105,7 @@ def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:
         if problem := _range_problem(key, getattr(section, item.name), item.metadata):
             problems.append(problem)
             unread.add(key.partition(".")[0])
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", conf.device):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", conf.device):
         words = ["auto", "cpu", "cuda", "cuda:0", "mps"]
         problems.append(f"device={conf.device}: expected auto, cpu, cuda, cuda:N or mps{nearest(conf.device, words)}")
     if conf.resume_force and conf.resume is None:

@@ -14,7 +14,10 @@ from finetune.system.errors import UserError
 WAYS = {Resize.shortest: "crop", Resize.squash: "squash", Resize.pad: "pad"}
 
 
-_Positive = Annotated[float, Meta(gt=0)]
+# What can stand beside the weights of a network for images: pixels are in [0, 1], and a few models take 0 to 255.
+Mean = Annotated[float, Meta(ge=-1000, le=1000)]
+Deviation = Annotated[float, Meta(ge=1e-4, le=1000)]
+CropFraction = Annotated[float, Meta(ge=0.05, le=1)]
 _MODES = "^(nearest|nearest-exact|bilinear|bicubic|box|hamming|lanczos)$"
 
 
@@ -26,15 +29,13 @@ class Preprocess:
     """
 
     size: Annotated[int, Meta(ge=1)]  # pixels a side
-    mean: tuple[float, float, float]  # subtracted from each channel
-    std: tuple[_Positive, _Positive, _Positive]  # each channel is divided by it
+    mean: tuple[Mean, Mean, Mean]  # subtracted from each channel
+    std: tuple[Deviation, Deviation, Deviation]  # each channel is divided by it
     interpolation: Annotated[str, Meta(pattern=_MODES)] = "bicubic"  # or `bilinear`; always antialiased
     # `squash` (both sides to `size`), `crop` (shorter side to `size / crop_fraction`, then the centre) or `pad` (longer
     # side to `size`, then black borders).
     resize: Annotated[str, Meta(pattern="^(crop|squash|pad)$")] = "crop"
-    crop_fraction: Annotated[float, Meta(gt=0, le=1)] = (
-        1.0  # share of the resized shorter side that the centre crop keeps, in (0, 1]
-    )
+    crop_fraction: CropFraction = 1.0  # share of the resized shorter side that the centre crop keeps
     channels: Annotated[int, Meta(ge=1)] = (
         3  # of the images that the model reads: 3, or 1 for grey; `mean` and `std` are then three times one
     )

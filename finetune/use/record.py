@@ -138,6 +138,10 @@ def open_record(out: Path, beside: Sequence[Path], request: str, *, overwrite: b
         raise FileNotFoundError(f"{printable(str(out))}: the folder {printable(str(out.parent))} does not exist")
     lock = out.with_name(f".{out.name}.finetune.lock")
     refuse_unless("in place", lock)
+    if lock.exists() and lock.stat().st_size:
+        raise RefusedError(
+            f"{printable(str(lock))} is no lock of finetune, since it holds something; move it elsewhere"
+        )
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(lock, timeout_s=PATIENCE_S))

@@ -21,11 +21,12 @@ from PIL import Image
 from finetune.config import DataConf, SourceKind
 from finetune.data import open_source
 from finetune.data.images.decode import ImageError, decode, natural_key
+from finetune.data.sources import table_formats, tables
 from finetune.data.sources.shard_lists import expand_braces
 from finetune.data.sources.tables import find_table
 from finetune.models.heads.zeroshot import read_class_names
 from finetune.system.errors import UserError
-from finetune.system.limits import NAMES, read_text
+from finetune.system.limits import NAMES, read_text, text_limit
 
 TB = 2**40
 
@@ -323,3 +324,34 @@ def test_a_list_of_names_that_is_a_pipe_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "names.txt")
     with pytest.raises(OSError, match=r"the list: cannot be read: it is no regular file"):
         read_text(tmp_path / "names.txt", "the list", NAMES)
+
+
+# --- tables that grow as they are read -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl.gz"])
+def test_endless_empty_lines_are_refused(name: str, tmp_path: Path) -> None:
+    head = b"path,label\n" if ".csv" in name else b'{"path": "a.png", "label": 1}\n'
+    with gzip.open(tmp_path / name, "wb", 1) as file:
+        file.write(head + b"\n" * 2**21)
+    conf = DataConf(source=SourceKind.table, table=str(tmp_path / name), max_text_mib=1)
+    with pytest.raises(UserError, match=r"row [\d,]+: has more than 1\.00 MiB; data\.max_text_mib"):
+        find_table(conf)
+
+
+def test_one_long_text_behind_many_rows_is_read_in_small_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows, text = 20_000, "x" * 5000
+    ids = arrow.array(np.zeros(rows, np.int32))
+    columns = {name: arrow.DictionaryArray.from_arrays(ids, arrow.array([text])) for name in ("path", "label")}
+    parquet.write_table(arrow.table(columns), tmp_path / "t.parquet")
+    monkeypatch.setattr(table_formats, "BLOCK_LETTERS", 2**20)
+    blocks = list(table_formats.read_blocks(str(tmp_path / "t.parquet"), ["path", "label"], text_limit(1)))
+    assert max(len(block.numbers) for block in blocks) * 10_000 <= 2**20
+    assert [number for block in blocks for number in block.numbers] == list(range(1, rows + 1))
+    monkeypatch.setattr(tables, "MAX_PROBLEMS", 500)
+    conf = DataConf(source=SourceKind.table, table=str(tmp_path / "t.parquet"))
+    with pytest.raises(UserError, match=r"\d{3} rows cannot be used: row 1 .* the rest was not read"):
+        find_table(conf)

@@ -437,6 +437,10 @@ def test_a_hub_folder_of_open_clip_brings_its_preprocessing(tmp_path: Path) -> N
         '{"model_cfg": {"embed_dim": 1, "vision_cfg": 3, "text_cfg": {}}}',
         '{"preprocess_cfg": {}}',
         '{"model_cfg": ' + "9" * 5000 + "}",
+        *(
+            f'{{"model_cfg": {{"embed_dim": 1, "vision_cfg": {{}}, "text_cfg": {{}}}}, "preprocess_cfg": {images}}}'
+            for images in ("[1]", '{"mean": "x"}', '{"mean": [0, 0]}', '{"std": [0, 0, 0]}', '{"resize_mode": "x"}')
+        ),
     ],
 )
 def test_a_configuration_that_describes_no_model_is_one_line(text: str, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def _csv_rows(lines: BoundedLines, wanted: Sequence[str], separator: str, limit:
         wanted_of = itemgetter(*[_place(name, header) for name in wanted])  # two columns or more
         lines.taken = 0
         for cells in reader:
-            lines.taken = 0  # a row may go over several lines
+            if cells:  # a row may go over several lines; empty ones, which may be endless, count for the next row
+                lines.taken = 0
             if len(cells) == len(header):
                 yield (reader.line_num, *wanted_of(cells))
             elif cells:  # an empty line has none
@@ -105,9 +106,9 @@ def _separator(first: str, usual: str, wanted: Sequence[str]) -> str:
 def _json_rows(lines: BoundedLines, wanted: Sequence[str]) -> Iterator[Sequence[Any]]:
     """(number, wanted cells...) of each line that is not empty."""
     for number, line in enumerate(lines, start=1):
-        lines.taken = 0
         if not line.strip():
             continue
+        lines.taken = 0
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -137,13 +138,25 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
                 _place(name, file.schema_arrow.names)
             rows = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=list(dict.fromkeys(wanted))):
-                numbers = range(rows + 1, rows + 1 + batch.num_rows)
-                yield ColumnBlock(numbers, [batch.column(name).to_pylist() for name in wanted])
-                rows += batch.num_rows
+                # One long text may stand behind many rows, and each row gets a copy of its own here.
+                size = sum(_unpacked_bytes(column) for column in batch.columns)
+                step = max(1, batch.num_rows * BLOCK_LETTERS // max(size, BLOCK_LETTERS))
+                for start in range(0, batch.num_rows, step):
+                    part = batch.slice(start, step)
+                    numbers = range(rows + 1, rows + 1 + part.num_rows)
+                    yield ColumnBlock(numbers, [part.column(name).to_pylist() for name in wanted])
+                    rows += part.num_rows
     except UserError:
         raise
     except (ArrowException, ValueError, ArithmeticError) as error:  # also of cells: texts that are none, odd dates
         raise UserError(f"cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _unpacked_bytes(column: Any) -> int:
+    """The most bytes that the cells of an Arrow column take once each stands for itself, and not for a dictionary's."""
+    from pyarrow import DictionaryArray  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    return int(len(column) * column.dictionary.nbytes if isinstance(column, DictionaryArray) else column.nbytes)
 
 
 def _place(name: str, header: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from finetune.system.limits import NAME, text_limit
 from finetune.system.terminal import counted
 
 MAX_LISTED = 20  # rows that one message names
+MAX_PROBLEMS = 100_000  # rows that cannot be used, after which no more are read
 
 Numbers = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -92,6 +93,7 @@ def find_table(conf: DataConf) -> FoundImages:
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
         listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
+        listed += "; the rest was not read" if rows.num_problems > MAX_PROBLEMS else ""
         raise UserError(f"data.table={path}: {counted(rows.num_problems, 'row')} cannot be used: {listed}")
     if not len(names):
         raise UserError(f"data.table={path}: has no rows; expected a line an image below the names of the columns")
@@ -125,6 +127,8 @@ def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:
 def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) -> Iterator[str]:
     """The paths of the usable rows; adds their other cells to `rows`."""
     for block in blocks:
+        if rows.num_problems > MAX_PROBLEMS:
+            return
         for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
                 if isinstance(path, (bytes, dict)):

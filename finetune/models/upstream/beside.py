@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from msgspec import Meta
 from torch import nn
 
-from finetune.core.preprocess import Preprocess
+from finetune.core.preprocess import CropFraction, Deviation, Mean, Preprocess
 from finetune.models.upstream.network import RESIZE, interpolation_of
 from finetune.models.upstream.transformers_config import Network, NetworkConfig, fit_network
 from finetune.models.upstream.transformers_tables import table_of
@@ -33,18 +33,18 @@ class _Config(TypedDict, total=False):
 
 
 class _Processor(TypedDict, total=False):
-    image_mean: list[float]
-    image_std: list[Annotated[float, Meta(gt=0)]]
+    image_mean: list[Mean]
+    image_std: list[Deviation]
     resample: int | None
 
 
 class _TimmConfig(TypedDict, total=False):
     """The entries of timm's `pretrained_cfg` that are read; those that are missing or null are timm's defaults."""
 
-    mean: list[float] | None
-    std: list[Annotated[float, Meta(gt=0)]] | None
+    mean: list[Mean] | None
+    std: list[Deviation] | None
     interpolation: str | None
-    crop_pct: Annotated[float, Meta(gt=0, le=1)] | None
+    crop_pct: CropFraction | None
     crop_mode: Literal["center", "squash", "border"] | None
     input_size: Annotated[list[Annotated[int, Meta(ge=1)]], Meta(min_length=3, max_length=3)] | None
     label_names: Labels

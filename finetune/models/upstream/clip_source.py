@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
 from finetune.config import ModelConf, nearest
+from finetune.core.preprocess import Deviation, Mean
 from finetune.models.heads.zeroshot import Tokenizer
 from finetune.models.upstream import glyphs, weight_files
 from finetune.models.upstream.downloads import downloads, quiet_upstream
@@ -29,8 +30,23 @@ class _ModelConfig(TypedDict):
     text_cfg: dict[str, Any]
 
 
-class _HubConfig(TypedDict):
-    """The content of `HUB_CONFIG`; `preprocess_cfg` may be missing."""
+class _Images(TypedDict, total=False):
+    """How the weights expect their images; what is missing is open_clip's default."""
+
+    mean: Annotated[list[Mean], Meta(min_length=3, max_length=3)]
+    std: Annotated[list[Deviation], Meta(min_length=3, max_length=3)]
+    interpolation: str
+    resize_mode: Literal["shortest", "longest", "squash"]
+
+
+class _HubImages(TypedDict, total=False):
+    """The part of `HUB_CONFIG` that may be missing."""
+
+    preprocess_cfg: _Images
+
+
+class _HubConfig(_HubImages):
+    """The content of `HUB_CONFIG`."""
 
     model_cfg: _ModelConfig
 
