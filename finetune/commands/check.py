@@ -42,7 +42,9 @@ def main(words: Sequence[str]) -> int:
             source = open_source(conf.data)
             report, text = check_source(source, conf.data.cache_dir, folder)
             say(text)
-            preprocess = as_asked(build_model(conf.model, source.classes).preprocess, conf.data)
+            # Only how its images are made counts here, and the prompts of a thousand classes would take minutes.
+            built = build_model(conf.model, source.classes, reads_names=False)
+            preprocess = as_asked(built.preprocess, conf.data)
             readable = source.without(report.unreadable)
             sheet = folder / "contact_sheet.png"
             write_contact_sheet(sheet, readable, preprocess, data=conf.data, augment=conf.augment, seed=conf.seed)

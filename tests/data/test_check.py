@@ -340,6 +340,13 @@ def test_check_data_as_a_command(root: Path, tmp_path: Path, capsys: pytest.Capt
     assert "did you mean 'data.root'" in errors and "data.shots=-1" in errors
 
 
+def test_the_command_encodes_no_prompts(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.models.build.zeroshot_weight", lambda *_, **__: pytest.fail("encoded"))
+    words = [f"data.root={root}", f"hydra.run.dir={tmp_path / 'out'}", "model=clip", "model.head=zeroshot"]
+    assert main(["check", "data=folder", *words]) == 0
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["data.batch_size=auto"]])
 def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path, words: list[str]) -> None:
     conf = compose(["data=folder", f"data.root={root}", "data.workers=0", *words])
