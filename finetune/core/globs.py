@@ -16,8 +16,8 @@ def matched(globs: Collection[str], names: Sequence[str], key: str) -> set[str]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             modules = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
-            choices = [*names, *sorted(f"{module}.*" for module in modules)]
-            (close,) = difflib.get_close_matches(glob, choices, n=1, cutoff=0.0)
+            choices = {name.lower(): name for name in [*names, *sorted(f"{module}.*" for module in modules)]}
+            close = choices[difflib.get_close_matches(glob.lower(), choices, n=1, cutoff=0.0)[0]]
             examples = f"names look like {names[0]}, {names[-1]}"
             raise UserError(f"{key}: '{glob}' matches no parameter; did you mean '{close}'? {examples}")
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
