@@ -17,7 +17,7 @@ from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
 from finetune.app.last_batch import refuse_last_batch_of_one
-from finetune.app.rate_plan import batch_notice, log_layers, peak_optim, plan_rates, run_curve
+from finetune.app.rate_plan import batch_notice, images_per_step, log_layers, peak_optim, plan_rates, run_curve
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import train_to_the_end
@@ -125,7 +125,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     """Find what to continue from, prepare the data and the head, train, test and draw."""
     conf, result = run.conf, session.result
     _log_start(run, result)
-    curve = run_curve(conf, len(run.loader("train", train=True)))
+    curve = _curve(run)
     _optimizer(run, curve)  # refuses depth, globs and warmup that do not fit, before any image is read
     refuse_last_batch_of_one(run)
     is_compiled = conf.train.compile != CompileMode.none
@@ -205,6 +205,16 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
         raise UserError(f"data.batch_size=auto came to {counted(size, 'image')}: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(run, conf=conf)
+
+
+def _curve(run: Run) -> Curve:
+    """The curve over the steps of the run; logs how many images an epoch leaves out by `data.drop_last`."""
+    train = run.loader("train", train=True)
+    if train.left_out:
+        step = images_per_step(run.conf)
+        text = "data.drop_last: an epoch leaves out %s of %d, other ones each time, since a step takes %d"
+        logger.info(text, counted(train.left_out, "image"), train.num_images + train.left_out, step)
+    return run_curve(run.conf, len(train))
 
 
 def _optimizer(run: Run, curve: Curve) -> tuple[Optimizer, LambdaLR]:

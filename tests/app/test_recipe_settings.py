@@ -124,6 +124,9 @@ def test_the_last_images_of_an_epoch_are_dropped_where_they_fill_no_step(stripes
         go(small(stripes, data__batch_size=5, sched__interval="step", **cut, **changes), tmp_path / name)
         state = torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)
         steps[name] = state["counters"]["step"]
+        said = "leaves out 6 images of 36, other ones each time, since a step takes 10"
+        log = (tmp_path / name / "run.log").read_text()
+        assert (said in log) == ("leaves out" in log) == (name == "dropped")
     assert steps == {"kept": 2 * 4, "dropped": 2 * 3, "one": 2 * 1}
 
 

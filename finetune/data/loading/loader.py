@@ -48,6 +48,7 @@ class Loader:
         self._repeats = 1 if augment is None else augment.repeats
         self._drawn = 0 if augment is None else conf.epoch_images
         self.num_images = (self._drawn or len(split)) * self._repeats  # that an epoch shows, repeats counted
+        self.left_out = 0  # images of an epoch that `drop_last` took away
         self.waited_s = 0.0  # how long the iterating code has waited for batches so far
         self._conf, self._augment, self._seed, self._device, self._on_skip = conf, augment, seed, device, on_skip
         self._skips = conf.on_error == OnError.skip
@@ -72,7 +73,8 @@ class Loader:
 
     def drop_last(self, step: int) -> None:
         """From now on leave out an epoch's last images that fill no step of `step`; see `in_whole_steps`."""
-        self.num_images = in_whole_steps(self.num_images, step)
+        whole = in_whole_steps(self.num_images, step)
+        self.left_out, self.num_images = self.num_images - whole, whole
 
     def __len__(self) -> int:
         """Micro-batches in an epoch; the last may be short."""
