@@ -98,10 +98,6 @@ def test_parquet_says_the_same(tmp_path: Path, rows: Rows) -> None:
     assert table(tmp_path / "n.parquet").classes == tuple(map(str, range(11)))
     parquet.write_table(pa.table({"path": paths, "label": [[label, "x"] for label in labels]}), tmp_path / "m.parquet")
     assert table(tmp_path / "m.parquet").is_multilabel
-    for cell in (b"x", {"bytes": b"x", "path": None}):
-        parquet.write_table(pa.table({"image": [cell], "label": ["a"]}), tmp_path / "i.parquet")
-        with pytest.raises(ValueError, match=r"image holds images, not their paths; data=hf .*column=image"):
-            table(tmp_path / "i.parquet", path_column="image")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"bad\.parquet: cannot be read"):
         table(tmp_path / "bad.parquet")

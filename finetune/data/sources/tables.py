@@ -17,10 +17,11 @@ from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError
 from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.parquet_images import ParquetStore, image_rows
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
 from finetune.data.sources.table_paths import found_paths
-from finetune.data.split import SPLITS, FoundImages, Groups
+from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
 from finetune.data.split_words import split_of
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
@@ -89,7 +90,12 @@ def find_table(conf: DataConf) -> FoundImages:
     rows = _Rows(LabelReader(conf.label_column, conf.label_separator))
     groups = group_column(conf)
     wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
-    names = PackedStrings(_usable_paths(read_blocks(path, wanted, text_limit(conf.max_text_mib)), conf, rows))
+    ends = image_rows(path, conf.path_column)
+    blocks = read_blocks(path, wanted if ends is None else wanted[1:], text_limit(conf.max_text_mib))
+    if ends is not None:
+        _refuse_places(conf)
+        blocks = _with_names(blocks, conf.path_column)
+    names = PackedStrings(_usable_paths(blocks, conf, rows))
     if rows.problems:
         more = rows.num_problems - len(rows.problems)
         listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
@@ -100,9 +106,15 @@ def find_table(conf: DataConf) -> FoundImages:
     classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
     labels = rows.labels.tensor(classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
-    names, warnings = found_paths(names, root, path, conf)
+    store: ImageStore
+    numbers, warnings = np.array(rows.numbers), tuple[str, ...]()
+    if ends is None:
+        names, warnings = found_paths(names, root, path, conf)
+        store = TableStore(root, names, numbers, os.path.basename(path))
+    else:
+        root, store = path, ParquetStore(path, conf.path_column, ends, numbers)
     return FoundImages(
-        store=TableStore(root, names, np.array(rows.numbers), os.path.basename(path)),
+        store=store,
         names=_names_without_place(names, root),
         classes=classes,
         labels=labels,
@@ -110,9 +122,23 @@ def find_table(conf: DataConf) -> FoundImages:
         place=f"data.table={path}",
         title=f"table {path}",
         location=os.path.abspath(root),
-        warnings=(*warnings, *_check_repeats(path, names, labels, np.array(rows.numbers))),
+        warnings=(*warnings, *_check_repeats(path, names, labels, numbers)),
         groups=None if groups is None else Groups.of(rows.groups),
     )
+
+
+def _refuse_places(conf: DataConf) -> None:
+    """Raises UserError where a setting about paths would be ignored, since the table holds the images themselves."""
+    for key, value in {"root": conf.root, "path_suffix": conf.path_suffix}.items():
+        if value is not None:
+            why = f"the column {conf.path_column} of {conf.table} holds images, not their paths"
+            raise UserError(f"data.{key}={value} would be ignored: {why}; leave it out")
+
+
+def _with_names(blocks: Iterable[ColumnBlock], column: str) -> Iterator[ColumnBlock]:
+    """The blocks with a first column of names, by which images without a path are split: `image[17]`, of row 17."""
+    for numbers, columns in blocks:
+        yield ColumnBlock(numbers, [[f"{column}[{number}]" for number in numbers], *columns])
 
 
 def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:

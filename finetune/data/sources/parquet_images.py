@@ -1,0 +1,108 @@
+"""Images whose bytes lie in a column of a Parquet file, as `data=table` reads them: one row group at a time."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from finetune.data.images.decode import ImageError, check_encoded, error_words
+from finetune.data.sources.stores import file_stamp
+from finetune.data.split import ImageStore
+from finetune.system.errors import UserError
+from finetune.system.limits import MIB, Limit
+
+# To read an image is to unpack its row group, so larger groups would be slow beyond use.
+ROW_GROUP = Limit(
+    256 * MIB, "write the table anew with row groups of about 100 images (row_group_size=100), or use data=hf"
+)
+
+
+def image_rows(path: str, column: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """The number of rows up to the end of each row group, int64 (groups,); None if the column holds no images.
+
+    Images are binary cells, or structures `{bytes, path}`. Raises UserError for a row group that is too large.
+    """
+    if os.path.splitext(path.lower())[1] not in (".parquet", ".pq") or not os.path.isfile(path):
+        return None
+    try:
+        import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ModuleNotFoundError:
+        return None  # the reader of the other columns says so
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if names.count(column) != 1:
+                return None
+            kind = str(file.schema_arrow.field(column).type).replace("large_", "")
+            if kind != "binary" and not (kind.startswith("struct<") and "bytes: binary" in kind):
+                return None
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            for number, group in enumerate(groups):
+                leaves = (group.column(leaf) for leaf in range(group.num_columns))
+                size = sum(leaf.total_uncompressed_size for leaf in leaves if _is_of(leaf.path_in_schema, column))
+                ROW_GROUP.check(f"data.table={path}: row group {number} of {column}", size)
+            return np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+    except UserError:
+        raise
+    except (ArrowException, OSError, ValueError, ArithmeticError):
+        return None  # the reader of the other columns says what is wrong
+
+
+def _is_of(leaf: str, column: str) -> bool:
+    """Whether a leaf such as `image.bytes` belongs to a column."""
+    return leaf == column or leaf.startswith(f"{column}.")
+
+
+class ParquetStore(ImageStore):
+    """Images in a column of a Parquet file. Each process keeps the row group that it read last."""
+
+    def __init__(self, path: str, column: str, ends: np.ndarray[Any, np.dtype[np.int64]], numbers: Any) -> None:
+        """Take the file, its column, the `image_rows`, and the number of each image's row in the file, from 1."""
+        self._path, self._column, self._ends, self._numbers = path, column, ends, numbers
+        self._last: tuple[int, str, Any] = (-1, "", None)  # a row group, the file's stamp then, and its cells
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without cells, so that a worker process gets a few bytes an image."""
+        return {**vars(self), "_last": (-1, "", None)}
+
+    def read(self, row: int) -> bytes:
+        """The bytes of the image file; raises ImageError."""
+        place = int(self._numbers[row]) - 1
+        group = int(np.searchsorted(self._ends, place, side="right"))
+        stamp = file_stamp(self._path)
+        last = self._last  # other threads may replace it meanwhile
+        if last[:2] != (group, stamp):
+            last = self._last = (group, stamp, self._cells(group, row))
+        index = place - (int(self._ends[group - 1]) if group else 0)
+        cell = last[2][index] if index < len(last[2]) else None
+        value = None if cell is None else cell.as_py()
+        data = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise ImageError(self.name_of(row), "the cell has no bytes of an image")
+        check_encoded(self.name_of(row), len(data), self.max_pixels)
+        return bytes(data)
+
+    def _cells(self, group: int, row: int) -> Any:
+        """The column in one row group; raises ImageError for the image at `row`."""
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
+        try:
+            with parquet.ParquetFile(self._path) as file:  # anew, since worker processes share no open file
+                # Without threads, which a forked process does not have.
+                return file.read_row_group(group, columns=[self._column], use_threads=False).column(self._column)
+        except (ArrowException, OSError, ValueError, IndexError) as error:
+            raise ImageError(self.name_of(row), error_words(error)) from error
+
+    def stamp(self, row: int) -> str:
+        """Path, size and time of the Parquet file, and the image's row in it; raises ImageError without the file."""
+        return f"{self._numbers[row]}:{self._column}:{file_stamp(self._path)}"
+
+    def key_of(self, row: int) -> str:
+        """The column and the row."""
+        return f"{self._column}[{self._numbers[row]}]"
+
+    def name_of(self, row: int) -> str:
+        """The Parquet file, the column and the row, from 1."""
+        return f"{self._path}: {self.key_of(row)}"
