@@ -11,7 +11,7 @@ from finetune.core.rates import rate_table, with_peak_rate
 from finetune.core.sched import Curve
 from finetune.report.columns import state_in_words
 from finetune.runs.earlier import EarlierRun
-from finetune.runs.resume import Promise, Saved, compare_curves, earlier_curve
+from finetune.runs.resume import Promise, Saved, compare_curves, epochs_before
 from finetune.system.limits import Limit
 from finetune.system.tables import table
 from finetune.system.terminal import counted
@@ -67,11 +67,12 @@ def plan_rates(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None,
     """
     layers = layer_rows(run.model, rate_table(run.model, peak_optim(run.conf)))
     plan = planned_rates(layers, curve)
-    if earlier.epochs_before is None:
-        before = None if earlier.result is None else earlier_curve(run.folder / "rates.json")
-        return plan if before is None else {**plan, "before": before}
-    old = dataclasses.replace(curve, epochs=earlier.epochs_before)
-    if found is not None:
+    before_that = None if found is None else epochs_before(found)  # the older `rates.json` may be anybody's
+    epochs = earlier.epochs_before or before_that
+    if epochs is None:
+        return plan
+    old = dataclasses.replace(curve, epochs=epochs)
+    if found is not None and earlier.epochs_before is not None:
         compare_curves(old, curve, promise, int(found[0]["scheduler"]["last_epoch"]))
     before = planned_rates(layers, old)
     return {**plan, "before": {"epochs": old.epochs, "x": before["x"], "layers": before["layers"]}}

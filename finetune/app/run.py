@@ -136,7 +136,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
         compare_state(found, run.model, notes, promise, earlier.changes, force=conf.resume_force or earlier.is_forced)
     refuse_foreign_epochs(run.checkpoints, conf.train.epochs)
     plan = plan_rates(run, curve, earlier, found, promise)
-    run.notes = notes_of(notes, recorded(session.conf), promise)
+    run.notes = notes_of(notes, recorded(session.conf), promise, plan.get("before", {}).get("epochs"))
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
     past = carried_over(run, earlier, is_found=found is not None)
     if not session.is_accepted and not (conf.resume_force or earlier.is_forced):

@@ -6,6 +6,7 @@ tensors are made again for this: a batch depends on (seed, epoch, position) alon
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from finetune.core.loop import Batch
 from finetune.runs.checkpoint import check_state, load_tensors
 from finetune.runs.weights import copied_to_host, write_whole
 from finetune.system.files import write_json
+from finetune.system.ours import COPIED, read_marker
+from finetune.system.reading import DamagedError
 from finetune.system.seals import damaged_if_unreadable, seal
 from finetune.system.terminal import printable
 
@@ -35,7 +38,8 @@ def store(
     if not path.exists() and len(_stored(folder)) >= MAX_STORED:
         return None
     parts = enumerate(("images", "targets", "ids"))
-    content = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
+    content: dict[str, Any] = {part: [copied_to_host(batch[index]) for batch in window] for index, part in parts}
+    content |= {"run": _id_of(run_dir), "step": record.step}  # else another run's file would pass for this one's
 
     def write(temporary: Path) -> None:
         torch.save(content, temporary)
@@ -65,7 +69,17 @@ def load(run_dir: Path, step: int | None) -> tuple[int, list[tuple[Tensor, Tenso
     check_state(path)
     content = load_tensors(path)
     with damaged_if_unreadable(path):
+        origin = content.get("run"), content.get("step")
+        if origin != (_id_of(run_dir), step):
+            why = "it is not the batch that this run stored for this step, but of another run, step or version"
+            raise DamagedError.because(path, why, f"put the run's own file back; {COPIED}")
         return step, list(zip(content["images"], content["targets"], strict=True))
+
+
+def _id_of(run_dir: Path) -> str:
+    """The id of a run, which a copy of its folder keeps."""
+    marker = read_marker(run_dir)
+    return "" if marker is None else marker.id
 
 
 def _stored(folder: Path) -> list[int]:

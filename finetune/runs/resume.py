@@ -16,7 +16,7 @@ from finetune.runs.checkpoint import Content, restore
 from finetune.runs.earlier import ROUNDING, Change, EarlierRun, as_text
 from finetune.runs.epoch_files import settle
 from finetune.runs.history import History
-from finetune.runs.records import Number, PromiseKind, read_rates
+from finetune.runs.records import Number, PromiseKind
 from finetune.runs.weights import restore_frozen
 from finetune.system.errors import UserError
 from finetune.system.reading import DamagedError, UnfitError, parse_json
@@ -24,7 +24,9 @@ from finetune.system.reading import DamagedError, UnfitError, parse_json
 logger = logging.getLogger("finetune")
 
 Saved = tuple[Content, Path]  # a state, and the file that holds it
-SETTINGS, PROMISE, BEFORE = "settings", "promise", "scores before training"  # names of notes
+# Names of notes.
+SETTINGS, PROMISE, BEFORE, EPOCHS_BEFORE = "settings", "promise", "scores before training", "epochs before"
+MAX_EPOCHS = 10_000_000  # that a checkpoint may claim
 # Notes without which a run would be another one -> what is wrong where they differ.
 DIFFERENT = {
     "images": "the training images are not those that the run began with (or of val, or test)",
@@ -84,9 +86,12 @@ def first_promise(earlier: EarlierRun, device: torch.device, *, deterministic: b
     return promise
 
 
-def notes_of(first: Mapping[str, str], settings: Mapping[str, Any], promise: Promise) -> dict[str, str]:
+def notes_of(
+    first: Mapping[str, str], settings: Mapping[str, Any], promise: Promise, epochs_before: int | None
+) -> dict[str, str]:
     """The notes that every checkpoint of a start carries: machine, versions and images; its settings and promise."""
-    return {**first, SETTINGS: as_text(settings), PROMISE: json.dumps(dataclasses.asdict(promise))}
+    notes = {**first, SETTINGS: as_text(settings), PROMISE: json.dumps(dataclasses.asdict(promise))}
+    return notes if epochs_before is None else {**notes, EPOCHS_BEFORE: str(epochs_before)}
 
 
 def scores_before(found: Saved) -> dict[str, float | None]:
@@ -173,9 +178,19 @@ def compare_curves(before: Curve, now: Curve, promise: Promise, position: int) -
     logger.info("the rate's factor from here on, lr.png shows both curves: %s", ", ".join(factors))
 
 
-def earlier_curve(path: Path) -> dict[str, Any] | None:
-    """The curve from before an earlier change of `train.epochs`, which `rates.json` at `path` carries along."""
-    try:
-        return read_rates(path).get("before")
-    except (FileNotFoundError, DamagedError):  # the file is written anew soon, and only a picture shows this curve
+def epochs_before(found: Saved) -> int | None:
+    """The `train.epochs` from before the latest change of it, which a checkpoint carries; None: it was never changed.
+
+    Raises:
+        DamagedError: It is no number of epochs.
+    """
+    content, path = found
+    if EPOCHS_BEFORE not in content["notes"]:
         return None
+    try:
+        epochs = parse_json(content["notes"][EPOCHS_BEFORE].encode(), int)
+        if not 1 <= epochs <= MAX_EPOCHS:
+            raise UnfitError(f"expected a number from 1 to {MAX_EPOCHS:,}")
+        return epochs
+    except UnfitError as error:
+        raise DamagedError.because(path, f"its {EPOCHS_BEFORE}: {error}") from None

@@ -47,6 +47,26 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "train_step", struck)
 
 
+@pytest.mark.parametrize("edit", ["curve", "gone"])
+def test_the_curve_before_a_change_of_epochs_comes_from_the_checkpoint_and_not_from_an_edited_file(
+    edit: str, straight: Path, stripes: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight, tmp_path / "run"))
+    conf = small(stripes, train__epochs=3, train__save_every_steps=1, resume=str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(KilledError):
+            run(conf, folder, [], quiet=True)
+    written = json.loads((folder / "rates.json").read_text())
+    assert written["before"]["epochs"] == 2
+    edited = {name: value for name, value in written.items() if name != "before"}
+    if edit == "curve":
+        edited["before"] = {**written["before"], "epochs": 1}
+    (folder / "rates.json").write_text(json.dumps(edited))
+    run(conf, folder, [], quiet=True)
+    assert json.loads((folder / "rates.json").read_text()) == written
+
+
 @pytest.mark.parametrize("error", [UserError("no such images"), KeyboardInterrupt()])
 def test_a_finished_run_whose_longer_start_fails_stays_finished(
     error: BaseException, straight: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

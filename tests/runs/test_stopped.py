@@ -542,6 +542,16 @@ def test_bad_steps_are_skipped_stored_and_replayed(
     assert read_state(tmp_path / "checkpoints" / "last.pt")["guard"] == {"total": 2}
     assert main(["replay", str(tmp_path), "--step", "8"]) == 0
     assert "the images themselves" in capsys.readouterr().out
+    folder = tmp_path / "bad_batch"
+    shutil.copy(folder / "step_8.pt", folder / "step_9.pt")
+    assert main(["replay", str(tmp_path), "--step", "9"]) == 1, "a file of another step"
+    assert "step_9.pt is damaged: it is not the batch" in capsys.readouterr().err
+    (folder / "step_9.pt").unlink()
+    marker = (tmp_path / ".finetune.json").read_text()
+    (tmp_path / ".finetune.json").write_text(marker.replace(json.loads(marker)["id"], "0" * 16))
+    assert main(["replay", str(tmp_path), "--step", "8"]) == 1, "a file of another run"
+    assert "step_8.pt is damaged: it is not the batch" in capsys.readouterr().err
+    (tmp_path / ".finetune.json").write_text(marker)
     assert main(["replay", str(tmp_path), "--step", "3"]) == 1
     assert "stored steps: 2, 8" in capsys.readouterr().err
 
