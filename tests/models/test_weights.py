@@ -436,6 +436,8 @@ def test_a_hub_folder_of_open_clip_brings_its_preprocessing(tmp_path: Path) -> N
         '{"model_cfg": {"embed_dim": "x", "vision_cfg": {}, "text_cfg": {}}}',
         '{"model_cfg": {"embed_dim": 1, "vision_cfg": 3, "text_cfg": {}}}',
         '{"preprocess_cfg": {}}',
+        '{"model_cfg": {"embed_dim": 1, "vision_cfg": {"layers": 1000000000}, "text_cfg": {}}}',
+        '{"model_cfg": {"embed_dim": 1, "vision_cfg": {"layers": -1}, "text_cfg": {}}}',
         '{"model_cfg": ' + "9" * 5000 + "}",
         *(
             f'{{"model_cfg": {{"embed_dim": 1, "vision_cfg": {{}}, "text_cfg": {{}}}}, "preprocess_cfg": {images}}}'
@@ -631,6 +633,28 @@ def test_a_jax_archive_of_a_deeper_vit_or_without_a_part_is_refused(is_stacked: 
         registers = dataclasses.replace(conf, name="vit_small_patch14_reg4_dinov2", image_size=28)
         with pytest.raises(UserError, match=r"vit\.npz .* parameters missing: .*"):
             build_model(registers, CLASSES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"architecture": 5}',
+        '{"architecture": "../../etc/passwd"}',
+        '{"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1000000000}}',
+        '{"architecture": "vit_tiny_patch16_224", "model_args": {"norm_layer": "os.system"}, "pretrained_cfg": {}}',
+        '{"architecture": "vit_tiny_patch16_224", "model_args": "x"}',
+        '{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"no_such": 1}}',
+        '{"architecture": "vit_tiny_patch16_224", "num_classes": 1000000000000}',
+    ],
+)
+def test_a_folder_that_describes_no_model_of_timm_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
+        build_model(ModelConf(family=Family.vit, name=f"local-dir:{tmp_path}"), CLASSES, load=False, device="meta")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_torchvision_files_and_names(tmp_path: Path) -> None:

@@ -55,6 +55,22 @@ class _TimmFile(TypedDict):
     pretrained_cfg: _TimmConfig
 
 
+class _TimmArgs(TypedDict, total=False):
+    depth: Annotated[int, Meta(ge=1, le=1000)]
+    img_size: Annotated[int, Meta(ge=1, le=16_384)] | list[Annotated[int, Meta(ge=1, le=16_384)]]
+
+
+class _TimmNamed(TypedDict):
+    architecture: str
+
+
+class _TimmFolder(_TimmNamed, total=False):
+    """What timm builds a network by from a folder."""
+
+    model_args: _TimmArgs
+    num_classes: Annotated[int, Meta(ge=0, le=10**6)]
+
+
 @dataclass(frozen=True)
 class Beside:
     """What is known of weights beyond their tensors."""
@@ -106,6 +122,15 @@ def read_beside(path: Path, program: str, net: nn.Module, own: Beside) -> Beside
         told = ["class names"] * (not own.classes and named is not None) + ["preprocessing"] * bool(images)
         note = f"; {' and '.join(told)} as the files beside them say" if told else ""
     return Beside(network, own.classes or named, note, images, tuple((timm.get("input_size") or [])[1:]), place)
+
+
+def check_timm_folder(folder: Path) -> None:
+    """Raise a UserError where the config.json of a folder with a model of timm names none, or one without end."""
+    from timm import is_model
+
+    config = _read(folder / "config.json", _TimmFolder)
+    if config is not None and not is_model(config["architecture"].partition(".")[0]):
+        raise UserError(f"{folder / 'config.json'} cannot be used: timm knows no such architecture; mend it")
 
 
 def names_of(labels: Labels) -> list[str] | None:

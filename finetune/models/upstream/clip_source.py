@@ -22,12 +22,22 @@ HUB_CONFIG = "open_clip_config.json"
 MAX_CONFIG = 2**20  # bytes; real ones have two thousand
 
 
+Blocks = Annotated[int, Meta(ge=1, le=1000)]  # the deepest published tower has 64
+
+
+class _Tower(TypedDict, total=False):
+    """The entries of a tower that make its construction long; others make it large, and it has no memory at first."""
+
+    layers: Blocks | list[Blocks]  # blocks, or those of each stage of a ResNet
+    image_size: Annotated[int, Meta(ge=1, le=16_384)] | list[Annotated[int, Meta(ge=1, le=16_384)]]
+
+
 class _ModelConfig(TypedDict):
     """The entries that every model of open_clip needs; it may have more."""
 
     embed_dim: Annotated[int, Meta(ge=1)]
-    vision_cfg: dict[str, Any]
-    text_cfg: dict[str, Any]
+    vision_cfg: _Tower
+    text_cfg: _Tower
 
 
 class _Images(TypedDict, total=False):

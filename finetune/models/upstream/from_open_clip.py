@@ -83,7 +83,7 @@ def _constructed(source: ClipSource, cfg: dict[str, Any], image_size: int, *, wh
     """`_construct`; a UserError where a configuration from elsewhere describes no model."""
     try:
         return _construct(cfg, image_size, whole=whole)
-    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         if not source.name.startswith((*network.HUB, network.FOLDER)):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__

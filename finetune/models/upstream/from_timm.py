@@ -14,7 +14,7 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.beside import Beside, names_of, read_beside
+from finetune.models.upstream.beside import Beside, check_timm_folder, names_of, read_beside
 from finetune.models.upstream.candidates import Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
@@ -100,7 +100,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
     fetches = path is None and (wants_weights or name.startswith("hf-hub:"))
     found = Found({})
     with (
-        weight_files.fitting(source, conf.name) if wants_weights else contextlib.nullcontext(),
+        weight_files.fitting(source if wants_weights else name, conf.name),
         _taken(conf.name, args),
         downloads(f"weights of {source}") if fetches else quiet_upstream(),
     ):
@@ -163,6 +163,8 @@ def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
     """Timm's name of the model, with the tag of its weights where it has one, and the file where a file is named."""
     import timm
 
+    if conf.name.startswith(FOLDER):
+        check_timm_folder(Path(conf.name.removeprefix(FOLDER)).expanduser())
     if conf.name.startswith((*HUB, FOLDER)):
         if conf.pretrained not in ("bundled", "none"):
             problem = f"model.pretrained={conf.pretrained} would be ignored"
