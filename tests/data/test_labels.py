@@ -15,9 +15,11 @@ from PIL import Image
 from finetune.config import DataConf, SourceKind
 from finetune.data import Source, open_source
 from finetune.data.labels import LabelError, LabelReader, look_alikes
+from finetune.data.sources.shards import _classes
 from finetune.data.split import Groups
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
+from finetune.system.limits import text_limit
 from finetune.system.ours import OWN, FolderKind, claim
 from tests.data.test_sources import write_shard
 
@@ -452,3 +454,12 @@ def test_a_fold_without_images_is_refused(tmp_path: Path) -> None:
         folder(tmp_path, folds=10, fold=9)
     with pytest.raises(UserError, match="all images are in this fold, of 10 in 1 group,"):
         folder(tmp_path, folds=2, group=r"\.(png)")
+
+
+def test_a_list_of_class_names_is_cut_at_line_breaks_alone(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("a\u2028b\r\n\nc\x85d\x0ce\n".encode())
+    labels = LabelReader("label")
+    for number in "10":
+        labels.add(labels.ids(number))
+    names, found = _classes([tmp_path / "classes.txt"], labels, text_limit(1), "x", False)
+    assert names == ("a\u2028b", "c\x85d\x0ce") and found.tolist() == [1, 0]

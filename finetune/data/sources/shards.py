@@ -219,7 +219,8 @@ def _classes(
         path = files[0]
         subject = f"data.root: {path}"
         text = text_of(read_sealed(path), subject) if is_fetched else read_text(path, subject, limit)
-        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        # Not `splitlines`: it would also cut a name at U+2028 and other letters that no editor shows as a new line.
+        names = tuple(line.strip() for line in text.split("\n") if line.strip())
         numbers = {label: int(label) for label in labels.known}
         highest = max(numbers.values())
         if highest >= len(names) or len(set(names)) < len(names):
