@@ -90,3 +90,10 @@ def log_layers(run: Run, num_groups: int) -> None:
     spared = "nothing" if optim.decay_all else "biases, norms" + ", tokens and positions" * (not optim.decay_embeddings)
     text = f"{learning:,} of {everything:,} parameters learn, in {counted(num_groups, 'group')}"
     logger.info("%s; weight decay spares %s", text, spared)
+
+
+def log_steps(conf: Conf, curve: Curve) -> None:
+    """Log how many optimizer steps the whole run makes: it, rather than the epochs, says how far a rate can go."""
+    steps, images = counted(curve.steps_per_epoch, "optimizer step"), counted(images_per_step(conf), "image")
+    total = curve.epochs * curve.steps_per_epoch
+    logger.info("%s of %s each in an epoch, %s in all", steps, images, f"{total:,}")

@@ -13,11 +13,20 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from finetune.app.advice import log_next
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
 from finetune.app.last_batch import refuse_last_batch_of_one
-from finetune.app.rate_plan import batch_notice, images_per_step, log_layers, peak_optim, plan_rates, run_curve
+from finetune.app.rate_plan import (
+    batch_notice,
+    images_per_step,
+    log_layers,
+    log_steps,
+    peak_optim,
+    plan_rates,
+    run_curve,
+)
 from finetune.app.scoring import prepare_head, score_test
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import train_to_the_end
@@ -95,6 +104,7 @@ def _run(session: Session, *, quiet: bool) -> Result:
             _fine_tune(session, stop)
         session.result["status"] = "finished"
         log_summary(session.run_dir, session.result)
+        log_next(session.conf, session.result, History(session.run_dir / "history.jsonl").readable_rows())
     except BaseException as error:
         session.result["status"], session.result["error"] = outcome(error)
         logger.debug("the run ended early", exc_info=error)
@@ -153,6 +163,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
         session.accept(past, plan)
     del found  # it is as large as the model and the optimizer's moments
     log_layers(run, len(state.optimizer.param_groups))
+    log_steps(run.conf, curve)
     write_json(run.folder / "rates.json", plan)
     logger.info("resume promise: %s", promise)
     session.write_result()

@@ -22,7 +22,7 @@ from finetune.runs.resume import SETTINGS, Saved
 from finetune.system.files import write_json, write_text
 from finetune.system.ours import RefusedError
 from finetune.system.signals import Interrupted
-from finetune.system.terminal import command, counted, printable, without_secrets
+from finetune.system.terminal import counted, printable, without_secrets
 
 logger = logging.getLogger("finetune")
 
@@ -172,7 +172,7 @@ def outcome(error: BaseException) -> tuple[str, str]:
 
 
 def log_summary(run_dir: Path, result: Result) -> None:
-    """Log the last lines of a run: its scores, its files, and a command to try next."""
+    """Log what a run has reached: its scores and its files."""
     splits = [split for split in ("val", "test") if result["data"][split]]
     names = headlines(result["monitor"])
     zeroshot = {"val": "zeroshot/", "test": "test/zeroshot/"}
@@ -192,8 +192,6 @@ def log_summary(run_dir: Path, result: Result) -> None:
     for files, text in FILES.items():
         if there := [name for name in files if (run_dir / name).exists()]:
             logger.info("  %-32s %s", " ".join(there), text)
-    words = command([w for w in result["overrides"] if not w.startswith("optim.layer_decay=")])
-    logger.info("next, a sweep around it: python -m finetune -m %s optim.layer_decay=0.65,0.75,0.85", words)
 
 
 def _scores(result: Result, split: str, prefix: str, names: Sequence[str]) -> str:

@@ -224,8 +224,9 @@ def bar_numbers(state: TrainState, bar: Bar, feed: Feed, gpu: Utilisation | None
 
 
 def _best_scores(state: TrainState, rows: list[dict[str, Any]]) -> Result:
-    """The number of epochs, and the scores of the best epoch as `val/...`, be they of its weights or their averages."""
-    found: Result = {"epochs": state.epoch, "best_epoch": state.best_epoch, "seconds": round(state.seconds, 3)}
+    """How long a run trained, and the scores of its best epoch as `val/...`, of its weights or of their averages."""
+    found: Result = {"epochs": state.epoch, "steps": state.step, "best_epoch": state.best_epoch}
+    found["seconds"] = round(state.seconds, 3)
     row = rows[state.best_epoch - 1] if 0 < state.best_epoch <= len(rows) else {}
     prefix = "val_ema/" if state.best_is_ema else "val/"
     found |= {f"val/{name.removeprefix(prefix)}": value for name, value in row.items() if name.startswith(prefix)}
