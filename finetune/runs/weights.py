@@ -164,18 +164,22 @@ _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torc
 _TYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 
 
-def misfit_of(path: Path, model: LayeredModel) -> str:
-    """What of the tensors in a weights file does not fit the network, in a few words; empty where all do.
+def misfit_of(paths: Sequence[Path], model: LayeredModel) -> str:
+    """What of the tensors in weights files does not fit the network, in a few words; empty where all do.
 
-    Reads names, shapes and types only, so that a file of a few bytes is found out before a large network takes memory.
+    The first file holds tensors of the network and no others; those behind it may hold more. Reads names, shapes and
+    types only, so that a file of a few bytes is found out before a large network takes memory.
     """
     from safetensors import safe_open
 
     wanted = {name: (list(tensor.shape), _TYPES[tensor.dtype]) for name, tensor in model.net.state_dict().items()}
-    with damaged_if_unreadable(path), safe_open(path, "pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        found = {name: (list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    differ = [name for name in wanted if found.get(name) != wanted[name]] or sorted(found.keys() - wanted.keys())
+    found: dict[str, tuple[list[int], str]] = {}
+    for path in reversed(paths):
+        with damaged_if_unreadable(path), safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            own = {name: (list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        found |= own
+    differ = [name for name in wanted if found.get(name) != wanted[name]] or sorted(own.keys() - wanted.keys())
     if not differ:
         return ""
     (shape, kind), name = found.get(differ[0], ([], "none")), differ[0]
@@ -183,19 +187,21 @@ def misfit_of(path: Path, model: LayeredModel) -> str:
     return f"{name} has shape {shape} and type {kind}, expected {expected[0]} and {expected[1]}"
 
 
-def fill(model: LayeredModel, path: Path) -> None:
-    """Copy every tensor of a weights file, which `misfit_of` found to fit, into the network, one after the other.
+def fill(model: LayeredModel, paths: Sequence[Path]) -> None:
+    """Copy the tensors of weights files, which `misfit_of` found to fit, into the network, one after the other.
 
-    The caller has compared the file with its checksum.
+    The caller has compared the files with their checksums. Of two files with one name the first counts.
 
     Raises:
-        DamagedError: The file cannot be read.
+        DamagedError: A file cannot be read.
     """
     from safetensors import safe_open
 
-    with damaged_if_unreadable(path), safe_open(path, "pt") as file, torch.no_grad():
-        for name, tensor in model.net.state_dict().items():
-            tensor.copy_(file.get_tensor(name))
+    missing = model.net.state_dict()
+    for path in paths:
+        with damaged_if_unreadable(path), safe_open(path, "pt") as file, torch.no_grad():
+            for name in missing.keys() & set(file.keys()):
+                missing.pop(name).copy_(file.get_tensor(name))
 
 
 def threshold_of(metadata: Mapping[str, str], path: Path) -> float | None:

@@ -49,6 +49,7 @@ class FolderKind(str, Enum):
     cache = "cache"
     table = "table"
     sorted = "sorted"
+    export = "export"
 
     def __str__(self) -> str:
         """The word itself."""
@@ -100,6 +101,8 @@ OWN: dict[FolderKind, OwnNames] = {
     FolderKind.table: OwnNames(pattern=r"part-\d{5,}\.parquet"),
     # Each class has a subfolder, whose files are named after a person's images: so no name in it is ours.
     FolderKind.sorted: OwnNames(),
+    # It has the marker while it is being written under a name of our own; another library's files lie there.
+    FolderKind.export: OwnNames(),
     # Every entry in these has a header, see data/caches/entries.py.
     FolderKind.cache: OwnNames(folders=dict.fromkeys(("pixels", "activations", "shards", "checks"), OwnNames())),
 }

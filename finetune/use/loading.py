@@ -1,4 +1,4 @@
-"""Loads what a run learned as a `Predictor`: from a run directory, from a weights file alone, or without any training.
+"""Loads what a run learned as a `Predictor`: from a run, a weights file, an exported folder, or without training.
 
 A weights file may be a stranger's. It holds numbers and texts. The network that its texts describe is first built
 without memory and compared with the numbers, so that a small file cannot ask for a large network.
@@ -8,6 +8,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,6 +38,19 @@ from finetune.use.predictor import Predictor
 
 MAX_SIDE = 16_384  # pixels, as of model.image_size
 T = TypeVar("T")
+# The weights files of an exported folder, by its format. The first one says what the model is.
+EXPORTED = {"timm": ("model.safetensors",), "open_clip": ("classifier.safetensors", "open_clip_model.safetensors")}
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What training left: the network with its weights, and what a prediction needs besides."""
+
+    built: BuiltModel
+    classes: tuple[str, ...]  # in the order of the logits
+    threshold: float | None  # from which probability on a label counts; None: one label an image
+    conf: ModelConf  # the settings that the network was built with; `pretrained` may be a place on another machine
+    checksum: str = ""  # of the first weights file; empty: not known
 
 
 def load(
@@ -48,9 +62,10 @@ def load(
 ) -> Predictor:
     """The model of a run, ready to predict with the preprocessing, the classes and the thresholds of its validation.
 
-    `source` is a run directory, whose best weights are taken, or a `.safetensors` file of a run. With `classes` it is
-    the settings of a model that reads class names, such as `model=clip_b16`: a zero-shot classifier without training.
-    `device` and `precision` are words of the settings of these names.
+    `source` is a run directory, whose best weights are taken, a `.safetensors` file of a run, or a folder that
+    `finetune export` wrote for timm or open_clip. With `classes` it is the settings of a model that reads class names,
+    such as `model=clip_b16`: a zero-shot classifier without training. `device` and `precision` are words of the
+    settings of these names.
 
     Raises:
         FileNotFoundError: There is nothing at `source`.
@@ -60,24 +75,29 @@ def load(
     if problems := find_problems(Conf(device=device)):
         raise UserError(problems[0])
     where = pick_device(device)
-    if classes is not None:
-        built, checksum_of, threshold = _zero_shot(shlex.split(str(source)), classes), "", None
-        names = tuple(classes)
-    else:
-        path = _weights_file(Path(source).expanduser())
-        built, names, threshold = _from_file(path)
-        checksum_of = checksum_in(path) or ""
-    model, word = built.model, member_of(Precision, precision, "precision")
-    dtype = pick_precision(word, where, is_wide=products_dominate(model.net, WIDE))
+    learned = read_learned(source) if classes is None else _zero_shot(shlex.split(str(source)), classes)
+    return predictor_of(learned, str(source), where, precision)
+
+
+def predictor_of(learned: Learned, name: str, device: torch.device, precision: str) -> Predictor:
+    """The model on its device, ready to predict; `name` says where it came from."""
+    model, word = learned.built.model, member_of(Precision, precision, "precision")
+    dtype = pick_precision(word, device, is_wide=products_dominate(model.net, WIDE))
     set_kernels(word, dtype)
     set_up_layers(model, OptimConf(), train=TrainConf())
     model.requires_grad_(False).eval()
-    checksum_of = checksum_of or checksum(model.net.state_dict())
-    place(model, where, dtype)
-    return Predictor(model, names, built.preprocess, where, dtype, threshold, str(source), checksum_of)
+    checksum_of = learned.checksum or checksum(model.net.state_dict())
+    place(model, device, dtype)
+    preprocess, threshold = learned.built.preprocess, learned.threshold
+    return Predictor(model, learned.classes, preprocess, device, dtype, threshold, name, checksum_of)
 
 
-def _zero_shot(words: Sequence[str], classes: Sequence[str]) -> BuiltModel:
+def read_learned(source: str | os.PathLike[str]) -> Learned:
+    """What the run, the file or the exported folder `source` holds, on the CPU; errors as of `load`."""
+    return _from_files(_weights_files(Path(source).expanduser()))
+
+
+def _zero_shot(words: Sequence[str], classes: Sequence[str]) -> Learned:
     """A CLIP under a head made from `classes`; `words` are settings."""
     names = list(classes)
     if len(names) < 2 or len({*names}) < len(names) or not all(name.strip() for name in names):
@@ -88,11 +108,12 @@ def _zero_shot(words: Sequence[str], classes: Sequence[str]) -> BuiltModel:
     if not built.has_zeroshot:
         problem = f"{conf.model.name} reads no class names, so it classifies only after training"
         raise UserError(f"{' '.join(words)}: {problem}; use a CLIP, such as model=clip_b16, with model.head=auto")
-    return dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
+    built = dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
+    return Learned(built, tuple(names), None, conf.model)
 
 
-def _weights_file(source: Path) -> Path:
-    """The weights file that a run directory holds, or that `source` is."""
+def _weights_files(source: Path) -> list[Path]:
+    """The weights files that a run directory or an exported folder holds, or the one that `source` is."""
     shown = printable(str(source))
     example = "a run directory such as outputs/<date>/<time>, or its checkpoints/best.safetensors"
     if not source.exists():
@@ -100,21 +121,26 @@ def _weights_file(source: Path) -> Path:
     if not source.is_dir():
         if source.suffix != ".safetensors":
             raise UserError(f"{shown} is no weights file of a run: expected {example}")
-        return source
+        return [source]
     path = source / BEST_WEIGHTS
     if not path.exists():
+        for names in EXPORTED.values():
+            if all(os.path.lexists(source / name) for name in names):
+                return [source / name for name in names]
         if os.path.lexists(source / "config.yaml"):
             mend = f"wait for one, or continue it with resume={shown}"
             raise UserError(f"{shown}: no epoch of this run is finished, so there are no weights yet; {mend}")
         raise UserError(f"{shown} is no run directory, since it has no {BEST_WEIGHTS}; expected {example}")
     if (source / "result.json").exists():
         compare_with_result(source, BEST_WEIGHTS, read_result(source / "result.json"))
-    return path
+    return [path]
 
 
-def _from_file(path: Path) -> tuple[BuiltModel, tuple[str, ...], float | None]:
-    """The model with the weights of a file, its classes, and the threshold of several labels."""
-    check_checksum(path)
+def _from_files(files: Sequence[Path]) -> Learned:
+    """The model with the weights of the files; the metadata of the first one say everything else."""
+    for file in files:
+        check_checksum(file)
+    path = files[0]
     texts = metadata_of(path)
     if missing := [key for key in ("classes", "preprocess", "model", "is_multilabel") if key not in texts]:
         mend = f"to fine-tune from it, use model.pretrained={printable(str(path))}"
@@ -130,13 +156,16 @@ def _from_file(path: Path) -> tuple[BuiltModel, tuple[str, ...], float | None]:
         threshold = 0.5
     with torch.random.fork_rng(devices=[]):
         empty = _described(conf, names, path)
-        _check_fits(path, empty, preprocess, len(names))
+        _check_fits(files, empty, preprocess, len(names))
         with SkipInit():  # the file replaces every value
             built = build_model(conf, names, load=False)
     (changes or Network()).put_into(built.model.net)
-    fill(built.model, path)
+    fill(built.model, files)
     check_finite(built.model.net, printable(str(path)))
-    return dataclasses.replace(built, preprocess=preprocess), tuple(names), threshold
+    built = dataclasses.replace(built, preprocess=preprocess, changes=(changes or Network()).as_dict())
+    given = _part(texts, "model", ModelConf, path)
+    conf = dataclasses.replace(conf, pretrained=given.pretrained, pretrained_key=given.pretrained_key)
+    return Learned(built, tuple(names), threshold, conf, checksum_in(path) or "")
 
 
 def _described(conf: ModelConf, names: Sequence[str], path: Path) -> LayeredModel:
@@ -172,13 +201,14 @@ def _model_conf(texts: Mapping[str, str], path: Path) -> ModelConf:
     return conf
 
 
-def _check_fits(path: Path, empty: LayeredModel, preprocess: Preprocess, num_classes: int) -> None:
-    """Raise a UserError unless the numbers of the file are those of this network, which has no memory yet."""
+def _check_fits(files: Sequence[Path], empty: LayeredModel, preprocess: Preprocess, num_classes: int) -> None:
+    """Raise a UserError unless the numbers of the files are those of this network, which has no memory yet."""
+    path = files[0]
     shown, size = printable(str(path)), preprocess.size
-    if problem := misfit_of(path, empty):
+    if problem := misfit_of(files, empty):
         raise UserError(f"{shown} does not fit the model that it describes: {problem}")
     needed = sum(t.numel() * t.element_size() for t in (*empty.net.parameters(), *empty.net.buffers()))
-    if needed > 2 * path.stat().st_size:
+    if needed > 2 * sum(file.stat().st_size for file in files):
         raise UserError(f"{shown} describes a model of {needed:,} bytes, more than twice as many as it has itself")
     if max(size, preprocess.shorter_side) > MAX_SIDE:
         raise DamagedError.because(path, f"its images would have more than {MAX_SIDE:,} pixels a side")

@@ -94,6 +94,13 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     ],
     "system/reading.py": [(READS, ("open_regular",))],
     "system/seals.py": [(TEMPORARY, ("seal", "put_checksum", "sort_metadata"))],
+    "use/exporting/checking.py": [("a temporary folder of this process", ("_store_images", "check"))],
+    "use/exporting/export.py": [("in the new folder of `made_at`", ("export",))],
+    "use/exporting/fresh.py": [("the temporary folder of `checking.py`", ("main",))],
+    "use/exporting/place.py": [
+        ("a new folder under a name of ours, which is renamed to a place where nothing is", ("made_at",)),
+        ("folders under such a name with our marker, whose lock is free", ("_sweep",)),
+    ],
     "use/record.py": [
         ("files of an output that was not there, whose marker was found, or that `--overwrite` names", ("append",)),
         ("the same", ("replace_head", "commit", "finish", "_begun", "_cut", "_take_away")),

@@ -1,0 +1,122 @@
+"""`finetune export RUN FORMAT`: a run as a folder that another library loads, checked on images by that library."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.commands.flags import Parser
+from finetune.config.words.saved import read_conf
+from finetune.runs.records import read_result
+from finetune.system.errors import UserError
+from finetune.system.log import say
+from finetune.system.terminal import printable
+
+if TYPE_CHECKING:
+    from finetune.config import Conf
+    from finetune.data.split import Split
+    from finetune.use.exporting.card import About
+
+EPILOG = """\
+RUN is a run directory or its best.safetensors. FORMAT is one of:
+  timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
+The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the
+run's. Above a difference of 1e-4 nothing is written."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a command line; the exit code."""
+    given = _parse(words)
+    from finetune.use.exporting.export import export, format_of
+    from finetune.use.exporting.place import check_free, default_place
+    from finetune.use.loading import read_learned
+
+    format_of(given.format)
+    source = Path(given.run).expanduser()
+    if given.out is None and source.exists() and not source.is_dir():
+        raise UserError(f"{printable(given.run)} is a file, which has no folder for exports: say where with --out DIR")
+    if given.out is not None:
+        check_free(given.out)
+    learned = read_learned(source)
+    place = given.out or default_place(source, given.format)
+    conf = read_conf(source) if os.path.lexists(source / "config.yaml") else None
+    checked = export(
+        learned,
+        given.format,
+        place,
+        lambda: _images(given.images, conf, source),
+        about=_about(source, conf),
+        allow_different=given.allow_different,
+    )
+    say(f"{checked}\n{printable(str(place))}: {given.format}")
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = "finetune export RUN FORMAT [--out DIR] [FLAG ...]"
+    text = "Export a run to another library."
+    parser = Parser(
+        prog="finetune export", usage=usage, description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("format", metavar="FORMAT", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder; default: RUN/export/FORMAT")
+    parser.add_argument("--images", action="append", metavar="PATH", help="compare on these, as `finetune predict`")
+    parser.add_argument("--allow-different", action="store_true", help="keep an export whose scores are others")
+    return parser.parse_intermixed_args(list(words))
+
+
+def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> tuple[Split, str]:
+    """The images of the comparison, and where they come from."""
+    from finetune.data import open_source
+    from finetune.data.sources.unlabelled import find_images
+
+    if paths:
+        return find_images(paths), "those given"
+    mend = "give some with --images PATH"
+    if conf is None:
+        problem = f"{printable(str(source))} does not say where its images are, and an export is compared on images"
+        raise UserError(f"{problem}: {mend}")
+    try:
+        splits = open_source(conf.data).splits
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"the images of the run cannot be had, and an export is compared on images ({error}); {mend}"
+        ) from error
+    name = next((name for name in ("val", "test", "train") if len(splits[name])), None)
+    if name is None:
+        raise UserError(f"the run has no images: {mend}")
+    return splits[name], {"val": "validation", "test": "the test split", "train": "training"}[name]
+
+
+def _about(source: Path, conf: Conf | None) -> About:
+    """What a card says of a run."""
+    from finetune.use.exporting.card import About
+
+    if conf is None:
+        return About()
+    result: dict[str, Any] = read_result(source / "result.json") if (source / "result.json").exists() else {}
+    counts = result.get("data")
+    counts = counts if isinstance(counts, dict) else {}
+    images = {name: count for name, count in counts.items() if isinstance(count, int)}
+    places = (conf.data.root, conf.data.table)
+    names = [os.path.basename(place.rstrip("/")) for place in places if place and "://" not in place]
+    data = {"source": " ".join([conf.data.source, *names]), **images}
+    weights = conf.model.pretrained
+    recipe = {
+        "started from": f"{conf.model.name}, weights {os.path.basename(weights.rstrip('/'))}",
+        "classifier": conf.model.head,
+        "frozen layers": f"up to {conf.optim.fix_layer}" if conf.optim.fix_layer >= 0 else "none",
+        "optimizer": f"{conf.optim.name}, peak rate {conf.optim.lr:g}, layer decay {conf.optim.layer_decay:g}",
+        "schedule": conf.sched.mode,
+        "epochs": f"{conf.train.epochs}, of which epoch {result.get('best_epoch', '?')} is this one",
+        "images a step": f"{conf.data.batch_size} x {conf.train.accumulate}",
+        "augmentation": conf.augment.recipe,
+        "averaged weights": f"train.ema={conf.train.ema:g}" if conf.train.ema else "none",
+    }
+    metrics = {key: value for key, value in result.items() if "/" in key and isinstance(value, float)}
+    return About(data, recipe, metrics, images)

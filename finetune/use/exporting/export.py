@@ -1,0 +1,75 @@
+"""Exports a model: writes it in a format of another library, proves it there, and only then puts it in its place."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.config import nearest
+from finetune.core.device import pick_device
+from finetune.data.split import Split
+from finetune.system.errors import UserError
+from finetune.system.files import write_text
+from finetune.use.exporting import timm_folder
+from finetune.use.exporting.card import About, card
+from finetune.use.exporting.checking import Checked, check
+from finetune.use.exporting.formats import Format
+from finetune.use.exporting.place import made_at
+from finetune.use.loading import Learned, predictor_of
+
+FORMATS = {"timm": Format(timm_folder.write)}
+README = "README.md"
+
+
+def format_of(name: str) -> Format:
+    """The format that is called `name`.
+
+    Raises:
+        UserError: There is none, or a package that it needs is missing.
+    """
+    if name not in FORMATS:
+        raise UserError(f"{name}: no such format{nearest(name, FORMATS)}; expected one of {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    if missing := [package for package in found.packages if importlib.util.find_spec(package) is None]:
+        raise UserError(f"{name} needs the package {missing[0]}: pip install 'finetune[{found.extra}]'")
+    return found
+
+
+def export(
+    learned: Learned,
+    name: str,
+    place: Path,
+    images: Callable[[], tuple[Split, str]],
+    *,
+    about: About,
+    allow_different: bool = False,
+) -> Checked:
+    """Write `learned` in the format `name` to the new folder `place`; how far it is from the model.
+
+    `images` gives the images of the comparison, and says where they come from. It is called once the format is known to
+    hold the model.
+
+    Raises:
+        RefusedError: Something is at `place`.
+        UserError: The format cannot hold the model, or gives other scores than the model, and not `allow_different`.
+    """
+    found = format_of(name)
+    with made_at(place) as folder:
+        learned.built.model.requires_grad_(False).eval()
+        written = found.write(learned, folder)
+        split, where = images()
+        write_text(folder / README, card(name, learned, written, about, None))
+        predictor = predictor_of(learned, name, pick_device("cpu"), "fp32")
+        checked = check(folder, predictor, split, where)
+        if checked.differs and not allow_different:
+            raise UserError(_difference(name, checked, written.notes))
+        write_text(folder / README, card(name, learned, written, about, checked))
+    return checked
+
+
+def _difference(name: str, checked: Checked, notes: tuple[str, ...]) -> str:
+    what = "its preprocessing differs from the run's"
+    if checked.differs == "numbers":
+        what = f"its scores of the same pixels differ by {checked.numbers:.1e}"
+    why = f" {' '.join(notes)}" if notes else ""
+    mend = "nothing was written; --allow-different exports it all the same"
+    return f"the export to {name} is not the model of the run: {what}. {checked}.{why} So {mend}"

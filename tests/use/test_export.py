@@ -1,0 +1,186 @@
+"""`finetune export`: what the other library makes of the folder, alone in a fresh process, is what the run learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import go, small
+
+import finetune
+from finetune.__main__ import main
+from finetune.config import Family, HeadKind
+from finetune.system.files import write_json
+from finetune.system.ours import FolderKind, claim, temporary_of
+from finetune.use.exporting import checking, export
+from finetune.use.exporting.card import wilson
+from finetune.use.exporting.fresh import main as run_program
+from finetune.use.loading import read_learned
+
+
+@pytest.fixture(scope="module")
+def vit_run(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A partly frozen run of the bundled ViT with averaged weights, another resize and class names of any kind."""
+    folder = tmp_path_factory.mktemp("vit")
+    conf = small(stripes, optim__fix_layer=2, train__ema=0.5)
+    conf.model.family, conf.model.name, conf.model.head = Family.vit, "glyph_vit", HeadKind.random
+    conf.data.resize, conf.data.eval_resize = "shortest", 37
+    go(conf, folder)
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of a folder runs in this process, which has imported the libraries already."""
+
+    def run(folder: Path, work: Path) -> None:
+        here = Path.cwd()
+        monkeypatch.setattr("finetune.use.exporting.fresh.FORBIDDEN", "nothing")
+        try:
+            run_program(folder, work)
+        finally:
+            os.chdir(here)
+            sys.path.remove(str(work.resolve()))
+            sys.modules.pop("program", None)
+
+    monkeypatch.setattr(checking, "_run", run)
+
+
+def photographs(folder: Path, number: int = 3) -> Path:
+    """Images of 300 x 200 pixels with edges and slopes."""
+    folder.mkdir()
+    x, y = np.meshgrid(np.arange(300), np.arange(200))
+    for index in range(number):
+        waves = [np.sin(x / (7 + 3 * k + index)) * np.cos(y / (5 + 2 * k)) for k in range(3)]
+        pixels = np.stack([127 + 90 * wave + 30 * ((x + y * k) % 50 > 25) for k, wave in enumerate(waves)], axis=-1)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def same_scores(one: Path, other: Path) -> bool:
+    images = [np.random.default_rng(0).integers(0, 256, size=(40, 50, 3), dtype=np.uint8)]
+    first, second = finetune.load(one), finetune.load(other)
+    assert first.classes == second.classes and first.threshold == second.threshold
+    assert first.preprocess == second.preprocess
+    return torch.equal(first.embed(images, layer="head"), second.embed(images, layer="head"))
+
+
+def test_timm_alone_gives_the_scores_of_the_run(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(vit_run), "timm"]) == 0
+    said, folder = capsys.readouterr().out, vit_run / "export" / "timm"
+    assert "images of validation" in said and "0 predictions changed" in said
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == ["timm"]
+    assert same_scores(vit_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == list(finetune.load(vit_run).classes)
+    text = "".join(path.read_text() for path in (folder / "README.md", folder / "config.json"))
+    text += (folder / "model.safetensors").read_bytes()[:5000].decode("utf-8", "replace")
+    assert str(vit_run.parent) not in text and "/tmp" not in text
+    before = sorted((path.name, path.read_bytes()) for path in folder.iterdir())
+    assert main(["export", str(vit_run), "timm"]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert before == sorted((path.name, path.read_bytes()) for path in folder.iterdir())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_differs_is_refused_and_named(
+    vit_run: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photographs(folder / "in")
+    words = ["export", str(vit_run), "timm", "--images", "in", "--out"]
+    assert main([*words, "good"]) == 0
+    learned = read_learned(vit_run)
+
+    def changed(learned_too: object, place: Path) -> object:
+        written = export.timm_folder.write(learned, place)
+        config = json.loads((place / "config.json").read_text())
+        config["pretrained_cfg"]["crop_pct"] = 0.9
+        write_json(place / "config.json", config)
+        return written
+
+    monkeypatch.setitem(export.FORMATS, "timm", export.Format(changed))
+    capsys.readouterr()
+    assert main([*words, "bad"]) == 1
+    assert "its preprocessing differs" in capsys.readouterr().err and not Path("bad").exists()
+    assert main([*words, "bad", "--allow-different"]) == 0
+    assert "differs from the run in its preprocessing" in Path("bad/README.md").read_text()
+
+    def heavier(learned_too: object, place: Path) -> object:
+        with torch.no_grad():
+            learned.built.model.net.get_parameter("head.bias").add_(0.01)
+        return export.timm_folder.write(learned, place)
+
+    monkeypatch.setitem(export.FORMATS, "timm", export.Format(heavier))
+    assert main([*words, "worse"]) == 1
+    assert "scores of the same pixels differ by 1" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["bad", "good", "in"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_borders_that_timm_fills_with_colour_are_refused(
+    stripes: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = small(stripes)
+    conf.model.family, conf.model.name, conf.model.head = Family.vit, "glyph_vit", HeadKind.random
+    conf.data.resize = "pad"
+    go(conf, folder / "run")
+    photographs(folder / "in")
+    assert main(["export", "run", "timm", "--images", "in"]) == 1
+    assert "timm fills the borders of an image with its mean colour" in capsys.readouterr().err
+    assert not (folder / "run" / "export").exists()
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    vit_run: Path, striped_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "full").mkdir()
+    (folder / "full" / "notes.txt").write_text("x")
+    (folder / "link").symlink_to(folder / "nowhere")
+    (folder / "lone.safetensors").write_bytes((vit_run / "checkpoints" / "best.safetensors").read_bytes())
+    (folder / "empty").mkdir()
+    (folder / "begun").mkdir()
+    (folder / "begun" / "config.yaml").write_text("seed: 0\n")
+    run = str(vit_run)
+    for words, message in (
+        ([run, "tim"], "no such format (did you mean 'timm'?)"),
+        ([run, "timm", "--out", "full"], "full is there already"),
+        ([run, "timm", "--out", "link"], "link is there already"),
+        ([run, "timm", "--out", "no/where"], "folder no does not exist"),
+        ([run, "timm", "--out", "new", "--images", "nothing"], "nothing"),
+        (["lone.safetensors", "timm"], "say where with --out DIR"),
+        (["lone.safetensors", "timm", "--out", "new"], "give some with --images PATH"),
+        (["empty", "timm"], "is no run directory"),
+        (["begun", "timm"], "no epoch of this run is finished"),
+        (["absent", "timm"], "no such file or folder"),
+        ([str(striped_run), "timm"], "which timm cannot hold"),
+    ):
+        before = sorted(str(path) for path in folder.rglob("*"))
+        assert main(["export", *words]) == 1, words
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, (words, said)
+        assert before == sorted(str(path) for path in folder.rglob("*")), words
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_a_kill_left_is_swept_and_what_is_not_ours_stays(vit_run: Path, folder: Path) -> None:
+    photographs(folder / "in", 2)
+    killed, foreign = temporary_of(folder / "out"), folder / f".out.{'0' * 16}-1.tmp"
+    killed.mkdir()
+    claim(killed, FolderKind.export)
+    (killed / "model.safetensors").write_bytes(b"half")
+    foreign.mkdir()
+    (folder / "out").mkdir()
+    assert main(["export", str(vit_run), "timm", "--out", "out", "--images", "in"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [foreign.name, "in", "out"]
+
+
+def test_the_interval_of_a_share() -> None:
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(1.0, 50)[1] == pytest.approx(1.0) and wilson(0.0, 50)[0] == 0.0
