@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 RUN is a run directory or its best.safetensors. FORMAT is one of:
   timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
+  open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
 The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the
 run's. Above a difference of 1e-4 nothing is written."""
 

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small_runs import go, small
 
 import finetune
 from finetune.__main__ import main
 from finetune.config import Family, HeadKind
+from finetune.models.upstream import glyphs
 from finetune.system.files import write_json
 from finetune.system.ours import FolderKind, claim, temporary_of
 from finetune.use.exporting import checking, export
@@ -135,6 +138,54 @@ def test_borders_that_timm_fills_with_colour_are_refused(
     assert main(["export", "run", "timm", "--images", "in"]) == 1
     assert "timm fills the borders of an image with its mean colour" in capsys.readouterr().err
     assert not (folder / "run" / "export").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("several", [False, True])
+def test_open_clip_alone_gives_the_scores_of_the_run(
+    several: bool, striped_run: Path, labelled_run: tuple[Path, Path], folder: Path
+) -> None:
+    run = labelled_run[0] if several else striped_run
+    photographs(folder / "in")
+    assert main(["export", str(run), "open_clip", "--out", "out", "--images", "in"]) == 0
+    assert same_scores(run, folder / "out")
+    before, after = (load_file(path) for path in (glyphs.FOLDER / f"{glyphs.CLIP}.safetensors", out_weights(folder)))
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items() if "visual" not in name)
+    # What the README says of texts.
+    model, _, _ = open_clip.create_model_and_transforms("local-dir:out")
+    tokenizer = open_clip.SimpleTokenizer("out/glyph_bpe.txt.gz", context_length=24)
+    assert model.encode_text(tokenizer(["a 3"])).shape == (1, 64)
+    assert "open_clip has no place for a classifier" in (folder / "out" / "README.md").read_text()
+
+
+def out_weights(folder: Path) -> Path:
+    return folder / "out" / "open_clip_model.safetensors"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__pool": "mean", "model__head": "random"}, "cannot hold model.pool=mean"),
+        ({"model__pretrained": "none"}, "a text tower that was never trained"),
+        ({"model__in_channels": 1}, "cannot hold model.in_channels=1"),
+        ({"model__pretrained": "start.safetensors"}, "needs the text tower of the weights"),
+        ({"data__resize": "shortest", "data__eval_resize": 40}, "32 pixels out of a shorter side of 40"),
+    ],
+)
+def test_what_open_clip_cannot_hold(
+    changes: dict[str, object], message: str, stripes: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = folder / "start.safetensors"
+    start.write_bytes((glyphs.FOLDER / f"{glyphs.CLIP}.safetensors").read_bytes())
+    changes = {key: str(start) if value == start.name else value for key, value in changes.items()}
+    conf = small(stripes, **changes)
+    conf.train.epochs = 1
+    go(conf, folder / "run")
+    photographs(folder / "in")
+    start.unlink()
+    assert main(["export", "run", "open_clip", "--images", "in"]) == 1
+    assert message in capsys.readouterr().err and not (folder / "run" / "export").exists()
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(

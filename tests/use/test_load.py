@@ -180,7 +180,10 @@ def stranger(path: Path, run: Path, tensors: dict[str, torch.Tensor] | None = No
         ({"classes": {"a": 1}}, "its metadata 'classes'"),
         ({"preprocess": {"size": 10**9, "mean": [0, 0, 0], "std": [1, 1, 1]}}, "pixels a side"),
         ({"preprocess": {"size": 48, "mean": [0, 0, 0], "std": [1, 1, 1]}}, "do not fit its model"),
-        ({"preprocess": {"size": 32, "mean": [0] * 3, "std": [1] * 3, "crop_fraction": 1e-9}}, "pixels a side"),
+        (
+            {"preprocess": {"size": 32, "mean": [0] * 3, "std": [1] * 3, "crop_fraction": 1e-9}},
+            "its metadata 'preprocess'",
+        ),
         ({"preprocess": {"size": 32, "mean": [0] * 3, "std": [0] * 3}}, "its metadata 'preprocess'"),
         ({"preprocess": {"size": 32, "mean": [0] * 3, "std": [1] * 3, "channels": 1}}, "pixels a side|channels"),
         ({"changes": {"activation": ["x"]}}, "its metadata 'changes'"),

@@ -43,7 +43,7 @@ def card(name: str, learned: Learned, written: Written, about: About, checked: C
         *("# An image classifier", "", "## How to load it", ""),
         f"With {package} {version(package)}, or newer. `classify(path)` gives the probability of each class.",
         *("", "```python", written.program.rstrip("\n"), "```", ""),
-        *[f"* {note}" for note in written.notes],
+        *[f"* {printable(note)}" for note in written.notes],
         *("", "## Model", "", *_model_lines(name, learned)),
         *("", "## Preprocessing", "", *_preprocess_lines(learned)),
         *_section("Data", about.data),

@@ -9,14 +9,14 @@ from finetune.core.device import pick_device
 from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
-from finetune.use.exporting import timm_folder
+from finetune.use.exporting import open_clip_folder, timm_folder
 from finetune.use.exporting.card import About, card
 from finetune.use.exporting.checking import Checked, check
 from finetune.use.exporting.formats import Format
 from finetune.use.exporting.place import made_at
 from finetune.use.loading import Learned, predictor_of
 
-FORMATS = {"timm": Format(timm_folder.write)}
+FORMATS = {"timm": Format(timm_folder.write), "open_clip": Format(open_clip_folder.write)}
 README = "README.md"
 
 
