@@ -397,7 +397,7 @@ def test_layout_errors_say_what_is_there_and_what_is_expected(tmp_path: Path) ->
     refused(tmp_path / "empty", "b [found only 1 .heic]", ".jpg")
     for split, names in {"train": "abc", "val": "bc", "test": "abcd"}.items():
         make_folder(tmp_path / "maps" / split, dict.fromkeys(names, 3))
-    refused(tmp_path / "maps", "val lacks a", "test has d, which train has not")
+    refused(tmp_path / "maps", "test has d, which train has not (train has a, b, c; test has a, b, c, d)")
     make_folder(tmp_path / "maps", {"other": 3})
     refused(tmp_path / "maps", "other beside train, val, test")
     make_folder(tmp_path / "no_train", {"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3})

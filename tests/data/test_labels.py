@@ -112,9 +112,72 @@ def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
         folder(make(tmp_path, "train", "val"))
 
 
+def test_only_train_needs_every_class(tmp_path: Path) -> None:
+    make(tmp_path, *(f"train/{name}" for name in "abc"), "val/a", "val/b", "test/c")
+    (tmp_path / "val" / "c").mkdir()
+    (tmp_path / "val" / "z").mkdir()  # without images nobody is of this class
+    source = folder(tmp_path)
+    assert source.classes == ("a", "b", "c") and sizes(source) == {"train": 12, "val": 8, "test": 4}
+    assert source.splits["test"].labels.tolist() == [2] * 4
+    assert [line for line in source.warnings if "no image of" in line] == [
+        "val has no image of 1 of 3 classes: c",
+        "test has no image of 2 of 3 classes: a, b",
+    ]
+    make(tmp_path, "test/z")
+    with pytest.raises(UserError, match=r"test has z, which train has not \(train has a, b, c; test has c, z\)"):
+        folder(tmp_path)
+    assert sizes(folder(tmp_path, classes=["a", "c"])) == {"train": 8, "val": 4, "test": 4}
+    (tmp_path / "train" / "z").mkdir()
+    with pytest.raises(UserError, match=r"/train: no images in class folder z"):
+        folder(tmp_path)
+
+
+def test_a_test_split_without_class_folders_is_left_out_and_said(tmp_path: Path) -> None:
+    make(tmp_path, "train/cat", "train/dog", "test", count=10)
+    (tmp_path / "test" / "sample.csv").write_text("x")
+    source = folder(tmp_path)
+    assert source.classes == ("cat", "dog") and sizes(source) == {"train": 16, "val": 2, "test": 2}
+    assert "[left out: 10 images without a label in test, 1 .csv]" in source.description
+    for image in (tmp_path / "test").glob("*.png"):
+        image.unlink()
+    with pytest.raises(UserError, match=r"/test: no class folders in it \[found only 1 \.csv\]"):
+        folder(tmp_path)
+    (tmp_path / "test" / "cat").mkdir()
+    with pytest.raises(UserError, match=r"/test: no images in its class folders \[found nothing\]"):
+        folder(tmp_path)
+
+
 def test_a_folder_around_the_data_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"only one class, flowers.*is it data\.root=.*/flowers, with lily, rose\?"):
-        folder(make(tmp_path, "flowers/rose", "flowers/lily"))
+    for name, inside, message in [
+        (
+            "a",
+            ["flowers/rose", "flowers/lily"],
+            r"only one class, flowers.*is it data\.root=.*/flowers, with lily, rose\?",
+        ),
+        ("b", ["x/y/train/cat", "x/y/val/cat"], r"is it data\.root=.*/b/x/y, with train, val\?"),
+        (
+            "c",
+            ["images/train/cat", "images/val/cat", "labels/train", "labels/val"],
+            r"\(images/train, val\).*is it data\.root=.*/c/images\?",
+        ),
+        (
+            "d",
+            ["train/images/cat", "train/images/dog", "val/images/cat"],
+            r"move them from .*/train/images to .*/train,",
+        ),
+    ]:
+        make(tmp_path / name, *inside)
+        for image in tmp_path.glob("*/labels/*/*.png"):
+            image.rename(image.with_suffix(".txt"))
+        with pytest.raises(UserError, match=message):
+            folder(tmp_path / name)
+
+
+def test_a_class_that_is_named_like_a_split_is_said(tmp_path: Path) -> None:
+    make(tmp_path, "cat", "test", "unlabeled")
+    (warning,) = folder(tmp_path).warnings
+    assert "read as a class" in warning and "test, unlabeled" in warning
+    assert not folder(tmp_path, classes=["cat", "test", "unlabeled"]).warnings
 
 
 def test_runs_are_no_classes(tmp_path: Path) -> None:
@@ -161,7 +224,7 @@ def test_look_alikes_are_one_warning_that_shows_the_difference(tmp_path: Path) -
 
 def test_splits_that_differ_in_an_accent_show_it(tmp_path: Path) -> None:
     nfc, nfd = (unicodedata.normalize(form, "thé") for form in ("NFC", "NFD"))
-    with pytest.raises(UserError, match=r"val lacks 'th\\xe9'; val has 'the\\u0301', which train has not"):
+    with pytest.raises(UserError, match=r"val has 'the\\u0301', which train has not \(train has b, 'th\\xe9';"):
         folder(make(tmp_path, f"train/{nfc}", "train/b", f"val/{nfd}", "val/b"))
 
 

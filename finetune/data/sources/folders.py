@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -14,21 +14,24 @@ from finetune.data.sources.layout import (
     LAYOUT,
     class_entries,
     entries,
+    first_fork,
     identity,
     in_brackets,
     is_image,
+    listed,
     split_folders,
 )  # fmt: skip
 from finetune.data.sources.stores import FileStore
 from finetune.data.split import SPLITS, FoundImages
+from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 
 
 def find_folder(conf: DataConf) -> FoundImages:
     """The images in the class folders under `data.root`, or under its `train/`, `val/` and `test/`.
 
-    If there is a `train/` without `val/` or `test/`, the missing split is cut from `train/`. Raises FileNotFoundError
-    if `data.root` is missing, UserError if it has another layout.
+    Only train has to have images of every class. Images of val or test that lie in no class folder have no labels; they
+    are left out. Raises FileNotFoundError if `data.root` is missing, UserError if it has another layout.
     """
     root = os.path.expanduser(conf.root or "")
     if identity(root) is None and not os.path.lexists(root):
@@ -39,17 +42,19 @@ def find_folder(conf: DataConf) -> FoundImages:
         raise UserError(f"data.root={conf.root}: is not a folder; {LAYOUT}")
     left_out: Counter[str] = Counter()
     folders = split_folders(root, conf.classes, left_out) or {"train": ""}
-    found = {split: _list_classes(root, folder, left_out) for split, folder in folders.items()}
-    _check_same_classes(root, found)
+    found = {split: _list_classes(root, folder, split == "train", left_out) for split, folder in folders.items()}
+    _check_train(root, folders["train"], found["train"], conf.classes)
+    for split in folders:
+        _check_known(root, split, found, conf.classes)
     classes = tuple(sorted(found["train"], key=natural_key))
     paths: list[str] = []
     labels: list[int] = []
     given = bytearray()
     for split, paths_of in found.items():
         for label, name in enumerate(classes):
-            paths += paths_of[name]
-            labels += [label] * len(paths_of[name])
-            given += bytes([SPLITS.index(split)]) * len(paths_of[name])
+            paths += paths_of.get(name, [])
+            labels += [label] * len(paths_of.get(name, []))
+            given += bytes([SPLITS.index(split)]) * len(paths_of.get(name, []))
     names = PackedStrings(paths)
     return FoundImages(
         store=FileStore(root, names),
@@ -61,35 +66,58 @@ def find_folder(conf: DataConf) -> FoundImages:
         title=f"folder {root}",
         note=in_brackets(left_out),
         location=os.path.abspath(root),
+        warnings=_odd_names(classes, conf.classes),
     )
 
 
-def _list_classes(root: str, folder: str, left_out: Counter[str]) -> dict[str, list[str]]:
-    """The images of each class folder in `root/folder`, as sorted paths relative to `root`; adds to `left_out`."""
+def _list_classes(root: str, folder: str, is_train: bool, left_out: Counter[str]) -> dict[str, list[str]]:
+    """The images of each class folder in `root/folder`, as sorted paths relative to `root`; adds to `left_out`.
+
+    Empty for a split other than train whose images lie in no class folder. Raises UserError where there are no images.
+    """
     place = os.path.join(root, folder) if folder else root
     folders, files = class_entries(place, left_out)
+    beside = Counter(_kind(file) for file in files)
+    if not folders and beside["image"] and not is_train:  # as in Kaggle's competitions, which keep these labels
+        beside[f"image without a label in {folder}"] = beside.pop("image")
+        left_out.update(beside)
+        return {}
     if not folders:
-        seen = in_brackets(Counter(_kind(file) for file in files), "found only") or " [found nothing]"
+        seen = in_brackets(beside, "found only") or " [found nothing]"
         raise UserError(f"data.root={place}: no class folders in it{seen}; {LAYOUT}")
     classes: dict[str, list[str]] = {}
-    empty = []
+    inside: Counter[str] = Counter()
     for name in folders:
-        others: Counter[str] = Counter()
         start = f"{folder}/{name}" if folder else name
-        classes[name] = sorted(_walk(root, start, others, seen={identity(place)}))
-        if not classes[name]:
+        classes[name] = sorted(_walk(root, start, inside, seen={identity(place)}))
+    if not is_train and not any(classes.values()):
+        seen = in_brackets(inside, "found only") or " [found nothing]"
+        raise UserError(f"data.root={place}: no images in its class folders{seen}; add some or remove the folder")
+    left_out.update(inside + beside)
+    return classes
+
+
+def _check_train(root: str, folder: str, classes: Mapping[str, Sequence[str]], wanted: Collection[str]) -> None:
+    """Raises UserError if a class of train has no images, or if there is only one; `wanted` is `data.classes`."""
+    place = os.path.join(root, folder) if folder else root
+    empty = []
+    for name, paths in classes.items():
+        if not paths and (not wanted or name in wanted):
+            others: Counter[str] = Counter()
+            list(_walk(place, name, others, seen=set()))
             empty.append(name + in_brackets(others, "found only"))
-        left_out.update(others)
     if empty:
         how = f"add some or remove the folder (images end in {' '.join(sorted(EXTENSIONS))})"
         raise UserError(f"data.root={place}: no images in class folder {', '.join(empty)}; {how}")
-    if len(classes) == 1:
-        problem = f"data.root={place}: only one class, {folders[0]}, so there is nothing to tell apart"
-        inner = entries(os.path.join(place, folders[0]))[0]
-        deeper = f"; is it data.root={os.path.join(place, folders[0])}, with {', '.join(inner[:5])}?"
-        raise UserError(f"{problem}; {LAYOUT}{deeper if len(inner) > 1 else ''}")
-    left_out.update(_kind(file) for file in files)
-    return classes
+    if len(classes) > 1:
+        return
+    (name,) = classes
+    deeper, inner = first_fork(os.path.join(place, name))
+    mend = f"is it data.root={deeper}, with {listed(inner)}?"
+    if folder:
+        mend = f"if {listed(inner)} are the classes, move them from {deeper} to {place}, and so in the other splits"
+    problem = f"data.root={place}: only one class, {name}, so there is nothing to tell apart; {LAYOUT}"
+    raise UserError(f"{problem}; {mend}" if len(inner) > 1 else problem)
 
 
 def _walk(root: str, folder: str, others: Counter[str], *, seen: set[object]) -> Iterable[str]:
@@ -112,17 +140,25 @@ def _walk(root: str, folder: str, others: Counter[str], *, seen: set[object]) ->
         yield from _walk(root, f"{folder}/{name}", others, seen=seen)
 
 
-def _check_same_classes(root: str, found: dict[str, dict[str, list[str]]]) -> None:
-    """Raises UserError if a split lacks a class or has another: a label would mean different classes in them."""
-    known = found["train"].keys()
-    problems = []
-    for split, classes in found.items():
-        lacks = sorted(known - classes.keys(), key=natural_key)
-        extra = sorted(classes.keys() - known, key=natural_key)
-        problems += [f"{split} lacks {', '.join(told_apart(lacks, extra))}"] * bool(lacks)
-        problems += [f"{split} has {', '.join(told_apart(extra, lacks))}, which train has not"] * bool(extra)
-    if problems:
-        raise UserError(f"data.root={root}: the splits differ in their classes: {'; '.join(problems)}")
+def _check_known(root: str, split: str, found: Mapping[str, Mapping[str, list[str]]], wanted: Collection[str]) -> None:
+    """Raises UserError if a split has images of a class that train lacks; `wanted` is `data.classes`."""
+    train = found["train"]
+    here = [name for name, paths in found[split].items() if paths]
+    extra = [name for name in here if name not in train and (not wanted or name in wanted)]
+    if extra:
+        problem = f"{split} has {listed(told_apart(extra, train))}, which train has not"
+        both = f"train has {listed(told_apart(train, extra))}; {split} has {listed(told_apart(here, train))}"
+        mend = "give a class one name in all splits; a folder without labels may be called unlabeled"
+        raise UserError(f"data.root={root}: the splits differ in their classes: {problem} ({both}); {mend}")
+
+
+def _odd_names(classes: Iterable[str], wanted: Collection[str]) -> tuple[str, ...]:
+    """A warning where a class is named like a split, unless `data.classes` names it."""
+    odd = [name for name in classes if name not in wanted and (split_of(name) is not None or is_extra(name))]
+    if not odd:
+        return ()
+    how = "put class folders into train, val and test for splits, move it away, or name it in data.classes"
+    return (f"read as a class, although it is named like a part of a data set: {', '.join(odd)}; {how}",)
 
 
 def _kind(file: str) -> str:

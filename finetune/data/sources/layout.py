@@ -137,19 +137,35 @@ def _has_images(root: str, folder: str) -> bool:
     return not folders or any(map(is_image, files))
 
 
+def first_fork(folder: str) -> tuple[str, list[str]]:
+    """The first folder, from this one down, that does not hold one folder and nothing else of use; and its folders."""
+    for _ in range(DEPTH):
+        folders, files = entries(folder)
+        if len(folders) != 1 or any(map(is_image, files)):
+            break
+        folder = os.path.join(folder, folders[0])
+    return folder, entries(folder)[0]
+
+
 def _refuse_parts(root: str, folders: Sequence[str]) -> None:
     """Raises UserError if one of `folders` holds splits, or each holds only folders of names that most share."""
     names: Counter[str] = Counter()
     with_images = False
+    holders: dict[str, list[str]] = {}  # folder -> the splits in it
     for folder in folders:
         inner = entries(os.path.join(root, folder))[0]
         splits = {split_of(name) for name in inner} - {None}
-        if 0 in splits and len(splits) > 1 and len(folders) > 1:  # of a single folder another error says more
-            first = f"{folder}/{', '.join(name for name in inner if split_of(name) is not None)}"
-            how = f"put the splits outside, such as train/{folder}, or give a table (data=table)"
-            raise UserError(f"data.root={root}: the class folders hold splits ({first}); {how}")
+        if 0 in splits and len(splits) > 1 and _any_image(os.path.join(root, folder)):
+            holders[folder] = [name for name in inner if split_of(name) is not None]
         with_images |= _has_images(root, folder)
         names.update(inner)
+    if holders and len(folders) > 1:  # of a single folder another error says more
+        folder, splits_of = next(iter(holders.items()))
+        first = f"{folder}/{', '.join(splits_of)}"
+        how = f"put the splits outside, such as train/{folder}, or give a table (data=table)"
+        if len(holders) == 1:
+            how += f"; or is it data.root={os.path.join(root, folder)}?"
+        raise UserError(f"data.root={root}: the class folders hold splits ({first}); {how}")
     if with_images:
         return
     shared = [name for name, count in names.items() if count > 1 and 2 * count >= len(folders)]
@@ -157,16 +173,22 @@ def _refuse_parts(root: str, folders: Sequence[str]) -> None:
         _refuse(root, folders, shared)
 
 
+def _any_image(folder: str) -> bool:
+    """Whether there is an image in a folder, at any depth."""
+    return any(is_image(file) for _, _, files in os.walk(folder) for file in files)
+
+
 def _refuse(root: str, folders: Sequence[str], inner: Sequence[str]) -> None:
     """Raises the UserError that says both readings of `folders`, in which are folders called `inner`."""
-    outer = _listed(folders)
-    parts = f"parts {outer} of a data set with the classes {_listed(inner)}, or the classes {outer}"
+    outer = listed(folders)
+    parts = f"parts {outer} of a data set with the classes {listed(inner)}, or the classes {outer}"
     names = ",".join(folders) if len(folders) <= SHOWN else f"{','.join(folders[:2])},..."
     mend = f"name the parts train, val and test, or say data.classes=[{names}]"
     raise UserError(f"data.root={root}: may be {parts}; {mend}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
