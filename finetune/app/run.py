@@ -27,7 +27,7 @@ from finetune.app.rate_plan import (
     plan_rates,
     run_curve,
 )
-from finetune.app.scoring import prepare_head, score_test
+from finetune.app.scoring import prepare_head, score_test, score_val
 from finetune.app.session import Session, carried_over, log_summary, outcome
 from finetune.app.training import train_to_the_end
 from finetune.config import CompileMode, Conf, OnNonfinite, mixing_problems, recorded, train_problems
@@ -162,6 +162,7 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     if not session.is_accepted:  # forced changes may not fit the checkpoint, so they are accepted only now
         session.accept(past, plan)
     del found  # it is as large as the model and the optimizer's moments
+    best_before = state.best_epoch
     log_layers(run, len(state.optimizer.param_groups))
     log_steps(run.conf, curve)
     write_json(run.folder / "rates.json", plan)
@@ -171,6 +172,8 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
 
     with closing(train), nullcontext() if val is None else closing(val):
         saver = train_to_the_end(run, state, train, val, result, stop)
+        if val is not None and 0 < best_before == state.best_epoch:
+            score_val(run, state, saver, val, stop)  # no word of an earlier start's files about it is believed
     _conclude(run, session, feeds, state, saver, stop)
 
 

@@ -20,6 +20,7 @@ from finetune.models.patches import place
 from finetune.prefix.feed import Feed
 from finetune.report import scores
 from finetune.report.columns import DROPPED_FIRST, bar_texts
+from finetune.runs.epoch_files import BEST
 from finetune.runs.records import Result
 from finetune.runs.saver import Saver
 from finetune.runs.weights import put_weights
@@ -101,6 +102,17 @@ def _features(run: Run, split: str, stop: StopSignals) -> tuple[Tensor, Tensor]:
         return features_of_split(run.model, _stoppable(bar.wrap(loader.epoch(0)), stop), run.autocast())
 
 
+def score_val(run: Run, state: TrainState, saver: Saver, feed: Feed, stop: StopSignals) -> None:
+    """Score the validation images again, class by class, with the best epoch's weights, which the model gets.
+
+    Those who continue a run have only the files of an earlier start for it, and anybody may have changed them since.
+    """
+    put_weights(saver.best_weights(state.best_epoch)[0], run.model, run.checkpoints / BEST)
+    meter = run.meter()
+    _score(run, run.model, scored(feed, "validate", stop, meter), meter)
+    write_scores(run, "val", meter)
+
+
 def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Result, stop: StopSignals) -> None:
     """Score the test split with the best epoch's weights, which the model gets, and with the zero-shot model.
 
@@ -114,7 +126,7 @@ def score_test(run: Run, state: TrainState, saver: Saver, feed: Feed, result: Re
         threshold, is_other = UNCHOSEN_THRESHOLD, state.best_epoch < state.epoch or state.best_is_ema
         if state.best_epoch and (is_other or run.source.is_multilabel):
             tensors, chosen = saver.best_weights(state.best_epoch)
-            put_weights(tensors, run.model, run.checkpoints / "best.safetensors")
+            put_weights(tensors, run.model, run.checkpoints / BEST)
             threshold = UNCHOSEN_THRESHOLD if chosen is None else chosen
         meter = run.meter(threshold)
         found = _score(run, run.model, scored(feed, "test", stop, meter), meter)

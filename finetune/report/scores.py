@@ -20,14 +20,15 @@ def write_scores(
 ) -> None:
     """Write a split's scores into `metrics.json` and its confusion matrix into a CSV file; draw the matrix of the test.
 
-    `split` is `val` (the best epoch) or `test`; the other's scores in `metrics.json` stay. `details` come from
+    `split` is `val` (the best epoch) or `test`, whose scores come after those of `val`. `details` come from
     `finetune.core.metrics.Meter.details`.
     """
     path = run_dir / "metrics.json"
-    known = _read_metrics(path) if path.exists() else {}
+    known = _read_metrics(path) if split == "test" and path.exists() else {}
     extra = {name: value for name, value in details.items() if name not in ("classes", "confusion")}
     of_class = dict(zip(classes, details["classes"], strict=True))
-    write_json(path, {**known, split: {**scores, **extra, "classes": of_class}})
+    val = {name: value for name, value in known.items() if name == "val"}
+    write_json(path, {**val, split: {**scores, **extra, "classes": of_class}})
     matrix = details.get("confusion")
     if matrix is None:
         return

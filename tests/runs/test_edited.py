@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from finetune.app.run import run
 from finetune.config import PLACES, as_dict
 from finetune.config.words.saved import base_of
 from finetune.core import fit as fitting
+from finetune.runs import epoch_files
 from finetune.runs.checkpoint import read_state
 from finetune.runs.earlier import FREE, ROUNDING, Change, EarlierRun, digest_of, flat
 from finetune.system.errors import UserError
@@ -86,6 +89,31 @@ def test_a_finished_run_whose_longer_start_fails_stays_finished(
     with pytest.raises(type(error)):
         run(conf, folder, [], quiet=True)
     assert (folder / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("edit", ["another score", "[]", "gone"])
+def test_scores_in_files_of_an_earlier_start_are_not_believed(
+    edit: str, ema: float, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (fitting, epoch_files):
+        monkeypatch.setattr(module, "is_better", lambda score, best, *_, **__: math.isnan(best))  # the first one stays
+    conf, unbroken, folder = small(stripes, train__ema=ema), tmp_path / "unbroken", tmp_path / "run"
+    assert go(conf, unbroken)["best_epoch"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(8, patch)
+        with pytest.raises(KilledError):
+            go(conf, folder)
+    names = ("metrics.json", "confusion_val.csv")
+    for name in names:
+        text = (folder / name).read_text()
+        if edit == "gone":
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(edit if edit == "[]" else re.sub(r"[0-9]", "7", text))
+    again(folder)
+    for name in names:
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
