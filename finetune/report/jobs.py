@@ -1,6 +1,5 @@
 """Reads a sweep: the result of each job, which settings differ between jobs, and jobs that differ only in the seed."""
 
-import contextlib
 import math
 import os
 import statistics
@@ -91,6 +90,7 @@ class Sweep:
     jobs: list[JobResult]
     varied: list[str]  # keys of overrides that differ between jobs
     metric: str  # that ranks the jobs, such as top1
+    strangers: list[Path]  # numbered folders of runs that this sweep did not start, such as copies of another's jobs
 
     @property
     def scored(self) -> list[JobResult]:
@@ -136,19 +136,25 @@ class _Record(NamedTuple):
 
 def read_sweep(sweep_dir: Path) -> Sweep:
     """Returns the sweep in a folder; its metric is the one that picked the jobs' best epochs, top1 if they differ."""
-    jobs = read_jobs(sweep_dir)
+    jobs, strangers = read_jobs(sweep_dir)
     metrics = {job.metric for job in jobs if job.is_finished}
-    return Sweep(sweep_dir, jobs, varied_keys(jobs), metrics.pop() if len(metrics) == 1 else "top1")
+    return Sweep(sweep_dir, jobs, varied_keys(jobs), metrics.pop() if len(metrics) == 1 else "top1", strangers)
 
 
-def read_jobs(sweep_dir: Path) -> list[JobResult]:
-    """Returns the results of a sweep's jobs, then a row for each job whose folder held another run: it was refused."""
-    records = _records(sweep_dir)
+def read_jobs(sweep_dir: Path) -> tuple[list[JobResult], list[Path]]:
+    """Returns the results of a sweep's jobs, and the numbered folders of runs that it did not start.
+
+    The last rows are those of jobs whose folder held another run: they were refused.
+    """
+    records, is_whole = _records(sweep_dir)
     refused = [record for record in records if record.refused is not None]
     foreign = {record.name for record in refused} - {record.name for record in records if record.refused is None}
     folders = [path for path in _folders(sweep_dir, records) if os.path.relpath(path, sweep_dir) not in foreign]
     rows = [_as_job(sweep_dir / record.name, {"status": "refused", "error": record.refused}) for record in refused]
-    return [*map(read_job, folders), *rows]
+    # Without its record a sweep has the jobs that its folder has.
+    started = {record.name for record in records} if is_whole else set()
+    strangers = [path for path in folders if started and os.path.relpath(path, sweep_dir) not in started]
+    return [*(read_job(path) for path in folders if path not in strangers), *rows], strangers
 
 
 def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
@@ -162,15 +168,16 @@ def _folders(sweep_dir: Path, records: Sequence[_Record]) -> list[Path]:
     return list(dict.fromkeys([*numbered, *(folder for folder in named if os.path.isdir(folder))]))
 
 
-def _records(sweep_dir: Path) -> list[_Record]:
-    """The entries of `jobs.jsonl`, in order, without a line that a killed process left half written."""
+def _records(sweep_dir: Path) -> tuple[list[_Record], bool]:
+    """The entries of `jobs.jsonl`, in order, and whether each line is one: a killed process may leave a part."""
     try:
-        lines = read_file(sweep_dir / JOBS, limit=MAX_BYTES).splitlines()
+        lines = [line for line in read_file(sweep_dir / JOBS, limit=MAX_BYTES).splitlines() if line.strip()]
     except (FileNotFoundError, UnfitError):
-        return []
+        return [], False
     found: dict[str, _Record] = {}
+    broken = 0
     for line in lines:
-        with contextlib.suppress(UnfitError, KeyError):
+        try:
             entry = parse_json(line, JobEntry)
             if "start" in entry:  # the sweep was started again: a job refused before may run now
                 found = {ident: record for ident, record in found.items() if record.refused is None}
@@ -178,7 +185,9 @@ def _records(sweep_dir: Path) -> list[_Record]:
                 found[entry["id"]] = found[entry["id"]]._replace(refused=entry["refused"])
             else:
                 found[entry["id"]] = _Record(entry["job"], None)
-    return list(found.values())
+        except (UnfitError, KeyError):
+            broken += 1
+    return list(found.values()), not broken
 
 
 def read_job(folder: Path) -> JobResult:

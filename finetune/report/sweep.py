@@ -7,12 +7,13 @@ from pathlib import Path
 from finetune.report import look
 from finetune.report.jobs import LENGTHS, SPLITS, JobGroup, Sweep, key_of, rank, read_sweep
 from finetune.report.sweep_figure import sweep_figure
+from finetune.runs.folders import JOBS
 from finetune.system.files import write_text
 from finetune.system.locks import working_in
 from finetune.system.log import say
 from finetune.system.ours import FolderKind
 from finetune.system.tables import csv_text, table
-from finetune.system.terminal import command, counted
+from finetune.system.terminal import command, counted, printable
 
 PATIENCE_S = 60.0  # how long a summary waits for another of the same sweep, such as of `finetune report`
 
@@ -39,6 +40,10 @@ def _tables(sweep: Sweep) -> list[str]:
     """The lines ahead of the answer: all jobs, means over seeds where there are several, and failed jobs."""
     failed = [job for job in sweep.jobs if not job.is_finished]
     lines = ["", f"sweep {sweep.folder}: {len(sweep.jobs) - len(failed)} of {counted(len(sweep.jobs), 'job')} finished"]
+    if sweep.strangers:
+        names, count = ", ".join(printable(path.name) for path in sweep.strangers[:5]), len(sweep.strangers)
+        text = f"{counted(count, 'folder')} left out, since this sweep started no job there ({JOBS}): {names}"
+        lines.append(text + ", ..." * (count > 5))
     if sweep.jobs:
         lines += ["", _jobs_table(sweep)]
     if any(len(group.jobs) > 1 for group in sweep.groups):

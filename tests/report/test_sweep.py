@@ -50,7 +50,7 @@ def job_of(overrides: dict[str, str], val: float, test: float = math.nan) -> Job
 
 def picture_of(jobs: list[JobResult], varied: list[str], *, num_missing: int = 0) -> Any:
     failed = [JobResult(Path("job"), "failed", [], {})] * num_missing
-    return sweep_figure(Sweep(Path("sweep"), [*jobs, *failed], varied, "top1"))
+    return sweep_figure(Sweep(Path("sweep"), [*jobs, *failed], varied, "top1", []))
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -303,8 +303,27 @@ def test_only_what_varies_is_a_column(tmp_path: Path) -> None:
     add_job(tmp_path / "0", "model=vit", "optim.lr=1e-3", "seed=0", val=0.9)
     add_job(tmp_path / "1", "model=vit", "optim.lr=1e-3", "seed=1", "+train.epochs=3", val=0.9)
     (tmp_path / "2").mkdir()
-    jobs = read_jobs(tmp_path)
+    jobs, _ = read_jobs(tmp_path)
     assert varied_keys(jobs) == ["seed", "train.epochs"]
+
+
+def test_jobs_of_another_sweep_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = SweepRecord(tmp_path)
+    record.start()
+    for name, val in (("0", 0.8), ("1", 0.7)):
+        record.begin_job(add_job(tmp_path / name, "optim.lr=1e-3", f"seed={name}", val=val))
+    add_job(tmp_path / "7", "optim.lr=1", val=0.99)  # copied from elsewhere
+    assert summarize(tmp_path) == 0
+    assert "1 folder left out, since this sweep started no job there (jobs.jsonl): 7" in capsys.readouterr().out
+    assert [row["job"] for row in table_of(tmp_path)] == ["0", "1"]
+    # A damaged record, or none, leaves out nobody.
+    with open(tmp_path / "jobs.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": "1-1", "jo')
+    summarize(tmp_path)
+    assert len(table_of(tmp_path)) == 3
+    (tmp_path / "jobs.jsonl").unlink()
+    summarize(tmp_path)
+    assert len(table_of(tmp_path)) == 3 and "left out" not in capsys.readouterr().out
 
 
 def test_the_next_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
