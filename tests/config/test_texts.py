@@ -82,10 +82,3 @@ def test_yaml_that_is_certainly_read_otherwise_is_refused(tmp_path: Path) -> Non
         (tmp_path / "data" / "mine.yaml").write_text(f"source: table\ntable: x\nlabel_column: {word}\n")
         with pytest.raises(ConfigError, match=rf"line 3: data\.label_column: yaml reads {word} as"):
             compose(["data=mine"], str(tmp_path))
-
-
-def test_a_source_brings_its_own_choice() -> None:
-    own = compose(["data.source=folder", "data.root=x"]).data
-    assert (own.val_fraction, own.test_fraction) == (0.1, 0.1) and own.source == "folder"
-    assert compose(["data.source=folder", "data.root=x", "data.test_fraction=0.3"]).data.test_fraction == 0.3
-    assert compose(["data.source=digits"]).data.test_fraction == compose([]).data.test_fraction == 0.3

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -132,20 +134,32 @@ class Composition:
         except ANY_OF_HYDRA as error:
             raise ConfigError([self._explained(error)]) from error
 
-    def place(self, name: str) -> str:
-        """The yaml file and line that set the setting `name`, as a prefix for a message; empty where no file does."""
-        with _hydra():
-            loader = GlobalHydra.instance().config_loader()
-            entries = loader.compute_defaults_list(PRIMARY_NAME, self.overrides, RunMode.RUN).defaults
-        for entry in reversed(entries):  # the last one wins
+    def setter(self, name: str) -> tuple[Path, int] | None:
+        """The yaml file that sets the setting `name`, and the line in it, from 1; None where no file does."""
+        for entry in reversed(self._entries):  # the last one wins
             path = self._file(str(entry.config_path))
             inside = name.removeprefix(f"{entry.package}.") if entry.package else name
             if path is None or (entry.package and inside == name):
                 continue
             line = _line_of(choices.read_nodes(path), inside)
             if line is not None:
-                return f"{choices.shown(path)}, line {line}: "
-        return ""
+                return path, line
+        return None
+
+    def place(self, name: str) -> str:
+        """`setter` as a prefix for a message; empty where no file sets `name`."""
+        found = self.setter(name)
+        return "" if found is None else f"{choices.shown(found[0])}, line {found[1]}: "
+
+    @cached_property
+    def _entries(self) -> list[ResultDefault]:
+        """The yaml files that Hydra lays over each other, in this order."""
+        with _hydra():
+            loader = GlobalHydra.instance().config_loader()
+            entries: list[ResultDefault] = loader.compute_defaults_list(
+                PRIMARY_NAME, self.overrides, RunMode.RUN
+            ).defaults
+            return entries
 
     def filled(self, name: str, reference: Reference) -> Reading:
         """The setting `name`, as if `reference` stood in its place."""

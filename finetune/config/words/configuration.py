@@ -12,6 +12,7 @@ from finetune.config.conf import Conf
 from finetune.config.data import pipe_commands
 from finetune.config.words.choices import default_choices, find_option, folders, options
 from finetune.config.words.composition import Composition, file_problem, register, to_conf
+from finetune.config.words.other_sources import OtherSources
 from finetune.config.words.overrides import Override, parse_overrides
 from finetune.config.words.problems import Request, check_cells, sort_overrides
 from finetune.config.words.quoting import quote
@@ -43,9 +44,9 @@ def read_settings(
 ) -> Prepared:
     """Check the words of a command line from end to end; writes nothing.
 
-    The choices are looked up first, then Hydra composes them, then one pass over the composed tree and the overrides
-    finds every other mistake. Several values are allowed in a `multirun` only. `find_run` gives the run directory that
-    `resume=WORD` names.
+    The choices are looked up first, then Hydra composes them (see also `OtherSources`), then one pass over the composed
+    tree and the overrides finds every other mistake. Several values are allowed in a `multirun` only. `find_run` gives
+    the run directory that `resume=WORD` names.
 
     Raises:
         ConfigError: With every mistake that can be found.
@@ -66,15 +67,14 @@ def read_settings(
     register(searched, base)
     request = sort_overrides(overrides, searched, multirun=multirun)
     _check_files(request, searched)
-    first = check_cells(request, lambda chosen: Composition(searched, _words(request, chosen)))
+    sources = OtherSources(request, lambda chosen, more: Composition(searched, [*_words(request, chosen), *more]))
+    first = check_cells(request, sources)
+    request.add(*sources.problems())
     if unreadable or request.problems or first is None:
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     conf = to_conf(first.cfg)
     if run_dir is not None and base is not None:
-        # Part by part: what is no command of the run, such as a relative path, may have been written out meanwhile.
-        theirs = [] if any(o.key == "data.root" for o in overrides) else (base.data.root or "").split("::")
-        if (strange := [one for one in pipe_commands(conf.data) if one in theirs]) and not conf.data.allow_pipe:
-            raise ConfigError([_strange_command(run_dir, strange)])
+        _refuse_strange_commands(run_dir, conf, base, is_given=any(o.key == "data.root" for o in overrides))
         conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # what is left are the person's own commands
         texts = [o.text for o in overrides if o.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
@@ -83,7 +83,8 @@ def read_settings(
         run_dir = Path(_given_folder(first.cfg, key))
     if request.jobs > 1:
         _refuse_one_folder(first.cfg)
-    return Prepared(conf, first.cfg, [o.safe for o in overrides], first.overrides, request.jobs, run_dir)
+    words = [*(o.safe for o in overrides), *sources.words]
+    return Prepared(conf, first.cfg, words, first.overrides, request.jobs, run_dir)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
@@ -92,15 +93,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Conf:
 
 
 def _with_choices(typed: Sequence[str], searched: Sequence[Path]) -> list[str]:
-    """The words with references in choices, such as `model=${oc.env:MODEL}`, filled in: a choice is looked up first.
-
-    `data.source=folder` alone brings `data=folder`: the shares of the splits in `data=digits` are not for other images.
-    """
+    """The words with references in choices, such as `model=${oc.env:MODEL}`, filled in: a choice is looked up first."""
     groups, words = default_choices(searched), []
-    keys = {word.partition("=")[0].lstrip("+") for word in typed}
-    source = next((word.partition("=")[2] for word in typed if word.startswith("data.source=")), "")
-    if not keys & {"data", "resume"} and source in options(searched, "data"):
-        words.append(f"data={source}")
     for word in typed:
         key, equals, value = word.partition("=")
         is_choice = equals and key.lstrip("+") in groups and not value.startswith("{")
@@ -128,10 +122,17 @@ def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) 
     return beside
 
 
-def _strange_command(run_dir: Path, commands: Sequence[str]) -> str:
-    shown = ", ".join(map(printable, commands))
-    problem = f"resume={run_dir}: its config.yaml reads the images from a command, which runs with your rights: {shown}"
-    return f"{problem}. Nothing was run: if you know it, add data.allow_pipe=true"
+def _refuse_strange_commands(run_dir: Path, conf: Conf, base: Conf, *, is_given: bool) -> None:
+    """A ConfigError where a run's own `config.yaml`, `base`, reads images from a command, and nobody allowed it.
+
+    `is_given`: whether the command line has a `data.root` of its own.
+    """
+    # Part by part: what is no command of the run, such as a relative path, may have been written out meanwhile.
+    theirs = [] if is_given else (base.data.root or "").split("::")
+    if (strange := [one for one in pipe_commands(conf.data) if one in theirs]) and not conf.data.allow_pipe:
+        shown = ", ".join(map(printable, strange))
+        problem = f"resume={run_dir}: its config.yaml reads the images from a command, which runs with your rights"
+        raise ConfigError([f"{problem}: {shown}. Nothing was run: if you know it, add data.allow_pipe=true"])
 
 
 def _check_files(request: Request, searched: Sequence[Path]) -> None:
