@@ -349,6 +349,30 @@ def test_shards_beside_those_of_splits_are_a_question_or_extra(tmp_path: Path) -
         shards(tmp_path)
 
 
+def test_folder_and_name_of_a_shard_agree_or_are_a_question(tmp_path: Path) -> None:
+    def write(*names: str) -> Path:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            write_shard(root / name, samples(name=f"{name.replace('/', '-')}{{i}}"))
+        return root
+
+    for names in (
+        ("train/a-0.tar", "train/val-0.tar"),
+        ("train/0.tar", "val/test-0.tar"),
+        ("val/a/train0.tar", "b.tar"),
+    ):
+        with pytest.raises(UserError, match=r"its folder is of \w+ and its name says \w+; rename it"):
+            shards(write(*names))
+    both = write("train/train-test-0.tar", "val/set-val-0.tar")  # the folder is one of the words
+    assert sizes(shards(both)) == {"train": 20, "val": 20, "test": 0}
+    assert sizes(shards(f"{both}/train/*.tar::{both}/val/*.tar")) == {"train": 20, "val": 20, "test": 0}
+    place = write("test/train-0.tar", "test/val-0.tar", "test/sub/train-1.tar")  # data.root may be called anything
+    assert sizes(shards(place / "test")) == {"train": 40, "val": 20, "test": 0}
+    assert sizes(shards(place / "test" / "{train,val}-0.tar")) == {"train": 20, "val": 20, "test": 0}
+    with pytest.raises(UserError, match=r"is named like a split and .* like none"):
+        shards(write("0.tar", "val/0.tar"))
+
+
 def test_a_name_with_brackets_is_a_name_first_and_a_pattern_then(tmp_path: Path) -> None:
     for folder_name in ("w[v2]", "wv", "w2"):
         for number in range(2):

@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from finetune.config import DataConf
 from finetune.data.images.decode import natural_key
 from finetune.data.sources.fetching import RemoteFile, is_remote
 from finetune.data.sources.layout import LITTER, has_marker
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards
+from finetune.data.split import SPLITS
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit
@@ -30,7 +32,7 @@ class Shard:
 
     path: str
     name: str  # in messages: the path, or the address that it was downloaded from
-    split: int = 0  # index into SPLITS
+    split: int | None = None  # index into SPLITS; None where nothing says which
     remote: RemoteFile | None = None
 
 
@@ -62,7 +64,7 @@ def list_shards(conf: DataConf) -> tuple[list[Shard], Counter[str]]:
             found |= {Shard(path, path) for path in _matches(place)}
     if remotes:
         paths = fetch_shards(list(remotes), conf)
-        found |= {Shard(str(path), remote.name, 0, remote) for path, remote in zip(paths, remotes, strict=True)}
+        found |= {Shard(str(path), remote.name, None, remote) for path, remote in zip(paths, remotes, strict=True)}
     if not found:
         seen = f" (found {', '.join(f'{count:,} {kind}' for kind, count in left_out.most_common(5))})"
         packed = any(_is_packed(kind) for kind in left_out)
@@ -100,7 +102,7 @@ def _in_folder(folder: str, split: int | None, left_out: Counter[str], above: tu
     for name in files:
         path = os.path.join(folder, name)
         if name.lower().endswith(".tar"):
-            yield Shard(path, path, split or 0)
+            yield Shard(path, path, split)
         elif name not in CLASS_FILES:
             left_out[_kind(name)] += 1
     here = (*above, os.path.realpath(folder))
@@ -154,21 +156,30 @@ def _is_packed(kind: str) -> bool:
 def _with_splits(shards: Collection[Shard], left_out: Counter[str]) -> Collection[Shard]:
     """The shards with the splits that their names give, such as `val/000.tar`, `val-000.tar` or `val000.tar`.
 
-    If all shards are named after one split, or none is, their names do not count and the splits are cut by seed.
-    Shards such as `unlabeled-000.tar` beside those of splits are counted in `left_out`. Raises UserError where shards
-    of val or test lie beside shards that no split has its name from: they would be trained on.
+    The word of a folder counts below the folder of all shards, which is only a place. If all shards are named after
+    one split, or none is, their names do not count and the splits are cut by seed. Shards such as `unlabeled-000.tar`
+    beside those of splits are counted in `left_out`. Raises UserError where folder and file name two splits, and where
+    shards of val or test lie beside shards that no split has its name from: they would be trained on.
     """
     splits: dict[Shard, int | None] = {}
     extra: dict[Shard, str] = {}
-    for shard in shards:
-        *_, folder, file = ("", *shard.name.replace(os.sep, "/").split("/"))
-        words = (folder, *re.split(r"[-_.\d]+", file))
-        splits[shard] = next((split for word in words if (split := split_of(word)) is not None), None)
-        if splits[shard] is None and (word := next(filter(is_extra, words), None)):
+    paths = {shard: shard.name.replace(os.sep, "/").split("/") for shard in shards}
+    levels = zip(*(path[:-1] for path in paths.values()), strict=False)
+    above = len(list(takewhile(lambda names: len(set(names)) == 1, levels)))
+    for shard, (*folders, file) in paths.items():
+        folder = folders[-1] if len(folders) > above else ""
+        words = re.split(r"[-_.\d]+", file)
+        of_file = [split for word in words if (split := split_of(word)) is not None]
+        of_folder = split_of(folder) if shard.split is None else shard.split
+        if of_file and of_folder is not None and of_folder not in of_file:
+            both = f"its folder is of {SPLITS[of_folder]} and its name says {SPLITS[of_file[0]]}"
+            raise UserError(f"data.root: {shard.name}: {both}; rename it, or move it away")
+        splits[shard] = of_folder if of_folder is not None else next(iter(of_file), None)
+        if splits[shard] is None and (word := next(filter(is_extra, (folder, *words)), None)):
             extra[shard] = word
     named = {split for shard, split in splits.items() if shard not in extra}
-    if any(shard.split for shard in shards) or not named & {1, 2} or len(named) == 1:
-        return shards
+    if not named & {1, 2} or len(named) == 1:
+        return [replace(shard, split=0) for shard in shards]
     if None in named:
         others = sorted(shard.name for shard, split in splits.items() if split is None and shard not in extra)
         one = next(shard.name for shard, split in splits.items() if split)

@@ -134,7 +134,7 @@ def find_shards(conf: DataConf) -> FoundImages:
     note = in_brackets(left_out)
     if not index.keys:
         raise UserError(f"data.root={root}: no images in {counted(len(shards), 'shard')}{note}; {LAYOUT}")
-    empty = {shard.split for shard in shards} - {*index.given}
+    empty = {shard.split or 0 for shard in shards} - {*index.given}
     if empty:
         words = " and ".join(SPLITS[split] for split in sorted(empty))
         raise UserError(f"data.root={root}: the shards of {words} hold no images{note}; {LAYOUT}")
@@ -192,7 +192,7 @@ def _read_shard(
             raise UserError(f"data.root: {shard.name}: {sample.name} {error}; {LAYOUT}") from None
         index.places.extend((number, sample.offset, sample.size))
         index.keys.append(f"{os.path.basename(shard.name)}/{sample.name}")
-        index.given.append(shard.split)
+        index.given.append(shard.split or 0)
         if group_key is not None:
             index.groups.append(sample.more.get(group_key))
     return samples.left_out
