@@ -20,7 +20,7 @@ from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
 from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
 from finetune.models.layering import towers
 from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
-from finetune.models.upstream.candidates import shown
+from finetune.models.upstream.layouts import shown
 from finetune.models.upstream.network import FOLDER, HUB, Upstream
 from finetune.models.upstream.weight_files import is_path
 from finetune.system.errors import UserError

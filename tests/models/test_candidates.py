@@ -239,6 +239,102 @@ def test_adapters_of_lora_are_no_leftovers(states: list[dict], tmp_path: Path) -
         build_model(conf(tmp_path / "w.pt"), CLASSES)
 
 
+CHANGED = {
+    "VPT": ({"prompt_embeddings": (1, 5, 192), "deep_prompt_embeddings": (11, 5, 192)}, "prompts .*prompt_embeddings"),
+    "VPT inside": ({"blocks.0.prompt": (5, 192)}, r"prompts .*blocks\.0\.prompt"),
+    "L2P": ({"e_prompt.prompt_key": (10, 192)}, "prompts .*e_prompt"),
+    "CoOp": ({"prompt_learner.ctx": (4, 192), "prompt_learner.token_prefix": (2, 1, 192)}, "prompts .*prompt_learner"),
+    "CoOp alone": ({"ctx": (4, 192)}, r"prompts .*ctx\)"),
+    "MaPLe": ({"prompt_learner.compound_prompts_text.0": (2, 192)}, "prompts .*compound_prompts_text"),
+    "visual": ({"Prompt_Tokens": (1, 5, 192)}, "prompts .*Prompt_Tokens"),
+    "CLIP-Adapter": ({"adapter.fc.0.weight": (48, 192)}, r"adapters.*adapter\.fc"),
+    "AdaptFormer": ({"blocks.3.adaptmlp.down_proj.weight": (8, 192)}, r"adapters.*adaptmlp.*save a file without"),
+    "SSF": ({"ssf_scale_1": (192,)}, "adapters.*ssf_scale_1"),
+    "VeRA": ({"blocks.0.attn.qkv.vera_lambda_d": (8,)}, "adapters.*vera"),
+    "FSDP": ({"_fsdp_wrapped_module._flat_param": (1000,)}, "FSDP.*FULL_STATE_DICT"),
+    "bitsandbytes": ({"blocks.0.attn.qkv.SCB": (576,)}, "few bits .*SCB.*dequantize"),
+    "four bits": ({"blocks.0.attn.qkv.weight.quant_state.bitsandbytes__nf4": (9,)}, "few bits .*dequantize"),
+    "eight bits of real numbers": ({"blocks.0.attn.qkv.weight_scale": (1,)}, "few bits .*weight_scale"),
+    "quantization in training": ({"blocks.0.attn.qkv.weight_fake_quant.scale": (1,)}, "few bits .*fake_quant"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+@pytest.mark.parametrize("prefix", ["", "model.module."])
+def test_a_part_that_changes_the_network_is_no_leftover(
+    case: str, prefix: str, states: list[dict], tmp_path: Path
+) -> None:
+    shapes, words = CHANGED[case]
+    extra = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for name, content in {"beside": states[0] | extra, "around": {**at("image_encoder.", states[0]), **extra}}.items():
+        save_file(at(prefix, content), tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=words) as caught:
+            build_model(conf(tmp_path / f"{name}.safetensors"), CLASSES)
+        assert "another model" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_only_sounds_like_a_change_is_left_out(states: list[dict], tmp_path: Path) -> None:
+    extra = {
+        "prompt_encoder.point_embeddings.0.weight": torch.ones(1, 4),  # SAM's, for clicks
+        "prompt_ids": torch.ones(3, dtype=torch.int64),
+        "impromptu.weight": torch.ones(2),
+        "head.last_layer.weight_g": torch.ones(3, 1),
+    }
+    text = assert_built({**at("image_encoder.", states[0]), **extra}, states[0], tmp_path / "w.pt")
+    assert "left out of the file: head, impromptu" in text.replace("head.last_layer.weight_g", "head").replace(
+        "impromptu.weight", "impromptu"
+    )
+
+
+def apart(state: dict, names: tuple[str, str, str]) -> dict:
+    """The state with a matrix and a bias each for query, key and value."""
+    found = {}
+    for name, tensor in state.items():
+        if ".qkv." in name:
+            parts = zip(names, tensor.chunk(3), strict=True)
+            found |= {name.replace("qkv", part): third.clone() for part, third in parts}
+        else:
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")])
+def test_matrices_apart_are_told_from_joined_ones(names, states: list[dict], tmp_path: Path) -> None:
+    torch.save({"model": apart(states[0], names)}, tmp_path / "w.pt")
+    words = rf"apart \(blocks\.0\.attn\.{names[0]}\.weight\).*in one \(blocks\.0\.attn\.qkv\.bias\).*torch\.cat"
+    with pytest.raises(ValueError, match=words):
+        build_model(conf(tmp_path / "w.pt"), CLASSES)
+
+
+def test_joined_matrices_are_told_from_those_apart() -> None:
+    wanted = Wanted({f"b.0.attn.{part}.weight": torch.Size([2, 2]) for part in ("q", "k", "v", "proj")})
+    tensors = {"b.0.attn.qkv.weight": torch.ones(6, 2), "b.0.attn.proj.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"w\.pt holds query, key and value in one .*has them apart .*chunk"):
+        find_weights(tensors, wanted, [Layout.own(wanted)], key=None, source="w.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda name, t: {name: torch.empty(0)}, "without numbers, as ZeRO 3 leaves them.*zero_to_fp32"),
+        (lambda name, t: {f"{name}_orig": t, f"{name}_mask": t} if t.ndim == 2 else {name: t}, "pruning.*prune.remove"),
+        (
+            lambda name, t: (
+                {name.replace("weight", "parametrizations.weight.original0"): t} if t.ndim == 2 else {name: t}
+            ),
+            "normalisation.*remove_parametrizations",
+        ),
+        (lambda name, t: {name: t.to(torch.uint8)} if t.ndim == 2 else {name: t}, "in few bits.*torch.uint8"),
+    ],
+)
+def test_a_form_that_no_network_takes_is_named(change, words: str, states: list[dict], tmp_path: Path) -> None:
+    content = {new: each.clone() for name, t in states[0].items() for new, each in change(name, t).items()}
+    save_file(at("module.", content), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=words) as caught:
+        build_model(conf(tmp_path / "w.safetensors"), CLASSES)
+    assert "another model" not in str(caught.value)
+
+
 def test_the_classifier_comes_along_and_another_kind_of_head_does_not(states: list[dict], tmp_path: Path) -> None:
     head = {"head.weight": torch.randn(3, 192), "head.bias": torch.randn(3)}
     torch.save({"model": at("module.", {**states[0], **head})}, tmp_path / "w.pt")
@@ -330,7 +426,7 @@ def test_one_backbone_with_and_without_its_classifier_is_one_candidate(states: l
 def test_weights_in_eight_bits_are_no_weights(states: list[dict], tmp_path: Path) -> None:
     small = {name: (tensor * 100).to(torch.int8) if tensor.ndim == 2 else tensor for name, tensor in states[0].items()}
     save_file(small, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"attn\.proj\.weight torch\.int8 for real numbers"):
+    with pytest.raises(ValueError, match=r"torch\.int8 for real numbers and 47 more.*dequantized"):
         build_model(conf(tmp_path / "w.safetensors"), CLASSES)
 
 
@@ -387,6 +483,79 @@ def test_a_folder_is_looked_into(states: list[dict], tmp_path: Path) -> None:
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of its 2 files are missing: model-00002"):
         build_model(conf(sharded), CLASSES)
+
+
+def sharded(folder: Path, states: list[dict]) -> tuple[dict, dict]:
+    """Two shards in a folder without an index, as file -> tensors, and their index."""
+    names = list(states[0])
+    shards = {
+        f"model-0000{k + 1}-of-00002.safetensors": {name: states[0][name] for name in names[k::2]} for k in range(2)
+    }
+    for file, own in shards.items():
+        save_file(own, folder / file)
+    return shards, {"weight_map": {name: file for file, own in shards.items() for name in own}}
+
+
+def test_shards_without_their_index_are_named(states: list[dict], tmp_path: Path) -> None:
+    shards, _ = sharded(tmp_path, states)
+    with pytest.raises(ValueError, match=r"2 of 2 shards of one set of weights.*model\.safetensors\.index\.json"):
+        build_model(conf(tmp_path), CLASSES)
+    first, second = (tmp_path / file for file in shards)
+    with pytest.raises(ValueError, match=r"is one of 2 files that hold one set of weights"):
+        build_model(conf(first), CLASSES)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 shards"):
+        build_model(conf(tmp_path), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("twice", r"norm\.weight stands in model-0000\d-of-00002\.safetensors too"),
+        ("elsewhere", r"norm\.weight (is not in|stands in) model-0000\d-of-00002\.safetensors"),
+        ("unlisted", r"norm\.weight in model-0000\d-of-00002\.safetensors is not in the index"),
+    ],
+)
+def test_an_index_that_disagrees_with_its_files_is_named(
+    fault: str, words: str, states: list[dict], tmp_path: Path
+) -> None:
+    import json
+
+    shards, index = sharded(tmp_path, states)
+    file = index["weight_map"]["norm.weight"]
+    other = next(each for each in shards if each != file)
+    if fault == "twice":
+        save_file({**shards[other], "norm.weight": states[1]["norm.weight"] + 1}, tmp_path / other)
+    elif fault == "elsewhere":
+        index["weight_map"]["norm.weight"] = other
+    else:
+        del index["weight_map"]["norm.weight"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=words + r".*fetch the index and its files again") as caught:
+        build_model(conf(tmp_path), CLASSES)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("latest", "global_step5/mp_rank_00_model_states.pt"), "DeepSpeed.*zero_to_fp32"),
+        (("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"), "DeepSpeed.*zero_to_fp32"),
+        (("zero_pp_rank_0_mp_rank_00_model_states.pt",), "DeepSpeed.*zero_to_fp32"),
+        ((".metadata", "__0_0.distcp", "__1_0.distcp"), r"torch\.distributed\.checkpoint.*dcp_to_torch"),
+        (("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"), "pytorch_model_fsdp_0.*dcp_to_torch"),
+        (("saved_model.pb", "variables/variables.index"), "TensorFlow"),
+    ],
+)
+def test_a_folder_of_pieces_is_named(files: tuple[str, ...], words: str, states: list[dict], tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=words) as caught:
+        build_model(conf(tmp_path), CLASSES)
+    assert "\n" not in str(caught.value)
+    save_file(states[0], tmp_path / "model.safetensors")  # as transformers' trainer keeps them beside the pieces
+    assert torch.equal(build_model(conf(tmp_path), CLASSES).model.net.norm.weight, states[0]["norm.weight"])
 
 
 @pytest.mark.parametrize(

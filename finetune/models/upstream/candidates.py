@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from finetune.config import nearest
-from finetune.models.upstream.layouts import COUNTER, GROUPED, Layout, Source, StateDict, Wanted
+from finetune.models.upstream import forms
+from finetune.models.upstream.layouts import COUNTER, GROUPED, Layout, Source, StateDict, Wanted, shown
 from finetune.system.errors import UserError
 
 # Parts that wrappers (DDP, torch.compile, FSDP, checkpointing) put inside names, in front of a part that they wrap.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # An optimizer's averages have the names and shapes of the weights, and are no weights.
 NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|gradients?)(\.|$)", re.IGNORECASE)
-# The adapters of LoRA change what the weights beside them compute.
-LORA = re.compile(r"(^|\.)lora_\w+(\.|$)")
 # A complete candidate has at most this share of tensors of another shape: those that depend on the size of the images.
 MAX_MISSHAPEN = 0.25
 MAX_PARTS = 40  # of a name
@@ -30,9 +29,6 @@ MAX_PARTS = 40  # of a name
 BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 TOP = "."  # stands for the names without a prefix in `model.pretrained_key`
 SHOWN = 6  # candidates and parts that a message lists at most
-# An error lists at most this many names of each kind, each of them up to this length.
-NAMES_SHOWN = 5
-NAME_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -90,9 +86,8 @@ def find_weights(
     Raises:
         UserError: No candidate is complete, or several are and `key` does not choose; it lists them.
     """
-    if any(LORA.search(name) for name in tensors):
-        mend = "merge them into the weights first (peft: model.merge_and_unload()) and save those"
-        raise UserError(f"{source} holds LoRA adapters beside the weights, which would be left out: {mend}")
+    if form := forms.altered(tensors, wanted.shapes):
+        raise UserError(f"{source} {form}")
     candidates = _candidates(tensors, wanted, layouts)
     complete = [each for each in candidates if each.is_complete]
     # A deeper network has all names too. It is meant where no other fits, and the error then lists its other blocks.
@@ -158,7 +153,7 @@ def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
         shape = _shape(source, parts)
         whole = [part.dtype for part in parts if not part.is_floating_point()]
         if whole and own in wanted.numbers:  # such as weights in 8 bits, which mean nothing without their scales
-            candidate.shapes.append(f"{own} {whole[0]} for real numbers")
+            candidate.shapes.append(f"{own} {whole[0]}{forms.WHOLE}")
             candidate.is_foreign = True
         elif shape != wanted.shapes[own]:
             candidate.shapes.append(f"{own} {tuple(shape or parts[0].shape)} for {tuple(wanted.shapes[own])}")
@@ -312,6 +307,8 @@ def _misfit(tensors: StateDict, wanted: Wanted, best: _Candidate | None, source:
     if best is not None:
         missing, shapes, place = sorted(best.missing), best.shapes, f" under {best.place}" * bool(best.prefix)
         known = set(best.names)
+    if form := forms.unfit({name: tensors[full] for name, full in names.items()}, missing, shapes, source):
+        return f"{source} {form}"
     unexpected = sorted(name for name in names if name not in known and not name.startswith(wanted.optional))
     faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     listed = "; ".join(f"{len(words)} {fault}: {shown(words)}" for fault, words in faults if words)
@@ -333,9 +330,3 @@ def _sizes(shapes: Mapping[str, torch.Size]) -> str:
         return ""
     depth = max(map(len, depths.values()))
     return f"{depth} block{'s' * (depth != 1)} of width {widths.most_common(1)[0][0]}"
-
-
-def shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
-    """A list of names for a message, cut at `at_most` names."""
-    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
-    return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

@@ -16,7 +16,7 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from finetune.models.upstream.candidates import shown
+from finetune.models.upstream.layouts import shown
 from finetune.models.upstream.weight_files import check_npz
 from finetune.system.errors import UserError
 

@@ -1,7 +1,7 @@
 """What a network needs of a file of weights, and the names under which a file has it."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,9 @@ StateDict = dict[str, Tensor]
 COUNTER = ".num_batches_tracked"
 # Training programs of DINOv2 put the blocks in groups: `blocks.1.7.` is block 7.
 GROUPED = re.compile(r"\.\d+\.(\d+)(?=\.)")
+# An error lists at most this many names of each kind, each of them up to this length.
+NAMES_SHOWN = 5
+NAME_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,9 @@ class Layout:
     def has_groups(self) -> bool:
         """Whether its own names have two numbers side by side."""
         return any(GROUPED.search(name) for name in self.names)
+
+
+def shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
+    """A list of names for a message, cut at `at_most` names."""
+    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
+    return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

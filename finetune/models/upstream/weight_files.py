@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
-from finetune.models.upstream.candidates import shown
-from finetune.models.upstream.layouts import COUNTER, StateDict
+from finetune.models.upstream.layouts import COUNTER, StateDict, shown
 from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.transformers_config import Network
-from finetune.models.upstream.weight_folders import INDEX, shards_of, weights_in
+from finetune.models.upstream.weight_folders import INDEX, check_shard, shards_of, weights_in
 from finetune.system.errors import UserError
 from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, check_growth, check_pickles
 from finetune.system.reading import DamagedError, UnfitError, parse_json
@@ -46,8 +45,12 @@ def read_state_dict(path: Path) -> StateDict:
     """
     path = path_of(str(path))
     if path.name.endswith(INDEX):
-        shards = [read_state_dict(shard) for shard in shards_of(path)]
-        return {name: tensor for shard in shards for name, tensor in shard.items()}
+        held, tensors = shards_of(path), StateDict()
+        for name in held:
+            shard = read_state_dict(path.parent / name)
+            check_shard(path, held, name, shard)
+            tensors |= shard
+        return tensors
     with path.open("rb") as file:
         start = file.read(64)
     claims_safetensors = path.suffix == ".safetensors"
