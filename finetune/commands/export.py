@@ -24,6 +24,8 @@ EPILOG = """\
 RUN is a run directory or its best.safetensors. FORMAT is one of:
   timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
   open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
+  onnx          model.onnx, for onnxruntime and others
+  pt2           model.pt2, for torch.export.load
 The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the
 run's. Above a difference of 1e-4 nothing is written."""
 
@@ -50,6 +52,7 @@ def main(words: Sequence[str]) -> int:
         place,
         lambda: _images(given.images, conf, source),
         about=_about(source, conf),
+        with_preprocess=given.with_preprocess,
         allow_different=given.allow_different,
     )
     say(f"{checked}\n{printable(str(place))}: {given.format}")
@@ -67,6 +70,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("format", metavar="FORMAT", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder; default: RUN/export/FORMAT")
     parser.add_argument("--images", action="append", metavar="PATH", help="compare on these, as `finetune predict`")
+    parser.add_argument(
+        "--with-preprocess", action="store_true", help="onnx: resize, crop and normalise in the network"
+    )
     parser.add_argument("--allow-different", action="store_true", help="keep an export whose scores are others")
     return parser.parse_intermixed_args(list(words))
 

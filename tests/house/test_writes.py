@@ -97,6 +97,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "use/exporting/checking.py": [("a temporary folder of this process", ("_store_images", "check"))],
     "use/exporting/export.py": [("in the new folder of `made_at`", ("export",))],
     "use/exporting/fresh.py": [("the temporary folder of `checking.py`", ("main",))],
+    "use/exporting/pt2_file.py": [("in the new folder of `made_at`", ("write",)), (TEMPORARY, ("_save",))],
     "use/exporting/open_clip_folder.py": [("in the new folder of `made_at`", ("write",))],
     "use/exporting/place.py": [
         ("a new folder under a name of ours, which is renamed to a place where nothing is", ("made_at",)),

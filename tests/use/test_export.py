@@ -6,24 +6,32 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import go, small
+from small_runs import ROOT, go, small
 
 import finetune
 from finetune.__main__ import main
 from finetune.config import Family, HeadKind
+from finetune.core.preprocess import Preprocess
+from finetune.data.images.transforms import fit_square
+from finetune.data.loading.batches import in_channels, normalise
 from finetune.models.upstream import glyphs
 from finetune.system.files import write_json
 from finetune.system.ours import FolderKind, claim, temporary_of
 from finetune.use.exporting import checking, export
 from finetune.use.exporting.card import wilson
+from finetune.use.exporting.formats import pillow_steps
 from finetune.use.exporting.fresh import main as run_program
+from finetune.use.exporting.onnx_images import preparing
 from finetune.use.loading import read_learned
 
 
@@ -33,7 +41,7 @@ def vit_run(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vit")
     conf = small(stripes, optim__fix_layer=2, train__ema=0.5)
     conf.model.family, conf.model.name, conf.model.head = Family.vit, "glyph_vit", HeadKind.random
-    conf.data.resize, conf.data.eval_resize = "shortest", 37
+    conf.data.resize, conf.data.eval_resize, conf.model.in_channels = "shortest", 37, 1
     go(conf, folder)
     return folder
 
@@ -188,6 +196,53 @@ def test_what_open_clip_cannot_hold(
     assert message in capsys.readouterr().err and not (folder / "run" / "export").exists()
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("words", [["pt2"], ["onnx"], ["onnx", "--with-preprocess"]], ids=" ".join)
+def test_programs_give_the_scores_of_the_run_and_name_no_place(
+    words: list[str], vit_run: Path, labelled_run: tuple[Path, Path], folder: Path
+) -> None:
+    run = vit_run if words == ["onnx"] else labelled_run[0]
+    photographs(folder / "in")
+    assert main(["export", str(run), *words, "--out", "out", "--images", "in"]) == 0
+    (file,) = (path for path in (folder / "out").iterdir() if path.name != "README.md")
+    assert str(ROOT).encode() not in file.read_bytes() and b"site-packages" not in file.read_bytes()
+    predictor, texts = finetune.load(run), {"classes": "", "threshold": "null", "preprocess": ""}
+    if words == ["pt2"]:
+        torch.export.load(file, extra_files=texts)
+    else:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        texts |= session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(texts["classes"])) == predictor.classes
+    assert json.loads(texts["threshold"]) == predictor.threshold
+    assert json.loads(texts["preprocess"]) == predictor.preprocess.as_dict()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_the_graph_and_pillow_prepare_images_as_validation_does(
+    resize: str, channels: int, interpolation: str, folder: Path
+) -> None:
+    numbers = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)) if channels == 3 else ((0.4,) * 3, (0.2,) * 3)
+    preprocess = Preprocess(48, *numbers, interpolation, resize, 48 / 55 if resize == "crop" else 1.0, channels)
+    graph = onnx.parser.parse_model(preparing(preprocess, ir=10, opset=20))
+    onnx.checker.check_model(graph)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    lines = pillow_steps(preprocess)
+    names: dict[str, Any] = {"np": np, "Image": Image}
+    exec(f"def prepare(image):\n{lines}    return pixels.transpose(2, 0, 1)\n", names)
+    mean, std = torch.tensor(numbers)[:, :, None, None]
+    for shape in ((200, 300), (300, 201), (8, 8), (48, 48), (31, 47), (20, 400), (55, 90)):
+        image = np.random.default_rng(shape[0]).integers(0, 256, size=(*shape, 3), dtype=np.uint8)
+        image[: shape[0] // 2] = np.asarray(Image.fromarray(image[:1, :1]).resize((shape[1], shape[0] // 2)))
+        fitted = fit_square(torch.from_numpy(image).permute(2, 0, 1), preprocess)[None]
+        wanted = in_channels(normalise(fitted, mean, std), channels).numpy()
+        found = session.run(None, {"images": np.stack([image, image])})[0]
+        for other in (found[:1], found[1:], names["prepare"](Image.fromarray(image))[None]):
+            levels = np.abs(other - wanted) * std.numpy()[:channels] * 255
+            assert levels.max() <= checking.MOST_LEVELS and levels.mean() <= checking.MEAN_LEVEL, shape
+
+
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     vit_run: Path, striped_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +262,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
         ([run, "timm", "--out", "new", "--images", "nothing"], "nothing"),
         (["lone.safetensors", "timm"], "say where with --out DIR"),
         (["lone.safetensors", "timm", "--out", "new"], "give some with --images PATH"),
+        ([run, "timm", "--with-preprocess"], "use onnx"),
         (["empty", "timm"], "is no run directory"),
         (["begun", "timm"], "no epoch of this run is finished"),
         (["absent", "timm"], "no such file or folder"),

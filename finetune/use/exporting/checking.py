@@ -60,16 +60,13 @@ def check(folder: Path, predictor: Predictor, split: Split, where: str) -> Check
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        pixels = _store_images(split, predictor, work)
-        with torch.inference_mode():
-            wanted = torch.cat([predictor.model(part).float() for part in torch.split(pixels, BATCH)])
+        ours = _store_images(split, predictor, work)
         (work / "program.py").write_text(_program_in(folder / "README.md"), encoding="utf-8")
         _run(folder, work)
-        found, same, prepared = (
-            torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False))
-            for name in ("scores", "scores_of_pixels", "prepared")
+        theirs, scores = (
+            torch.from_numpy(np.load(work / f"{name}.npy", allow_pickle=False)) for name in ("pixels", "scores")
         )
-    return _compared(predictor, (wanted, pixels), (found, same, prepared), where)
+    return _compared(predictor, ours, theirs, scores, where)
 
 
 def _store_images(split: Split, predictor: Predictor, work: Path) -> Tensor:
@@ -84,9 +81,7 @@ def _store_images(split: Split, predictor: Predictor, work: Path) -> Tensor:
         fitted.append(fit_square(image, predictor.preprocess))
     preprocess = predictor.preprocess
     mean, std = torch.tensor((preprocess.mean, preprocess.std), dtype=torch.float32)[:, :, None, None]
-    pixels = in_channels(normalise(torch.stack(fitted), mean, std), preprocess.channels)
-    np.save(work / "pixels.npy", pixels.numpy())
-    return pixels
+    return in_channels(normalise(torch.stack(fitted), mean, std), preprocess.channels)
 
 
 def _program_in(readme: Path) -> str:
@@ -107,28 +102,32 @@ def _run(folder: Path, work: Path) -> None:
         raise UserError(f"the exported folder cannot be loaded by its own library: {reason}; nothing was written")
 
 
-def _compared(
-    predictor: Predictor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor, Tensor], where: str
-) -> Checked:
-    (wanted, pixels), (found, same, prepared) = ours, theirs
-    if prepared.shape != pixels.shape:
-        shapes = f"{tuple(prepared.shape[1:])}, expected {tuple(pixels.shape[1:])}"
+def _compared(predictor: Predictor, ours: Tensor, theirs: Tensor, scores: Tensor, where: str) -> Checked:
+    """`ours` and `theirs` are pixels of the same images; `scores` are the upstream library's of its own pixels."""
+    if ours.shape != theirs.shape:
+        shapes = f"{tuple(theirs.shape[1:])}, expected {tuple(ours.shape[1:])}"
         raise UserError(f"the exported folder makes pixels {shapes}; nothing was written")
-    for other in (found, same):
-        if other.shape != wanted.shape or not other.isfinite().all():
-            shapes = f"{tuple(other.shape[1:])}, expected {tuple(wanted.shape[1:])}"
-            raise UserError(f"the exported folder gives scores {shapes} or no numbers; nothing was written")
-    limit = LIMIT * max(1.0, float(wanted.abs().max()))
-    numbers, scores = (float((other - wanted).abs().max()) for other in (same, found))
+    wanted, same = _scores(predictor, ours), _scores(predictor, theirs)
+    if scores.shape != wanted.shape or not scores.isfinite().all():
+        shapes = f"{tuple(scores.shape[1:])}, expected {tuple(wanted.shape[1:])}"
+        raise UserError(f"the exported folder gives scores {shapes} or no numbers; nothing was written")
+    std = torch.tensor(predictor.preprocess.std)[: ours.shape[1], None, None]
+    levels = ((theirs - ours) * std).abs() * 255
+    most, mean = float(levels.max()), float(levels.mean())
+    numbers, apart = float((scores - same).abs().max()), float((scores - wanted).abs().max())
     several = predictor.threshold is not None
-    before, after = (logits.sigmoid() if several else logits.softmax(dim=1) for logits in (wanted, found))
+    before, after = (logits.sigmoid() if several else logits.softmax(dim=1) for logits in (wanted, scores))
     if predictor.threshold is not None:
         changed = ((before >= predictor.threshold) != (after >= predictor.threshold)).any(dim=1)
     else:
         changed = before.argmax(dim=1) != after.argmax(dim=1)
-    std = torch.tensor(predictor.preprocess.std)[: pixels.shape[1], None, None]
-    levels = ((prepared - pixels) * std).abs() * 255
-    most, mean = float(levels.max()), float(levels.mean())
-    apart = float((after - before).abs().max())
-    differs = "numbers" if numbers > limit else "preprocessing" if most > MOST_LEVELS or mean > MEAN_LEVEL else ""
-    return Checked(len(wanted), where, numbers, scores, apart, most, mean, int(changed.sum()), differs)
+    differs = "preprocessing" if most > MOST_LEVELS or mean > MEAN_LEVEL else ""
+    if numbers > LIMIT * max(1.0, float(same.abs().max())):
+        differs = "numbers"
+    probabilities = float((after - before).abs().max())
+    return Checked(len(wanted), where, numbers, apart, probabilities, most, mean, int(changed.sum()), differs)
+
+
+@torch.inference_mode()
+def _scores(predictor: Predictor, pixels: Tensor) -> Tensor:
+    return torch.cat([predictor.model(part).float() for part in torch.split(pixels, BATCH)])

@@ -9,14 +9,20 @@ from finetune.core.device import pick_device
 from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
-from finetune.use.exporting import open_clip_folder, timm_folder
+from finetune.use.exporting import onnx_file, open_clip_folder, pt2_file, timm_folder
 from finetune.use.exporting.card import About, card
 from finetune.use.exporting.checking import Checked, check
 from finetune.use.exporting.formats import Format
 from finetune.use.exporting.place import made_at
 from finetune.use.loading import Learned, predictor_of
 
-FORMATS = {"timm": Format(timm_folder.write), "open_clip": Format(open_clip_folder.write)}
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+FORMATS = {
+    "timm": Format(timm_folder.write),
+    "open_clip": Format(open_clip_folder.write),
+    "onnx": Format(onnx_file.write, onnx_file.write_whole, packages=ONNX, extra="onnx"),
+    "pt2": Format(pt2_file.write),
+}
 README = "README.md"
 
 
@@ -41,21 +47,26 @@ def export(
     images: Callable[[], tuple[Split, str]],
     *,
     about: About,
+    with_preprocess: bool = False,
     allow_different: bool = False,
 ) -> Checked:
     """Write `learned` in the format `name` to the new folder `place`; how far it is from the model.
 
-    `images` gives the images of the comparison, and says where they come from. It is called once the format is known to
-    hold the model.
+    With `with_preprocess` the network resizes, crops and normalises images itself. `images` gives the images of the
+    comparison, and says where they come from. It is called once the format is known to hold the model.
 
     Raises:
         RefusedError: Something is at `place`.
         UserError: The format cannot hold the model, or gives other scores than the model, and not `allow_different`.
     """
     found = format_of(name)
+    write = found.write_whole if with_preprocess else found.write
+    if write is None:
+        able = ", ".join(word for word, each in FORMATS.items() if each.write_whole)
+        raise UserError(f"--with-preprocess: a network of {name} reads prepared images; leave it out, or use {able}")
     with made_at(place) as folder:
         learned.built.model.requires_grad_(False).eval()
-        written = found.write(learned, folder)
+        written = write(learned, folder)
         split, where = images()
         write_text(folder / README, card(name, learned, written, about, None))
         predictor = predictor_of(learned, name, pick_device("cpu"), "fp32")

@@ -41,7 +41,7 @@ with safe_open(f"{FOLDER}/classifier.safetensors", "pt") as file:
 
 
 def prepare(image):
-    return preprocess(image.convert("MODE"))
+    return preprocess(image.convert("RGB"))
 
 
 def scores(batch):

@@ -32,7 +32,7 @@ classes = model.pretrained_cfg["label_names"]
 
 
 def prepare(image):
-    return transform(image.convert("MODE"))
+    return transform(image.convert("RGB"))
 
 
 def scores(batch):
