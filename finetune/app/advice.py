@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.config import Conf
+from finetune.config import Conf, DataConf
 from finetune.report.reading import number
 from finetune.runs.records import Result
 from finetune.system.terminal import command, counted
@@ -38,8 +38,6 @@ def log_next(conf: Conf, result: Result, rows: Sequence[Mapping[str, Any]]) -> N
 def _with(words: Sequence[str], *settings: str) -> str:
     """The words of a command line with these settings, which replace their like; a new run gets a folder of its own."""
     new = {word.partition("=")[0] for word in settings} | {"hydra.run.dir"}
-    if "data.folds" in new:
-        new.add("data.val_fraction")  # it would be ignored beside folds, and is refused
     flags = [word for word in settings if "=" not in word]
     kept = [word for word in words if word.partition("=")[0] not in new]
     return " ".join([*flags, command([*kept, *(word for word in settings if "=" in word)])])
@@ -74,7 +72,10 @@ def _small_val(conf: Conf, result: Result) -> Remark | None:
     if high - low < WIDE:
         return None
     text = f"val has {counted(images, 'image')}, so its top1 {score:.2f} may be {low:.2f} to {high:.2f} on others"
-    return f"{text}; folds use every image for it", ["-m", "data.folds=5", "data.fold=0,1,2,3,4"]
+    # Beside folds another share than the default would be ignored, and is refused, also one out of a yaml file.
+    share = DataConf().val_fraction
+    default = [] if conf.data.val_fraction == share else [f"data.val_fraction={share:g}"]
+    return f"{text}; folds use every image for it", ["-m", *default, "data.folds=5", "data.fold=0,1,2,3,4"]
 
 
 def _learnt_by_heart(result: Result, rows: Sequence[Mapping[str, Any]]) -> Remark | None:

@@ -29,7 +29,7 @@ from finetune.app.rate_plan import (
 )
 from finetune.app.scoring import prepare_head, score_test, score_val
 from finetune.app.session import Session, carried_over, log_summary, outcome
-from finetune.app.training import train_to_the_end
+from finetune.app.training import outside_of_training, train_to_the_end
 from finetune.config import CompileMode, Conf, OnNonfinite, mixing_problems, recorded, train_problems
 from finetune.core.compiling import compiled
 from finetune.core.device import computed_in, environment, is_out_of_memory, set_deterministic
@@ -153,8 +153,9 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
         session.accept(past, plan)  # before the long work: a stop during that must not undo the changes
 
     feeds = Feeds(run, stop.check)
-    train, val = feeds.train_and_val()
-    result |= _prepared(run, train, val, found, stop)
+    with outside_of_training(run.folder, "no step is lost"):
+        train, val = feeds.train_and_val()
+        result |= _prepared(run, train, val, found, stop)
     state = _start(run, curve)
     run.written = restore_run(run.folder, state, found)
     if found is not None:
@@ -181,8 +182,9 @@ def _conclude(run: Run, session: Session, feeds: Feeds, state: TrainState, saver
     """Score the test images, draw, and remove what only a resume needs."""
     hand_back_freed_memory()  # that of gradients and activations; the best weights are read next
     with saver.waited():  # for the last save, which goes to the disk meanwhile
-        if (test := feeds.test()) is not None:
-            score_test(run, state, saver, test, session.result, stop)
+        with outside_of_training(run.folder, "training is finished and saved"):
+            if (test := feeds.test()) is not None:
+                score_test(run, state, saver, test, session.result, stop)
         with dispensable(run.folder / "lr.png"):
             report.plot_rates(run.folder)
     session.write_result()  # the picture reads it; its status becomes `finished` at the very end

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from finetune.app.batch_size import out_of_memory
@@ -150,10 +151,9 @@ class _Training:
             logger.info("stopped at step %d; %s", state.step, self._save_now())
             raise
         except ImageError as error:  # a file that was good when the run began
-            again = f"{self._save_now()}, without the image by data.on_error=skip"
-            raise ImageError(error.path, f"{error.reason}; {again}") from error
+            raise _going_on(error, self._save_now()) from error
         except DamagedError as error:  # a downloaded shard
-            raise DamagedError(f"{error}; {self._save_now()}") from error
+            raise _going_on(error, self._save_now()) from error
         except NotFiniteError as error:
             kept = "checkpoints/last.safetensors holds the weights from before it"
             try:
@@ -213,6 +213,25 @@ class _Training:
             f" Lower optim.lr, add sched.warmup, or look at these images: finetune replay"
             f" {self.run.folder}"
         )
+
+
+def _going_on(error: ImageError | DamagedError, how: str) -> UserError:
+    """The error of an image, or of a downloaded shard, with the words for going on without it, or with it mended."""
+    if isinstance(error, ImageError):
+        return ImageError(error.path, f"{error.reason}; {how}, without the image by data.on_error=skip")
+    return DamagedError(f"{error}; {how}")
+
+
+@contextmanager
+def outside_of_training(folder: Path, what: str) -> Iterator[None]:
+    """Let the error of an image that is read before or after training say how the run in `folder` goes on.
+
+    `what` is what has been saved, in a few words.
+    """
+    try:
+        yield
+    except (ImageError, DamagedError) as error:
+        raise _going_on(error, f"{what}: continue with resume={folder}") from error
 
 
 def bar_numbers(state: TrainState, bar: Bar, feed: Feed, gpu: Utilisation | None) -> dict[str, float]:

@@ -96,19 +96,19 @@ def _cut_all(
         if not len(parts[name]):
             raise UserError(f"{found.place}: no image of {_listed(found.classes)} in the {name} split of the data")
     needed = ["train", *missing]
-    _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed)
+    _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed, conf)
     train = parts["train"]
     if missing:
         order = _ranked(found.names, train, "split", conf.split_seed)
         cut_off = cut(order, strata[train], shares=missing, groups=None if groups is None else groups[train])
         parts |= {name: train[part] for name, part in cut_off.items()}
         for name in missing:
-            if not len(parts[name]) and groups is None:
-                mend = f"add images, or do without by data.{name}_fraction=0"
+            if not len(parts[name]) and groups is None and not (conf.folds and name == "val"):
+                mend = f"add images, or do without by {_without(name, conf)}"
                 raise UserError(f"{found.place}: no images left for {name}; there are too few: {mend}")
     if conf.folds:  # after the test images were cut, so that they are the same with folds and without
         both = np.sort(np.concatenate([parts["train"], parts["val"]]))
-        _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"])
+        _check_sizes(found, class_counts(found.labels[both], len(found.classes)), ["train", "val"], conf)
         order = _ranked(found.names, both, "fold", conf.split_seed)
         of_both = None if groups is None else groups[both]
         inside = in_fold(order, strata[both], folds=conf.folds, fold=conf.fold, groups=of_both)
@@ -154,7 +154,13 @@ def shares_to_cut(found: FoundImages, conf: DataConf) -> dict[str, float]:
     return {name: share for name, share in shares.items() if share > 0}
 
 
-def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> None:
+def _without(name: str, conf: DataConf) -> str:
+    """The words with which no images are taken from train for the split `name`."""
+    # Beside folds data.val_fraction would be ignored, and is refused.
+    return f"data.{name}_fraction=0" + (" without data.folds" if conf.folds and name == "val" else "")
+
+
+def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str], conf: DataConf) -> None:
     """Raises UserError if a class has fewer images than there are splits to cut. Not for several labels an image."""
     if found.labels.ndim == 2 or len(needed) == 1:
         return
@@ -163,7 +169,7 @@ def _check_sizes(found: FoundImages, counts: Tensor, needed: Sequence[str]) -> N
     if small:
         few = f"too few images to give one to each of {', '.join(needed)} in class {_listed(small)}"
         mend = "add images, move the class away (data.classes names those to use)"
-        fewer = " and ".join(f"data.{name}_fraction=0" for name in needed[:0:-1])
+        fewer = " and ".join(_without(name, conf) for name in needed[:0:-1])
         raise UserError(f"{found.place}: {few}; {mend}, or cut less: {fewer}")
 
 

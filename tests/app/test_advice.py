@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,9 +87,18 @@ def test_a_small_val_is_told_with_its_interval(caplog: pytest.LogCaptureFixture)
     line, _ = said(caplog, small, STEADY, *words)
     # Wilson's interval of 15 of 18, from tables.
     assert "val has 18 images, so its top1 0.83 may be 0.61 to 0.94 on others" in line
-    assert line.endswith("-m data=folder data.root=/pictures data.folds=5 data.fold=0,1,2,3,4")
+    folds = "data.folds=5 data.fold=0,1,2,3,4"  # beside which only the share of the defaults is not refused
+    assert line.endswith(f"-m data=folder data.root=/pictures data.val_fraction=0.1 {folds}")
+    assert said(caplog, small, STEADY, *words[:2])[0].endswith(f"-m data=folder data.root=/pictures {folds}")
     assert len(said(caplog, small, STEADY, "data.folds=3")) == 1
     assert len(said(caplog, {**small, "monitor": "val/map"}, STEADY)) == 1
+
+
+def test_folds_are_proposed_beside_a_share_out_of_a_file(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "mine.yaml").write_text("source: folder\nroot: /pictures\nval_fraction: 0.2\n")
+    line, _ = said(caplog, {"data": {"val": 18}, "val/top1": 15 / 18}, STEADY, "data=mine")
+    assert "-m data=mine data.val_fraction=0.1 data.folds=5" in line
 
 
 def test_images_that_are_learnt_by_heart(caplog: pytest.LogCaptureFixture) -> None:

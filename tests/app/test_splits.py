@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetune.__main__ import main
+from finetune.app import run as runs
 from finetune.config import DataConf, SourceKind
 from finetune.report.sweep import summarize
 from finetune.system.errors import UserError
@@ -133,3 +136,34 @@ def test_a_sweep_of_jobs_without_val_says_that_nothing_ranks_them(
     assert summarize(tmp_path) == 0
     shown = capsys.readouterr().out
     assert "ranking needs validation images" in shown and "no job finished" not in shown and "best:" not in shown
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_image_that_breaks_outside_of_training_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    root = pictures(tmp_path / "data", train=8, val=4, test=4)
+    monkeypatch.chdir(tmp_path)
+    words = ["data=folder", "data.root=data", "data.batch_size=8", "data.workers=0", "train.epochs=1"]
+    step = "prepare_head" if when == "before" else "train_to_the_end"
+    whole = getattr(runs, step)
+
+    def breaking(*arguments: Any) -> Any:
+        if when == "before":
+            (root / "val" / "a" / "1.png").write_bytes(b"gone")
+        found = whole(*arguments)
+        (root / "test" / "b" / "2.png").write_bytes(b"gone")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, step, breaking)
+        assert main([*words, "hydra.run.dir=run"]) == 1
+    error = json.loads(Path("run/result.json").read_text())["error"]
+    what = "no step is lost" if when == "before" else "training is finished and saved"
+    assert f"{what}: continue with resume=run, without the image by data.on_error=skip" in error
+    assert error.startswith(str(root / ("val/a/1.png" if when == "before" else "test/b/2.png")))
+    before = None if when == "before" else Path("run/checkpoints/best.safetensors").read_bytes()
+    assert main(["resume=run", "data.on_error=skip"]) == 0
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["status"] == "finished" and "test/top1" in result
+    assert before is None or Path("run/checkpoints/best.safetensors").read_bytes() == before

@@ -434,3 +434,15 @@ def test_columns_of_groups_that_are_missing_are_named(tmp_path: Path) -> None:
     conf.group = "patients"
     with pytest.raises(UserError, match=r"no column patients.*did you mean 'patient'"):
         open_source(conf)
+
+
+def test_the_advice_for_small_classes_beside_folds_is_no_setting_that_is_refused() -> None:
+    found = find_digits(DataConf())
+    labels = torch.cat([torch.arange(9).repeat(20), torch.tensor([9])])
+    found = FoundImages(**{**vars(found), "labels": labels, "given": torch.zeros(181, dtype=torch.uint8),
+                           "names": [str(number) for number in range(181)]})  # fmt: skip
+    for conf in (DataConf(folds=2), DataConf(folds=2, test_fraction=0)):
+        with pytest.raises(UserError, match=r"or cut less: .*data\.val_fraction=0 without data\.folds$"):
+            split_up(found, conf)
+    plain = DataConf(val_fraction=0, test_fraction=0)
+    assert len(split_up(found, plain).splits["train"]) == 181  # the advice works
