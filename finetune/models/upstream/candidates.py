@@ -25,8 +25,8 @@ NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|grad
 # A complete candidate has at most this share of tensors of another shape: those that depend on the size of the images.
 MAX_MISSHAPEN = 0.25
 MAX_PARTS = 40  # of a name
-# A numbered part of a name with what stands before it: `blocks.3` of `blocks.3.attn.qkv.weight`.
-BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
+# The end of a numbered part of a name: `blocks.3` of `blocks.3.attn.qkv.weight`.
+BLOCK_END = re.compile(r"(?<=\.)\d+(?=\.)")
 TOP = "."  # stands for the names without a prefix in `model.pretrained_key`
 SHOWN = 6  # candidates and parts that a message lists at most
 
@@ -66,7 +66,15 @@ class _Candidate:
         return self.prefix or TOP
 
 
-Convert = Callable[[StateDict], StateDict | None]
+@dataclass(frozen=True)
+class Converted:
+    """What a library's own reader made of the tensors under a prefix."""
+
+    state: StateDict  # under the network's own names, or as the library takes them
+    used: frozenset[str]  # the names of the tensors that went into the network
+
+
+Convert = Callable[[StateDict], Converted | None]
 
 
 def find_weights(
@@ -97,9 +105,7 @@ def find_weights(
         return _found(tensors, wanted, next(each for each in complete if each.place == place), source)
     converted = {} if any(each.is_foreign for each in candidates) else _converted(tensors, wanted, convert)
     if converted:
-        place = _chosen(list(converted), key, source)
-        prefix = "" if place == TOP else place
-        return Found(converted[place], prefix, _left_out(tensors, _under(tensors, prefix).values()))
+        return _found_converted(tensors, converted, key, source)
     near = [each for each in candidates if key is None or _matches(key, each.place)]
     if key is not None and not near:
         places = sorted({each.place for each in candidates}, key=len)
@@ -164,11 +170,23 @@ def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
 
 def _is_deeper(candidate: _Candidate, tensors: StateDict) -> bool:
     """Whether blocks stand under the candidate's prefix, beside those of its layout, that the layout lacks."""
-    blocks = {block[0] for name in candidate.layout.names for block in BLOCK.finditer(name)}
+    names = (_plain(name.split("."), candidate.layout) for name in _under(tensors, candidate.prefix))
+    return bool(_beyond(candidate.layout.names, names))
+
+
+def _beyond(used: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names that belong to blocks which stand beside those of the names `used`, and have no such name."""
+    blocks = {block for name in used for block in _blocks(name)}
     rows = {block.rpartition(".")[0] for block in blocks}
-    others = (_plain(name.split("."), candidate.layout) for name in _under(tensors, candidate.prefix))
-    found = {block[0] for name in others if (block := BLOCK.match(name))}
-    return any(block not in blocks and block.rpartition(".")[0] in rows for block in found)
+    return [
+        name
+        for name in names
+        if any(block not in blocks and block.rpartition(".")[0] in rows for block in _blocks(name))
+    ]
+
+
+def _blocks(name: str) -> list[str]:
+    return [name[: number.end()] for number in BLOCK_END.finditer(name)]
 
 
 def _shape(source: Source, parts: Sequence[Tensor]) -> torch.Size | None:
@@ -264,18 +282,31 @@ def _is_part(name: str, tensor: Tensor, wanted: Wanted, layout: Layout) -> bool:
     return first in known and not is_nothing and not layout.ignored.search(name)
 
 
-def _converted(tensors: StateDict, wanted: Wanted, convert: Convert) -> dict[str, StateDict]:
+def _found_converted(tensors: StateDict, converted: Mapping[str, Converted], key: str | None, source: str) -> Found:
+    """What a library's own reader made of the tensors at the only place, or at that of `key`."""
+    prefixes = {place: "" if place == TOP else place for place in converted}
+    names = {place: _under(tensors, prefix) for place, prefix in prefixes.items()}
+    lost = {place: sorted(_beyond(converted[place].used, names[place])) for place in converted}
+    place = _chosen([place for place in converted if not lost[place]] or list(converted), key, source)
+    if lost[place]:
+        problem = f"{source} holds the weights of a deeper model than the one built here"
+        raise UserError(f"{problem} ({len(lost[place])} unexpected: {shown(lost[place])}); check model.name")
+    used = [full for name, full in names[place].items() if name in converted[place].used]
+    return Found(converted[place].state, prefixes[place], _left_out(tensors, used))
+
+
+def _converted(tensors: StateDict, wanted: Wanted, convert: Convert) -> dict[str, Converted]:
     """What a library's own reader makes of the tensors under each prefix that has at least half of what it needs."""
     sizes: Counter[str] = Counter()
     for full in tensors:
         parts = full.split(".")
         sizes.update(".".join(parts[:cut]) for cut in range(min(len(parts), MAX_PARTS)))
     least = len([name for name in wanted.shapes if wanted.needs(name)]) / 2
-    converted: dict[str, StateDict] = {}
+    converted: dict[str, Converted] = {}
     for place in sorted(place for place, size in sizes.items() if size >= least and not NO_WEIGHTS.search(place)):
-        state = convert({name: tensors[full] for name, full in _under(tensors, place).items()})
-        if state is not None and not any(_equal(state, other) for other in converted.values()):
-            converted[place or TOP] = state
+        made = convert({name: tensors[full] for name, full in _under(tensors, place).items()})
+        if made is not None and not any(_equal(made.state, other.state) for other in converted.values()):
+            converted[place or TOP] = made
     return converted
 
 

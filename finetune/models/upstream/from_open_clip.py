@@ -4,18 +4,19 @@ import contextlib
 import copy
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config import ModelConf
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.beside import Beside, read_beside
-from finetune.models.upstream.candidates import Found, find_weights, has_complete
+from finetune.models.upstream.candidates import Converted, Found, find_weights, has_complete
 from finetune.models.upstream.clip_source import ClipSource, check_beside
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
@@ -23,6 +24,7 @@ from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.models.upstream.stems import check_archive_stem, first_convolution, fit_stem, set_channels
+from finetune.models.upstream.tracing import traced
 from finetune.models.upstream.transformers_tables import transformers_layouts
 from finetune.system.errors import UserError
 
@@ -135,11 +137,17 @@ def _find(clip: nn.Module, tensors: StateDict, key: str | None, label: str) -> F
     # Below any prefix: that of a whole CLIP (`visual.`) or none, where a file holds model.visual.state_dict() alone.
     tower_layouts = [Layout.own(tower, lambda name: name.removeprefix("visual.")), *transformers_layouts(tower)]
 
-    def convert(group: StateDict) -> StateDict | None:
+    def convert(group: StateDict) -> Converted | None:
         """The tensors of Apple's MobileCLIP, whose names open_clip changes by itself."""
-        state = convert_state_dict(clip, group) if any(name.startswith("image_encoder.") for name in group) else {}
+        if not any(name.startswith("image_encoder.") for name in group):
+            return None
+
+        def kept(state: StateDict) -> list[Tensor]:
+            return [tensor for name, tensor in state.items() if name in wanted.shapes]
+
+        state, used = traced(group, partial(convert_state_dict, clip, group), kept)
         state = {name: tensor for name, tensor in state.items() if name in wanted.shapes}
-        return state if state.keys() == wanted.shapes.keys() else None
+        return Converted(state, used) if state.keys() == wanted.shapes.keys() else None
 
     if {name for name, _ in clip.named_children()} == {"visual"}:
         wanted = tower

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,13 +16,14 @@ from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.beside import Beside, check_timm_folder, names_of, read_beside
-from finetune.models.upstream.candidates import Found, find_weights
+from finetune.models.upstream.candidates import Converted, Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
 from finetune.models.upstream.stems import check_archive_stem, fit_stem, has_stem
+from finetune.models.upstream.tracing import traced
 from finetune.models.upstream.transformers_tables import transformers_layouts
 from finetune.system.errors import UserError
 
@@ -225,17 +227,18 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
         overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0, "custom_load": False}
         return {**args, "pretrained_cfg_overlay": overlay, "num_classes": num_classes}
 
-    def convert(group: StateDict) -> StateDict | None:
+    def convert(group: StateDict) -> Converted | None:
         """The tensors of a layout that timm reads by itself, such as those of the authors of a model."""
         if not has_stem(group, net):
             return None
         shapes = {name: tensor.to("meta") for name, tensor in group.items()}
+        create = partial(timm.create_model, name, pretrained=True, **with_state(dict(shapes)))
         try:
             with torch.device("meta"):
-                timm.create_model(name, pretrained=True, **with_state(shapes))
+                _, used = traced(shapes, create, lambda net: chain(net.parameters(), net.buffers()))
         except UNFIT:
             return None
-        return group
+        return Converted(group, used)
 
     layouts, tensors = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_state_dict(path)
     found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
