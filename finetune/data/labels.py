@@ -1,5 +1,6 @@
 """The one reader of labels, for tables, shards and data sets of the hub; and class names that look alike."""
 
+import json
 import re
 import unicodedata
 from array import array
@@ -16,6 +17,12 @@ from finetune.system.terminal import counted
 
 _REMEMBERED = 2**24  # letters of cells whose labels are remembered
 SHOWN, LISTED = 40, 5  # letters of a cell, and look-alikes, that a message shows
+# Texts that programs write for a missing value: what pandas reads as one (`na_values` of its read_csv), and its NaT.
+MISSING = frozenset(
+    ["#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "-NaN", "-nan", "NaN", "nan"]
+)
+MISSING |= {"<NA>", "N/A", "NA", "n/a", "NULL", "null", "None", "NaT"}
+_NAME_IT = "if it is the name of a class, write it otherwise, or list all classes in data.classes"
 
 
 class LabelError(Exception):
@@ -25,13 +32,17 @@ class LabelError(Exception):
 class LabelReader:
     """Labels of images, one after the other: texts and whole numbers, or lists of them.
 
-    A text loses the blanks around it. No label (None, an empty text), a fraction and a structure are a LabelError, and
-    so is a list where other images have no list. With a `separator` each text holds several labels, or none.
+    A text loses the blanks around it; one that is a list in JSON, such as `[0, 2]`, is read as that list. No label
+    (None, an empty text, one of `MISSING`), a fraction, a structure and several lines are a LabelError, and so is a
+    list where other images have no list. With a `separator` each text holds several labels, or none.
     """
 
-    def __init__(self, column: str, separator: str | None = None) -> None:
-        """Take the name of the column or key, for messages, and `data.label_separator`."""
-        self.column, self._separator = column, separator
+    def __init__(self, column: str, separator: str | None = None, names: Collection[str] = ()) -> None:
+        """Take the name of the column or key, for messages, and `data.label_separator`.
+
+        `names` are certainly names of classes, such as those in `data.classes`: `None` and `[a b]` may be among them.
+        """
+        self.column, self._separator, self._names = column, separator, frozenset(names)
         self.several: bool | None = True if separator else None  # whether images may have several; None: not known yet
         self.known: dict[str, int] = {}  # label -> its id, in the order of reading
         self._ids = array("i")  # of all images, one after the other
@@ -59,6 +70,8 @@ class LabelReader:
             self._counts.append(len(ids))
 
     def _words(self, cell: Any) -> Sequence[str]:
+        if isinstance(cell, str) and cell.lstrip().startswith("["):
+            cell = self._list_in(cell.strip())
         is_list = isinstance(cell, list)
         if self.several is None:
             self.several = is_list
@@ -74,6 +87,18 @@ class LabelReader:
             cells = cell if is_list else [cell]
         return list(dict.fromkeys(map(self._word, cells)))
 
+    def _list_in(self, text: str) -> Any:
+        """The list that a text holds in JSON; the text itself if it holds none, such as `[unknown]`."""
+        if text in self._names or not text.endswith("]") or len(text) > NAME.most:
+            return text
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            if not re.search(r"[\s,'\"]", text[1:-1].strip()):
+                return text
+        how = f'write a list as ["a", "b"]; {_NAME_IT}'
+        raise LabelError(f"has {self.column}={text[:SHOWN]!r}, which looks like a list and is none in JSON: {how}")
+
     def _word(self, cell: Any) -> str:
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # Parquet gives a column of whole numbers with gaps as 3.0
@@ -84,6 +109,11 @@ class LabelReader:
         word = str(cell).strip()
         if len(word) > NAME.most:
             raise LabelError(f"has a {self.column} of {len(word):,} letters, at most {NAME.most:,} are read")
+        if word in MISSING and isinstance(cell, str) and word not in self._names:
+            raise LabelError(f"has {self.column}={word!r}, as programs write a missing label; {_NAME_IT}")
+        if "\n" in word or "\r" in word:
+            how = "expected one; write several as a list, such as [0, 2]"
+            raise LabelError(f"has {self.column}={word[:SHOWN]!r}, a label of several lines; {how}")
         return word
 
     def names(self, subject: str) -> tuple[str, ...]:

@@ -11,7 +11,18 @@ _WORDS = {
 _ENDS = re.compile(r"[ _-]*(sets?|data|dataset|split|images|imgs|samples|(19|20)\d\d)$")
 # Images that have no labels, or that no score is meant for.
 _EXTRA = frozenset(
-    ["unlabeled", "unlabelled", "unsupervised", "unsup", "extra", "extras", "predict", "prediction", "pseudo"]
+    [
+        "unlabeled",
+        "unlabelled",
+        "unsupervised",
+        "unsup",
+        "extra",
+        "extras",
+        "withheld",
+        "predict",
+        "prediction",
+        "pseudo",
+    ]
 )
 
 

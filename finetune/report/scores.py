@@ -1,6 +1,7 @@
 """The scores of each class: writes `metrics.json`, `confusion.csv`, `confusion_val.csv` and `confusion.png`."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def plot_confusion(run_dir: Path) -> None:
     """
     path, mend = run_dir / "confusion.csv", "put it back from a copy"
     try:
-        lines = read_file(path, limit=MAX_BYTES).decode().splitlines()
-        matrix = [[int(cell) for cell in row[1:]] for row in csv.reader(lines[1:])]
+        # Not `splitlines`: it would also cut the names of classes, at U+2028 and other letters.
+        rows = list(csv.reader(io.StringIO(read_file(path, limit=MAX_BYTES).decode(), newline="")))
+        matrix = [[int(cell) for cell in row[1:]] for row in rows[1:]]
     except (UnfitError, ValueError, csv.Error) as error:
         raise DamagedError.because(path, str(error), mend) from None
     classes = list(_read_metrics(run_dir / "metrics.json").get("test", {}).get("classes", {}))

@@ -4,6 +4,7 @@ Every refusal is one line: what was claimed, the limit, and the key that raises 
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,6 +139,15 @@ def text_of(data: bytes, subject: str, *, strict: bool = True) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{subject}: line {line} is no UTF-8 text; save the file as UTF-8") from error
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text without the blanks around them, empty ones left out.
+
+    Unlike `str.splitlines` this cuts at line breaks alone: a name may hold U+2028 and other letters, which no editor
+    shows as the end of a line.
+    """
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
 # The first bytes of files that are given in the place of a text, each with what it is and how to mend that.

@@ -236,7 +236,7 @@ def test_cells_that_are_labels_and_cells_that_are_none() -> None:
     for cell in (" cat", "cat", 3, 3.0, True):
         reader.add(reader.ids(cell))
     assert reader.names("x") == ("3", "cat", "True") and reader.tensor(reader.names("x")).tolist() == [1, 1, 0, 0, 2]
-    for bad in (None, "", " ", float("nan"), 0.5, {"a": 1}, b"cat", ["cat"]):
+    for bad in (None, "", " ", float("nan"), 0.5, {"a": 1}, b"cat", ["cat"], "None", " nan", "NA", "a\nb", "[1, 2]"):
         with pytest.raises(LabelError, match="label"):
             reader.ids(bad)
     lists = LabelReader("tags")
@@ -246,6 +246,29 @@ def test_cells_that_are_labels_and_cells_that_are_none() -> None:
     for bad in ("a", [None], [["a"]], [""]):
         with pytest.raises(LabelError, match="tags"):
             lists.ids(bad)
+
+
+def test_texts_that_are_lists_are_lists_in_every_source() -> None:
+    reader = LabelReader("tags")
+    for cell in ("[0, 2]", [2], ' ["2", "0"] ', "[]"):
+        reader.add(reader.ids(cell))
+    assert reader.tensor(reader.names("x")).tolist() == [[1, 1], [0, 1], [1, 1], [0, 0]]
+    for bad in ("['a', 'b']", "[0 1 0]", "[[1]]", "[null]", "[0.5]", "0"):
+        with pytest.raises(LabelError, match="tags"):
+            reader.ids(bad)
+    with pytest.raises(LabelError, match=r"leave data\.label_separator out"):
+        LabelReader("tags", ",").ids("[0,2]")
+    assert list(LabelReader("x", ",").ids("a, b")) == [0, 1]
+
+
+def test_names_of_missing_values_and_odd_brackets_are_classes_where_they_are_named() -> None:
+    reader = LabelReader("label", names=["None", "[a b]"])
+    for cell in ("None", "none", "[a b]", "[unknown]", "[", "x\u2028y"):
+        reader.ids(cell)
+    assert [*reader.known] == ["None", "none", "[a b]", "[unknown]", "[", "x\u2028y"]
+    for bad in ("nan", "[a c]", None):
+        with pytest.raises(LabelError, match="label"):
+            reader.ids(bad)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -283,6 +306,19 @@ def test_lists_in_shards_are_several_labels(tmp_path: Path) -> None:
     assert total.tolist() == [10, 10, 13]  # type: ignore[union-attr]
     (tmp_path / "classes.txt").write_bytes("\ufeffcat\ndog\nwet\n".encode())
     assert shards(tmp_path).classes == ("cat", "dog", "wet")
+
+
+def test_lists_and_several_lines_in_cls_files(tmp_path: Path) -> None:
+    files = {f"{i}.png": picture(i) for i in range(20)}
+    lists = {f"{i}.cls": f" [{i % 2}, 2]\r\n".encode() for i in range(20)}
+    write_shard(tmp_path / "0.tar", files | lists)
+    assert shards(tmp_path).is_multilabel and shards(tmp_path).classes == ("0", "1", "2")
+    write_shard(tmp_path / "0.tar", files | lists | {"7.cls": b"1"})
+    with pytest.raises(UserError, match=r"7\.png has one label in label where others have lists"):
+        shards(tmp_path)
+    write_shard(tmp_path / "0.tar", samples() | {"7.cls": b"0\n2\n"})
+    with pytest.raises(UserError, match=r"7\.png has label='0\\n2', a label of several lines"):
+        shards(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["im{i}_0.5", "v1.2/im{i}.a.b", "IM.{i}"])
@@ -422,13 +458,17 @@ def listed(root: Path, form: str, separator: str = ",", encoding: str = "utf-8")
         ("{name}/{i}.png", None),
         ("/home/me/set/pics/{name}/{i}.png", r"there is pics/cat/0\.png in .*: take /home/me/set/ off the paths"),
         ("C:\\me\\{name}\\no{i}.png", "it is a path of Windows"),
-        ("pics/{name}/{i}.PNG", r"there is 0\.png, in other upper and lower case"),
+        ("file:///pics/{name}/{i}.png", r"an address of a file on a machine; write it as a path, /pics/cat/0\.png"),
+        ("PICS/{name}/{i}.PNG", r"there is pics/cat/0\.png, in other upper and lower case"),
+        ("pics/{name}%2F{i}.png", r"there is pics/cat/0\.png; write the paths as the files are called"),
+        ("pics/{name}/{i}.jpg", r"there is pics/cat/0\.png, with another ending than \.jpg"),
     ],
 )
 def test_paths_that_lead_nowhere_say_what_they_look_like(tmp_path: Path, form: str, words: str | None) -> None:
     path = listed(tmp_path, form)
     if words is None:
-        (tmp_path / "sub").mkdir()
+        with pytest.raises(UserError, match=rf"from another folder: set data\.root={tmp_path / 'pics'}\b"):
+            table(path)
         with pytest.raises(UserError, match=rf"from another folder: set data\.root={tmp_path / 'pics'}\b"):
             table(path, root=str(tmp_path / "pics" / "cat"))
         assert table(path, root=str(tmp_path / "pics")).num_images == 12
@@ -455,6 +495,47 @@ def test_endings_are_put_behind_paths(tmp_path: Path, suffix: str) -> None:
         path = listed(tmp_path, "pics/{name}/{i}")
         with pytest.raises(UserError, match=r"pics/cat/3 may be 3\.jpg or 3\.png; say the ending"):
             table(path, path_suffix=suffix)
+
+
+def rows_of(root: Path, rows: dict[str, Any], **changes: Any) -> Source:
+    """A table of cats and dogs with 10 rows of train for each, and `rows`: name -> [label, split]."""
+    (root / "pics").mkdir(exist_ok=True)
+    cells = {f"{i}": [("cat", "dog")[i % 2], "train"] for i in range(20)} | rows
+    for number, name in enumerate(cells):
+        (root / "pics" / f"{name}.png").write_bytes(picture(number))
+    lines = [json.dumps({"path": f"pics/{name}.png", "label": a, "split": b}) for name, (a, b) in cells.items()]
+    (root / "t.jsonl").write_text("\n".join(lines))
+    return table(root / "t.jsonl", split_column="split", **changes)
+
+
+def test_rows_beside_the_splits_and_withheld_labels_are_left_out_and_counted(tmp_path: Path) -> None:
+    extra = {f"e{i}": [None, word] for i, word in enumerate(("unlabeled", "Extra ", "withheld"))}
+    hidden = {f"h{i}": [cell, "test"] for i, cell in enumerate((None, "", " "))}
+    source = rows_of(tmp_path, extra | hidden)
+    assert sizes(source) == {"train": 16, "val": 2, "test": 2}
+    assert "3 rows without a label in test" in source.description and "1 row of Extra" in source.description
+    assert source.splits["train"].name_of(0).endswith("/0.png")
+    with pytest.raises(UserError, match=r"3 rows cannot be used: row 21 has no label; row 22 .*; row 23 has no label$"):
+        rows_of(tmp_path, hidden | {"x": ["cat", "test"]})
+    with pytest.raises(UserError, match=r"1 row cannot be used: row 21 has no label"):
+        rows_of(tmp_path, {"x": [None, "train"]})
+    with pytest.raises(UserError, match=r"1 row cannot be used: row 21 has split='trian'"):
+        rows_of(tmp_path, {"x": ["cat", "trian"]})
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "null", "NA", "NaN "])
+def test_words_for_missing_values_are_no_classes_unless_they_are_named(tmp_path: Path, word: str) -> None:
+    rows = {f"n{i}": [word, "train"] for i in range(5)}
+    with pytest.raises(UserError, match=rf"row 21 has label='{word.strip()}', as programs write a missing label"):
+        rows_of(tmp_path, rows)
+    names = sorted(["cat", "dog", word.strip()], key=str.casefold)
+    assert list(rows_of(tmp_path, rows, classes=names).classes) == names
+
+
+def test_cells_in_quotes_behind_blanks_lose_both(tmp_path: Path) -> None:
+    path = listed(tmp_path, "pics/{name}/{i}.png", ", ")
+    path.write_text(path.read_text().replace(", cat", ', "cat"').replace(", dog", ",dog "))
+    assert table(path).classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])

@@ -174,6 +174,8 @@ def test_a_file_may_name_the_classes(tmp_path: Path) -> None:
     assert torch.equal(named, expected) and not torch.equal(named, own)
     path.write_text("1\tthe one\n")
     assert read_class_names(path, ["0", "1"]) == ["0", "the one"]
+    path.write_bytes("one\u2028half\r\ntwo\x0b2\n".encode())  # no ends of lines but line breaks
+    assert read_class_names(path, ["0", "1"]) == ["one\u2028half", "two\x0b2"]
 
 
 def test_wordnet_ids_of_imagenet_have_openais_names(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
             if column is not None and column not in part.column_names:
                 known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
                 raise UserError(f"data.{key}={column}: no such column{known}")
-    classes, labels = _labels(parts, conf.label_column, f"data.name={name}", left_out)
+    classes, labels = _labels(parts, conf, f"data.name={name}", left_out)
     images = {}
     for split, (word, part) in parts.items():
         _check_images(datasets, part.features[conf.image_column], conf.image_column)
@@ -142,13 +142,15 @@ def _withheld(word: str, part: Any) -> str:
 
 
 def _labels(
-    parts: dict[str, tuple[str, Any]], column: str, place: str, left_out: list[str]
+    parts: dict[str, tuple[str, Any]], conf: DataConf, place: str, left_out: list[str]
 ) -> tuple[tuple[str, ...], Tensor]:
     """Class names and labels, see `LabelReader.tensor`; labels of all splits are compared by their names.
 
     A split other than train without a single label leaves `parts` and is noted in `left_out`: its labels are withheld.
     """
-    reader = LabelReader(column)
+    column = conf.label_column
+    names = _class_names(parts["train"][1].features[column])
+    reader = LabelReader(column, names=[*conf.classes, *(names or ())])
     for split, (word, part) in list(parts.items()):
         cells = list(_words(part, column, f"{place}: {word}"))
         if split != "train" and cells and all(map(is_no_label, cells)):
@@ -159,7 +161,6 @@ def _labels(
                 reader.add(reader.ids(cell))
             except LabelError as error:
                 raise UserError(f"{place}: {word}[{index}] {error} (data.label_column)") from None
-    names = _class_names(parts["train"][1].features[column])
     if names is None:
         classes = reader.names(f"{place}: data.label_column={column}")
         return classes, reader.tensor(classes)

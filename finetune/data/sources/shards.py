@@ -29,7 +29,7 @@ from finetune.data.sources.shard_lists import LAYOUT, Shard, list_shards, place_
 from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
 from finetune.system.errors import UserError
-from finetune.system.limits import Limit, read_text, text_limit, text_of
+from finetune.system.limits import Limit, read_text, text_limit, text_lines, text_of
 from finetune.system.reading import DamagedError
 from finetune.system.seals import SealedFile, read_sealed
 from finetune.system.terminal import counted
@@ -122,7 +122,7 @@ def find_shards(conf: DataConf) -> FoundImages:
     Raises FileNotFoundError without shards; UserError if a shard is damaged or missing, or an image has no label.
     """
     shards, left_out = list_shards(conf)
-    index = _Index(LabelReader(conf.label_column))
+    index = _Index(LabelReader(conf.label_column, names=conf.classes))
     sealed = {}
     for number, shard in enumerate(shards):
         if shard.remote is None:
@@ -219,8 +219,7 @@ def _classes(
         path = files[0]
         subject = f"data.root: {path}"
         text = text_of(read_sealed(path), subject) if is_fetched else read_text(path, subject, limit)
-        # Not `splitlines`: it would also cut a name at U+2028 and other letters that no editor shows as a new line.
-        names = tuple(line.strip() for line in text.split("\n") if line.strip())
+        names = tuple(text_lines(text))
         numbers = {label: int(label) for label in labels.known}
         highest = max(numbers.values())
         if highest >= len(names) or len(set(names)) < len(names):

@@ -77,7 +77,9 @@ def _csv_rows(lines: BoundedLines, wanted: Sequence[str], separator: str, limit:
     """(number, wanted cells...) of each row below the header."""
     csv.field_size_limit(limit.most)  # of the whole process; by default 128 KiB
     first = next(lines, "")
-    reader = csv.reader(chain([first], lines), delimiter=_separator(first, separator, wanted), strict=True)
+    reader = csv.reader(
+        chain([first], lines), delimiter=_separator(first, separator, wanted), strict=True, skipinitialspace=True
+    )
     try:
         header = [name.strip() for name in next(reader, [])]
         COLUMNS.check("the first line", len(header))

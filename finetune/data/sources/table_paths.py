@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 from finetune.config import DataConf
 from finetune.config.data import REMOTE
@@ -11,6 +12,7 @@ from finetune.data.packed import PackedStrings
 from finetune.system.errors import UserError
 
 LOOKED_AT = 20  # paths, spread over the table
+FOLDERS = 1000  # below data.root, in which the paths are looked for
 AUTO = "auto"  # the value of data.path_suffix that takes whatever image has the name
 
 
@@ -70,6 +72,9 @@ def _images_in(folder: str) -> dict[str, str]:
 def _looks_like(some: list[str], root: str, table: str, conf: DataConf) -> str:
     """What paths that lead nowhere look like, and how to mend that; empty if nothing is seen."""
     first = some[0]
+    if first.lower().startswith("file:"):
+        plain = unquote(re.sub("^file:(//(localhost(?=/))?)?", "", first, flags=re.IGNORECASE))
+        return f"it is an address of a file on a machine; write it as a path, {plain}"
     if REMOTE.match(first):
         return "it is an address; download the images and name their files, or pack them as shards (data=webdataset)"
     for name in some:
@@ -78,7 +83,8 @@ def _looks_like(some: list[str], root: str, table: str, conf: DataConf) -> str:
                 return f"there is {name}{ending}, so the ending is missing: add data.path_suffix={ending} (or auto)"
     here = os.path.abspath(root)
     above = [os.path.dirname(here), os.path.dirname(os.path.dirname(here))]
-    for place in dict.fromkeys([os.path.dirname(os.path.abspath(table)), os.getcwd(), *above]):
+    below = [os.path.join(here, folder) for folder in _names_in(here) if not folder.startswith(".")][:FOLDERS]
+    for place in dict.fromkeys([os.path.dirname(os.path.abspath(table)), os.getcwd(), *above, *below]):
         if place != here and _any_exists(place, some):
             return f"the files are found from another folder: set data.root={place}"
     parts = re.split(r"[\\/]+", first)
@@ -88,11 +94,26 @@ def _looks_like(some: list[str], root: str, table: str, conf: DataConf) -> str:
             return f"there is {rest} in {here}: take {'/'.join(parts[:count])}/ off the paths"
     if re.match(r"[A-Za-z]:[\\/]|\\\\", first):
         return "it is a path of Windows; write paths from data.root on, such as cat/1.jpg"
-    lower = {file.lower(): file for file in _files(os.path.dirname(os.path.join(here, first)))}
-    if near := lower.get(os.path.basename(first).lower()):
+    if near := _in_other_case(here, first):
         return f"there is {near}, in other upper and lower case; write the names as the files have them"
+    if _any_exists(here, [plain := unquote(first)]):
+        return f"there is {plain}; write the paths as the files are called, not as in an address"
+    stem, ending = os.path.splitext(first)
+    if near := next((stem + other for other in sorted(EXTENSIONS) if _any_exists(here, [stem + other])), ""):
+        return f"there is {near}, with another ending than {ending}; write the endings as the files have them"
     return ""
 
 
-def _files(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
+def _in_other_case(root: str, path: str) -> str:
+    """The file below `root` whose path differs from `path` in nothing but case; empty if there is none."""
+    found = ""
+    for part in path.split("/"):
+        same = {name.casefold(): name for name in _names_in(os.path.join(root, found))}
+        if part.casefold() not in same:
+            return ""
+        found = os.path.join(found, same[part.casefold()])
+    return found
+
+
+def _names_in(folder: str) -> list[str]:
+    return sorted(os.listdir(folder), key=natural_key) if os.path.isdir(folder) else []

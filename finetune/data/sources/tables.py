@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,15 @@ from torch import Tensor
 from finetune.config import DataConf
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError
-from finetune.data.labels import LabelError, LabelReader
+from finetune.data.labels import LabelError, LabelReader, is_no_label
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.parquet_images import ParquetStore, image_rows
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
 from finetune.data.sources.table_paths import found_paths
 from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
-from finetune.data.split_words import split_of
+from finetune.data.split_words import is_extra, split_of
 from finetune.data.streams import ranks
 from finetune.system.errors import UserError
 from finetune.system.limits import NAME, text_limit
@@ -77,6 +80,38 @@ class _Rows:
         self.groups: list[Any] = []  # cell of the column `data.group` of each row, if there is one
         self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
         self.num_problems = 0  # how many rows cannot be used
+        self.left_out: Counter[str] = Counter()  # kind -> number of rows that are no problem and are not used
+        self.unlabelled: dict[int, _Unlabelled] = {}  # by the index into SPLITS, without train
+
+    def add_problem(self, text: str) -> None:
+        """Take a row that cannot be used."""
+        self.num_problems += 1
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(text)
+
+    def take_unlabelled(self, split: int, problem: str) -> None:
+        """Take a row of val or test that has no label; `problem` says so, if its split has other labels."""
+        rows = self.unlabelled.setdefault(split, _Unlabelled())
+        rows.count += 1
+        if len(rows.problems) < MAX_LISTED:
+            rows.problems.append(problem)
+
+    def judge_unlabelled(self) -> None:
+        """Rows of val or test without a label are left out if their split has no label at all; else they are wrong."""
+        for split, rows in self.unlabelled.items():
+            if split in self.splits:
+                self.problems += rows.problems[: MAX_LISTED - len(self.problems)]
+                self.num_problems += rows.count
+            else:
+                self.left_out[f"row without a label in {SPLITS[split]}"] = rows.count
+
+
+@dataclass
+class _Unlabelled:
+    """The rows of one split that have no label."""
+
+    count: int = 0
+    problems: list[str] = field(default_factory=list)  # the first MAX_LISTED, a line each
 
 
 def find_table(conf: DataConf) -> FoundImages:
@@ -87,7 +122,7 @@ def find_table(conf: DataConf) -> FoundImages:
     path = os.path.expanduser(conf.table or "")
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
-    rows = _Rows(LabelReader(conf.label_column, conf.label_separator))
+    rows = _Rows(LabelReader(conf.label_column, conf.label_separator, conf.classes))
     groups = group_column(conf)
     wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
     ends = image_rows(path, conf.path_column)
@@ -96,13 +131,7 @@ def find_table(conf: DataConf) -> FoundImages:
         _refuse_places(conf)
         blocks = _with_names(blocks, conf.path_column)
     names = PackedStrings(_usable_paths(blocks, conf, rows))
-    if rows.problems:
-        more = rows.num_problems - len(rows.problems)
-        listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
-        listed += "; the rest was not read" if rows.num_problems > MAX_PROBLEMS else ""
-        raise UserError(f"data.table={path}: {counted(rows.num_problems, 'row')} cannot be used: {listed}")
-    if not len(names):
-        raise UserError(f"data.table={path}: has no rows; expected a line an image below the names of the columns")
+    note = _check_rows(rows, path)
     classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
     labels = rows.labels.tensor(classes)
     root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
@@ -121,10 +150,27 @@ def find_table(conf: DataConf) -> FoundImages:
         given=torch.frombuffer(rows.splits, dtype=torch.uint8),
         place=f"data.table={path}",
         title=f"table {path}",
+        note=note,
         location=os.path.abspath(root),
         warnings=(*warnings, *_check_repeats(path, names, labels, numbers)),
         groups=None if groups is None else Groups.of(rows.groups),
     )
+
+
+def _check_rows(rows: _Rows, path: str) -> str:
+    """What was left out, as the end of the description; raises UserError without rows, or with unusable ones."""
+    rows.judge_unlabelled()
+    note = in_brackets(rows.left_out)
+    if rows.num_problems:
+        more = rows.num_problems - len(rows.problems)
+        listed = "; ".join(rows.problems) + (f"; and {more:,} more" if more else "")
+        listed += "; the rest was not read" if rows.num_problems > MAX_PROBLEMS else ""
+        raise UserError(f"data.table={path}: {counted(rows.num_problems, 'row')} cannot be used: {listed}")
+    if not rows.numbers:
+        raise UserError(
+            f"data.table={path}: has no rows{note}; expected a line an image below the names of the columns"
+        )
+    return note
 
 
 def _refuse_places(conf: DataConf) -> None:
@@ -157,6 +203,10 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
             return
         for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
+                split = _split_of(others[0], conf) if conf.split_column else 0
+                if split is None:
+                    rows.left_out[f"row of {str(others[0]).strip()}"] += 1
+                    continue
                 if isinstance(path, (bytes, dict)):
                     folder = os.path.dirname(conf.table or "") or "."
                     how = f"data=hf data.name={folder} data.image_column={conf.path_column} reads such files"
@@ -164,15 +214,14 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
                 if not isinstance(path, str) or not path.strip():
                     raise _RowError(f"has no {conf.path_column}")
                 if len(path) > NAME.most:
-                    raise _RowError(
-                        f"has a {conf.path_column} of {len(path):,} letters, at most {NAME.most:,} are read"
-                    )
+                    letters = f"{len(path):,} letters, at most {NAME.most:,} are read"
+                    raise _RowError(f"has a {conf.path_column} of {letters}")
+                if split and not conf.label_separator and is_no_label(label):
+                    rows.take_unlabelled(split, f"row {number} has no {conf.label_column}")
+                    continue
                 ids = rows.labels.ids(label)
-                split = _split_of(others[0], conf) if conf.split_column else 0
             except (_RowError, LabelError) as error:
-                rows.num_problems += 1
-                if len(rows.problems) < MAX_LISTED:
-                    rows.problems.append(f"row {number} {error}")
+                rows.add_problem(f"row {number} {error}")
                 continue
             rows.numbers.append(number)
             rows.splits.append(split)
@@ -181,9 +230,10 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
             yield path.strip()
 
 
-def _split_of(cell: Any, conf: DataConf) -> int:
+def _split_of(cell: Any, conf: DataConf) -> int | None:
+    """Index into SPLITS; None for images beside the splits, such as `unlabeled`; raises _RowError."""
     split = split_of(str(cell))
-    if split is None:
+    if split is None and not is_extra(str(cell)):
         raise _RowError(f"has {conf.split_column}={str(cell)[:40]!r}, expected one of {', '.join(SPLITS)}")
     return split
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.config import TemplateSet, nearest
 from finetune.models.heads.head import Head
 from finetune.system.errors import UserError
-from finetune.system.limits import NAMES, read_text
+from finetune.system.limits import NAMES, read_text, text_lines
 from finetune.system.terminal import counted
 
 logger = logging.getLogger("finetune")
@@ -51,7 +51,7 @@ def read_class_names(path: Path | None, classes: Sequence[str], known: Mapping[s
     if not path.is_file():
         raise FileNotFoundError(f"model.class_names={path}: no such file")
     text = read_text(path, f"model.class_names={path}", NAMES)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = text_lines(text)
     if lines and all("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines)
         of_data = set(classes)
