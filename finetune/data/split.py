@@ -52,7 +52,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def stamp(self, row: int) -> str:
-        """A text that changes when the image does: path, size and time; empty if there is none; raises ImageError."""
+        """A text that changes when the image does: path, size and times; empty if there is none; raises ImageError."""
 
     def key_of(self, row: int) -> str:
         """The image's name without the place where the data lies."""

@@ -1,4 +1,4 @@
-"""A memory of earlier checks: which images were readable, by path, size and time. So a second check decodes nothing.
+"""A memory of earlier checks: which images were readable, by path, size and times. So a second check decodes nothing.
 
 One file a data set, `checks/<key>-<id>.npz` in the cache folder. Where it is damaged or missing, images are read again.
 """

@@ -1,5 +1,6 @@
 """A data set of the Hugging Face `datasets` library: from the hub, or from a local folder."""
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, read_file
 from finetune.data.labels import LabelError, LabelReader, is_no_label, told_apart
-from finetune.data.sources.stores import PartsStore, file_stamp
+from finetune.data.sources.stores import PartsStore, file_stamp, stamp_of_files
 from finetune.data.split import SPLITS, FoundImages, Groups
 from finetune.data.split_words import split_of
 from finetune.system.errors import UserError
@@ -38,13 +39,18 @@ class HuggingFaceStore(PartsStore):
         return data
 
     def stamp(self, row: int) -> str:
-        """The library's fingerprint of the split, and the index in it; `file_stamp` of an image in its own file."""
+        """Index, fingerprint and files of the split; the `file_stamp` of an image in a file of its own."""
         word, part, index = self.find(row)
         if word in self._with_files:
             (cell,) = part[index].values()
             if cell is not None and cell["bytes"] is None and cell["path"]:
                 return file_stamp(cell["path"])  # the library's fingerprint stays when such a file is replaced
-        return f"{part._fingerprint}:{index}"
+        return f"{index}:{part._fingerprint}:{self._files[word]}"
+
+    @functools.cached_property
+    def _files(self) -> dict[str, str]:
+        """A stamp of each split's files: they change with the images, also where the library's fingerprint stays."""
+        return {word: stamp_of_files(file["filename"] for file in part.cache_files) for word, part in self._parts}
 
 
 def _may_lack_bytes(part: Any) -> bool:

@@ -96,7 +96,7 @@ class ParquetStore(ImageStore):
             raise ImageError(self.name_of(row), error_words(error)) from error
 
     def stamp(self, row: int) -> str:
-        """Path, size and time of the Parquet file, and the image's row in it; raises ImageError without the file."""
+        """The Parquet file's `file_stamp`, and the image's column and row; raises ImageError without the file."""
         return f"{self._numbers[row]}:{self._column}:{file_stamp(self._path)}"
 
     def key_of(self, row: int) -> str:

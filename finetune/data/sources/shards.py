@@ -26,6 +26,7 @@ from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
 from finetune.data.sources.samples import Samples
 from finetune.data.sources.shard_lists import LAYOUT, Shard, list_shards, place_name, places
+from finetune.data.sources.stores import file_stamp
 from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
 from finetune.system.errors import UserError
@@ -84,13 +85,12 @@ class ShardStore(ImageStore):
         return data
 
     def stamp(self, row: int) -> str:
-        """Size and time of the shard, and the image's place in it; raises ImageError."""
+        """The shard's `file_stamp`, and the image's place in it; raises ImageError."""
         shard, offset, size = self._places[row].tolist()
         try:
-            status = os.stat(self._shards[shard])
-        except OSError as error:
-            raise ImageError(self.name_of(row), error_words(error)) from error
-        return f"{status.st_size}:{status.st_mtime_ns}:{offset}:{size}:{self._shards[shard]}"
+            return f"{offset}:{size}:{file_stamp(self._shards[shard])}"
+        except ImageError as error:
+            raise ImageError(self.name_of(row), error.reason) from error.__cause__
 
     def key_of(self, row: int) -> str:
         """The name of the shard, then the name of the file in it."""

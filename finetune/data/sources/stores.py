@@ -1,7 +1,8 @@
 """Image stores that several sources share: files by path, and the parts of a library's data set."""
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,23 @@ from finetune.data.split import SPLITS, ImageStore
 
 
 def file_stamp(path: str) -> str:
-    """Path, size and time of the last change; raises ImageError if there is no such file."""
+    """Path, size and times of the last change; raises ImageError if there is no such file.
+
+    Programs that copy or unpack a file may set its time of change (mtime), so another image may have the same. None
+    can set when that was done (ctime): a replaced file has another stamp, and so has one with new rights.
+    """
     status = _status(path)
-    return f"{status.st_size}:{status.st_mtime_ns}:{path}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{path}"
+
+
+def hash_of(content: bytes) -> str:
+    """32 hexadecimal digits that change with the content."""
+    return hashlib.blake2b(content, digest_size=16, usedforsecurity=False).hexdigest()
+
+
+def stamp_of_files(paths: Iterable[str]) -> str:
+    """A hash of the `file_stamp`s of several files; raises ImageError where one is missing."""
+    return hash_of("\n".join(map(file_stamp, paths)).encode("utf-8", "surrogateescape"))
 
 
 def _status(path: str) -> os.stat_result:
@@ -49,7 +64,7 @@ class FileStore(ImageStore):
         return read_file(self.name_of(row), self.max_pixels, last=count)
 
     def stamp(self, row: int) -> str:
-        """Path, size and time of the last change; raises ImageError if there is no such file."""
+        """The file's `file_stamp`; raises ImageError if there is no such file."""
         return file_stamp(self.name_of(row))
 
     def key_of(self, row: int) -> str:

@@ -1,7 +1,6 @@
 """Any classification data set of `torchvision.datasets`, by the name of its class."""
 
 import functools
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.data.images.decode import Header, ImageError, error_words, pixels_of
-from finetune.data.sources.stores import PartsStore, file_stamp
+from finetune.data.sources.stores import PartsStore, file_stamp, hash_of, stamp_of_files
 from finetune.data.split import FoundImages
 from finetune.system.errors import UserError
 
@@ -72,19 +71,15 @@ class TorchvisionStore(PartsStore):
         place = f"torchvision:{len(part)}:{index}:{word}:{self._root}/{self._name}"
         pixels = vars(part).get("data")
         if isinstance(pixels, (np.ndarray, Tensor)):
-            return f"{_hash(np.ascontiguousarray(pixels[index]).tobytes())}:{place}"
+            return f"{hash_of(np.ascontiguousarray(pixels[index]).tobytes())}:{place}"
         path = _file_of(part, index)
         return f"{file_stamp(path)}:{place}" if path is not None else f"{self._files}:{place}"
 
     @functools.cached_property
     def _files(self) -> str:
-        """A hash of path, size and time of all files in the folder."""
+        """A hash of the `file_stamp`s of all files in the folder."""
         paths = (os.path.join(folder, file) for folder, _, files in os.walk(self._root) for file in files)
-        return _hash("\n".join(file_stamp(path) for path in sorted(paths)).encode("utf-8", "surrogateescape"))
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16, usedforsecurity=False).hexdigest()
+        return stamp_of_files(sorted(paths))
 
 
 def _file_of(part: Any, index: int) -> str | None:
