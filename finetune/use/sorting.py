@@ -65,7 +65,7 @@ class Sorter:
             return True
         source = os.path.abspath(split.name_of(index))
         if not os.path.isfile(source):
-            raise UserError(f"{printable(source)} lies in a shard, so no link can lead to it; add --copy")
+            raise UserError(f"{printable(source)} lies in a shard or a table, so no link can lead to it; add --copy")
         try:
             os.symlink(source, place)
         except FileExistsError:

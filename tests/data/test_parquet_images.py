@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +100,60 @@ def test_limits_and_faults_are_named(tmp_path: Path, files: list[Path], monkeypa
     monkeypatch.setattr(parquet_images, "ROW_GROUP", Limit(100, "smaller ones"))
     with pytest.raises(UserError, match=r"row group 0 of image: has .* and at most 100 bytes .*; smaller ones"):
         find_table(conf(path))
+
+
+def test_a_row_group_that_holds_more_than_it_claims_is_refused(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [file.read_bytes() for file in files]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": cells, "label": [file.parent.name for file in files]}), path)
+    store = find_table(conf(path)).store
+    assert [store.read(row) for row in (59, 0, 16, 15)] == [cells[59], cells[0], cells[16], cells[15]]
+    monkeypatch.setattr(parquet_images, "ROW_GROUP", Limit(100_000, ""))
+    large = cells[0] + bytes(10_000)  # written once, as the only word of a dictionary, and so claimed once
+    parquet.write_table(pa.table({"image": [large] * 100, "label": ["a", "b"] * 50}), path)
+    store = find_table(conf(path)).store
+    with pytest.raises(ImageError, match=r"its row group holds more than it claims, .*row_group_size=100"):
+        store.read(0)
+
+
+def test_cells_without_bytes_say_what_else_they_have(tmp_path: Path, files: list[Path]) -> None:
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    cells[4] = {"bytes": None, "path": "x.png"}
+    store = find_table(conf(write(tmp_path / "a.parquet", cells, [file.parent.name for file in files]))).store
+    with pytest.raises(ImageError, match=r"image\[5\]: .*no bytes of an image, only the path x\.png: data=hf reads"):
+        store.load(4)
+
+
+def test_one_of_several_files_is_said_and_a_folder_refused(tmp_path: Path, files: list[Path]) -> None:
+    cells, labels = [file.read_bytes() for file in files], [file.parent.name for file in files]
+    for count, warned in ((2, True), (1, False)):
+        path = write(tmp_path / f"train-00000-of-{count:05}.parquet", cells, labels)
+        told = [line for line in find_table(conf(path)).warnings if "is one of 2 files" in line]
+        assert len(told) == warned and all(f"data=hf data.name={tmp_path} reads all" in line for line in told)
+    with pytest.raises(UserError, match=r"is a folder; .* read by data=hf data\.name="):
+        find_table(conf(tmp_path))
+
+
+def test_predict_and_embed_read_such_a_table(folder: Path, files: list[Path]) -> None:
+    cells: list[Any] = [file.read_bytes() for file in files[:20]]
+    cells[3] = b"no picture"
+    write(folder / "a.parquet", cells, ["a"] * 20)
+    (folder / "plain").mkdir()
+    for number, cell in enumerate(cells):
+        (folder / "plain" / f"{number:02}.png").write_bytes(cell)
+    words = ["model=clip", "--classes", "one,two", "--batch-size", "8"]
+    assert main(["predict", *words, "a.parquet", "--path-column", "image", "--out", "table.csv"]) == 1
+    assert main(["predict", *words, "plain", "--out", "files.csv"]) == 1
+    found, plain = (list(csv.DictReader(Path(n).read_text().splitlines())) for n in ("table.csv", "files.csv"))
+    names = [f"a.parquet: image[{number + 1}]" for number in range(20) if number != 3]
+    assert [row["path"] for row in found] == names and len(plain) == 19
+    assert [row["probability"] for row in found] == [row["probability"] for row in plain]
+    assert "a.parquet: image[4]" in Path("table.csv.unreadable.csv").read_text()
+    assert main(["embed", *words, "a.parquet", "plain", "--path-column", "image", "--out", "both.npy"]) == 1
+    features = np.load("both.npy")
+    assert len(features) == 38 and np.allclose(features[:19], features[19:], atol=1e-5)
 
 
 def test_a_run_with_workers_resumes_and_equals_a_run_on_the_files(folder: Path, files: list[Path]) -> None:

@@ -9,12 +9,12 @@ from finetune.data.images.decode import ImageError, check_encoded, error_words
 from finetune.data.sources.stores import file_stamp
 from finetune.data.split import ImageStore
 from finetune.system.errors import UserError
-from finetune.system.limits import MIB, Limit
+from finetune.system.limits import MIB, Limit, in_bytes
 
 # To read an image is to unpack its row group, so larger groups would be slow beyond use.
-ROW_GROUP = Limit(
-    256 * MIB, "write the table anew with row groups of about 100 images (row_group_size=100), or use data=hf"
-)
+MEND = "write the table anew with row groups of about 100 images (row_group_size=100), or use data=hf"
+ROW_GROUP = Limit(256 * MIB, MEND)
+PIECE = 16  # rows of a group that are unpacked at once
 
 
 def image_rows(path: str, column: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
@@ -79,20 +79,37 @@ class ParquetStore(ImageStore):
         value = None if cell is None else cell.as_py()
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
-            raise ImageError(self.name_of(row), "the cell has no bytes of an image")
+            path = value.get("path") if isinstance(value, dict) else None
+            only = (
+                f", only the path {str(path)[:80]}: data=hf reads such cells, or write a table of paths" if path else ""
+            )
+            raise ImageError(self.name_of(row), f"the cell has no bytes of an image{only}")
         check_encoded(self.name_of(row), len(data), self.max_pixels)
         return bytes(data)
 
     def _cells(self, group: int, row: int) -> Any:
-        """The column in one row group; raises ImageError for the image at `row`."""
+        """The column in one row group; raises ImageError for the image at `row`, also if the group claimed less."""
+        import pyarrow
         import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
 
+        parts, size = [], 0
         try:
             with parquet.ParquetFile(self._path) as file:  # anew, since worker processes share no open file
-                # Without threads, which a forked process does not have.
-                return file.read_row_group(group, columns=[self._column], use_threads=False).column(self._column)
-        except (ArrowException, OSError, ValueError, IndexError) as error:
+                # Without threads, which a forked process does not have. Piece by piece, since the sizes that
+                # `image_rows` has seen may be wrong.
+                columns = {"row_groups": [group], "columns": [self._column], "use_threads": False}
+                for batch in file.iter_batches(PIECE, **columns):
+                    parts.append(batch.column(0))
+                    size += batch.nbytes
+                    if size > ROW_GROUP.most:
+                        why = (
+                            f"its row group holds more than it claims, and more than {in_bytes(ROW_GROUP.most)}: {MEND}"
+                        )
+                        raise ImageError(self.name_of(row), why)
+                return pyarrow.chunked_array(parts) if parts else []
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+            if isinstance(error, ImageError):
+                raise
             raise ImageError(self.name_of(row), error_words(error)) from error
 
     def stamp(self, row: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -122,6 +123,9 @@ def find_table(conf: DataConf) -> FoundImages:
     path = os.path.expanduser(conf.table or "")
     if not os.path.exists(path):
         raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
+    if os.path.isdir(path):
+        how = f"expected a file; several .parquet files are read by data=hf data.name={conf.table}"
+        raise UserError(f"data.table={conf.table}: is a folder; {how}")
     rows = _Rows(LabelReader(conf.label_column, conf.label_separator, conf.classes))
     groups = group_column(conf)
     wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
@@ -152,7 +156,7 @@ def find_table(conf: DataConf) -> FoundImages:
         title=f"table {path}",
         note=note,
         location=os.path.abspath(root),
-        warnings=(*warnings, *_check_repeats(path, names, labels, numbers)),
+        warnings=(*warnings, *_one_of_several(path), *_check_repeats(path, names, labels, numbers)),
         groups=None if groups is None else Groups.of(rows.groups),
     )
 
@@ -171,6 +175,15 @@ def _check_rows(rows: _Rows, path: str) -> str:
             f"data.table={path}: has no rows{note}; expected a line an image below the names of the columns"
         )
     return note
+
+
+def _one_of_several(path: str) -> tuple[str, ...]:
+    """A warning where the name of a table, such as `train-00000-of-00002.parquet`, says that it is a part of one."""
+    named = re.search(r"-(\d+)-of-(\d+)\.", os.path.basename(path))
+    if named is None or int(named[2]) < 2:
+        return ()
+    how = f"data=hf data.name={os.path.dirname(path) or '.'} reads all of them"
+    return (f"{path} is one of {int(named[2]):,} files, by its name, and the others are not read; {how}",)
 
 
 def _refuse_places(conf: DataConf) -> None:

@@ -16,6 +16,7 @@ from finetune.config import DataConf
 from finetune.data.images.decode import Header, ImageError, error_words, pixels_of, read_image
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.layout import LITTER, entries, identity, is_image
+from finetune.data.sources.parquet_images import ParquetStore, image_rows
 from finetune.data.sources.shard_lists import Shard
 from finetune.data.sources.shards import ShardStore
 from finetune.data.sources.stores import FileStore
@@ -123,8 +124,9 @@ def find_images(places: Iterable[str], *, path_column: str = "path") -> Split:
     """The images at `places`, in the order of these, as a split whose labels are all 0.
 
     A place is an image file, a folder, looked through at any depth in natural order, a pattern with `*`, `?` or `[`, a
-    table with a column `path_column` of paths from its own folder on, or a tar shard. A file of a name that is none of
-    these is taken for an image. A folder counts once, however many links lead to it.
+    tar shard, or a table. Its column `path_column` has paths from its own folder on, or in Parquet the images
+    themselves. A file of a name that is none of these is taken for an image. A folder counts once, however many links
+    lead to it.
 
     Raises:
         FileNotFoundError: There is nothing at a place.
@@ -132,8 +134,10 @@ def find_images(places: Iterable[str], *, path_column: str = "path") -> Split:
     """
     listed, stores, sizes = list(places), list[ImageStore](), list[int]()
     for place, files in _opened(listed, path_column):
-        if files is None:
+        if files is None and place.lower().endswith(".tar"):
             store, size = _shard(place)
+        elif files is None:
+            store, size = _table_of_images(place, path_column)
         else:
             names = PackedStrings(files)
             store, size = FileStore("", names), len(names)
@@ -156,7 +160,7 @@ def _split(store: ImageStore, size: int) -> Split:
 
 
 def _opened(places: Iterable[str], path_column: str) -> Iterator[tuple[str, Iterable[str] | None]]:
-    """(place, its files), where the files are None for a shard; single files that follow each other come together."""
+    """(place, its files), where the files are None for a shard or a table of images; single files come together."""
     single: list[str] = []
     for place in (found for word in places for found in _matches(os.path.expanduser(word))):
         ending = os.path.splitext(place.lower().removesuffix(".gz"))[1]
@@ -169,7 +173,8 @@ def _opened(places: Iterable[str], path_column: str) -> Iterator[tuple[str, Iter
         if os.path.isdir(place):
             yield place, _walk(place, set())
         else:
-            yield place, None if ending == ".tar" else _rows(place, path_column)
+            holds_images = ending == ".tar" or image_rows(place, path_column) is not None
+            yield place, None if holds_images else _rows(place, path_column)
     if single:
         yield single[0], single
 
@@ -206,6 +211,14 @@ def _rows(table: str, path_column: str) -> Iterator[str]:
             if not isinstance(cell, str) or not cell.strip() or len(cell) > NAME.most:
                 raise UserError(f"{printable(table)}: row {number} has no {path_column}, or no path in it")
             yield os.path.join(folder, cell.strip())
+
+
+def _table_of_images(table: str, column: str) -> tuple[ImageStore, int]:
+    """The images in a column of a Parquet file, and how many there are."""
+    ends = image_rows(table, column)
+    if ends is None or not len(ends):
+        raise UserError(f"{printable(table)}: has no rows")
+    return ParquetStore(table, column, ends, np.arange(1, int(ends[-1]) + 1)), int(ends[-1])
 
 
 def _shard(path: str) -> tuple[ImageStore, int]:
