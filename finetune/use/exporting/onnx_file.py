@@ -72,6 +72,8 @@ def write_whole(learned: Learned, folder: Path) -> Written:
 
     network = _network(learned)
     images = onnx.parser.parse_model(preparing(learned.built.preprocess, ir=network.ir_version, opset=OPSET))
+    # Names between nodes are of the network alone, which may well call one `mean`.
+    images = onnx.compose.add_prefix(images, "prepare_", rename_inputs=False, rename_outputs=False)
     whole = onnx.compose.merge_models(images, network, io_map=[("pixels", "pixels")], outputs=["scores", "pixels"])
     _save(whole, learned, folder)
     steps = '    return np.asarray(image.convert("RGB"))\n'

@@ -57,12 +57,10 @@ def write(learned: Learned, folder: Path) -> Written:
 
     net, conf = learned.built.model.net, learned.conf
     if library_of(conf) != Library.timm or isinstance(net, TowerWithHead):
-        problem = f"timm builds no {conf.name} with a classifier of this kind"
         if library_of(conf) == Library.open_clip:
-            problem = (
-                f"{conf.name} is an image tower of open_clip under a classifier of its own, which timm cannot hold"
-            )
-        raise UserError(f"{problem}; export it to open_clip, onnx or pt2")
+            problem = "an image tower of open_clip under a classifier of its own, which timm cannot hold"
+            raise UserError(f"{conf.name} is {problem}; export it to open_clip, onnx or pt2")
+        raise UserError(f"timm builds no {conf.name} with a classifier of this kind; export it to onnx or pt2")
     name, args = _constructor(learned)
     with torch.device("meta"):
         twin: Any = timm.create_model(name, num_classes=len(learned.classes), **args)
