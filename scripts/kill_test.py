@@ -166,7 +166,7 @@ def compare(straight: Path, folder: Path) -> list[str]:
             found += differences(read_weights(one), read_weights(other), name)
     for path in sorted((straight / "bad_batch").glob("*")):
         if path.suffix == ".pt":
-            pair = [read_batch(run / "bad_batch" / path.name) for run in (straight, folder)]
+            pair = [read_batch(run, path.name) for run in (straight, folder)]
             found += differences(*pair, path.name)
     one, other = (read_state(run / "checkpoints" / "last.pt") for run in (straight, folder))
     found += differences(one, other, "last.pt")
@@ -183,14 +183,12 @@ def compare(straight: Path, folder: Path) -> list[str]:
     return found + [f"left behind: {name}" for name in left]
 
 
-def read_batch(path: Path) -> Any:
-    """The tensors of a stored batch; None where it is missing."""
-    from finetune.runs.checkpoint import check_state, load_tensors
+def read_batch(run: Path, name: str) -> Any:
+    """The step and the tensors of a stored batch of a run; None where it is missing. The batch of another run is an error."""
+    from finetune.runs import bad_batch
 
-    if not path.exists():
-        return None
-    check_state(path)
-    return load_tensors(path)
+    step = int(name.removesuffix(".pt").removeprefix("step_"))
+    return bad_batch.load(run, step) if (run / "bad_batch" / name).exists() else None
 
 
 def _content(path: Path) -> bytes | None:
