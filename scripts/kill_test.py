@@ -184,7 +184,7 @@ def compare(straight: Path, folder: Path) -> list[str]:
 
 
 def read_batch(run: Path, name: str) -> Any:
-    """The step and the tensors of a stored batch of a run; None where it is missing. The batch of another run is an error."""
+    """The step and the tensors of a stored batch of a run, which must be its own; None where it is missing."""
     from finetune.runs import bad_batch
 
     step = int(name.removesuffix(".pt").removeprefix("step_"))
