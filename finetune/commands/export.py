@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.commands.flags import Parser
 from finetune.config.words.saved import read_conf
 from finetune.runs.records import read_result
-from finetune.system.errors import UserError
+from finetune.system.errors import ConfigError, UserError
 from finetune.system.log import say
 from finetune.system.terminal import printable
 
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         check_free(given.out)
     learned = read_learned(source)
     place = given.out or default_place(source, given.format)
-    conf = read_conf(source) if os.path.lexists(source / "config.yaml") else None
+    conf = _conf(source, has_images=bool(given.images))
     checked = export(
         learned,
         given.format,
@@ -75,6 +75,18 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--allow-different", action="store_true", help="keep an export whose scores are others")
     return parser.parse_intermixed_args(list(words))
+
+
+def _conf(source: Path, *, has_images: bool) -> Conf | None:
+    """The settings of a run; None where there are none, or where they cannot be read and only the card needs them."""
+    if not os.path.lexists(source / "config.yaml"):
+        return None
+    try:
+        return read_conf(source)
+    except ConfigError as error:
+        if has_images:
+            return None
+        raise UserError(f"{'; '.join(error.problems)}; or give images to compare on with --images PATH") from error
 
 
 def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> tuple[Split, str]:
@@ -114,8 +126,9 @@ def _about(source: Path, conf: Conf | None) -> About:
     names = [os.path.basename(place.rstrip("/")) for place in places if place and "://" not in place]
     data = {"source": " ".join([conf.data.source, *names]), **images}
     weights = conf.model.pretrained
+    is_hub = weights.startswith(("hf-hub:", "hf_hub:"))
     recipe = {
-        "started from": f"{conf.model.name}, weights {os.path.basename(weights.rstrip('/'))}",
+        "started from": f"{conf.model.name}, weights {weights if is_hub else os.path.basename(weights.rstrip('/'))}",
         "classifier": conf.model.head,
         "frozen layers": f"up to {conf.optim.fix_layer}" if conf.optim.fix_layer >= 0 else "none",
         "optimizer": f"{conf.optim.name}, peak rate {conf.optim.lr:g}, layer decay {conf.optim.layer_decay:g}",

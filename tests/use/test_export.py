@@ -254,6 +254,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     (folder / "empty").mkdir()
     (folder / "begun").mkdir()
     (folder / "begun" / "config.yaml").write_text("seed: 0\n")
+    (folder / "elsewhere" / "checkpoints").mkdir(parents=True)
+    (folder / "elsewhere" / "checkpoints" / "best.safetensors").symlink_to(folder / "lone.safetensors")
+    (folder / "elsewhere" / "config.yaml").write_text("data:\n  root: ${oc.env:DATA}\n")
     run = str(vit_run)
     for words, message in (
         ([run, "tim"], "no such format (did you mean 'timm'?)"),
@@ -264,6 +267,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
         (["lone.safetensors", "timm"], "say where with --out DIR"),
         (["lone.safetensors", "timm", "--out", "new"], "give some with --images PATH"),
         ([run, "timm", "--with-preprocess"], "use onnx"),
+        (["elsewhere", "timm"], "or give images to compare on with --images PATH"),
         (["empty", "timm"], "is no run directory"),
         (["begun", "timm"], "no epoch of this run is finished"),
         (["absent", "timm"], "no such file or folder"),
@@ -274,6 +278,16 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, (words, said)
         assert before == sorted(str(path) for path in folder.rglob("*")), words
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = export.Format(export.timm_folder.write, packages=("no_such_package",), extra="onnx")
+    monkeypatch.setitem(export.FORMATS, "onnx", found)
+    assert main(["export", "run", "onnx"]) == 1
+    said = capsys.readouterr().err
+    assert "onnx needs the package no_such_package: pip install 'finetune[onnx]'" in said and said.count("\n") == 1
 
 
 @pytest.mark.usefixtures("in_process")

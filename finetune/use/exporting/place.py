@@ -39,10 +39,10 @@ def check_free(place: Path) -> None:
 
     Raises:
         RefusedError: Something is there, perhaps a link.
-        FileNotFoundError: There is no folder for it; but `default_place` may lack one.
+        FileNotFoundError: There is no folder for it; but one called `export` is made.
     """
     shown, above = printable(str(place)), place.parent
-    if not above.is_dir() and not (above.name == SUBFOLDER and read_marker(above.parent) is not None):
+    if not above.is_dir() and not (above.name == SUBFOLDER and above.parent.is_dir()):
         raise FileNotFoundError(f"{shown}: the folder {printable(str(above))} does not exist")
     is_free = not os.path.lexists(place) or (place.is_dir() and not place.is_symlink() and not any(place.iterdir()))
     if not is_free:
