@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "check": "look at the data before training: counts, damaged files, duplicates, a contact sheet",
     "predict": "the classes of new images by a finished run, or by a CLIP without training",
     "embed": "the features of new images by any layer, for search and clustering",
+    "serve": "a page on this machine to try a model with images, and a JSON endpoint",
     "export": "a run as a folder that timm or another library loads, proven there on real images",
     "cache": "list the decoded images, activations and fetched shards that runs have cached, or clear them",
     "report": "draw the pictures of a run, or the summary of a sweep, again",

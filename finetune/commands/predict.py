@@ -80,12 +80,17 @@ def base_parser(name: str, text: str) -> Parser:
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--overwrite", action="store_true", help="replace a --out that is there")
     parser.add_argument("--on-error", choices=("go", "stop", "skip"), default="go", help=ON_ERROR)
-    parser.add_argument("--classes", metavar="A,B,...", help="names for a model without training; RUN is its settings")
     parser.add_argument("--path-column", default="path", metavar="NAME", help="of a table; default: path")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time; default: 64")
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: Parser) -> None:
+    """The flags that `loaded` reads."""
+    parser.add_argument("--classes", metavar="A,B,...", help="names for a model without training; RUN is its settings")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", help="auto, fp32, tf32, bf16 or fp16")
-    return parser
 
 
 def take(parser: Parser, words: Sequence[str]) -> argparse.Namespace:

@@ -118,17 +118,22 @@ class Predictor:
         first: int = 0,
         flip: bool = False,
         on_error: Callable[[int, ImageError], None] | None = None,
+        on_inputs: Callable[[Tensor], object] | None = None,
     ) -> Generator[tuple[list[int], Tensor]]:
         """Yield, for each batch from image `first` on, the indices of its images and their probabilities.
 
         These are float32 (batch, classes) in host memory: the softmax of the logits, or with several labels an image
         the sigmoid of each. Of equal logits the class that comes first counts as the more probable one, as in the
         metrics. With `flip` the probabilities of an image and of its mirror image are averaged. Images that cannot be
-        read are in no batch: `on_error` takes the index and the error; without it the error is raised.
+        read are in no batch: `on_error` takes the index and the error; without it the error is raised. `on_inputs`
+        takes what the model reads of each batch before it is yielded: normalised (batch, channels, size, size), on the
+        device.
         """
         convert = torch.sigmoid if self.threshold is not None else _softmax
 
         def compute(inputs: Tensor) -> Tensor:
+            if on_inputs is not None:
+                on_inputs(inputs)
             scores = convert(self.model(inputs).float())
             return (scores + convert(self.model(inputs.flip(-1)).float())) / 2 if flip else scores
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config import DataConf
-from finetune.data.images.decode import Header, ImageError, error_words, pixels_of, read_image
+from finetune.data.images.decode import Header, ImageError, check_encoded, error_words, pixels_of, read_image
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.layout import LITTER, entries, identity, is_image
 from finetune.data.sources.parquet_images import ParquetStore, image_rows
@@ -113,6 +113,35 @@ class MemoryStore(ImageStore):
         if isinstance(image, (str, os.PathLike)):
             return os.fspath(image)
         return str(getattr(image, "filename", "") or f"image[{row}]")
+
+
+class EncodedStore(ImageStore):
+    """Image files in memory, such as uploads, each with a name for messages."""
+
+    encoded = False  # the bytes are here: no worker process would read them sooner, and a server starts none
+
+    def __init__(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Take (name, bytes) of each file; they are decoded when they are read."""
+        self._files = files
+
+    def read(self, row: int) -> bytes:
+        """The bytes of the file; raises ImageError where it is longer than any image that is read."""
+        name, data = self._files[row]
+        check_encoded(name, len(data), self.max_pixels)
+        return data
+
+    def stamp(self, row: int) -> str:
+        """Empty: nothing remembers an image in memory."""
+        return ""
+
+    def name_of(self, row: int) -> str:
+        """The name that came with the file."""
+        return self._files[row][0]
+
+
+def encoded_in_memory(files: Sequence[tuple[str, bytes]]) -> Split:
+    """Image files in memory, (name, bytes) each, as a split without labels."""
+    return _split(EncodedStore(files), len(files))
 
 
 def in_memory(images: Sequence[Any]) -> Split:

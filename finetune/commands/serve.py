@@ -1,0 +1,60 @@
+"""`finetune serve RUN`: a page on this machine to try a model with images, and a JSON endpoint beside it."""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from finetune.commands.flags import Parser
+from finetune.commands.predict import add_model_flags, prepare_torch
+from finetune.system.log import say
+
+EPILOG = """\
+RUN is a run directory or its best.safetensors. With --classes it is settings of a model that reads class names:
+  finetune serve model=clip_b16 --classes cat,dog
+The page is for this machine alone. A program sends images to /predict:
+  curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?top_k=3'
+Ctrl-C ends it."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a command line until Ctrl-C; the exit code, 0."""
+    given = _parse(words)
+    prepare_torch()
+    from finetune.use.loading import load
+    from finetune.use.serving import ADDRESS, Server
+    from finetune.use.serving_answers import Answers
+
+    server = Server(given.port)  # ahead of the model, whose loading takes seconds
+    with server:
+        predictor = load(given.source, device=given.device, precision=given.precision, classes=given.classes)
+        with contextlib.suppress(KeyboardInterrupt):
+            say(f"http://{ADDRESS}:{server.server_port}/ shows {predictor.name}; Ctrl-C ends it")
+            sys.stdout.flush()
+            server.serve(Answers(predictor))
+    say("ended")
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "Show a page to try a model with images, on this machine alone."
+    usage = "finetune serve RUN [FLAG ...]"
+    parser = Parser(
+        prog="finetune serve", usage=usage, description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
+    add_model_flags(parser)
+    given = parser.parse_intermixed_args(list(words))
+    if not given.words:
+        parser.error("RUN is missing: a run directory, a best.safetensors, or settings with --classes")
+    if given.classes is not None:
+        given.classes = [name.strip() for name in given.classes.split(",")]
+    elif len(given.words) > 1:
+        parser.error(f"one RUN is served, and {len(given.words)} were given; images are given on the page")
+    if not 0 <= given.port < 2**16:
+        parser.error(f"--port {given.port}: expected 0 to 65535")
+    given.source = shlex.join(given.words) if given.classes is not None else given.words[0]
+    return given
