@@ -86,5 +86,9 @@ def images_in(headers: Message, body: bytes) -> list[tuple[str, bytes]]:
 def _name_in(head: bytes) -> str:
     """The file name in the headers of a part, without folders; empty if there is none."""
     part = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(head.lstrip(b"\r\n") + b"\r\n\r\n")
-    name = str(part.get_filename() or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        given = part.get_filename()
+    except (TypeError, ValueError) as error:  # the library stumbles over pieces of a name that fit in no order
+        raise RefusedError(400, "the name of a file in the body cannot be read") from error
+    name = str(given or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return name.replace("\\", "/").rpartition("/")[2][:NAME_LETTERS]

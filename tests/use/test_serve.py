@@ -218,6 +218,7 @@ PNG = images(1)[0]
         (400, "/predict", b"--xyz--", MULTIPART, "holds no image"),
         (400, "/predict", b"--xyz\r\nno end of headers\r\n--xyz--", MULTIPART, "no headers"),
         (400, "/predict", b"--xyz\r\n" + b"a" * 9000 + b"\r\n\r\n\r\n--xyz--", MULTIPART, "too long ones"),
+        (400, "/predict", form(("a\"; filename*=utf-8''b; filename*1=\"c", PNG)), MULTIPART, "name of a file"),
         (413, "/predict", form(*[("a", b"")] * 65), MULTIPART, "more than 64 images"),
     ],
 )
