@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.images.decode import natural_key
+from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, NAME, check_memory
 from finetune.system.terminal import counted
 
@@ -49,6 +50,7 @@ class LabelReader:
         self._counts = array("i")  # labels of each image, if it may have several
         self._remembered: dict[tuple[type, str], list[int]] = {}  # most cells repeat, and reading each again is slow
         self._letters = 0  # in `_remembered`
+        self._lengths: set[int] = set()  # of the lists, before repeated labels are dropped
 
     def ids(self, cell: Any) -> list[int]:
         """The ids of the labels in a cell; raises LabelError."""
@@ -85,6 +87,8 @@ class LabelReader:
             cells = [part for part in cells if part.strip()]  # an image without any label is allowed
         else:
             cells = cell if is_list else [cell]
+        if is_list:
+            self._lengths.add(len(cells))
         return list(dict.fromkeys(map(self._word, cells)))
 
     def _list_in(self, text: str) -> Any:
@@ -131,6 +135,9 @@ class LabelReader:
         labels = torch.from_numpy(label_of_id[np.array(self._ids, dtype=np.int64)])
         if not self.several:
             return labels
+        if len(self._lengths) == 1 and max(self._lengths) > 1 and self.known.keys() <= {"0", "1"}:
+            places = f"each list in {self.column} is {max(self._lengths)} numbers 0 and 1, a place for each class"
+            raise UserError(f"{places}; expected the classes of the image, such as [2] for [0, 0, 1]")
         counts = torch.from_numpy(np.array(self._counts))
         subject = f"the table of {counted(len(counts), 'image')} and {counted(len(classes), 'class', 'classes')}"
         check_memory(subject, 4 * len(counts) * len(classes), f"is {self.column} the right label (data.label_column)?")
@@ -158,8 +165,24 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
     return [same for same in found.values() if len(same) > 1]
 
 
-def look_alike_warnings(classes: Collection[str]) -> list[str]:
-    """One warning where class names look alike."""
+def name_warnings(classes: Collection[str]) -> list[str]:
+    """Warnings where class names look alike, like several labels, or like no label."""
+    warnings = _look_alike_warnings(classes)
+    known = set(classes)
+    several = [
+        name for name in classes if len(parts := re.split(r"[|;,+&]", name)) > 1 and known >= set(map(str.strip, parts))
+    ]
+    if several:
+        how = "give them as a list, or in a table name what separates them by data.label_separator"
+        warnings.append(
+            f"{counted(len(several), 'class name')} may be several labels, such as {visibly(several[0])}; {how}"
+        )
+    if {"-1", "0"} <= known:
+        warnings.append("-1 is read as a class; if it means that an image has no label, leave such images out")
+    return warnings
+
+
+def _look_alike_warnings(classes: Collection[str]) -> list[str]:
     groups = look_alikes(classes)
     if not groups:
         return []

@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.config import DataConf, SourceKind
 from finetune.data import Source, open_source
-from finetune.data.labels import LabelError, LabelReader, look_alikes
+from finetune.data.labels import LabelError, LabelReader, look_alikes, name_warnings
 from finetune.data.sources.shards import _classes
 from finetune.data.split import Groups
 from finetune.data.split_words import is_extra, split_of
@@ -259,6 +259,23 @@ def test_texts_that_are_lists_are_lists_in_every_source() -> None:
     with pytest.raises(LabelError, match=r"leave data\.label_separator out"):
         LabelReader("tags", ",").ids("[0,2]")
     assert list(LabelReader("x", ",").ids("a, b")) == [0, 1]
+
+
+def test_lists_of_a_place_for_each_class_are_refused() -> None:
+    for cells in ([[0, 1], [1, 0]], ["[1, 0, 0]", "[0, 1, 0]"], [[1.0, 0.0, 1.0]]):
+        reader = LabelReader("tags")
+        for cell in cells:
+            reader.add(reader.ids(cell))
+        with pytest.raises(UserError, match=r"each list in tags is \d numbers 0 and 1.*such as \[2\] for \[0, 0, 1\]"):
+            reader.tensor(reader.names("x"))
+
+
+def test_names_that_may_be_several_labels_or_none_are_said() -> None:
+    assert not name_warnings(["a", "b", "a b", "c|d", "R&D", "-1", "1"])
+    (warning,) = name_warnings(["a", "b", "a|b", "b, a"])
+    assert "2 class names may be several labels, such as 'a|b'" in warning and "data.label_separator" in warning
+    (warning,) = name_warnings(["-1", "0", "1"])
+    assert "-1 is read as a class" in warning
 
 
 def test_names_of_missing_values_and_odd_brackets_are_classes_where_they_are_named() -> None:
@@ -530,6 +547,20 @@ def test_words_for_missing_values_are_no_classes_unless_they_are_named(tmp_path:
         rows_of(tmp_path, rows)
     names = sorted(["cat", "dog", word.strip()], key=str.casefold)
     assert list(rows_of(tmp_path, rows, classes=names).classes) == names
+
+
+@pytest.mark.parametrize("again", ["./pics/0.png", "pics//0.png", "pics/././0.png", "{root}/pics/0.png"])
+def test_a_path_that_is_written_in_two_ways_is_one_path(tmp_path: Path, again: str) -> None:
+    rows_of(tmp_path, {})
+    for label in ("cat", "dog"):
+        line = json.dumps({"path": again.format(root=tmp_path), "label": label, "split": "train"})
+        (tmp_path / "u.jsonl").write_text((tmp_path / "t.jsonl").read_text() + "\n" + line)
+        if label == "cat":
+            (warning,) = table(tmp_path / "u.jsonl").warnings
+            assert "pics/0.png in rows 1 and 21" in warning
+        else:
+            with pytest.raises(UserError, match=r"1 path with several labels: pics/0\.png in rows 1 and 21"):
+                table(tmp_path / "u.jsonl")
 
 
 def test_cells_in_quotes_behind_blanks_lose_both(tmp_path: Path) -> None:

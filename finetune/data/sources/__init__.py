@@ -11,7 +11,7 @@ from dataclasses import replace
 from finetune.config import DataConf, SourceKind, member_of
 from finetune.config.data import group_pattern
 from finetune.data.grouping import find_groups
-from finetune.data.labels import look_alike_warnings
+from finetune.data.labels import name_warnings
 from finetune.data.selection import split_up
 from finetune.data.sources.digits import find_digits
 from finetune.data.sources.folders import find_folder
@@ -50,7 +50,7 @@ def open_source(conf: DataConf) -> Source:
     if pattern is not None:
         matches = map(pattern.search, found.names)
         found = replace(found, groups=Groups.of(match and match[1] for match in matches))
-    found = replace(found, warnings=(*found.warnings, *look_alike_warnings(found.classes)))
+    found = replace(found, warnings=(*found.warnings, *name_warnings(found.classes)))
     if found.groups is not None:
         found = replace(found, warnings=(*found.warnings, *_check_groups(found, found.groups, conf)))
     return split_up(found, conf, find_groups(found, conf))

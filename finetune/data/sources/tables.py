@@ -146,9 +146,10 @@ def find_table(conf: DataConf) -> FoundImages:
         store = TableStore(root, names, numbers, os.path.basename(path))
     else:
         root, store = path, ParquetStore(path, conf.path_column, ends, numbers)
+    names = _names_without_place(names, root)
     return FoundImages(
         store=store,
-        names=_names_without_place(names, root),
+        names=names,
         classes=classes,
         labels=labels,
         given=torch.frombuffer(rows.splits, dtype=torch.uint8),
@@ -253,6 +254,8 @@ def _split_of(cell: Any, conf: DataConf) -> int | None:
 
 def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Numbers) -> tuple[str, ...]:
     """A warning if paths repeat; raises UserError if one repeats with another label, since one of the two is wrong."""
+    if any("./" in name or "//" in name for name in names):
+        names = PackedStrings(re.sub(r"(?<![^/])\./|(?<=/)/+", "", name) for name in names)  # a/./b and a//b are a/b
     hashes = ranks("path", 0, names)
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
