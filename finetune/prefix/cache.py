@@ -31,7 +31,7 @@ class ActivationCache:
         return self._key(view) in self.memory.blocks
 
     def open(self, view: int, fill: Fill, check: Callable[[], None]) -> tuple[ActivationBlock, bool]:
-        """The block of a view, and whether `fill` computed it just now. A block on disk is a memory map.
+        """The block of a view, and whether `fill` computed it just now. A block on disk is read row by row.
 
         `check` is called while another run computes the same block; an exception from it ends the wait.
         """

@@ -57,7 +57,8 @@ class Feed:
         # An image has a slot in a block for each time that an epoch can show it.
         self._showings = torch.zeros(0, dtype=torch.int64) if showings is None else showings
         self._first_slot = self._showings.cumsum(0) - self._showings
-        self._blocks: dict[int, ActivationBlock] = {}
+        self._view = -1  # whose block is open: a block on disk takes a file handle, so the last one alone is kept
+        self._opened: ActivationBlock | None = None
         self._began = self._waited_s = 0.0  # of the current epoch
         self._fill_s = self._fill_waited_s = 0.0  # of `fill` before it
         self._has_told_of_damage = False
@@ -94,7 +95,7 @@ class Feed:
             reason = str(error).splitlines()[0]
             logger.warning("the activations of %s are not cached after all: %s", self._title, reason)
             self._cache = None
-            self._blocks.clear()
+            self._opened = None
         self._fill_s, self._fill_waited_s = time.perf_counter() - began, self._loader.waited_s - before
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
@@ -131,12 +132,12 @@ class Feed:
 
     def _block(self, cache: ActivationCache, view: int) -> ActivationBlock:
         """The activations of a view, computed now if the cache does not have them."""
-        if view not in self._blocks:
+        block = self._opened
+        if block is None or self._view != view:
             block, self._was_computed = cache.open(view, lambda builder: self._compute(builder, view), self._check)
-            self._blocks[view] = block
+            self._view, self._opened = view, block
             if not self._was_computed and not block.present.all():  # `_compute` has reported the images of its own
                 self._report_unreadable(self._slot_samples()[~block.present])
-        block = self._blocks[view]
         assert self._prefix is not None
         self._prefix.native = block.native
         return block
@@ -169,7 +170,7 @@ class Feed:
         """The same from another memory or the disk: a thread reads `PREFETCH` batches ahead of the loop."""
         pin = self._device.type == "cuda"
         with ThreadPoolExecutor(1) as pool:
-            waiting: list[tuple[Future[Tensor | None], Tensor]] = []
+            waiting: list[tuple[Future[tuple[Tensor, list[int]]], Tensor]] = []
             for part in torch.split(rows, counts):
                 waiting.append((pool.submit(_read, block, part, pin=pin), part))
                 if len(waiting) > PREFETCH:
@@ -177,28 +178,29 @@ class Feed:
             for future, part in waiting:
                 yield self._arrived(block, future, part, view)
 
-    def _arrived(self, block: ActivationBlock, future: Future[Tensor | None], rows: Tensor, view: int) -> Tensor:
+    def _arrived(
+        self, block: ActivationBlock, future: Future[tuple[Tensor, list[int]]], rows: Tensor, view: int
+    ) -> Tensor:
         began = time.perf_counter()
-        values = future.result()
+        values, damaged = future.result()
         self._waited_s += time.perf_counter() - began
-        if values is None:
-            self._mend(block, rows, view)
-            values = _read(block, rows, pin=self._device.type == "cuda")
-            assert values is not None, "mended just now"
+        if damaged:
+            places = torch.tensor(damaged)
+            values[places] = self._made_again(block, rows[places], view).to(values.dtype)
         return sent(values, self._device)
 
-    def _mend(self, block: ActivationBlock, rows: Tensor, view: int) -> None:
-        """Compute the damaged ones of `rows` of a block on disk again.
+    def _made_again(self, block: ActivationBlock, rows: Tensor, view: int) -> Tensor:
+        """The activations of damaged rows of a block on disk, computed again, (n, ...); the file is mended.
 
         No worker starts: the thread that saves may hold a lock, which a process forked now would wait for.
         """
         assert self._prefix is not None and block.records is not None
-        damaged = torch.tensor(block.damaged(rows), dtype=torch.int64)
-        if len(damaged) and not self._has_told_of_damage:
+        if not self._has_told_of_damage:
             text = "%s: cached activations are damaged: they are computed again, and the file is mended"
             logger.warning(text, printable(str(block.records.path)))
             self._has_told_of_damage = True
-        for part in torch.split(damaged, self._loader.batch_size):
+        made = []
+        for part in torch.split(rows, self._loader.batch_size):
             slots = block.present.nonzero().flatten()[part]
             asked = self._slot_samples()[slots]
             images, _, ids = self._loader.make_now(Showings(asked, slots - self._first_slot[asked]), view)
@@ -206,9 +208,11 @@ class Feed:
             for name, is_read in zip(names, torch.isin(asked, ids).tolist(), strict=True):
                 if not is_read:
                     raise ImageError(name, "its cached activations are damaged, and it cannot be read any more")
-            for name, row, values in zip(names, part.tolist(), self._prefix(images), strict=True):
+            made.append(self._prefix(images))
+            for name, row, values in zip(names, part.tolist(), made[-1], strict=True):
                 if not block.mend(row, values):
                     logger.warning("%s gives other activations than those that were cached", printable(name))
+        return torch.cat(made).cpu()
 
     def _slot_samples(self) -> Tensor:
         """The image of each slot, int64 (slots,)."""
@@ -240,9 +244,7 @@ class Feed:
             self._loader.close()
 
 
-def _read(block: ActivationBlock, rows: Tensor, *, pin: bool) -> Tensor | None:
-    """The activations of `rows`; None if some of them are damaged."""
-    if block.damaged(rows):
-        return None
-    batch = block.values[rows]
-    return batch.pin_memory() if pin else batch
+def _read(block: ActivationBlock, rows: Tensor, *, pin: bool) -> tuple[Tensor, list[int]]:
+    """The activations of `rows`, and which of these are damaged; see `ActivationBlock.read`."""
+    values, damaged = block.read(rows)
+    return values.pin_memory() if pin else values, damaged

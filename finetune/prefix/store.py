@@ -41,17 +41,23 @@ class ActivationBlock:
     A block has a slot for each time that an epoch can show an image, and a row for each slot whose image can be read.
     """
 
-    values: Tensor  # (rows, ...), in the order of the slots
+    values: Tensor  # (rows, ...), in the order of the slots; of a block on disk on the device `meta`: shape and dtype
     present: Tensor  # bool (slots,) on the host: False where the image cannot be read
     native: torch.dtype  # in which the layers above take the activations
     records: CheckedRecords | None = None  # the rows of a block on disk
 
-    def damaged(self, rows: Tensor) -> list[int]:
-        """Those of `rows`, int64 (n,), that are not what was written."""
-        return [] if self.records is None else self.records.damaged(rows.numpy())
+    def read(self, rows: Tensor) -> tuple[Tensor, list[int]]:
+        """The activations of `rows`, int64 (n,), as (n, ...), and the indices into `rows` of those that are damaged."""
+        if self.records is None:
+            return self.values[rows], []
+        values = torch.empty(len(rows), *self.values.shape[1:], dtype=self.values.dtype)
+        if not len(rows):
+            return values, []
+        content = values.view(len(rows), -1).view(torch.uint8).numpy()
+        return values, [i for i, row in enumerate(rows.tolist()) if not self.records.read(row, content[i])]
 
     def mend(self, row: int, values: Tensor) -> bool:
-        """Put activations, computed again, into a damaged row; whether they are what was written."""
+        """Put activations, computed again, into a damaged row of the file; whether they are what was written."""
         assert self.records is not None
         return self.records.mend(row, _as_bytes(values))
 
@@ -175,7 +181,7 @@ def build_in_memory(slots: int, fill: Fill, device: torch.device) -> ActivationB
 def open_on_disk(
     place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None
 ) -> tuple[ActivationBlock, bool]:
-    """The block in the folder `place` as a memory map, built by `fill` if it is missing or damaged; whether it was.
+    """The block in the folder `place` opened for reading, built by `fill` if it is missing or damaged; whether it was.
 
     `check` is called while another run builds the block; an exception from it ends the wait. Raises OSError if the
     folder cannot be written, or the disk is full or does not give back what was written; UserError as `BlockBuilder`.
@@ -244,8 +250,7 @@ def _read(place: Path, slots: int) -> ActivationBlock:
         raise DamagedError.because(path, f"it does not hold {rows:,} rows of {row_bytes:,} bytes")
     bounds = np.arange(rows + 1, dtype=np.int64) * row_bytes
     records = CheckedRecords(path, bounds, np.frombuffer(sealed.sums, dtype=np.uint32))
-    # Mapped as bytes, because numpy does not know bfloat16.
-    values = records.data.view(dtype).view(meta["shape"])
+    values = torch.empty(meta["shape"], dtype=dtype, device="meta")
     return ActivationBlock(values, present, DTYPES[meta["native"]], records)
 
 

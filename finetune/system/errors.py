@@ -1,6 +1,7 @@
 """Mistakes of people, apart from faults of the program."""
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ class ConfigError(UserError):
 # others, also a ValueError of torch or numpy, are faults of the program and shown as such.
 EXPECTED_ERRORS = (UserError, OSError, FloatingPointError)
 
+# What the system's loader says of a compiled library for which there is no memory.
+_NO_ROOM = re.compile("failed to map segment|[Cc]annot allocate memory")
+
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -41,7 +45,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def fault_line(error: BaseException, how_to_see: str) -> str:
     """A fault of the program in one line: the error, the place in this package, and `how_to_see` its traceback."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and _NO_ROOM.search(str(error))):
         why = str(error) or "no more is free"
         return f"out of memory ({why}): lower data.batch_size, model.image_size or data.workers"
     package = Path(__file__).resolve().parent.parent

@@ -48,7 +48,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("makes the folder that it claims", ("claim_cache",)),
     ],
     "data/caches/pixel_cache.py": [(CACHE, ("_build",))],
-    "data/caches/records.py": [(f"{CACHE}; follows no link; the map is a copy on write", ("_map", "mend"))],
+    "data/caches/records.py": [(f"{CACHE}; follows no link, and is the file that was read", ("mend",))],
     "data/checks/contact_sheet.py": [("the folder was claimed as a check", ("write_contact_sheet",))],
     "data/checks/known_images.py": [(CACHE, ("save",)), (TEMPORARY, ("_write",))],
     "data/checks/start.py": [(RUN, ("start", "add"))],

@@ -1,4 +1,4 @@
-"""Activation blocks: rows and slots, memory maps, damage, and two processes that want the same block."""
+"""Activation blocks: rows and slots, files that change meanwhile, damage, two processes that want the same block."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,6 +23,13 @@ from finetune.prefix.store import ActivationBlock, BlockBuilder, build_in_memory
 
 CPU = torch.device("cpu")
 PLACE = Path("cache", "activations", f"{'1' * 32}-float32-{'2' * 32}-0")
+
+
+def rows_of(block: ActivationBlock) -> list[list[float]]:
+    """All activations of a block without damage."""
+    values, damaged = block.read(torch.arange(len(block.values)))
+    assert not damaged and values.dtype == block.values.dtype
+    return values.tolist()
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -37,7 +44,7 @@ def test_unreadable_images_have_a_slot_and_no_row(tmp_path: Path, on_disk: bool)
 
     block = open_on_disk(tmp_path / PLACE, 12, fill)[0] if on_disk else build_in_memory(12, fill, CPU)
     assert block.present.nonzero().flatten().tolist() == [2, 3, 8]
-    assert block.values.tolist() == [[1] * 3, [1] * 3, [2] * 3]
+    assert rows_of(block) == [[1] * 3, [1] * 3, [2] * 3]
     assert block.rows_of(torch.tensor([8, 2, 3])).tolist() == [2, 0, 1]
     with pytest.raises(ValueError, match="not one image"):
         build_in_memory(2, lambda builder: builder.put(None, torch.zeros(2, dtype=torch.bool), torch.float32), CPU)
@@ -47,7 +54,7 @@ def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.Mon
     """Two batches beyond the one that the loop has; never all of them, which may not fit into memory."""
     asked, read = [], feed_module._read
 
-    def noted(block: ActivationBlock, slots: torch.Tensor, *, pin: bool) -> torch.Tensor | None:
+    def noted(block: ActivationBlock, slots: torch.Tensor, *, pin: bool) -> tuple[torch.Tensor, list[int]]:
         asked.append(slots.tolist())
         return read(block, slots, pin=pin)
 
@@ -64,18 +71,56 @@ def test_what_lies_on_disk_is_fetched_ahead_and_in_order(monkeypatch: pytest.Mon
         assert len(asked) == min(6, number + 1 + feed_module.PREFETCH)
 
 
-def test_what_lies_on_disk_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    def fill(builder: BlockBuilder) -> None:
-        builder.put(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.float32)
-
-    block = open_on_disk(tmp_path / PLACE, 4, fill)[0]
+def test_what_lies_on_disk_is_not_read_into_memory_and_not_mapped(tmp_path: Path) -> None:
+    """A map would end the process where another one cuts the file."""
+    block = open_on_disk(tmp_path / PLACE, 4, _fill)[0]
     maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    assert not maps or str(tmp_path / PLACE) in maps
-    with open(
-        tmp_path / PLACE / "activations", "r+b"
-    ) as file:  # as another process would: the file itself is what is seen
-        file.write(np.float32(7).tobytes())
-    assert block.values[0].tolist() == [7, 1, 1]
+    assert str(tmp_path / PLACE) not in maps and block.values.device.type == "meta"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.rename(path.with_name("other"))
+    path.write_bytes(content)
+
+
+MEANWHILE = {  # what another program does to the file of a block that is open, and the rows that are damaged then
+    "flip": (lambda path: _write_at(path, 13, b"x"), [1]),
+    "flip twice": (lambda path: (_write_at(path, 13, b"x"), _write_at(path, 47, b"y")), [1, 3]),
+    "cut": (lambda path: os.truncate(path, 30), [2, 3]),
+    "empty": (lambda path: os.truncate(path, 0), [0, 1, 2, 3]),
+    "shifted": (lambda path: path.write_bytes(b"abcd" + path.read_bytes()), [0, 1, 2, 3]),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), []),
+    "gone": (os.unlink, []),  # as by `finetune cache clear`: a run goes on with the file that it has opened
+    "folder gone": (lambda path: shutil.rmtree(path.parent), []),
+    "another's": (lambda path: _replace(path, bytes(1000)), []),
+}
+
+
+def _write_at(path: Path, place: int, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+def test_a_file_that_changes_while_it_is_read_gives_no_other_number(tmp_path: Path, name: str) -> None:
+    place = tmp_path / PLACE
+    block = open_on_disk(place, 4, _fill)[0]
+    path, (do, expected) = place / "activations", MEANWHILE[name]
+    assert rows_of(block) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]  # all were compared once
+    whole = path.read_bytes()
+    do(path)
+    before = path.read_bytes() if path.exists() else b""
+    values, damaged = block.read(torch.tensor([3, 2, 1, 0]))
+    assert sorted(3 - place for place in damaged) == expected
+    assert all(values[i].tolist() == [3 - i] * 3 for i in range(4) if i not in damaged)
+    for row in range(4):
+        assert block.mend(row, torch.full((3,), float(row)))
+    assert rows_of(block) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]
+    if name in ("gone", "folder gone", "another's"):  # nothing is written to a file that is not the one
+        assert (path.read_bytes() if path.exists() else b"") == before
+    else:
+        assert path.read_bytes()[:48] == whole[:48]
 
 
 def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +139,7 @@ def test_of_two_that_find_the_same_damage_one_mends_it(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(opening, "entry_lock", overtaken)
     block, built = open_on_disk(place, 4, _fill)
-    assert not built and torch.equal(block.values[:, 0], torch.arange(4.0))
+    assert not built and rows_of(block) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]
 
 
 def test_what_is_damaged_and_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +163,11 @@ def test_a_damaged_row_is_found_as_it_is_read_and_mended_for_all(tmp_path: Path)
     for start in range(12, 24):  # row 1
         path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
         block, built = open_on_disk(place, 4, _fill)
-        assert not built and block.damaged(torch.tensor([0, 2, 3])) == []
-        assert block.damaged(torch.tensor([3, 1])) == [1]
-        assert not block.mend(1, torch.full((3,), 9.0)) and path.read_bytes() != whole  # other numbers stay here
-        block = open_on_disk(place, 4, _fill)[0]
-        assert block.damaged(torch.tensor([1])) == [1] and block.mend(1, torch.ones(3))
-        assert block.values[1].tolist() == [1] * 3 and block.damaged(torch.tensor([1])) == []
+        assert not built and block.read(torch.tensor([0, 2, 3]))[1] == []
+        assert block.read(torch.tensor([3, 1]))[1] == [1]
+        assert not block.mend(1, torch.full((3,), 9.0)) and path.read_bytes() != whole  # other numbers are not written
+        assert block.read(torch.tensor([1]))[1] == [0] and block.mend(1, torch.ones(3))
+        assert block.read(torch.tensor([1]))[0].tolist() == [[1] * 3] and block.read(torch.tensor([1]))[1] == []
         assert path.read_bytes() == whole
     for start in range(48, len(whole)):  # the checksums
         path.write_bytes(whole[:start] + bytes([whole[start] ^ 8]) + whole[start + 1 :])
@@ -159,4 +203,4 @@ def test_two_builders_make_one_and_a_killed_one_leaves_nothing(tmp_path: Path) -
         process.join()
     assert not list((tmp_path / PLACE).parent.glob("*.tmp"))
     block, again = open_on_disk(place, 4, _fill)
-    assert not again and torch.equal(block.values[:, 0], torch.arange(4.0))
+    assert not again and rows_of(block) == [[0] * 3, [1] * 3, [2] * 3, [3] * 3]

@@ -241,7 +241,7 @@ def remove_entry(entry: CacheEntry) -> bool:
 def drop(entry: Path) -> None:
     """Remove an entry of ours, in one move; only for the process that holds its lock.
 
-    Runs that have mapped its files go on, and none ever finds half an entry.
+    Runs that have opened its files go on, and none ever finds half an entry.
 
     Raises:
         OSError: No run wrote it, somebody put files into it, or the folder refuses.

@@ -84,11 +84,17 @@ class PixelCache:
     def load(self, sample: int) -> Tensor | None:
         """The image, uint8 (3, height, width); None where the cache does not have it whole, see `mend`."""
         offset, (height, width, _) = int(self._offsets[sample]), self._index[sample].tolist()
-        if not height or (self._records is not None and self._records.damaged(np.array([sample]))):
+        if not height:
             return None
-        pixels = self._pixels if self._records is None else self._records.data
-        assert pixels is not None
-        return pixels[offset : offset + height * width * 3].view(height, width, 3).permute(2, 0, 1)
+        if self._records is None:
+            assert self._pixels is not None
+            pixels = self._pixels[offset : offset + height * width * 3]
+        else:
+            content = np.empty(height * width * 3, dtype=np.uint8)
+            if not self._records.read(sample, content):
+                return None
+            pixels = torch.from_numpy(content)
+        return pixels.view(height, width, 3).permute(2, 0, 1)
 
     def mend(self, sample: int, image: Tensor) -> bool:
         """Put an image that `load` did not give into its place; False where it could not be read at first, either.
