@@ -101,3 +101,6 @@ def test_a_word_is_compared_within_bounds() -> None:
 def test_memory_that_runs_out_is_no_fault_of_the_program() -> None:
     text = fault_line(MemoryError(), "see the log")
     assert text.startswith("out of memory (no more is free): lower data.batch_size") and "fault" not in text
+    for said in ("libtorch_cpu.so: failed to map segment from shared object", "libx.so: cannot allocate memory"):
+        assert fault_line(ImportError(said), "see the log").startswith(f"out of memory ({said})")
+    assert fault_line(ImportError("no module"), "see the log").startswith("finetune is at fault: ImportError")

@@ -11,21 +11,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from finetune.data.caches.pixel_cache import FirstStep, PixelCache
 from finetune.data.images.decode import ImageError
 from finetune.data.images.recipes import ImageToShow
 from finetune.data.images.transforms import BatchTransform
 from finetune.data.loading.order import Showings
+from finetune.data.loading.workers import MORE_SHARED
 from finetune.data.split import Split
 from finetune.data.streams import augment_generator
+from finetune.system.limits import LimitError, in_bytes
 from finetune.system.reading import DamagedError
 
 # Pixels that are normalised at a time, so that all four operations find them in the cache of a core.
 CACHED_PIXELS = 2**16
 
-Failure = ImageError | DamagedError  # why there is no micro-batch
+Failure = ImageError | DamagedError | LimitError  # why there is no micro-batch
 
 
 class BatchKey(NamedTuple):
@@ -71,7 +73,8 @@ class BatchMaker(Dataset["PixelBatch | Failure"]):
         except (ImageError, DamagedError) as error:
             return error
         samples = torch.tensor(ids, dtype=torch.int64)
-        return PixelBatch(images, self.split.labels[samples], samples, left_out, mended)
+        batch = PixelBatch(images, self.split.labels[samples], samples, left_out, mended)
+        return batch if get_worker_info() is None else _shared(batch)
 
     def _read(
         self, key: BatchKey, ids: list[int], left_out: list[ImageError], mended: list[int]
@@ -100,6 +103,20 @@ class BatchMaker(Dataset["PixelBatch | Failure"]):
             if cache.mend(sample, stored):
                 mended.append(sample)
         return stored
+
+
+def _shared(batch: PixelBatch) -> PixelBatch | LimitError:
+    """The batch in memory that processes share, or the error that there is no room.
+
+    The queue to the training process would do this in a thread of its own, whose error nobody hears: both would wait.
+    """
+    try:
+        for part in (batch.images, batch.labels, batch.ids):
+            part.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        why = f"no room for {in_bytes(batch.images.nbytes)} of a batch in the memory that processes share"
+        return LimitError(f"data.workers: {why} ({' '.join(str(error).split())}); {MORE_SHARED}")
+    return batch
 
 
 class EpochPlan(Sampler[BatchKey]):

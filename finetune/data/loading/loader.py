@@ -17,10 +17,19 @@ from finetune.data.images.decode import ImageError
 from finetune.data.images.transforms import build_transform
 from finetune.data.loading.batches import BatchKey, BatchMaker, EpochPlan, Failure, PixelBatch, in_channels, normalise
 from finetune.data.loading.order import Showings, epoch_order, in_whole_steps, most_showings
-from finetune.data.loading.workers import build_data_loader, pick_workers, seconds_per_call, signals_blocked
+from finetune.data.loading.workers import (
+    MORE_SHARED,
+    build_data_loader,
+    pick_workers,
+    seconds_per_call,
+    signals_blocked,
+    why_not_shared,
+    worker_ends,
+)
 from finetune.data.split import Split
 from finetune.data.streams import view_of
 from finetune.system.errors import UserError
+from finetune.system.limits import LimitError
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
@@ -69,6 +78,7 @@ class Loader:
         self._batches: Iterator[PixelBatch | Failure] = iter(())
         self._turn = 0
         self._image_cost_s: float | None = None
+        self._num_workers: int | None = None  # once it is known
         self.before_workers: Callable[[], None] = lambda: None  # called just before worker processes start
 
     def drop_last(self, step: int) -> None:
@@ -107,12 +117,13 @@ class Loader:
                 self._loader = self._build()
                 if self._loader.num_workers:  # they start below, and live until `close`
                     self.before_workers()
-            with signals_blocked():
+            with signals_blocked(), worker_ends():
                 self._batches = iter(self._loader)
         # Nothing but `self._batches` refers to the iterator, not even this frame, so that `close` ends the workers.
         while True:
             began = time.perf_counter()
-            batch = next(self._batches, None)
+            with worker_ends():
+                batch = next(self._batches, None)
             self.waited_s += time.perf_counter() - began
             if batch is None:
                 return
@@ -185,9 +196,21 @@ class Loader:
         if self._has_cache_to_open:
             self._maker.cached = open_cache(self.split, self._step, self._conf), self._step
             self._has_cache_to_open = False  # opened once, also when workers are started again
+        if self._num_workers is None:
+            self._num_workers = self._pick_workers()
+        return build_data_loader(self._maker, self._plan, self._num_workers, self._device)
+
+    def _pick_workers(self) -> int:
+        """The number of loader processes; raises LimitError where those that the user asked for have no room."""
         is_auto = self._conf.workers == "auto"
         workers = pick_workers(self._image_cost(), self._device) if is_auto else int(self._conf.workers)
-        return build_data_loader(self._maker, self._plan, workers, self._device)
+        why = why_not_shared(workers, min(self.batch_size, self.num_images) * 3 * self._preprocess.size**2)
+        if why is None:
+            return workers
+        if not is_auto:
+            raise LimitError(f"data.workers={workers}: {why}; {MORE_SHARED}")
+        logger.warning("%s: images are loaded without such processes, more slowly; %s", why, MORE_SHARED)
+        return 0
 
     def _image_cost(self) -> float:
         """Seconds of one core to make one image, measured once on the first ones."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import multiprocessing
+import shutil
 import signal
 import sys
 import time
@@ -11,12 +13,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finetune.system.errors import UserError
+from finetune.system.limits import in_bytes
 from finetune.system.memory import hand_back_freed_memory
 from finetune.system.processors import cores
 from finetune.system.signals import STOPPING
 
 MEASURED_S = 0.3  # how long `seconds_per_call` measures
 DEVICE_RATE = 4000.0  # images a second that a fast device takes with a small model; it would not wait for more
+SHARED = "/dev/shm"  # where Linux keeps the memory that processes share
+BATCHES = 2  # that each process makes ahead of the training
+MORE_SHARED = "data.workers=0 needs none; in Docker, --shm-size=8g gives more"
 MIN_SHARE = 0.25  # of one core: below it a process of its own costs more than it gives
 
 
@@ -49,6 +56,7 @@ def build_data_loader(dataset: Dataset[Any], keys: Sampler[Any], workers: int, d
         batch_size=None,  # a key asks for a whole batch already
         sampler=keys,
         num_workers=workers,
+        prefetch_factor=BATCHES if workers else None,
         collate_fn=_unchanged,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
@@ -58,6 +66,39 @@ def build_data_loader(dataset: Dataset[Any], keys: Sampler[Any], workers: int, d
         # Stated because process pools that run sweeps (loky) put a context of their own in its place.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
+
+
+def why_not_shared(workers: int, batch_bytes: int) -> str | None:
+    """Why `workers` processes cannot hand over batches of `batch_bytes` bytes; None where they can.
+
+    Batches go through memory that processes share. Containers give little of it, 64 MiB by default in Docker.
+    """
+    if sys.platform != "linux" or not workers:
+        return None
+    try:
+        multiprocessing.Lock()  # queues between processes use such locks, which lie there, too
+        free = shutil.disk_usage(SHARED).free
+    except OSError as error:
+        return f"loader processes need shared memory, and {SHARED} cannot be used ({error.strerror or error})"
+    needed = (BATCHES * workers + 1) * batch_bytes
+    if needed <= free:
+        return None
+    who = "1 loader process needs" if workers == 1 else f"{workers:,} loader processes need"
+    return f"{who} {in_bytes(needed)} of shared memory, {in_bytes(free)} are free in {SHARED}"
+
+
+@contextlib.contextmanager
+def worker_ends() -> Iterator[None]:
+    """Turn torch's error about a loader process that the system ended into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a loader process was ended from outside, most likely because memory ran out:"
+            " lower data.workers (0: no processes) or data.batch_size"
+        ) from error
 
 
 def _unchanged(batch: Any) -> Any:
