@@ -189,6 +189,70 @@ def test_an_open_clip_folder_of_another_model_is_refused(changes: dict, words: s
         build_model(ModelConf(name=f"local-dir:{clip_folder}", head=HeadKind.random), CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("vision", "words"),
+    [
+        ({"head_width": 16}, r"resblocks\.0\.attn\.num_heads is 2 there and 4 here"),
+        ({"pool_type": "avg"}, r"pool_type is avg there and tok here"),
+        ({"act_kwargs": {"approximate": "tanh"}}, r"gelu\.type is gelu_tanh there and gelu here"),
+        ({"norm_kwargs": {"eps": 1e-6}}, r"eps is 1e-06 there and 1e-05 here"),
+        ({"patch_dropout": 0.5, "image_size": [16, 16], "mlp_ratio": 4.0, "timm_drop_path": 0.1}, ""),
+    ],
+    ids=str,
+)
+def test_towers_of_other_heads_pooling_or_activation(vision: dict, words: str, clip_folder: Path) -> None:
+    clip_config(clip_folder, vision_cfg={**CLIP_CFG["vision_cfg"], **vision})
+    settings = ModelConf(name="ViT-B-32", pretrained=str(clip_folder), head=HeadKind.random, image_size=16)
+    if not words:
+        build_model(settings, CLASSES)
+        return
+    with pytest.raises(UserError, match=rf"{words}.*use model\.name=local-dir:{clip_folder}, without"):
+        build_model(settings, CLASSES)
+
+
+TINY = {"embed_dim": 48, "depth": 1, "img_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "words"),
+    [
+        ("vit_tiny_patch16_224", {"num_heads": 4}, r"blocks\.0\.attn\.num_heads is 4 there and 3 here"),
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, r"act\.type is quick_gelu there and gelu here"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}, r"global_pool is avg there and token here"),
+        ("vit_tiny_patch16_224.augreg_in21k", {}, ""),
+        ("deit_tiny_patch16_224", {"drop_path_rate": 0.1, "num_classes": 3}, ""),
+        ("vit_tiny_patch16_224", {"num_heads": 3, "dynamic_img_size": True, "act_layer": "gelu"}, ""),
+        ("vit_of_somebody", {"num_heads": 4}, ""),
+        ("vit_tiny_patch16_224", {"embed_dim": "wide"}, "describes no model of timm"),
+    ],
+    ids=str,
+)
+def test_a_timm_folder_of_another_network(
+    architecture: str, args: dict, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: whole(name, **{**TINY, **given}))
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "model_args": args}))
+    settings = ModelConf(family=Family.vit, name="vit_tiny_patch16_224", pretrained=str(tmp_path), image_size=32)
+    if not words:
+        build_model(settings, CLASSES)
+        return
+    with pytest.raises(UserError, match=words):
+        build_model(settings, CLASSES)
+
+
+@pytest.mark.parametrize("args", [{}, {"num_heads": 4, "global_pool": "avg"}, {"drop_path_rate": 0.1, "img_size": 48}])
+def test_folders_that_timm_writes_fit_their_own_model(args: dict, tmp_path: Path) -> None:
+    net = timm.create_model("test_vit", num_classes=3, **args)
+    timm.models.save_for_hf(net, str(tmp_path), model_config={"label_names": THEIRS}, safe_serialization=True)
+    size = {"image_size": args["img_size"]} if "img_size" in args else {}
+    names = [f"local-dir:{tmp_path}"] + ["test_vit"] * ("num_heads" not in args)
+    for name in names:
+        pretrained = str(tmp_path) if name == "test_vit" else "bundled"
+        build_model(ModelConf(family=Family.vit, name=name, pretrained=pretrained, **size), CLASSES)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "resnetv2_50x1_bit"])
 def test_a_jax_archive_with_another_first_kernel_is_refused(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):

@@ -3,16 +3,21 @@
 They name the classes of the classifier's rows, say how images are prepared, and what shapes do not show of a network.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
+import torch
 from msgspec import Meta
 from torch import nn
 
 from finetune.core.preprocess import CropFraction, Deviation, Mean, Preprocess
-from finetune.models.upstream.network import RESIZE, interpolation_of
+from finetune.models.upstream.comparing import differences
+from finetune.models.upstream.downloads import quiet_upstream
+from finetune.models.upstream.layouts import shown
+from finetune.models.upstream.network import FOLDER, RESIZE, interpolation_of
 from finetune.models.upstream.transformers_config import Network, NetworkConfig, fit_network
 from finetune.models.upstream.transformers_tables import table_of
 from finetune.system.errors import UserError
@@ -122,6 +127,38 @@ def read_beside(path: Path, program: str, net: nn.Module, own: Beside) -> Beside
         told = ["class names"] * (not own.classes and named is not None) + ["preprocessing"] * bool(images)
         note = f"; {' and '.join(told)} as the files beside them say" if told else ""
     return Beside(network, own.classes or named, note, images, tuple((timm.get("input_size") or [])[1:]), place)
+
+
+# What a caller of timm's `create_model` says of training, of size or of classes, and not of the network.
+NEUTRAL_ARGS = re.compile(
+    r"drop|^(num_classes|in_chans|img_size|pretrained|dynamic_img|strict_img|weight_init|fix_init)"
+)
+
+
+def check_architecture(path: Path, name: str, args: Mapping[str, Any], net: nn.Module) -> None:
+    """Raise a UserError where timm's config.json beside the weights `path` describes another network than `net`.
+
+    Networks of other heads, pooling or activation may have the same tensors. timm has made `net` by `name` and `args`.
+    """
+    from timm import create_model, is_model
+
+    place = path.with_name("config.json")
+    if "architecture" not in (_read(place, _Config) or {}):
+        return
+    folder = _read(place, _TimmFolder) or _TimmFolder(architecture="")
+    architecture = folder["architecture"].partition(".")[0]
+    theirs = {key: value for key, value in folder.get("model_args", {}).items() if not NEUTRAL_ARGS.search(key)}
+    if not is_model(architecture) or (architecture == name.partition(".")[0] and not theirs):
+        return
+    try:
+        with torch.device("meta"), quiet_upstream():
+            found = differences(create_model(architecture, **{**theirs, **args}), net)
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{place} describes no model of timm ({reason}); mend it, or move it away") from error
+    if found:
+        problem = f"{place} describes another network than {name}, though its tensors fit: {shown(found, 3)}"
+        raise UserError(f"{problem}; use model.name={FOLDER}{path.parent}, without model.pretrained")
 
 
 def check_timm_folder(folder: Path) -> None:

@@ -191,11 +191,15 @@ def check_beside(source: ClipSource, conf: ModelConf) -> None:
         pairs.append(("image_size", *(cfg["vision_cfg"].get("image_size", 224) for cfg in (theirs, ours))))
     for word, wanted, built in pairs:
         if wanted != built:
-            is_hub = conf.pretrained.startswith(HUB)
-            name = conf.pretrained if is_hub else f"{FOLDER}{source.weights.parent}"
-            problem = f"the {HUB_CONFIG} of these weights has {word}={wanted} and {conf.name} has {built}"
-            mend = f"use model.name={name}, without model.pretrained"
-            raise UserError(f"model.pretrained={conf.pretrained}: {problem}; {mend}")
+            raise misfit_beside(source, conf, f"has {word}={wanted} and {conf.name} has {built}")
+
+
+def misfit_beside(source: ClipSource, conf: ModelConf, problem: str) -> UserError:
+    """The error for weights whose `HUB_CONFIG` describes another model than the one that is built."""
+    is_hub = conf.pretrained.startswith(HUB) or source.weights is None
+    name = conf.pretrained if is_hub else f"{FOLDER}{source.weights.parent}"  # type: ignore[union-attr]
+    mend = f"use model.name={name}, without model.pretrained"
+    return UserError(f"model.pretrained={conf.pretrained}: the {HUB_CONFIG} of these weights {problem}; {mend}")
 
 
 def _hub_weights(repository: str) -> Path:

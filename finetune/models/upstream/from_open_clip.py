@@ -17,10 +17,11 @@ from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs, network, weight_files
 from finetune.models.upstream.beside import Beside, read_beside
 from finetune.models.upstream.candidates import Converted, Found, find_weights, has_complete
-from finetune.models.upstream.clip_source import ClipSource, check_beside
+from finetune.models.upstream.clip_source import ClipSource, check_beside, misfit_beside
+from finetune.models.upstream.comparing import differences
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
-from finetune.models.upstream.layouts import Layout, StateDict, Wanted
+from finetune.models.upstream.layouts import Layout, StateDict, Wanted, shown
 from finetune.models.upstream.network import Upstream
 from finetune.models.upstream.skip_init import SkipInit
 from finetune.models.upstream.stems import check_archive_stem, first_convolution, fit_stem, set_channels
@@ -59,6 +60,7 @@ def read(conf: ModelConf, source: ClipSource, *, load: bool, with_text: bool) ->
             beside = read_beside(path, found.program, clip, beside)
         elif saved.preprocess is None:
             check_beside(source, conf)
+            _check_structure(source, conf, with_text=with_text)
         note = found.note + stem + beside.note
     if path is not None:
         weight_files.check_finite(clip, source.label)
@@ -104,6 +106,7 @@ def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool) -> nn.Modul
             network.check_patches(image_size, vision.patch_size)
         vision.image_size = cfg["vision_cfg"]["image_size"] = image_size
     network.side_of(vision.image_size, "this model")
+    vision.timm_model_pretrained = cfg["vision_cfg"]["timm_model_pretrained"] = False  # our own reader loads weights
     vision.output_tokens = cfg["vision_cfg"]["output_tokens"] = False  # else CoCa's image tower returns a tuple
     custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     if not whole:
@@ -114,6 +117,22 @@ def _construct(cfg: dict[str, Any], image_size: int, *, whole: bool) -> nn.Modul
         cfg["text_cfg"]["hf_model_pretrained"] = False  # the file of the whole model has the text tower's weights too
     kind = CoCa if custom and "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
     return kind(**cfg)  # type: ignore[no-any-return]
+
+
+def _check_structure(source: ClipSource, conf: ModelConf, *, with_text: bool) -> None:
+    """Raise a UserError where the configuration of the weights describes towers that compute something else.
+
+    Towers of other heads, pooling or activation may have the same tensors.
+    """
+    if source.theirs is None or source.theirs["model_cfg"] == source.model_cfg:
+        return
+    cfgs = [source.theirs["model_cfg"], source.model_cfg]
+    whole = with_text and not any("hf_model_name" in cfg["text_cfg"] for cfg in cfgs)
+    elsewhere = dataclasses.replace(source, name=f"{network.FOLDER}{source.label}")
+    with torch.device("meta"):
+        theirs, ours = (_constructed(elsewhere, cfg, conf.image_size, whole=whole) for cfg in cfgs)
+    if found := differences(theirs, ours):
+        raise misfit_beside(source, conf, f"describes other towers than {conf.name} has: {shown(found, 3)}")
 
 
 def _load_jax(clip: nn.Module, path: Path, source: ClipSource) -> None:

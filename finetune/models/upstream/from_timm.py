@@ -15,7 +15,7 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.beside import Beside, check_timm_folder, names_of, read_beside
+from finetune.models.upstream.beside import Beside, check_architecture, check_timm_folder, names_of, read_beside
 from finetune.models.upstream.candidates import Converted, Found, find_weights
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
@@ -242,6 +242,7 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
 
     layouts, tensors = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_state_dict(path)
     found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
+    check_architecture(path, name, {**args, "num_classes": 1}, net)
     found = dataclasses.replace(found, stem=fit_stem(found.state, net))
     return with_state(found.state), found
 
