@@ -60,8 +60,13 @@ class _TimmFile(TypedDict):
     pretrained_cfg: _TimmConfig
 
 
+_Depth = Annotated[int, Meta(ge=1, le=1000)]
+
+
 class _TimmArgs(TypedDict, total=False):
-    depth: Annotated[int, Meta(ge=1, le=1000)]
+    depth: _Depth
+    depths: Annotated[list[_Depth], Meta(max_length=16)]
+    layers: _Depth | Annotated[list[_Depth], Meta(max_length=16)]
     img_size: Annotated[int, Meta(ge=1, le=16_384)] | list[Annotated[int, Meta(ge=1, le=16_384)]]
 
 
