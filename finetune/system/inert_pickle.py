@@ -44,20 +44,23 @@ class Name:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
-    """A call that the pickle asks for and that is not made."""
+    """A call that the pickle asks for and that is not made, with what the pickle puts into the object afterwards."""
 
     function: Name
     args: tuple[Any, ...]
+    state: Any = None
+    entries: dict[str, Any] | None = None  # of a dict of another class, such as OrderedDict
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Instance:
-    """An object of a class, with the state that the pickle gives it."""
+    """An object of a class, with the state and the entries that the pickle gives it."""
 
     cls: Name
     state: Any = None
+    entries: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,19 @@ class Reference:
     """Something outside the pickle: a storage of a tensor."""
 
     key: Any
+
+
+class Held:
+    """An open file that is asked for no more bytes than it has: room is made for as many as are asked for."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        """`size` is that of the whole file, in bytes."""
+        self.file, self.size = file, size
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, number: int) -> bytes:
+        """The next bytes, up to `number`."""
+        return self.file.read(min(number, max(self.size - self.file.tell(), 0)))
 
 
 class _Mark:
@@ -75,28 +91,41 @@ _MARK = _Mark()
 
 
 class _Stack(list[Any]):
-    """The machine's stack; counts the odd keys so far."""
+    """The machine's stack; counts the odd keys so far, and notes what lies outside of the pickle."""
 
     odd_keys = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[Reference] = []
 
-def read_pickle(data: bytes | IO[bytes]) -> Any:
+
+def read_pickle(
+    data: bytes | IO[bytes] | Held, *, objects: bool = False, references: list[Reference] | None = None
+) -> Any:
     """The value of a pickle: None, numbers, texts, tuples, lists, dicts, and the classes of this module.
 
-    Dicts keep only the entries whose key is a text. A PickleError says which step is unknown, senseless, or made to
-    keep Python busy. Of an open file the next pickle is read.
+    Dicts keep only the entries whose key is a text. With `objects`, the steps by which programs save objects of their
+    own are known, too: such an object is a `Call` or an `Instance`, and the items of a list of another class are left
+    out. All references go into `references`, where it is given. Of an open file the next pickle is read.
+
+    Raises:
+        PickleError: A step is unknown, senseless, or made to keep Python busy.
     """
     stack = _Stack()
+    if references is not None:
+        stack.references = references
     memo: dict[int, Any] = {}
+    values, steps = ((*_VALUES, *_MORE_VALUES), _STEPS | _MORE_STEPS) if objects else (_VALUES, _STEPS)
     try:
-        for step, (opcode, operand, _) in enumerate(pickletools.genops(data)):
+        for step, (opcode, operand, _) in enumerate(pickletools.genops(data)):  # type: ignore[arg-type]
             arg: Any = operand
             if step == MAX_STEPS:
                 raise PickleError(f"its pickle has more than {MAX_STEPS:,} steps")
             name = opcode.name
             if name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
-            elif name in _VALUES:
+            elif name in values:
                 stack.append(arg)
             elif name in ("BINPUT", "LONG_BINPUT"):
                 memo[arg] = stack[-1]
@@ -104,9 +133,11 @@ def read_pickle(data: bytes | IO[bytes]) -> Any:
                 stack.append(memo[arg])
             elif name == "GLOBAL":
                 stack.append(Name(*arg.split(" ", 1)))
-            elif name in _STEPS:
-                _STEPS[name](stack)
-            elif name not in ("PROTO", "STOP"):
+            elif name in steps:
+                steps[name](stack)
+            elif name == "MEMOIZE" and objects:
+                memo[len(memo)] = stack[-1]
+            elif name not in ("PROTO", "STOP") and not (name == "FRAME" and objects):
                 raise PickleError(f"its pickle has a step {name}, which files of weights do not need")
     except PickleError:
         raise
@@ -128,8 +159,9 @@ def check_pickles(path: Path) -> None:
         is_zip = file.read(len(ZIP_START)) == ZIP_START  # as torch decides: there may be an archive behind a pickle
         file.seek(0)
         if not is_zip:
+            held = Held(file, path.stat().st_size)
             for _ in range(LEGACY_PICKLES):
-                read_pickle(file)
+                read_pickle(held)
         elif zipfile.is_zipfile(file):  # else it is a damaged one, of which torch says what it makes of it
             with zipfile.ZipFile(file) as archive:
                 check_growth(archive, path)
@@ -171,9 +203,13 @@ def _top(stack: _Stack, kind: type) -> Any:
 
 def _set(stack: _Stack, items: list[Any]) -> None:
     _count_odd(stack, items[::2])
-    pairs = zip(items[::2], items[1::2], strict=True)
-    if not isinstance(stack[-1], (Call, Instance)):  # an OrderedDict is a call, and its entries are left out
-        _top(stack, dict).update({key: value for key, value in pairs if isinstance(key, str)})
+    named = {key: value for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str)}
+    if isinstance(stack[-1], (Call, Instance)):  # an OrderedDict is a call
+        if stack[-1].entries is None:
+            stack[-1].entries = {}
+        stack[-1].entries.update(named)
+    else:
+        _top(stack, dict).update(named)
 
 
 def _count_odd(stack: _Stack, keys: Iterable[Any]) -> None:
@@ -218,11 +254,39 @@ def _make(stack: _Stack) -> None:
 def _build(stack: _Stack) -> None:
     (state,) = _pop(stack, 1)
     if not isinstance(stack[-1], Call):
-        _top(stack, Instance).state = state
+        _top(stack, Instance)
+    stack[-1].state = state
+
+
+def _refer(stack: _Stack) -> None:
+    stack.append(Reference(*_pop(stack, 1)))
+    stack.references.append(stack[-1])
+
+
+def _name(stack: _Stack) -> None:
+    module, name = _pop(stack, 2)
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise PickleError("its pickle names a class by what is no text")
+    stack.append(Name(module, name))
+
+
+def _make_by_words(stack: _Stack) -> None:
+    cls, args, _ = _pop(stack, 3)
+    stack += [cls, args]
+    _make(stack)
+
+
+def _add(stack: _Stack, items: list[Any]) -> None:
+    """Append to a list or a set; the items of other objects, such as a deque, are left out."""
+    if isinstance(stack[-1], Call) and stack[-1].args and str(stack[-1].function) == "builtins.set":
+        (held,) = stack[-1].args
+        held += items if isinstance(held, list) else ()
+    elif not isinstance(stack[-1], (Call, Instance)):
+        _extend(stack, items)
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+_VALUES: tuple[str, ...] = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
 _STEPS: dict[str, Callable[[_Stack], None]] = {
     "EMPTY_LIST": lambda stack: stack.append([]),
     "EMPTY_SET": lambda stack: stack.append(Call(Name("builtins", "set"), ())),
@@ -235,8 +299,26 @@ _STEPS: dict[str, Callable[[_Stack], None]] = {
     "APPENDS": lambda stack: _extend(stack, _group(stack)),
     "SETITEM": lambda stack: _set(stack, _pop(stack, 2)),
     "SETITEMS": lambda stack: _set(stack, _group(stack)),
-    "BINPERSID": lambda stack: stack.append(Reference(*_pop(stack, 1))),
+    "BINPERSID": _refer,
     "REDUCE": _call,
     "NEWOBJ": _make,
     "BUILD": _build,
+}
+# The steps of objects: lists, sets and dicts of other classes, texts and bytes of protocols up to 5.
+_MORE_VALUES = (
+    *("LONG4", "FLOAT", "INT", "LONG", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+_MORE_STEPS: dict[str, Callable[[_Stack], None]] = {
+    "EMPTY_SET": lambda stack: stack.append(Call(Name("builtins", "set"), ([],))),
+    "POP": lambda stack: stack.__delitem__(-1),
+    "POP_MARK": lambda stack: _group(stack).clear(),
+    "DUP": lambda stack: stack.append(stack[-1]),
+    "STACK_GLOBAL": _name,
+    "NEWOBJ_EX": _make_by_words,
+    "LIST": lambda stack: stack.append(_group(stack)),
+    "FROZENSET": lambda stack: stack.append(Call(Name("builtins", "frozenset"), (_group(stack),))),
+    "APPEND": lambda stack: _add(stack, _pop(stack, 1)),
+    "APPENDS": lambda stack: _add(stack, _group(stack)),
+    "ADDITEMS": lambda stack: _add(stack, _group(stack)),
 }

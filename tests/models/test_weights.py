@@ -91,16 +91,19 @@ class Bomb:
         return os.system, ("exit 1",)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
+    """Its tensors are read; a file that holds nothing else is refused."""
     marker = tmp_path / "ran"
 
     class Touch:
         def __reduce__(self):
             return Path.touch, (marker,)
 
-    for content in ({"model": STATE, "extra": Bomb()}, {"model": STATE, "extra": Touch()}):
-        torch.save(content, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=r"refused: it is a pickle that would run .*safetensors"):
+    for bomb in (Bomb(), Touch()):
+        torch.save({"model": STATE, "extra": bomb}, tmp_path / "w.pt")
+        assert read_state_dict(tmp_path / "w.pt").keys() == {f"model.{name}" for name in STATE}
+        torch.save(bomb, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=r"holds no weights: expected tensors by name"):
             read_state_dict(tmp_path / "w.pt")
     assert not marker.exists()
 
@@ -466,7 +469,7 @@ def test_a_configuration_that_describes_no_model_is_one_line(text: str, tmp_path
 def test_a_configuration_with_senseless_entries_is_one_line(vision: dict, tmp_path: Path) -> None:
     config = {"model_cfg": {**CLIP_CFG, "vision_cfg": {**CLIP_CFG["vision_cfg"], **vision}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"its configuration describes no model of open_clip") as caught:
+    with pytest.raises(UserError, match=r"describes no (model of open_clip|open_clip model)") as caught:
         build_model(ModelConf(name=f"local-dir:{tmp_path}", pretrained="none", head=HeadKind.random), CLASSES)
     assert "\n" not in str(caught.value)
 

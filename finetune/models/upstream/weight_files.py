@@ -1,7 +1,8 @@
 """Read files of weights: every common format, and none of them by running code.
 
 A pickle can run any program. Files that end with `.pt`, `.pth` and `.bin` are therefore read with `weights_only=True`,
-and a file that needs more than that is refused. TorchScript archives hold programs too: see `torchscript.py`.
+and one that needs more than that as data: see `inert_checkpoint.py`. TorchScript archives hold programs too: see
+`torchscript.py`.
 """
 
 import argparse
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.inert_checkpoint import read_checkpoint
+from finetune.models.upstream.inert_tensors import NotPlainError
 from finetune.models.upstream.layouts import COUNTER, StateDict, shown
 from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, check_shard, shards_of, weights_in
 from finetune.system.errors import UserError
-from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, check_growth, check_pickles
+from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, PickleError, check_growth, check_pickles
 from finetune.system.reading import DamagedError, UnfitError, parse_json
 from finetune.system.seals import check_checksum, damaged_if_unreadable
 
@@ -41,7 +44,7 @@ def read_state_dict(path: Path) -> StateDict:
 
     Where a training program nested dictionaries, a name has their keys in front: `teacher.backbone.cls_token`; see
     `candidates.py` for the search in these names. Half-precision tensors become float32. A UserError where the file is
-    damaged, holds no weights, or is a pickle that would run code; a FileNotFoundError where there is none.
+    damaged or holds no weights; a FileNotFoundError where there is none.
     """
     path = path_of(str(path))
     if path.name.endswith(INDEX):
@@ -91,21 +94,21 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        check_pickles(path)
-        with torch.serialization.safe_globals(_harmless()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            # The rest of torch's message is the advice to trust the file.
-            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-            raise _damaged(path, pickle.UnpicklingError(reason[1] if reason else "no such pickle")) from error
-        problem = f"it is a pickle that would run {wanted[1]} on loading, and such a file can run any program"
-        mend = "save its tensors alone (safetensors.torch.save_file), on a machine where you trust it"
-        raise UserError(f"{path} is refused: {problem}; {mend}") from error
+        try:
+            check_pickles(path)
+            with torch.serialization.safe_globals(_harmless()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except (PickleError, pickle.UnpicklingError):  # it holds objects of other classes, or is damaged
+            content = read_checkpoint(path)
     except UserError:
         raise
-    except (*UNREADABLE, struct.error, zipfile.BadZipFile, RecursionError, MemoryError) as error:
+    except NotPlainError as error:
+        mend = "save its tensors alone (safetensors.torch.save_file), where it comes from"
+        raise UserError(f"{path} is refused: {error}; {mend}") from error
+    except PickleError as error:
+        problem = f"{path} is damaged or incomplete, or made to do harm"
+        raise UserError(f"{problem} ({error}): fetch it again, from where you trust it") from error
+    except (*UNREADABLE, struct.error, zipfile.BadZipFile, zlib.error, RecursionError, MemoryError) as error:
         raise _damaged(path, error) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
