@@ -13,13 +13,14 @@ from finetune.commands import COMMANDS
 from finetune.config import nearest
 from finetune.system.errors import EXPECTED_ERRORS, ConfigError, fault_line
 from finetune.system.signals import exit_codes
-from finetune.system.terminal import complain
+from finetune.system.terminal import complain, open_closed_streams
 
 SHOW_TRACEBACK = "FINETUNE_TRACEBACK"  # environment variable: 1 prints the traceback of a fault
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0; 1 after a failure; 2 for an unusable command line; 130 after Ctrl-C."""
+    open_closed_streams()
     try:
         with exit_codes():
             return _run_command(list(sys.argv[1:] if argv is None else argv))

@@ -18,7 +18,9 @@ class OptimConf:
     """The optimizer with layer-wise rate decay and a frozen prefix."""
 
     name: str = setting("adamw", "write optim=NAME, which sets rates too; or a name of timm's, such as optim.name=lamb")
-    lr: float = setting(1e-3, "peak rate of the head; see lr_base_batch; adafactor: a share of a tensor's size", gt=0)
+    lr: float = setting(
+        1e-3, "peak rate of the head; see lr_base_batch; adafactor: a share of a tensor's size", gt=0, le=1e38
+    )
     lr_base_batch: int = setting(0, "0: off; B: the peak rate is lr * (batch_size * accumulate) / B; MAE: 256", ge=0)
     recipe_batch: int = setting(0, "images a step that lr was tuned for; another number is reported; 0: unknown", ge=0)
     layer_decay: float = setting(0.75, "factor from each layer's rate to that of the layer below it", gt=0, le=1)

@@ -1,5 +1,6 @@
 """Text for people: safe to print on a terminal and to paste into a shell, numbers of things, error messages."""
 
+import os
 import re
 import shlex
 import sys
@@ -76,6 +77,16 @@ def _quoted(word: str) -> str:
 def _as_bytes(char: str) -> str:
     data = char.encode("utf-8", "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass")
     return "".join(f"\\x{value:02x}" for value in data)
+
+
+def open_closed_streams() -> None:
+    """Let standard streams that the caller has closed (`>&-`) lead nowhere.
+
+    Else the next file that is opened, such as weights, takes the stream's number, and a library prints into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers, 0 to 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process
 
 
 def complain(problem: str) -> None:

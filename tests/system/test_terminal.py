@@ -6,7 +6,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -64,3 +66,14 @@ def test_a_command_with_odd_characters_is_one_line_and_means_the_same_in_bash(te
 def test_one_thing_has_the_singular() -> None:
     assert counted(1, "image") == "1 image" and counted(0, "image") == "0 images"
     assert counted(1, "class", "classes") == "1 class" and counted(2_000, "class", "classes") == "2,000 classes"
+
+
+def test_streams_that_the_caller_closed_lead_nowhere(tmp_path: Path) -> None:
+    program = (
+        "from finetune.system.terminal import open_closed_streams, complain; open_closed_streams();"
+        "file = open('own', 'w'); assert file.fileno() > 2; file.write('whole'); file.flush();"
+        "print('text'); complain('a problem')"
+    )
+    line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "own").read_text() == "whole"
