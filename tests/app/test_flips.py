@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import flip_test  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> flip_test.World:
-    return flip_test.make_world(tmp_path_factory.mktemp("flips"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[flip_test.World]:
+    with flip_test.restorable():
+        yield flip_test.make_world(tmp_path_factory.mktemp("flips"))
 
 
 @pytest.mark.parametrize("damage", [flip_test.flipped, flip_test.otherwise_damaged])

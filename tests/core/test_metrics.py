@@ -321,11 +321,14 @@ def test_what_a_run_leaves_about_classes(tmp_path: Path) -> None:
         write_scores(tmp_path, split, found, details=meter.details(), classes=names)
     assert (tmp_path / "confusion.csv").read_text(encoding="utf-8").splitlines()[0] == 'true \\ predicted,"a,b",ü $x$,c'
     assert (tmp_path / "confusion_val.csv").exists() and (tmp_path / "confusion.png").stat().st_size > 5_000
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics.keys() == {"val", "test"} and "threshold" not in metrics["test"]
     several = MultilabelMeter(binary_cross_entropy, ["f1_micro"], threshold=0.25)
     found = metered(several, *multi_case(9, 3, ties=False, density=0.3), 4)
     write_scores(tmp_path, "val", found, details=several.details(), classes=names)
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["val"]["threshold"] == 0.25 and "threshold" not in metrics["test"]
+    assert metrics["val"]["threshold"] == 0.25
+    assert metrics.keys() == {"val"}, "scores of the test are of weights that are no longer the best"
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 41])

@@ -20,7 +20,11 @@ def file_stamp(path: str) -> str:
     can set when that was done (ctime): a replaced file has another stamp, and so has one with new rights.
     """
     status = _status(path)
-    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{path}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{_changed_ns(status)}:{path}"
+
+
+def _changed_ns(status: os.stat_result) -> int:
+    return status.st_ctime_ns
 
 
 def hash_of(content: bytes) -> str:
