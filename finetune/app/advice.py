@@ -25,10 +25,9 @@ def log_next(conf: Conf, result: Result, rows: Sequence[Mapping[str, Any]]) -> N
     Only the first remark that holds is made.
     """
     words: list[str] = result["overrides"]
-    remarks = (_ended_early(conf, result, rows), _small_val(conf, result), _learnt_by_heart(result, rows))
-    for text, settings in filter(None, remarks):
+    if remark := _ended_early(conf, result, rows) or _small_val(conf, result) or _learnt_by_heart(result, rows):
+        text, settings = remark
         logger.info("%s; try: python -m finetune %s", text, _with(words, *settings))
-        break
     rate = conf.optim.lr
     rates = ",".join(f"{rate * factor:.2g}" for factor in (1 / 3, 1, 3))
     # First the rate: on new data it is what most often changes a result.

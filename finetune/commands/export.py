@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.flags import Parser
+from finetune.commands.flags import command_parser
 from finetune.config.words.saved import read_conf
 from finetune.runs.records import read_result
 from finetune.system.errors import ConfigError, UserError
@@ -60,12 +60,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    usage = "finetune export RUN FORMAT [--out DIR] [FLAG ...]"
-    text = "Export a run to another library."
-    parser = Parser(
-        prog="finetune export", usage=usage, description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
-    )
+    usage, text = "RUN FORMAT [--out DIR] [FLAG ...]", "Export a run to another library."
+    parser = command_parser("export", usage, text, EPILOG)
     parser.add_argument("run", metavar="RUN", help=argparse.SUPPRESS)
     parser.add_argument("format", metavar="FORMAT", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder; default: RUN/export/FORMAT")

@@ -24,6 +24,19 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError([message.removeprefix("argument ")], code=2)
 
 
+def command_parser(name: str, usage: str, text: str, epilog: str) -> Parser:
+    """The parser of the command `finetune NAME`, whose words `usage` shows; `--help` prints `epilog` as it stands."""
+    prog, raw = f"finetune {name}", argparse.RawDescriptionHelpFormatter
+    return Parser(
+        prog=prog,
+        usage=f"{prog} {usage}",
+        description=text,
+        epilog=epilog,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+
+
 @dataclass(frozen=True)
 class Flag:
     """A word that starts with a dash."""

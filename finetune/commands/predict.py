@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from finetune.commands.flags import Parser
+from finetune.commands.flags import Parser, command_parser
 from finetune.system.errors import ConfigError, UserError
 from finetune.system.limits import NAME
 from finetune.system.log import say
@@ -72,11 +72,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def base_parser(name: str, text: str) -> Parser:
     """The flags that `predict` and `embed` share."""
-    raw = argparse.RawDescriptionHelpFormatter
-    usage = f"finetune {name} RUN PATH... [FLAG ...]"
-    parser = Parser(
-        prog=f"finetune {name}", usage=usage, description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
-    )
+    parser = command_parser(name, "RUN PATH... [FLAG ...]", text, EPILOG)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--overwrite", action="store_true", help="replace a --out that is there")
     parser.add_argument("--on-error", choices=("go", "stop", "skip"), default="go", help=ON_ERROR)

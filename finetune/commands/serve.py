@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from finetune.commands.flags import Parser
+from finetune.commands.flags import command_parser
 from finetune.commands.predict import add_model_flags, prepare_torch
 from finetune.system.log import say
 
@@ -38,12 +38,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
     text = "Show a page to try a model with images, on this machine alone."
-    usage = "finetune serve RUN [FLAG ...]"
-    parser = Parser(
-        prog="finetune serve", usage=usage, description=text, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
-    )
+    parser = command_parser("serve", "RUN [FLAG ...]", text, EPILOG)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
     add_model_flags(parser)

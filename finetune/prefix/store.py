@@ -181,7 +181,7 @@ def build_in_memory(slots: int, fill: Fill, device: torch.device) -> ActivationB
 def open_on_disk(
     place: Path, slots: int, fill: Fill, check: Callable[[], None] = lambda: None
 ) -> tuple[ActivationBlock, bool]:
-    """The block in the folder `place` opened for reading, built by `fill` if it is missing or damaged; whether it was.
+    """Open the block in the folder `place`; returns it, and whether `fill` built it since it was missing or damaged.
 
     `check` is called while another run builds the block; an exception from it ends the wait. Raises OSError if the
     folder cannot be written, or the disk is full or does not give back what was written; UserError as `BlockBuilder`.

@@ -24,9 +24,9 @@ from finetune.system.reading import DamagedError, UnfitError, parse_json
 logger = logging.getLogger("finetune")
 
 Saved = tuple[Content, Path]  # a state, and the file that holds it
-# Names of notes.
+# Names of the notes that a checkpoint carries.
 SETTINGS, PROMISE, BEFORE, EPOCHS_BEFORE = "settings", "promise", "scores before training", "epochs before"
-MAX_EPOCHS = 10_000_000  # that a checkpoint may claim
+MAX_EPOCHS = 10_000_000  # a checkpoint that says more is damaged
 # Notes without which a run would be another one -> what is wrong where they differ.
 DIFFERENT = {
     "images": "the training images are not those that the run began with (or of val, or test)",

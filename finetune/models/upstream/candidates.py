@@ -283,7 +283,7 @@ def _is_part(name: str, tensor: Tensor, wanted: Wanted, layout: Layout) -> bool:
 
 
 def _found_converted(tensors: StateDict, converted: Mapping[str, Converted], key: str | None, source: str) -> Found:
-    """What a library's own reader made of the tensors at the only place, or at that of `key`."""
+    """The weights as a library's own reader has converted them: those at the only place in the file, or at `key`."""
     prefixes = {place: "" if place == TOP else place for place in converted}
     names = {place: _under(tensors, prefix) for place, prefix in prefixes.items()}
     lost = {place: sorted(_beyond(converted[place].used, names[place])) for place in converted}

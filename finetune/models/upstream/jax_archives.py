@@ -20,7 +20,7 @@ from finetune.models.upstream.layouts import shown
 from finetune.models.upstream.weight_files import check_npz
 from finetune.system.errors import UserError
 
-STACKED = re.compile(r"/encoderblock/")  # an array that has those of all blocks, block by block
+STACKED = re.compile(r"/encoderblock/")  # a name with it is an array of one parameter of all blocks, stacked
 
 
 class WholeCopies(TorchFunctionMode):

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def traced(group: StateDict, make: Callable[[], R], parts: Callable[[R], Iterable[Tensor]]) -> tuple[R, frozenset[str]]:
-    """What `make` returns, and the names in `group` whose tensors went into a tensor of `parts(make())`."""
+    """What `make` returns, and the names of those tensors of `group` from which the `parts` of it were computed."""
     with _Traced(group) as reading:
         made = make()
     return made, reading.behind(parts(made))

@@ -49,8 +49,18 @@ def metadata_of(learned: Learned) -> dict[str, str]:
     return texts | ({"threshold": repr(learned.threshold)} if is_multilabel else {})
 
 
+CLASSIFY = """\
+
+
+def classify(path):
+    batch = prepare(ImageOps.exif_transpose(Image.open(path)))[None]
+    return dict(zip(classes, PROBABILITIES[0].tolist()))
+"""
+
+
 def completed(program: str, learned: Learned) -> str:
-    """A program with torch, with what depends on the model: how scores become probabilities, and grey images."""
+    """A program with torch and its end, with what depends on the model: probabilities of scores, and grey images."""
+    program += CLASSIFY
     to_probabilities = "softmax(dim=1)" if learned.threshold is None else "sigmoid()"
     program = program.replace("PROBABILITIES", f"scores(batch).{to_probabilities}")
     if learned.built.preprocess.channels == 1:

@@ -48,11 +48,6 @@ def scores(batch):
     with torch.inference_mode():
         features = FEATURES
         return features @ weight.T + bias
-
-
-def classify(path):
-    batch = prepare(ImageOps.exif_transpose(Image.open(path)))[None]
-    return dict(zip(classes, PROBABILITIES[0].tolist()))
 """
 
 

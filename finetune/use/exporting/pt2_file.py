@@ -35,11 +35,6 @@ STEPS    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 def scores(batch):
     with torch.inference_mode():
         return model(batch)
-
-
-def classify(path):
-    batch = prepare(ImageOps.exif_transpose(Image.open(path)))[None]
-    return dict(zip(classes, PROBABILITIES[0].tolist()))
 """
 
 

@@ -38,11 +38,6 @@ def prepare(image):
 def scores(batch):
     with torch.inference_mode():
         return model(batch)
-
-
-def classify(path):
-    batch = prepare(ImageOps.exif_transpose(Image.open(path)))[None]
-    return dict(zip(classes, PROBABILITIES[0].tolist()))
 """
 
 
