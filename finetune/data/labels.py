@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from finetune.data.images.decode import natural_key
+from finetune.data.split import SPLITS
 from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, NAME, check_memory
 from finetune.system.terminal import counted
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 _REMEMBERED = 2**24  # letters of cells whose labels are remembered
 SHOWN, LISTED = 40, 5  # letters of a cell, and look-alikes, that a message shows
@@ -23,11 +28,16 @@ MISSING = frozenset(
     ["#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "-NaN", "-nan", "NaN", "nan"]
 )
 MISSING |= {"<NA>", "N/A", "NA", "n/a", "NULL", "null", "None", "NaT"}
+_NEGATIVE = "-1"  # in val or test alone: how data sets withhold labels
 _NAME_IT = "if it is the name of a class, write it otherwise, or list all classes in data.classes"
 
 
 class LabelError(Exception):
     """The label of an image cannot be used; the text follows the image's name or row in the message."""
+
+
+class NoLabelError(LabelError):
+    """An image has no label: the cell is empty, or has a text that programs write for a missing value."""
 
 
 class LabelReader:
@@ -36,6 +46,8 @@ class LabelReader:
     A text loses the blanks around it; one that is a list in JSON, such as `[0, 2]`, is read as that list. No label
     (None, an empty text, one of `MISSING`), a fraction, a structure and several lines are a LabelError, and so is a
     list where other images have no list. With a `separator` each text holds several labels, or none.
+
+    Images of val and test may have no label: see `take_out_withheld`.
     """
 
     def __init__(self, column: str, separator: str | None = None, names: Collection[str] = ()) -> None:
@@ -47,10 +59,23 @@ class LabelReader:
         self.several: bool | None = True if separator else None  # whether images may have several; None: not known yet
         self.known: dict[str, int] = {}  # label -> its id, in the order of reading
         self._ids = array("i")  # of all images, one after the other
-        self._counts = array("i")  # labels of each image, if it may have several
+        self._counts = array("i")  # labels of each image
+        self._lacking = array("q")  # places, from 0, of the images that were added without a label
         self._remembered: dict[tuple[type, str], list[int]] = {}  # most cells repeat, and reading each again is slow
         self._letters = 0  # in `_remembered`
         self._lengths: set[int] = set()  # of the lists, before repeated labels are dropped
+
+    def take(self, cell: Any, split: int = 0) -> None:
+        """Read a cell, and take its labels for the next image, of the split `split`; raises LabelError."""
+        try:
+            ids = self.ids(cell)
+        except NoLabelError:
+            if not split:
+                raise
+            ids = []
+            self._lacking.append(len(self._counts))
+        self._ids.extend(ids)
+        self._counts.append(len(ids))
 
     def ids(self, cell: Any) -> list[int]:
         """The ids of the labels in a cell; raises LabelError."""
@@ -65,16 +90,50 @@ class LabelReader:
             self._remembered[key] = ids
         return ids
 
-    def add(self, ids: Sequence[int]) -> None:
-        """Take these labels for the next image."""
-        self._ids.extend(ids)
-        if self.several:
-            self._counts.append(len(ids))
+    def take_out_withheld(self, given: Sequence[int]) -> tuple[list[bool], Counter[str]]:
+        """Take out the images of a val or test without any label: whether each image stays, and what was taken out.
+
+        Such labels are withheld: no cell of the split has one but -1, and -1 is no class of train. `given` has the
+        index into SPLITS of each image.
+        """
+        splits, counts, ids = (np.array(part, dtype=np.int64) for part in (given, self._counts, self._ids))
+        of_id = np.repeat(splits, counts)
+        negative = self.known.get(_NEGATIVE)
+        is_label = np.ones(len(ids), dtype=bool)
+        if negative is not None and _NEGATIVE not in self._names and negative not in ids[of_id == 0]:
+            is_label = ids != negative
+        left_out: Counter[str] = Counter()
+        stays = np.ones(len(splits), dtype=bool)
+        for split in range(1, len(SPLITS)):
+            here = splits == split
+            if here.any() and not is_label[of_id == split].any():
+                stays[here] = False
+                left_out[f"image without a label in {SPLITS[split]}"] = int(here.sum())
+        if left_out:
+            self._keep(stays, counts, ids)
+        return stays.tolist(), left_out
+
+    def _keep(self, stays: Flags, counts: Numbers, ids: Numbers) -> None:
+        """Forget the images that do not stay, and labels that no other image has."""
+        used, ids = np.unique(ids[np.repeat(stays, counts)], return_inverse=True)
+        words = list(self.known)
+        self.known = {words[old]: new for new, old in enumerate(used.tolist())}
+        place = np.cumsum(stays) - 1
+        self._lacking = array("q", [int(place[row]) for row in self._lacking if stays[row]])
+        self._ids, self._counts = array("i", ids.tolist()), array("i", counts[stays].tolist())
+        self._remembered.clear()
+
+    @property
+    def lacking(self) -> Sequence[int]:
+        """The places, from 0, of the images that have no label."""
+        return self._lacking
 
     def _words(self, cell: Any) -> Sequence[str]:
         if isinstance(cell, str) and cell.lstrip().startswith("["):
             cell = self._list_in(cell.strip())
         is_list = isinstance(cell, list)
+        if is_no_label(cell) and not self._separator:
+            raise NoLabelError(f"has no {self.column}")
         if self.several is None:
             self.several = is_list
         if is_list and self._separator:
@@ -107,14 +166,14 @@ class LabelReader:
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # Parquet gives a column of whole numbers with gaps as 3.0
         if is_no_label(cell):
-            raise LabelError(f"has no {self.column}")
+            raise NoLabelError(f"has no {self.column}")
         if isinstance(cell, (float, dict, list, bytes)):
             raise LabelError(f"has {self.column}={str(cell)[:SHOWN]!r}, expected a text or a whole number")
         word = str(cell).strip()
         if len(word) > NAME.most:
             raise LabelError(f"has a {self.column} of {len(word):,} letters, at most {NAME.most:,} are read")
         if word in MISSING and isinstance(cell, str) and word not in self._names:
-            raise LabelError(f"has {self.column}={word!r}, as programs write a missing label; {_NAME_IT}")
+            raise NoLabelError(f"has {self.column}={word!r}, as programs write a missing label; {_NAME_IT}")
         if "\n" in word or "\r" in word:
             how = "expected one; write several as a list, such as [0, 2]"
             raise LabelError(f"has {self.column}={word[:SHOWN]!r}, a label of several lines; {how}")

@@ -74,9 +74,9 @@ def test_withheld_labels_leave_their_split_out(tmp_path: Path) -> None:
     train = part([0, 1] * 10, label("ant", "bee"))
     for number, hidden in enumerate([part([-1] * 3, label("ant", "bee"), 50), part([None] * 3, label("x"), 50)]):
         source = opened(tmp_path / str(number), train=train, test=hidden)
-        assert "[left out: test (3 without labels)]" in source.description and len(source.splits["test"]) == 2
+        assert "[left out: 3 images without a label in test]" in source.description and len(source.splits["test"]) == 2
     source = opened(tmp_path / "gone", train=train, validation=part([1], None, 70).remove_columns("label"))
-    assert "[left out: validation (1 without labels)]" in source.description
+    assert "[left out: 1 image without a label in val]" in source.description
     with pytest.raises(UserError, match=r"test\[1\] has no label"):
         opened(tmp_path / "some", train=train, test=part([1, -1], label("ant", "bee"), 50))
     with pytest.raises(UserError, match=r"train\[0\] has no label"):

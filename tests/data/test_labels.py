@@ -234,14 +234,14 @@ def test_splits_that_differ_in_an_accent_show_it(tmp_path: Path) -> None:
 def test_cells_that_are_labels_and_cells_that_are_none() -> None:
     reader = LabelReader("label")
     for cell in (" cat", "cat", 3, 3.0, True):
-        reader.add(reader.ids(cell))
+        reader.take(cell)
     assert reader.names("x") == ("3", "cat", "True") and reader.tensor(reader.names("x")).tolist() == [1, 1, 0, 0, 2]
     for bad in (None, "", " ", float("nan"), 0.5, {"a": 1}, b"cat", ["cat"], "None", " nan", "NA", "a\nb", "[1, 2]"):
         with pytest.raises(LabelError, match="label"):
             reader.ids(bad)
     lists = LabelReader("tags")
     for cells in (["a", "b "], [], ["b", "b"]):
-        lists.add(lists.ids(cells))
+        lists.take(cells)
     assert lists.tensor(lists.names("x")).tolist() == [[1, 1], [0, 0], [0, 1]]
     for bad in ("a", [None], [["a"]], [""]):
         with pytest.raises(LabelError, match="tags"):
@@ -251,7 +251,7 @@ def test_cells_that_are_labels_and_cells_that_are_none() -> None:
 def test_texts_that_are_lists_are_lists_in_every_source() -> None:
     reader = LabelReader("tags")
     for cell in ("[0, 2]", [2], ' ["2", "0"] ', "[]"):
-        reader.add(reader.ids(cell))
+        reader.take(cell)
     assert reader.tensor(reader.names("x")).tolist() == [[1, 1], [0, 1], [1, 1], [0, 0]]
     for bad in ("['a', 'b']", "[0 1 0]", "[[1]]", "[null]", "[0.5]", "0"):
         with pytest.raises(LabelError, match="tags"):
@@ -265,7 +265,7 @@ def test_lists_of_a_place_for_each_class_are_refused() -> None:
     for cells in ([[0, 1], [1, 0]], ["[1, 0, 0]", "[0, 1, 0]"], [[1.0, 0.0, 1.0]]):
         reader = LabelReader("tags")
         for cell in cells:
-            reader.add(reader.ids(cell))
+            reader.take(cell)
         with pytest.raises(UserError, match=r"each list in tags is \d numbers 0 and 1.*such as \[2\] for \[0, 0, 1\]"):
             reader.tensor(reader.names("x"))
 
@@ -530,7 +530,7 @@ def test_rows_beside_the_splits_and_withheld_labels_are_left_out_and_counted(tmp
     hidden = {f"h{i}": [cell, "test"] for i, cell in enumerate((None, "", " "))}
     source = rows_of(tmp_path, extra | hidden)
     assert sizes(source) == {"train": 16, "val": 2, "test": 2}
-    assert "3 rows without a label in test" in source.description and "1 row of Extra" in source.description
+    assert "3 images without a label in test" in source.description and "1 row of Extra" in source.description
     assert source.splits["train"].name_of(0).endswith("/0.png")
     with pytest.raises(UserError, match=r"3 rows cannot be used: row 21 has no label; row 22 .*; row 23 has no label$"):
         rows_of(tmp_path, hidden | {"x": ["cat", "test"]})
@@ -659,6 +659,6 @@ def test_a_list_of_class_names_is_cut_at_line_breaks_alone(tmp_path: Path) -> No
     (tmp_path / "classes.txt").write_bytes("a\u2028b\r\n\nc\x85d\x0ce\n".encode())
     labels = LabelReader("label")
     for number in "10":
-        labels.add(labels.ids(number))
+        labels.take(number)
     names, found = _classes([tmp_path / "classes.txt"], labels, text_limit(1), "x", False)
     assert names == ("a\u2028b", "c\x85d\x0ce") and found.tolist() == [1, 0]

@@ -363,7 +363,7 @@ def test_hugging_face_from_a_disk(tmp_path: Path, rows: Rows) -> None:
         return open_source(DataConf(source=SourceKind.hf, name=str(tmp_path / "saved"), **changes))  # type: ignore[arg-type]
 
     source = hf()
-    assert source.classes == ("z", "y", "x") and "extra (36)" in source.description
+    assert source.classes == ("z", "y", "x") and "36 images in extra" in source.description
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 36, "val": 36, "test": 0}
     assert source.splits["val"].labels.tolist() == columns["label"]
     assert source.splits["val"].store.read(int(source.splits["val"].rows[5])) == (tmp_path / rows[5][0]).read_bytes()

@@ -28,8 +28,8 @@ LEVELS = {
 FLOORS = {
     "packed": 0, "split_words": 0, "streams": 1,
     "images": 2,
-    "split": 3, "labels": 3,
-    "cutting": 4, "caches": 4,
+    "split": 3,
+    "cutting": 4, "caches": 4, "labels": 4,
     "selection": 5, "loading": 5,
     "checks": 6,
     "grouping": 7,

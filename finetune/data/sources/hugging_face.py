@@ -2,7 +2,9 @@
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress, islice
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch import Tensor
 from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, read_file
-from finetune.data.labels import LabelError, LabelReader, is_no_label, told_apart
+from finetune.data.labels import LabelError, LabelReader, told_apart
+from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.stores import PartsStore, file_stamp, stamp_of_files
 from finetune.data.split import SPLITS, FoundImages, Groups
 from finetune.data.split_words import split_of
@@ -69,9 +72,9 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         raise UserError("data=hf needs the datasets library: pip install 'finetune[hf]'") from error
     name, groups = os.path.expanduser(conf.name or ""), group_column(conf)
     parts, left_out = _parts(_open(datasets, name, conf), name)
-    for split, (word, part) in list(parts.items()):
+    for split, (_, part) in list(parts.items()):
         if split != "train" and conf.label_column not in part.column_names:
-            left_out.append(_withheld(word, parts.pop(split)[1]))
+            left_out[f"image without a label in {split}"] = len(parts.pop(split)[1])
     for _, part in parts.values():
         columns = {"image_column": conf.image_column, "label_column": conf.label_column, "group": groups}
         for key, column in columns.items():
@@ -93,7 +96,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         given=store.given,
         place=f"data.name={name}",
         title=f"hf {name}",
-        note=f" [left out: {', '.join(left_out)}]" if left_out else "",
+        note=in_brackets(left_out),
         location=f"hf:{name}",
         groups=Groups.of(cell for _, part in parts.values() for cell in part[groups]) if groups else None,
     )
@@ -114,15 +117,15 @@ def _open(datasets: Any, name: str, conf: DataConf) -> Any:
         raise UserError(f"data.name={name}: cannot be opened: {' '.join(str(error).split())[:300]}{how}") from error
 
 
-def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """Split -> (the library's word for it, data set) in the order of SPLITS; and the names of all other parts."""
+def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], Counter[str]]:
+    """Split -> (the library's word for it, data set) in the order of SPLITS; and the images of all other parts."""
     named = opened if isinstance(opened, dict) else {"train": opened}
     found: dict[str, tuple[str, Any]] = {}
-    left_out = []
+    left_out: Counter[str] = Counter()
     for word, part in named.items():
         number = split_of(str(word))
         if number is None or SPLITS[number] in found:
-            left_out.append(f"{word} ({len(part):,})")
+            left_out[f"image in {word}"] += len(part)
         else:
             if not len(part):
                 raise UserError(f"data.name={name}: its split {word} has no images; remove it from the data set")
@@ -143,30 +146,32 @@ def _check_images(datasets: Any, feature: Any, column: str) -> None:
         raise UserError(f"data.image_column={column}: holds {feature}, no images{paths}")
 
 
-def _withheld(word: str, part: Any) -> str:
-    return f"{word} ({len(part):,} without labels)"
-
-
 def _labels(
-    parts: dict[str, tuple[str, Any]], conf: DataConf, place: str, left_out: list[str]
+    parts: dict[str, tuple[str, Any]], conf: DataConf, place: str, left_out: Counter[str]
 ) -> tuple[tuple[str, ...], Tensor]:
     """Class names and labels, see `LabelReader.tensor`; labels of all splits are compared by their names.
 
-    A split other than train without a single label leaves `parts` and is noted in `left_out`: its labels are withheld.
+    A split other than train whose labels are withheld leaves `parts` and is counted in `left_out`.
     """
     column = conf.label_column
     names = _class_names(parts["train"][1].features[column])
     reader = LabelReader(column, names=[*conf.classes, *(names or ())])
-    for split, (word, part) in list(parts.items()):
-        cells = list(_words(part, column, f"{place}: {word}"))
-        if split != "train" and cells and all(map(is_no_label, cells)):
-            left_out.append(_withheld(word, parts.pop(split)[1]))
-            continue
-        for index, cell in enumerate(cells):
+    given = bytearray()
+    for split, (word, part) in parts.items():
+        for index, cell in enumerate(_words(part, column, f"{place}: {word}")):
             try:
-                reader.add(reader.ids(cell))
+                reader.take(cell, SPLITS.index(split))
             except LabelError as error:
                 raise UserError(f"{place}: {word}[{index}] {error} (data.label_column)") from None
+        given += bytes([SPLITS.index(split)]) * len(part)
+    stays, without = reader.take_out_withheld(given)
+    left_out += without
+    staying = {*compress(given, stays)}
+    for split in [split for split in parts if SPLITS.index(split) not in staying]:
+        del parts[split]
+    for lacking in reader.lacking[:1]:
+        images = (f"{word}[{index}]" for word, part in parts.values() for index in range(len(part)))
+        raise UserError(f"{place}: {next(islice(images, lacking, None))} has no {column} (data.label_column)")
     if names is None:
         classes = reader.names(f"{place}: data.label_column={column}")
         return classes, reader.tensor(classes)

@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     name: str  # of the image file in the archive
     offset: int  # of its first byte in the archive
     size: int  # in bytes
-    label: Any  # as the .cls or .json holds it
+    label: Any  # as the .cls or .json holds it; None if it has none
     more: dict[str, Any]  # the content of its .json; empty if it has none
 
 
@@ -92,8 +92,11 @@ class Samples:
             else:
                 self._broken[key] = f"{key}.json holds no object such as {{{json.dumps(self._key)}: ...}}"
 
-    def labelled(self) -> Iterator[Sample]:
-        """Every image with its label, in the order of the images; a UserError names images without one."""
+    def labelled(self, *, all_have: bool) -> Iterator[Sample]:
+        """Every image with its label, in the order of the images.
+
+        A UserError names images whose .json is none, and if `all_have` labels, images without one.
+        """
         used = {key for key in self._images if self._has_label(key)}
         rivals = Counter(image.sample for key, image in self._images.items() if key not in used)
         without: list[str] = []
@@ -108,9 +111,11 @@ class Samples:
                 text = self._texts.get(chosen, "").strip()
                 label = more[self._key] if self._key in more and (self._key != USUAL_KEY or not text) else text
                 found.append(Sample(image.name, image.offset, image.size, label, more))
-            else:
+            elif all_have or key in self._broken:
                 reason = self._broken.get(key)
                 without.append(f"{image.name} ({reason})" if reason else image.name)
+            else:
+                found.append(Sample(image.name, image.offset, image.size, None, self._objects.get(key, {})))
         if without:
             some = f"{counted(len(without), 'image')} without a label, such as {', '.join(without[:SHOWN])}"
             how = f"expected a .cls beside each, or a .json with {self._key!r} (data.label_column)"

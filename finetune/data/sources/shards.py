@@ -9,6 +9,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from finetune.data.packed import PackedStrings
 from finetune.data.sources.fetching import RemoteFile, condemn
 from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
-from finetune.data.sources.samples import Samples
+from finetune.data.sources.samples import SHOWN, Samples
 from finetune.data.sources.shard_lists import LAYOUT, Shard, list_shards, place_name, places
 from finetune.data.sources.stores import file_stamp
 from finetune.data.sources.tar_files import tar_members
@@ -115,6 +116,24 @@ class _Index:
         self.given = bytearray()
         self.groups: list[Any] = []  # `data.group` in the .json of each image, if it is a key
 
+    def take_out_withheld(self, shards: Sequence[Shard]) -> Counter[str]:
+        """Take out the images of val and test whose labels are withheld, and count them.
+
+        Raises UserError for images without a label beside others of their split that have one.
+        """
+        stays, left_out = self.labels.take_out_withheld(self.given)
+        if left_out:
+            self.places = array("q", compress(self.places, chain.from_iterable(zip(stays, stays, stays, strict=True))))
+            self.keys = list(compress(self.keys, stays))
+            self.given = bytearray(compress(self.given, stays))
+            self.groups = list(compress(self.groups, stays))
+        if lacking := self.labels.lacking:
+            folders = [os.path.dirname(shards[self.places[3 * place]].name) for place in lacking[:SHOWN]]
+            some = [os.path.join(folder, self.keys[place]) for folder, place in zip(folders, lacking, strict=False)]
+            without = f"{counted(len(lacking), 'image')} without a label, such as {', '.join(some)}"
+            raise UserError(f"data.root: {without}; other images of the split have one; {LAYOUT}")
+        return left_out
+
 
 def find_shards(conf: DataConf) -> FoundImages:
     """The images of all shards at `data.root`: folders, perhaps with `train/ val/ test/`, patterns, URLs, commands.
@@ -131,10 +150,11 @@ def find_shards(conf: DataConf) -> FoundImages:
             more, sealed[number] = _read_fetched(shard, shard.remote, number, conf, index)
             left_out += more
     root = "::".join(map(place_name, places(conf)))
+    empty = {shard.split or 0 for shard in shards} - {*index.given}
+    left_out += index.take_out_withheld(shards)
     note = in_brackets(left_out)
     if not index.keys:
         raise UserError(f"data.root={root}: no images in {counted(len(shards), 'shard')}{note}; {LAYOUT}")
-    empty = {shard.split or 0 for shard in shards} - {*index.given}
     if empty:
         words = " and ".join(SPLITS[split] for split in sorted(empty))
         raise UserError(f"data.root={root}: the shards of {words} hold no images{note}; {LAYOUT}")
@@ -185,14 +205,15 @@ def _read_shard(
         problem = f"{shard.path} is damaged or no tar file ({error})"
         raise UserError(f"data.root: {problem}; make it anew or remove it") from error
     group_key = group_column(conf)
-    for sample in samples.labelled():
+    split = shard.split or 0
+    for sample in samples.labelled(all_have=not split):
         try:
-            index.labels.add(index.labels.ids(sample.label))
+            index.labels.take(sample.label, split)
         except LabelError as error:
             raise UserError(f"data.root: {shard.name}: {sample.name} {error}; {LAYOUT}") from None
         index.places.extend((number, sample.offset, sample.size))
         index.keys.append(f"{os.path.basename(shard.name)}/{sample.name}")
-        index.given.append(shard.split or 0)
+        index.given.append(split)
         if group_key is not None:
             index.groups.append(sample.more.get(group_key))
     return samples.left_out

@@ -8,7 +8,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.config import DataConf
 from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError
-from finetune.data.labels import LabelError, LabelReader, is_no_label
+from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.parquet_images import ParquetStore, image_rows
@@ -82,7 +82,6 @@ class _Rows:
         self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
         self.num_problems = 0  # how many rows cannot be used
         self.left_out: Counter[str] = Counter()  # kind -> number of rows that are no problem and are not used
-        self.unlabelled: dict[int, _Unlabelled] = {}  # by the index into SPLITS, without train
 
     def add_problem(self, text: str) -> None:
         """Take a row that cannot be used."""
@@ -90,29 +89,18 @@ class _Rows:
         if len(self.problems) < MAX_LISTED:
             self.problems.append(text)
 
-    def take_unlabelled(self, split: int, problem: str) -> None:
-        """Take a row of val or test that has no label; `problem` says so, if its split has other labels."""
-        rows = self.unlabelled.setdefault(split, _Unlabelled())
-        rows.count += 1
-        if len(rows.problems) < MAX_LISTED:
-            rows.problems.append(problem)
-
-    def judge_unlabelled(self) -> None:
-        """Rows of val or test without a label are left out if their split has no label at all; else they are wrong."""
-        for split, rows in self.unlabelled.items():
-            if split in self.splits:
-                self.problems += rows.problems[: MAX_LISTED - len(self.problems)]
-                self.num_problems += rows.count
-            else:
-                self.left_out[f"row without a label in {SPLITS[split]}"] = rows.count
-
-
-@dataclass
-class _Unlabelled:
-    """The rows of one split that have no label."""
-
-    count: int = 0
-    problems: list[str] = field(default_factory=list)  # the first MAX_LISTED, a line each
+    def without_withheld(self, names: PackedStrings) -> PackedStrings:
+        """The names of the rows but those of val and test whose labels are withheld, which leave the rows, too."""
+        stays, left_out = self.labels.take_out_withheld(self.splits)
+        if left_out:
+            self.left_out += left_out
+            names = PackedStrings(compress(names, stays))
+            self.numbers = array("i", compress(self.numbers, stays))
+            self.splits = bytearray(compress(self.splits, stays))
+            self.groups = list(compress(self.groups, stays))
+        for place in self.labels.lacking:
+            self.add_problem(f"row {self.numbers[place]} has no {self.labels.column}")
+        return names
 
 
 def find_table(conf: DataConf) -> FoundImages:
@@ -134,7 +122,7 @@ def find_table(conf: DataConf) -> FoundImages:
     if ends is not None:
         _refuse_places(conf)
         blocks = _with_names(blocks, conf.path_column)
-    names = PackedStrings(_usable_paths(blocks, conf, rows))
+    names = rows.without_withheld(PackedStrings(_usable_paths(blocks, conf, rows)))
     note = _check_rows(rows, path)
     classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
     labels = rows.labels.tensor(classes)
@@ -164,7 +152,6 @@ def find_table(conf: DataConf) -> FoundImages:
 
 def _check_rows(rows: _Rows, path: str) -> str:
     """What was left out, as the end of the description; raises UserError without rows, or with unusable ones."""
-    rows.judge_unlabelled()
     note = in_brackets(rows.left_out)
     if rows.num_problems:
         more = rows.num_problems - len(rows.problems)
@@ -230,17 +217,13 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
                 if len(path) > NAME.most:
                     letters = f"{len(path):,} letters, at most {NAME.most:,} are read"
                     raise _RowError(f"has a {conf.path_column} of {letters}")
-                if split and not conf.label_separator and is_no_label(label):
-                    rows.take_unlabelled(split, f"row {number} has no {conf.label_column}")
-                    continue
-                ids = rows.labels.ids(label)
+                rows.labels.take(label, split)
             except (_RowError, LabelError) as error:
                 rows.add_problem(f"row {number} {error}")
                 continue
             rows.numbers.append(number)
             rows.splits.append(split)
             rows.groups.extend(others[bool(conf.split_column) :])
-            rows.labels.add(ids)
             yield path.strip()
 
 
