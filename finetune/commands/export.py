@@ -26,6 +26,7 @@ RUN is a run directory or its best.safetensors. FORMAT is one of:
   open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
   onnx          model.onnx, for onnxruntime and others
   pt2           model.pt2, for torch.export.load
+  transformers  model.safetensors and config.json, for AutoModelForImageClassification.from_pretrained("DIR")
 The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the
 run's. Above a difference of 1e-4 nothing is written."""
 

@@ -63,9 +63,9 @@ def load(
     """The model of a run, ready to predict with the preprocessing, the classes and the thresholds of its validation.
 
     `source` is a run directory, whose best weights are taken, a `.safetensors` file of a run, or a folder that
-    `finetune export` wrote for timm or open_clip. With `classes` it is the settings of a model that reads class names,
-    such as `model=clip_b16`: a zero-shot classifier without training. `device` and `precision` are words of the
-    settings of these names.
+    `finetune export` wrote for timm, transformers or open_clip. With `classes` it is the settings of a model that
+    reads class names, such as `model=clip_b16`: a zero-shot classifier without training. `device` and `precision` are
+    words of the settings of these names.
 
     Raises:
         FileNotFoundError: There is nothing at `source`.

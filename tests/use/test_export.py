@@ -90,6 +90,7 @@ def test_timm_alone_gives_the_scores_of_the_run(vit_run: Path, capsys: pytest.Ca
     assert same_scores(vit_run, folder)
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == list(finetune.load(vit_run).classes)
+    assert config["model_type"] == "timm_wrapper" and "num_classes" not in config["model_args"]  # for transformers
     text = "".join(path.read_text() for path in (folder / "README.md", folder / "config.json"))
     text += (folder / "model.safetensors").read_bytes()[:5000].decode("utf-8", "replace")
     assert str(vit_run.parent) not in text and "/tmp" not in text
@@ -163,6 +164,14 @@ def test_open_clip_alone_gives_the_scores_of_the_run(
     tokenizer = open_clip.SimpleTokenizer("out/glyph_bpe.txt.gz", context_length=24)
     assert model.encode_text(tokenizer(["a 3"])).shape == (1, 64)
     assert "open_clip has no place for a classifier" in (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_transformers_alone_gives_the_scores_of_the_run(vit_run: Path, folder: Path) -> None:
+    pytest.importorskip("transformers")
+    photographs(folder / "in")
+    assert main(["export", str(vit_run), "transformers", "--out", "out", "--images", "in"]) == 0
+    assert same_scores(vit_run, folder / "out")
 
 
 def out_weights(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from finetune.core.device import pick_device
 from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
-from finetune.use.exporting import onnx_file, open_clip_folder, pt2_file, timm_folder
+from finetune.use.exporting import onnx_file, open_clip_folder, pt2_file, timm_folder, transformers_folder
 from finetune.use.exporting.card import About, card
 from finetune.use.exporting.checking import Checked, check
 from finetune.use.exporting.formats import Format
@@ -22,6 +22,7 @@ FORMATS = {
     "open_clip": Format(open_clip_folder.write),
     "onnx": Format(onnx_file.write, onnx_file.write_whole, packages=ONNX, extra="onnx"),
     "pt2": Format(pt2_file.write),
+    "transformers": Format(transformers_folder.write, packages=("transformers",), extra="transformers"),
 }
 README = "README.md"
 

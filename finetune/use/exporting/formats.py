@@ -65,7 +65,7 @@ def completed(program: str, learned: Learned) -> str:
     program = program.replace("PROBABILITIES", f"scores(batch).{to_probabilities}")
     if learned.built.preprocess.channels == 1:
         weighted = "return 0.299 * pixels[:1] + 0.587 * pixels[1:2] + 0.114 * pixels[2:]"  # as the run does
-        return re.sub(r"return (\w+\(image.convert\(\"RGB\"\)\))", rf"pixels = \1\n    {weighted}", program)
+        return re.sub(r"return (\w+\(image.convert\(\"RGB\"\)\).*)", rf"pixels = \1\n    {weighted}", program)
     return program
 
 

@@ -13,6 +13,8 @@ from finetune.models.heads.head import TowerWithHead
 from finetune.models.upstream import glyphs
 from finetune.runs.weights import write_weights
 from finetune.system.errors import UserError
+from finetune.system.files import write_json
+from finetune.system.reading import parse_json
 from finetune.use.exporting.formats import Written, completed, metadata_of
 from finetune.use.loading import Learned
 
@@ -47,6 +49,16 @@ def write(learned: Learned, folder: Path) -> Written:
     Raises:
         UserError: timm has no such network.
     """
+    notes = write_files(learned, folder)
+    return Written(completed(PROGRAM, learned), notes)
+
+
+def write_files(learned: Learned, folder: Path) -> tuple[str, ...]:
+    """Write weights and configuration, which transformers reads too; what they cannot hold, a sentence each.
+
+    Raises:
+        UserError: timm has no such network.
+    """
     import timm
     from timm.models._hub import save_config_for_hf
 
@@ -67,8 +79,14 @@ def write(learned: Learned, folder: Path) -> Written:
     images = _images(preprocess)
     about: dict[str, Any] = {"label_names": list(learned.classes), "pretrained_cfg": {"license": None, "tag": ""}}
     about["is_multilabel"], about["threshold"] = learned.threshold is not None, learned.threshold
+    about |= {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
+    if learned.threshold is not None:  # so that transformers takes the sigmoid of each score
+        about["problem_type"] = "multi_label_classification"
     save_config_for_hf(twin, str(folder / "config.json"), about, args, images)
-    return Written(completed(PROGRAM, learned), _notes(preprocess))
+    config = parse_json((folder / "config.json").read_bytes(), dict[str, Any])
+    config.get("model_args", {}).pop("num_classes", None)  # timm knows it, and transformers would give it twice
+    write_json(folder / "config.json", config)
+    return _notes(preprocess)
 
 
 def _constructor(learned: Learned) -> tuple[str, dict[str, Any]]:
