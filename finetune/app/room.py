@@ -20,8 +20,8 @@ FILES, FILES_OF_WORKER = 20, 16  # handles; two workers were seen to take 28 bes
 def check_files(conf: Conf, device: torch.device) -> None:
     """A LimitError where the system allows fewer open files than the loader processes will need."""
     workers = pick_workers(1.0, device) if conf.data.workers == "auto" else int(conf.data.workers)
-    mend = f"data.workers=0 needs fewer than data.workers={conf.data.workers}" if workers else "ask your administrator"
-    check_open_files(FILES + workers * FILES_OF_WORKER, f"and {mend}")
+    fewer = f"; data.workers=0 needs fewer than data.workers={conf.data.workers}" if workers else ""
+    check_open_files(FILES + workers * FILES_OF_WORKER, fewer)
 
 
 def check_room(conf: Conf, model_conf: ModelConf, source: Source, device: torch.device) -> None:

@@ -81,7 +81,7 @@ class _Training:
             batches = partial(self.val_batches, val)
             self.validation = Validation(batches, run.meter(), run.meter(), run.monitor)
         self.history = History(run.folder / "history.jsonl")
-        self.saver.rows = self.history.rows()
+        self.saver.rows, self.saver.safe_step = self.history.rows(), state.step
         self.is_saved = True  # whether the latest epoch is
         self.speed: dict[str, float] = {}  # from `Feed.stats`, of the latest training epoch
         self.gpu: Utilisation | None = None

@@ -115,6 +115,7 @@ class Saver:
         """
         self.folder = folder
         self.rows: Sequence[Mapping[str, Any]] = ()  # of the history so far, which every state carries
+        self.safe_step = 0  # of the latest state that is whole on the disk; 0: there is none
         self.stalled_s = 0.0  # how long training has waited for copies and for an earlier save
         self._metadata, self._notes = dict(metadata), dict(notes)
         self._keep, self._max_share = keep, max_share
@@ -130,7 +131,6 @@ class Saver:
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
         self._position: tuple[int, int] | None = None  # epoch and step of the latest state that was asked for
-        self._safe = "none was saved yet"
 
     @property
     def minutes_since(self) -> float:
@@ -339,9 +339,11 @@ class Saver:
                 raise OSError(errno.ENOSPC, f"{in_bytes(needed)} are needed and {in_bytes(free)} are free")
             self._write(save)
         except OSError as error:
+            before = f"The one before it is not lost: that of step {self.safe_step} is whole"
             self._error = NoSpaceError(
-                f"cannot save a checkpoint in {self.folder}: {error.strerror or error}. The one before it is not lost:"
-                f" {self._safe}. Make room, then continue with resume={self.folder.parent}"
+                f"cannot save a checkpoint in {self.folder}: {error.strerror or error}."
+                f" {before if self.safe_step else 'None was saved before it'}."
+                f" Make room, then continue with resume={self.folder.parent}"
             )
         except Exception as error:  # the training thread raises it after its step
             self._error = error
@@ -372,14 +374,13 @@ class Saver:
             sync_file(epoch_path(self.folder, self._ahead))  # before the state that may name it
             self._ahead = None
         self._frozen_checksum = self._frozen_checksum or checksum(self._frozen or {})
-        step, best_epoch = (save.content["counters"][name] for name in ("step", "best_epoch"))
+        best_epoch = save.content["counters"]["best_epoch"]
         if save.kept is not None:
             stay = {LAST, *(epoch_path(self.folder, epoch).name for epoch in (*save.kept, best_epoch))}
             self._written = {name: own for name, own in self._written.items() if name in stay}
         aside, own = self.folder / STATE_BEFORE, self._written
         write_state(self.folder / STATE, save.content, self._frozen_checksum, weights=own, aside=aside)
-        self._safe = f"that of step {step} is whole"
-        before = self._best_on_disk
+        self.safe_step, before = save.content["counters"]["step"], self._best_on_disk
         if best_epoch != before:
             self._make_best(best_epoch)
         if save.kept is not None:

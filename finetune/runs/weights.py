@@ -108,7 +108,9 @@ def write_whole(path: Path, write: Callable[[Path], object], **kwargs: Any) -> N
     try:
         write_atomic(path, write, **kwargs)
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(errno.EIO, f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
+        # Their texts name a place in a library; the log has them, as the cause.
+        why = "the disk takes no more of it, or files may be no larger (`ulimit -f` tells)"
+        raise OSError(errno.EIO, f"{path.name} could not be written whole: {why}", str(path)) from error
 
 
 def num_bytes(tree: Any) -> int:

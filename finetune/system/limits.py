@@ -87,11 +87,11 @@ def check_memory(subject: str, num_bytes: int, mend: str) -> None:
         raise LimitError(f"{subject} needs {in_bytes(num_bytes)} of memory, {in_bytes(free)} are free; {mend}")
 
 
-def check_open_files(needed: int, mend: str) -> None:
+def check_open_files(needed: int, fewer: str = "") -> None:
     """Make sure that this process may have `needed` files open; raises its own limit if it may.
 
     Raises:
-        LimitError: The system allows fewer; `mend` says what needs fewer.
+        LimitError: The system allows fewer; its text has `fewer`, which says what needs fewer.
     """
     if sys.platform == "win32":
         return
@@ -103,9 +103,9 @@ def check_open_files(needed: int, mend: str) -> None:
         more = more if hard == resource.RLIM_INFINITY else min(more, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         return
-    raise LimitError(
-        f"this run opens up to {needed} files, and the system allows {hard}; `ulimit -n {needed}` raises that, {mend}"
-    )
+    # The hard limit, which `ulimit -n` lowers as well, and which nobody but an administrator raises.
+    who = "a new shell may allow more, else an administrator can (nofile in /etc/security/limits.conf)"
+    raise LimitError(f"this run opens up to {needed} files, and this process may open {hard}{fewer}; {who}")
 
 
 def read_text(path: Path, subject: str, limit: Limit) -> str:

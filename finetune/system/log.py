@@ -1,5 +1,6 @@
 """What a run tells a person: lines on the console and in `run.log`."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -55,6 +56,11 @@ class _File(logging.FileHandler):
     def _open(self) -> TextIOWrapper:
         file: TextIOWrapper = open_own(Path(self.baseFilename), self.mode, encoding=self.encoding, errors=self.errors)
         return file
+
+    def close(self) -> None:
+        """Close the file; on a full disk the last lines are lost, and no error hides the one that ended the run."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _FileFormatter(logging.Formatter):

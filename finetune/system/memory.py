@@ -10,6 +10,9 @@ import platform
 import sys
 from pathlib import Path
 
+if sys.platform != "win32":  # which has no limit of this kind
+    import resource
+
 CGROUP = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RETURNED_BYTES = 2**28  # larger pieces, such as caches and files, go back in any case
@@ -18,13 +21,16 @@ DEFAULT_BYTES = 2**25
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can take without swapping, by machine and container; None where that is unknown."""
+    """Bytes that this process can take without swapping; None where that is unknown.
+
+    Machine, container and the limit of the process itself (`ulimit -v`) count.
+    """
     if sys.platform != "linux":
         return None
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    in_container = _free_in_container()
-    return min(known if in_container is None else [*known, in_container], default=None)
+    limits = (_free_in_container(), _free_of_process())
+    return min([*known, *(free for free in limits if free is not None)], default=None)
 
 
 def _free_in_container() -> int | None:
@@ -36,6 +42,15 @@ def _free_in_container() -> int | None:
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(0, int(limit) - used + int(pages.get("inactive_file", 0)))
+
+
+def _free_of_process() -> int | None:
+    """Bytes of addresses that a limit of this process leaves; None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return max(0, limit - taken)
 
 
 def keep_freed_memory() -> None:

@@ -73,13 +73,13 @@ def test_memory_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(os.name != "posix", reason="no such limit")
 @pytest.mark.parametrize(("soft", "hard", "needed", "expected"), [
     (50, 100, 40, "50"), (50, 100, 60, "100"),
-    (50, 100, 101, "opens up to 101 files, and the system allows 100; `ulimit"),
+    (50, 100, 101, "opens up to 101 files, and this process may open 100; or less; a new shell"),
 ])  # fmt: skip
 def test_a_process_raises_its_own_limit_of_open_files(soft: int, hard: int, needed: int, expected: str) -> None:
     code = (
         f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}))\n"
         "from finetune.system.limits import check_open_files\n"
-        f"try: check_open_files({needed}, 'or less'); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        f"try: check_open_files({needed}, '; or less'); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

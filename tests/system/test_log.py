@@ -110,6 +110,31 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -
         start_log(tmp_path / "missing")  # the fixture sees that the logger is as before
 
 
+FULL = """
+import logging, resource, signal
+from pathlib import Path
+from finetune.system.log import start_log, stop_log
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    start_log(Path("."))
+    for _ in range(9):
+        logging.getLogger("finetune").info("a line of some letters")
+    raise ValueError("the first error")
+finally:
+    stop_log()
+    print(logging.getLogger("finetune").handlers)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of file sizes")
+def test_a_log_on_a_full_disk_hides_no_error(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [*["a line of some letters"] * 9, "[]"]
+    assert done.stderr.splitlines()[-1] == "ValueError: the first error"
+    assert (tmp_path / "run.log").stat().st_size == 100
+
+
 def test_messages_and_bars_do_not_mix_and_an_error_takes_the_bar_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,3 +42,18 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
     assert before > 10 * 30_000_000 * 4 / 2**21, "even huge pages are cleared one by one"
     assert kept < before / 20
     assert handed_back > 0.9 * 30_000_000 * 4 / resource.getpagesize()
+
+
+LIMITED = """
+import resource
+from finetune.system.memory import free_memory
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))
+print(free_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system says what is free")
+def test_a_limit_of_the_process_counts() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
+    assert 2**25 < int(done.stdout) <= 2**26
