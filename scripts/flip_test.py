@@ -326,7 +326,7 @@ class Readers:
     def weights(self, path: Path) -> object:
         """Tensors and metadata, as a run and as `model.pretrained` read them."""
         metadata = read_metadata(path)
-        return [read_weights(path), read_state_dict(path), metadata.classes, str(metadata.preprocess)]
+        return [read_weights(path), read_state_dict(path), dict(metadata.named), str(metadata.preprocess)]
 
     def pixels(self) -> object:
         """An epoch of each split out of the decoded images."""

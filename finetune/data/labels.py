@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.images.decode import natural_key
 from finetune.data.split import SPLITS
 from finetune.system.errors import UserError
 from finetune.system.limits import CLASSES, NAME, check_memory
+from finetune.system.natural import natural_key
 from finetune.system.terminal import counted
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]

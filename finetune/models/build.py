@@ -173,7 +173,9 @@ def _with_classifier(
         if len(names) != 1:
             found = f"{conf.name} has {len(names)} classifiers, not one"
             raise UserError(f"model.head=keep: {found}; use model.head=random")
-        new = keep_head(net, names[0], classes, dropout=conf.head_dropout, known=upstream.classes)
+        new = keep_head(net, names[0], classes, dropout=conf.head_dropout, named=upstream.named)
+        if not upstream.named:
+            return net, f"; nothing names the {len(classes)} classes of its classifier: taken for yours, in your order"
         kept = f"; {len(classes) - len(new)} of {len(classes)} classes keep their classifier, new are: {shown(new)}"
         return net, kept if new else ""
     if isinstance(net, Resettable):

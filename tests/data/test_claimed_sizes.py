@@ -20,13 +20,14 @@ from PIL import Image
 
 from finetune.config import DataConf, SourceKind
 from finetune.data import open_source
-from finetune.data.images.decode import ImageError, decode, natural_key
+from finetune.data.images.decode import ImageError, decode
 from finetune.data.sources import table_formats, tables
 from finetune.data.sources.shard_lists import expand_braces
 from finetune.data.sources.tables import find_table
 from finetune.models.heads.zeroshot import read_class_names
 from finetune.system.errors import UserError
 from finetune.system.limits import NAMES, read_text, text_limit
+from finetune.system.natural import natural_key
 
 TB = 2**40
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from finetune.config import AugmentConf, DataConf, Recipe, SourceKind
 from finetune.core.preprocess import Preprocess
 from finetune.data import ImageError, Loader, Source, open_source
-from finetune.data.images.decode import natural_key, read_image
+from finetune.data.images.decode import read_image
 from finetune.data.images.transforms import Light, View, build_transform, fit_square, warp
 from finetune.data.loading.batches import BatchKey, BatchMaker, PixelBatch, normalise
 from finetune.data.streams import augment_generator, mix, shuffled, view_of
+from finetune.system.natural import natural_key
 
 CPU = torch.device("cpu")
 SQUARE = Preprocess(16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), resize="squash")

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.core.preprocess import Preprocess
 from finetune.models import build_model
-from finetune.models.upstream.beside import Beside, names_of, read_beside
+from finetune.models.upstream.beside import Beside, read_beside
+from finetune.models.upstream.class_names import names_of
 from finetune.models.upstream.layouts import Wanted
 from finetune.models.upstream.stems import check_archive_stem
 from finetune.models.upstream.transformers_config import Network
@@ -112,7 +113,7 @@ def test_senseless_entries_are_a_line_about_the_file(config: Any, tmp_path: Path
 def test_other_numbers_of_names_than_rows_are_refused(names: Any, tmp_path: Path) -> None:
     saved("glyph_vit", tmp_path, {"label_names": names})
     known = 2 if len(names) == 2 else 4
-    with pytest.raises(UserError, match=rf"into 3 classes and {known} names are known of them, so nothing says"):
+    with pytest.raises(UserError, match=rf"into 3 classes and {known} names are known of them .*, so nothing says"):
         build_model(conf("glyph_vit", tmp_path, head=HeadKind.keep), CLASSES)
     build_model(conf("glyph_vit", tmp_path, head=HeadKind.random), CLASSES)
 
@@ -128,7 +129,8 @@ def test_transformers_files_say_network_names_and_images(tmp_path: Path) -> None
     images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     found = read_beside(path, program, net, Beside())
-    assert found.network == Network("quick_gelu", 0.5) and net[1].eps == 0.5 and found.classes == ["ant", "bee"]
+    assert found.network == Network("quick_gelu", 0.5) and net[1].eps == 0.5
+    assert [*found.named.values()] == [["ant", "bee"]]
     expected = Preprocess(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
     assert found.preprocess(own, 0) == expected
     assert found.note == "; quick_gelu, norms with epsilon 0.5 as its config.json says"

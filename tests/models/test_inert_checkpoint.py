@@ -405,6 +405,6 @@ def test_every_cut_and_many_flips_end_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_reader_alone_gives_nested_names(tmp_path: Path) -> None:
-    torch.save({"a": {"b": torch.ones(1), "c": Path("/")}, "d": 3}, tmp_path / "w.pt")
+    torch.save({"a": {"b": torch.ones(1), "c": Path("/")}, "d": 3, "e": ["x"], "f": [2]}, tmp_path / "w.pt")
     read = read_checkpoint(tmp_path / "w.pt")
-    assert read["a"]["b"].tolist() == [1] and read["d"] is None
+    assert read["a"]["b"].tolist() == [1] and (read["d"], read["e"], read["f"]) == (3, ["x"], None)

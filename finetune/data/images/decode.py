@@ -4,8 +4,6 @@ import contextlib
 import functools
 import io
 import os
-import re
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from typing import IO, NamedTuple
@@ -54,20 +52,6 @@ class ImageError(UserError):
     def __str__(self) -> str:
         """One line: the file, the reason, and how to mend it."""
         return f"{self.path}: cannot be read as an image ({self.reason}); repair or remove the file"
-
-
-def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A sort key that counts as people do: `class 2` before `class 10`, upper and lower case together."""
-    parts = [part for part in re.split(r"(\d+)", text.casefold()) if part]
-    return [_number_key(part) if part.isdecimal() else (1, 0, part) for part in parts], text
-
-
-def _number_key(digits: str) -> tuple[int, int, str]:
-    """A sort key of a number with any count of digits: `int` takes no more than 4,300."""
-    if not digits.isascii():  # digits of other scripts
-        digits = "".join(str(unicodedata.decimal(digit)) for digit in digits)
-    digits = digits.lstrip("0")
-    return 0, len(digits), digits
 
 
 class Header(NamedTuple):

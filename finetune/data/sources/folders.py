@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 
 from finetune.config import DataConf, nearest
-from finetune.data.images.decode import EXTENSIONS, natural_key
+from finetune.data.images.decode import EXTENSIONS
 from finetune.data.labels import told_apart
 from finetune.data.packed import PackedStrings
 from finetune.data.sources.layout import (
@@ -25,6 +25,7 @@ from finetune.data.sources.stores import FileStore
 from finetune.data.split import SPLITS, FoundImages
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
+from finetune.system.natural import natural_key
 
 
 def find_folder(conf: DataConf) -> FoundImages:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.data.images.decode import EXTENSIONS, natural_key
+from finetune.data.images.decode import EXTENSIONS
 from finetune.data.split import SPLITS
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
+from finetune.system.natural import natural_key
 from finetune.system.ours import MARKER, OWN, read_marker
 from finetune.system.terminal import counted
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from finetune.config import DataConf
-from finetune.data.images.decode import natural_key
 from finetune.data.sources.fetching import RemoteFile, is_remote
 from finetune.data.sources.layout import LITTER, has_marker
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards
@@ -18,6 +17,7 @@ from finetune.data.split import SPLITS
 from finetune.data.split_words import is_extra, split_of
 from finetune.system.errors import UserError
 from finetune.system.limits import Limit
+from finetune.system.natural import natural_key
 from finetune.system.terminal import counted
 
 SHARDS = Limit(1_000_000, "a larger number is most likely a typing mistake", "shards")  # in one pattern

@@ -7,9 +7,10 @@ from urllib.parse import unquote
 
 from finetune.config import DataConf
 from finetune.config.data import REMOTE
-from finetune.data.images.decode import EXTENSIONS, natural_key
+from finetune.data.images.decode import EXTENSIONS
 from finetune.data.packed import PackedStrings
 from finetune.system.errors import UserError
+from finetune.system.natural import natural_key
 
 LOOKED_AT = 20  # paths, spread over the table
 FOLDERS = 1000  # below data.root, in which the paths are looked for

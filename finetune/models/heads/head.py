@@ -4,8 +4,9 @@ A random head draws its first values from torch's global generator. `app` seeds 
 `build_model`, so the same seed gives the same head.
 """
 
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from finetune.config import HeadKind, ModelConf, Pool
 from finetune.core.layers import LayeredModel
 from finetune.system.errors import UserError
+from finetune.system.natural import natural_key
 from finetune.system.terminal import counted
+
+NAME_THEM = ', or put their names, in the order of the rows, into a config.json beside them: {"label_names": ["", ""]}'
 
 
 class Head(nn.Linear):
@@ -139,36 +143,22 @@ def put_head(net: nn.Module, name: str, num_classes: int, *, dropout: float) -> 
 
 @torch.no_grad()
 def keep_head(
-    net: nn.Module, name: str, classes: Sequence[str], *, dropout: float, known: Sequence[str] | None
+    net: nn.Module, name: str, classes: Sequence[str], *, dropout: float, named: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """Turn the module `name`, which gives the logits, into a `Head` with its rows for `classes`; return the new ones.
 
-    `known` are the class names that the weights were trained with; None where nothing says them. Then the classes are
-    taken to be the same in the same order. Else the rows follow the names, and a new class gets a random row. No class
-    in common, more or fewer names than rows, another number of unnamed classes, and a classifier that is not linear are
-    a UserError.
+    `named` are the class names that the weights were trained with, by the place that says them. A place with another
+    number of names than rows does not count. Without any place the classes are taken to be the same in the same order.
+    Else the rows follow the names, and a new class gets a random row. A UserError where there is no class in common,
+    where places disagree or none has a name for each row, where the order of unnamed rows is unclear, and where the
+    classifier is not linear.
     """
     old: Any = net.get_submodule(name)
-    rows: list[int | None] = list(range(len(classes)))
-    problem = None
     if type(old) is nn.Identity:
-        problem = "the weights have no classifier to keep"
-    elif type(old) is not nn.Linear:
-        problem = f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer"
-    elif known is not None and len(known) != old.out_features:
-        size = f"{counted(old.out_features, 'class', 'classes')} and {counted(len(known), 'name')} are known of them"
-        problem = f"the weights classify into {size}, so nothing says which row is whose"
-    elif known is None:
-        if old.out_features != len(classes):
-            size = f"{counted(old.out_features, 'class', 'classes')} and the data has {len(classes)}"
-            problem = f"the weights classify into {size}, and nothing says the names of theirs"
-    else:
-        rows = rows_of(known, classes)
-        if all(row is None for row in rows):
-            names = f"'{known[0]}' for '{classes[0]}'"
-            problem = f"the weights know other classes than the data, such as {names}, and none of the data's"
-    if problem is not None:
-        raise UserError(f"model.head=keep: {problem}; use model.head=random")
+        raise _not_kept("the weights have no classifier to keep")
+    if type(old) is not nn.Linear:
+        raise _not_kept(f"the classifier of {type(net).__name__} is a {type(old).__name__}, not a linear layer")
+    rows = _rows_by_order(old.out_features, classes) if not named else _rows_by_name(old.out_features, classes, named)
     head = Head(old.in_features, len(classes), bias=old.bias is not None, dropout=dropout)
     kept = [index for index, row in enumerate(rows) if row is not None]
     source = [row for row in rows if row is not None]
@@ -179,10 +169,50 @@ def keep_head(
     return [classes[index] for index, row in enumerate(rows) if row is None]
 
 
+def _not_kept(problem: str, mend: str = "") -> UserError:
+    return UserError(f"model.head=keep: {problem}; use model.head=random{mend}")
+
+
+def _rows_by_order(number: int, classes: Sequence[str]) -> list[int | None]:
+    """The rows of classes without names; a UserError where their number or order may be another one."""
+    size = counted(number, "class", "classes")
+    if number != len(classes):
+        problem = (
+            f"the weights classify into {size} and the data has {len(classes)}, and nothing says the names of theirs"
+        )
+        raise _not_kept(problem, NAME_THEM)
+    # Half of the programs sort the names of folders by letters, and half by numbers, as here.
+    if [*classes] == sorted(classes, key=natural_key) != (letters := sorted(classes)):
+        first = next(index for index, name in enumerate(classes) if name != letters[index])
+        order = f"row {first} may be '{classes[first]}' or, by the order of letters, '{letters[first]}'"
+        raise _not_kept(f"nothing says the names of the {size} of the weights, and {order}", NAME_THEM)
+    return list(range(number))
+
+
+def _rows_by_name(number: int, classes: Sequence[str], named: Mapping[str, Sequence[str]]) -> list[int | None]:
+    """The row of each class by its name, None for a new one; a UserError where the names do not say it."""
+    fitting = {place: names for place, names in named.items() if len(names) == number}
+    if not fitting:
+        place, names = next(iter(named.items()))
+        size = f"{counted(number, 'class', 'classes')} and {counted(len(names), 'name')} are known of them ({place})"
+        raise _not_kept(f"the weights classify into {size}, so nothing says which row is whose")
+    found = {place: rows_of(names, classes) for place, names in fitting.items()}
+    (first, rows), *others = found.items()
+    for place, other in others:
+        if other != rows:
+            mend = ", or save the tensors alone, and beside them a config.json with the right label_names"
+            raise _not_kept(f"{first} and {place} name the rows of the classifier differently", mend)
+    if all(row is None for row in rows):
+        example = f"'{fitting[first][0]}' for '{classes[0]}'"
+        raise _not_kept(f"the weights know other classes than the data, such as {example}, and none of the data's")
+    return rows
+
+
 def rows_of(known: Sequence[str], classes: Sequence[str]) -> list[int | None]:
     """For each class the index of its name in `known`, or None.
 
-    Names are compared as they are, then without capitals and underscores (`sea_lion`, `Sea lion`), then by the words
+    Names are compared as they are, then without capitals, underscores and ways to write an accent (`sea_lion`, `Sea
+    lion`), then by the words
     between commas, of which ImageNet's names have several (`tench, Tinca tinca`). A name that fits two rows fits none.
     """
     rows: list[int | None] = [None] * len(classes)
@@ -206,7 +236,7 @@ def rows_of(known: Sequence[str], classes: Sequence[str]) -> list[int | None]:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from msgspec import Meta
 from torch import nn
 
 from finetune.core.preprocess import CropFraction, Deviation, Mean, Preprocess
+from finetune.models.upstream.class_names import Labels, Named, names_by_row, names_of
 from finetune.models.upstream.comparing import differences
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.layouts import shown
@@ -24,14 +25,14 @@ from finetune.system.errors import UserError
 from finetune.system.reading import UnfitError, parse_json, read_file
 
 MAX_CONFIG = 2**24  # bytes; the names of 21,000 classes take one megabyte
-MAX_GAPS = 10  # rows without a name, for each name
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-Labels = list[str] | dict[str, str] | None  # in the order of the rows, or by the number of the row
 
 
 class _Config(TypedDict, total=False):
     id2label: Labels  # transformers' word
+    label2id: Any  # the same from the other side
     label_names: Labels  # timm's
+    label_descriptions: dict[str, str] | None  # of timm's names, where these are ids
     labels: Any  # that of timm's first hub folders
     architecture: Any  # a name of timm
     pretrained_cfg: Any
@@ -53,6 +54,7 @@ class _TimmConfig(TypedDict, total=False):
     crop_mode: Literal["center", "squash", "border"] | None
     input_size: Annotated[list[Annotated[int, Meta(ge=1)]], Meta(min_length=3, max_length=3)] | None
     label_names: Labels
+    label_descriptions: dict[str, str] | None
     labels: Labels
 
 
@@ -86,7 +88,7 @@ class Beside:
     """What is known of weights beyond their tensors."""
 
     network: Network = Network()
-    classes: list[str] | None = None
+    named: Named = field(default_factory=dict)  # names of the classifier's classes, by the place that says them
     note: str = ""  # for the line about the model
     images: Mapping[str, Any] = field(default_factory=dict)  # entries of `Preprocess` in the place of the model's own
     sides: tuple[int, ...] = ()  # height and width of the images that the weights expect; empty where nothing says it
@@ -125,13 +127,24 @@ def read_beside(path: Path, program: str, net: nn.Module, own: Beside) -> Beside
         if towers is None:
             note = "; no config.json beside them says their activation, so that of model.name is used"
     timm = _timm_config(config, place)
-    labels = config.get("label_names") or timm.get("label_names") or timm.get("labels") or config.get("id2label")
-    named = names_of(labels)
+    named = own.named or _named(config, timm, place)
     images = _timm_images(timm) or _processor_images(path.with_name("preprocessor_config.json"))
     if not program:
-        told = ["class names"] * (not own.classes and named is not None) + ["preprocessing"] * bool(images)
+        told = ["class names"] * (named is not own.named and bool(named)) + ["preprocessing"] * bool(images)
         note = f"; {' and '.join(told)} as the files beside them say" if told else ""
-    return Beside(network, own.classes or named, note, images, tuple((timm.get("input_size") or [])[1:]), place)
+    return Beside(network, named, note, images, tuple((timm.get("input_size") or [])[1:]), place)
+
+
+def _named(config: _Config, timm: _TimmConfig, place: Path) -> dict[str, list[str]]:
+    """The names of the classes in a config.json, in the order of the rows, by the entry that has them."""
+    labels = config.get("label_names") or timm.get("label_names") or timm.get("labels")
+    described = config.get("label_descriptions") or timm.get("label_descriptions")
+    id2label = names_of(config.get("id2label"))
+    found = {
+        "label_names": names_of(labels, described),
+        "id2label": names_by_row(config.get("label2id")) if id2label is None else id2label,
+    }
+    return {f"{place}: {entry}": names for entry, names in found.items() if names is not None}
 
 
 # What a caller of timm's `create_model` says of training, of size or of classes, and not of the network.
@@ -173,24 +186,6 @@ def check_timm_folder(folder: Path) -> None:
     config = _read(folder / "config.json", _TimmFolder)
     if config is not None and not is_model(config["architecture"].partition(".")[0]):
         raise UserError(f"{folder / 'config.json'} cannot be used: timm knows no such architecture; mend it")
-
-
-def names_of(labels: Labels) -> list[str] | None:
-    """The names of classes in the order of the classifier's rows; None where nothing says them.
-
-    A row without a name has an empty one. Names whose keys are no numbers of rows give an empty list, and not None:
-    then nobody may take the names for those of the data.
-    """
-    if not labels:
-        return None
-    names = labels
-    if isinstance(labels, dict):
-        rows = {int(key): name for key, name in labels.items() if key.isascii() and key.isdigit() and len(key) < 8}
-        last = max(rows, default=-1)
-        is_dense = len(rows) == len(labels) and last < MAX_GAPS * len(labels)
-        names = [rows.get(row, "") for row in range(last + 1)] if is_dense else []
-    # transformers writes LABEL_0, LABEL_1 where nobody named the classes.
-    return None if names and all(name.startswith("LABEL_") for name in names) else list(names)
 
 
 def _timm_config(config: _Config, place: Path) -> _TimmConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune.config import nearest
 from finetune.models.upstream import forms
+from finetune.models.upstream.class_names import Named
 from finetune.models.upstream.layouts import COUNTER, GROUPED, Layout, Source, StateDict, Wanted, shown
 from finetune.system.errors import UserError
 
@@ -40,6 +41,7 @@ class Found:
     left_out: str = ""  # what else the file holds, in few words
     program: str = ""  # see `Layout`
     stem: str = ""  # a note, where the first convolution was adapted
+    named: Named = field(default_factory=dict)  # names of classes in the same file
 
     @property
     def note(self) -> str:

@@ -15,8 +15,9 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.beside import Beside, check_architecture, check_timm_folder, names_of, read_beside
+from finetune.models.upstream.beside import Beside, check_architecture, check_timm_folder, read_beside
 from finetune.models.upstream.candidates import Converted, Found, find_weights
+from finetune.models.upstream.class_names import Named, names_of
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
@@ -55,10 +56,11 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
         args["img_size"] = conf.image_size
     found = Found({})
     if load and path is not None:
-        tensors = weight_files.read_state_dict(path)
+        read = weight_files.read_weights(path)
         with torch.device("meta"):
             wanted = Wanted.by(VisionTransformer(**args), ("head.",))
-        found = find_weights(tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
+        found = find_weights(read.tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
+        found = dataclasses.replace(found, named=read.named)
     state = found.state
     if "head.weight" in state:
         args["num_classes"] = len(state["head.weight"])
@@ -70,11 +72,11 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
         weight_files.check_finite(net, path)
     saved = weight_files.read_metadata(path)
     if conf.pretrained == "bundled":
-        saved = weight_files.SavedWeights(None, list(bundle.config["classes"]))
+        saved = weight_files.SavedWeights(None, {str(bundle.weights): list(bundle.config["classes"])})
     cfg = bundle.config["preprocess_cfg"]
     resize = network.RESIZE[cfg["resize_mode"]]
     own = Preprocess(args["img_size"], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
-    beside = Beside(classes=saved.classes)
+    beside = Beside(named=saved.named)
     if load and path is not None and path != bundle.weights and saved.preprocess is None:
         beside = read_beside(path, found.program, net, beside)
     own = beside.preprocess(own, conf.image_size)
@@ -82,7 +84,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     text = f"{glyphs.VIT}: the architecture of the bundled ViT, weights {path or 'random'}"
     text = bundle.description if path == bundle.weights else text + found.note
     text += stem + beside.note
-    return Upstream(net, preprocess, text, classifier_names, beside.classes)
+    return Upstream(net, preprocess, text, classifier_names, {**found.named, **beside.named})
 
 
 def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
@@ -119,7 +121,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         if isinstance(module, PatchEmbed) and conf.image_size:
             network.check_patches(conf.image_size, module.patch_size[0])
     saved = weight_files.read_metadata(path)
-    beside = Beside(saved.changes, saved.classes)
+    beside = Beside(saved.changes, saved.named)
     beside.network.put_into(net)
     if path is not None and saved.preprocess is None:
         beside = read_beside(path, found.program, net, beside)
@@ -131,8 +133,10 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
         own = f"that of the architecture's own weights is used (mean {mean})"
         text += f"; the file does not say its preprocessing, so {own}"
-    classes = _tag_classes(net, conf) if path is None and conf.head == HeadKind.keep else beside.classes
-    return Upstream(net, preprocess, text, classifier_names, classes, beside.network)
+    named: Named = {**found.named, **beside.named}
+    if path is None and conf.head == HeadKind.keep:
+        named = _tag_classes(net, conf)
+    return Upstream(net, preprocess, text, classifier_names, named, beside.network)
 
 
 @contextlib.contextmanager
@@ -146,19 +150,20 @@ def _taken(name: str, settings: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"model.name={name} does not take {', '.join(settings)} ({error}); leave it out") from error
 
 
-def _tag_classes(net: Any, conf: ModelConf) -> list[str] | None:
+def _tag_classes(net: Any, conf: ModelConf) -> Named:
     """The names of the classes of timm's own weights, or of a hub's where its configuration says them."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     config = net.pretrained_cfg
-    if config.get("label_names"):
-        return names_of(config["label_names"])
+    names = names_of(config.get("label_names"), config.get("label_descriptions"))
+    if names is not None:
+        return {f"the configuration of {conf.name}": names}
     subset = None if conf.name.startswith((*HUB, FOLDER)) else infer_imagenet_subset(net)
     if subset is None:
-        return None
+        return {}
     info: Any = ImageNetInfo(subset)
     # The id first: `n01440764, tench, Tinca tinca`; a folder may have any of these names.
-    return [f"{wnid}, {info.label_name_to_description(wnid)}" for wnid in info.label_names()]
+    return {f"timm ({subset})": [f"{wnid}, {info.label_name_to_description(wnid)}" for wnid in info.label_names()]}
 
 
 def _locate(conf: ModelConf, *, load: bool) -> tuple[str, Path | None]:
@@ -240,10 +245,10 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
             return None
         return Converted(group, used)
 
-    layouts, tensors = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_state_dict(path)
-    found = find_weights(tensors, wanted, layouts, key=key, source=str(path), convert=convert)
+    layouts, read = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_weights(path)
+    found = find_weights(read.tensors, wanted, layouts, key=key, source=str(path), convert=convert)
     check_architecture(path, name, {**args, "num_classes": 1}, net)
-    found = dataclasses.replace(found, stem=fit_stem(found.state, net))
+    found = dataclasses.replace(found, stem=fit_stem(found.state, net), named=read.named)
     return with_state(found.state), found
 
 

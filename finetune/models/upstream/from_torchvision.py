@@ -19,7 +19,8 @@ from finetune.core.preprocess import Preprocess
 from finetune.models.layering.torchvision_networks import RULES
 from finetune.models.upstream import weight_files
 from finetune.models.upstream.beside import Beside, read_beside
-from finetune.models.upstream.candidates import find_weights
+from finetune.models.upstream.candidates import Found, find_weights
+from finetune.models.upstream.class_names import Named
 from finetune.models.upstream.downloads import downloads
 from finetune.models.upstream.layouts import Layout, Wanted
 from finetune.models.upstream.network import Upstream, check_patches, describe, interpolation_of, unknown_tag
@@ -69,24 +70,25 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
         path = weight_files.path_of(conf.pretrained) if load else None
     chosen = options[conf.pretrained] if conf.pretrained in tags else None
     with _NumbersOnCpu(), weight_files.fitting(path, conf.name) if path else contextlib.nullcontext():
-        net, note = _construct(conf, chosen, path, load=load)
+        net, found = _construct(conf, chosen, path, load=load)
     if load and conf.pretrained != "none":
         weight_files.check_finite(net, path or conf.pretrained)
     saved = weight_files.read_metadata(path)
-    beside = Beside(classes=saved.classes)
+    beside = Beside(named=saved.named)
     if path is not None and saved.preprocess is None:
         beside = read_beside(path, "", net, beside)
     own = _preprocess(chosen or options["DEFAULT"])
     preprocess = saved.preprocess or beside.preprocess(own, conf.image_size)
     preprocess = dataclasses.replace(preprocess, size=conf.image_size or preprocess.size)
     source = path or (chosen.name if chosen else "random")
-    text = describe(conf.name, "a model of torchvision", source, preprocess) + note + beside.note
-    classes = beside.classes
+    text = describe(conf.name, "a model of torchvision", source, preprocess) + found.note + beside.note
+    named: Named = {**found.named, **beside.named}
     if chosen is not None:  # ImageNet's names in the order of its ids; a folder may have either
         info: Any = ImageNetInfo()
         ids = info.label_names()
-        classes = [f"{wnid}, {name}" for wnid, name in zip(ids, chosen.meta["categories"], strict=True)]
-    return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], classes)
+        names = [f"{wnid}, {name}" for wnid, name in zip(ids, chosen.meta["categories"], strict=True)]
+        named = {f"torchvision ({chosen.name})": names}
+    return Upstream(net, preprocess, text, lambda net: [_classifier_name(net)], named)
 
 
 class _NumbersOnCpu(TorchFunctionMode):
@@ -99,23 +101,24 @@ class _NumbersOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> tuple[nn.Module, str]:
+def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -> tuple[nn.Module, Found]:
     """The network with its own classifier and, if `load`, torchvision's own weights `chosen` or those of a file.
 
-    Also a note about what else the file holds.
+    Also what was found in the file; nothing without one.
     """
     from torchvision.models import MaxVit, VisionTransformer, get_model
     from torchvision.models.vision_transformer import interpolate_embeddings
 
-    state, note = _fetch(chosen, conf.name) if load and chosen is not None else None, ""
+    state, found = _fetch(chosen, conf.name) if load and chosen is not None else None, Found({})
     args: dict[str, Any] = {}
     with torch.device("meta"), _NumbersOnCpu():
         empty = get_model(conf.name)  # costs no memory; shows patch size and classifier
     if load and path is not None:
         wanted = Wanted.by(empty, (f"{_classifier_name(empty)}.",))
-        tensors = weight_files.read_state_dict(path)
-        found = find_weights(tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
-        state, note = found.state, found.note
+        read = weight_files.read_weights(path)
+        found = find_weights(read.tensors, wanted, [Layout.own(wanted)], key=conf.pretrained_key, source=str(path))
+        state = found.state
+        found = dataclasses.replace(found, named=read.named)
     weight = None if state is None else state.get(f"{_classifier_name(empty)}.weight")
     if isinstance(empty, VisionTransformer):
         size = conf.image_size or (chosen.meta["min_size"][0] if chosen else empty.image_size)
@@ -136,9 +139,9 @@ def _construct(conf: ModelConf, chosen: Any, path: Path | None, *, load: bool) -
         set_channels(net, conf.in_channels)
     if state is not None:
         optional = (f"{_classifier_name(net)}.",) if weight is None else ()
-        note += fit_stem(state, net)
+        found = dataclasses.replace(found, stem=fit_stem(state, net))
         weight_files.load_strictly(net, state, source=str(path or chosen.name), optional=optional)
-    return net, note
+    return net, found
 
 
 def _fetch(chosen: Any, name: str) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class _Opening:
     def open(self, root: object) -> Mapping[str, Any]:
         """All tensors by name, in dictionaries nested as in the pickle; one that stands in many places is opened once.
 
-        Numbers, texts and lists are None there.
+        Numbers and lists are None there, but for what can name classes: whole numbers, texts, lists of texts.
 
         A NotPlainError where `root` holds nothing by name.
         """
@@ -137,7 +137,7 @@ class _Opening:
                         waiting.append(inner)
                     opened[id(value)][name] = opened[id(inner)]
                 else:
-                    opened[id(value)][name] = None
+                    opened[id(value)][name] = inner if _is_plain(inner) else None
         return opened[id(root)]
 
     def _entries(self, value: Any) -> dict[str, Any]:
@@ -177,6 +177,11 @@ def _is_module(value: object) -> bool:
 
 def _has_names(value: object) -> bool:
     return isinstance(value, (dict, Instance)) or (isinstance(value, Call) and not is_tensor(value))
+
+
+def _is_plain(value: object) -> bool:
+    texts = value if isinstance(value, (list, tuple)) else ()
+    return type(value) in (int, str) or (bool(texts) and all(type(text) is str for text in texts))
 
 
 def _named(value: object) -> dict[str, Any]:

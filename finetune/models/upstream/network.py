@@ -1,13 +1,14 @@
 """What every library's module returns, and the checks that they share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream import glyphs
+from finetune.models.upstream.class_names import Named
 from finetune.models.upstream.transformers_config import Network
 from finetune.system.errors import UserError
 
@@ -27,7 +28,7 @@ class Upstream:
     description: str  # the line about the model with which a run starts
     # `classifiers(net)` gives the names of the modules that give logits.
     classifiers: Callable[[nn.Module], Sequence[str]] = lambda net: ()
-    classes: Sequence[str] | None = None  # the class names that the weights were trained with, where they are known
+    named: Named = field(default_factory=dict)  # the class names that the weights were trained with, where known
     changes: Network = Network()  # where the network differs from the library's of this name
 
 

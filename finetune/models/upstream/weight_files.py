@@ -15,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.preprocess import Preprocess
+from finetune.models.upstream.class_names import KEYS, Named, names_in
 from finetune.models.upstream.inert_checkpoint import read_checkpoint
 from finetune.models.upstream.inert_tensors import NotPlainError
 from finetune.models.upstream.layouts import COUNTER, StateDict, shown
@@ -39,12 +40,23 @@ UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeErro
 MAX_NESTING = 8  # training programs nest the weights less deep
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """All tensors of a weights file by name: `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript or an index of shards.
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds."""
+
+    tensors: StateDict
+    named: Named = field(default_factory=dict)  # names of classes, where a training program has put them into the file
+
+
+def read_weights(path: Path) -> Weights:
+    """All tensors of a weights file by name, and the names of classes that stand beside them.
+
+    The file is `.safetensors`, `.pt`, `.pth`, `.bin`, TorchScript or an index of shards.
 
     Where a training program nested dictionaries, a name has their keys in front: `teacher.backbone.cls_token`; see
     `candidates.py` for the search in these names. Half-precision tensors become float32. A UserError where the file is
-    damaged or holds no weights; a FileNotFoundError where there is none.
+    damaged or holds no weights; a FileNotFoundError where there is none. The names of a safetensors file are in its
+    metadata: `read_metadata` reads them.
     """
     path = path_of(str(path))
     if path.name.endswith(INDEX):
@@ -53,7 +65,7 @@ def read_state_dict(path: Path) -> StateDict:
             shard = read_state_dict(path.parent / name)
             check_shard(path, held, name, shard)
             tensors |= shard
-        return tensors
+        return Weights(tensors)
     with path.open("rb") as file:
         start = file.read(64)
     claims_safetensors = path.suffix == ".safetensors"
@@ -73,12 +85,18 @@ def read_state_dict(path: Path) -> StateDict:
     if problem:
         raise UserError(f"{path} {problem}")
     if claims_safetensors:
-        return _clean(_read_safetensors(path), path)
+        return Weights(_clean(_read_safetensors(path), path))
     if is_torchscript(path):
         extras = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI stores beside the weights
         content = read_torchscript(path)
-        return _clean({name: tensor for name, tensor in content.items() if name not in extras}, path)
-    return _clean(_read_pickle(path), path)
+        return Weights(_clean({name: tensor for name, tensor in content.items() if name not in extras}, path))
+    checkpoint = _read_pickle(path)
+    return Weights(_clean(checkpoint, path), names_in(checkpoint, str(path)))
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The tensors of a weights file by name; see `read_weights`."""
+    return read_weights(path).tensors
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -299,7 +317,7 @@ class SavedWeights:
     """The metadata in a weights file that finetune wrote; empty for other files."""
 
     preprocess: Preprocess | None = None  # how the model expects its images
-    classes: list[str] | None = None  # class names in the order of the logits
+    named: Named = field(default_factory=dict)  # class names in the order of the logits
     changes: Network = Network()  # where the network differs from the library's
 
 
@@ -319,4 +337,14 @@ def read_metadata(path: Path | None) -> SavedWeights:
             found[key] = parse_json(texts.get(key, "null").encode(), kind)  # type: ignore[arg-type]
         except UnfitError as error:
             raise DamagedError.because(path, f"its metadata {key!r}: {error}", "fetch it again") from error
-    return SavedWeights(found["preprocess"], found["classes"], found["changes"] or Network())
+    classes = found["classes"] and {f"{path}: classes": found["classes"]}
+    return SavedWeights(found["preprocess"], classes or _names_in_metadata(texts, path), found["changes"] or Network())
+
+
+def _names_in_metadata(texts: Mapping[str, str], path: Path) -> Named:
+    """The names of classes that another program has put into the metadata."""
+    values: dict[str, Any] = {}
+    for key in filter(KEYS.search, texts):
+        with contextlib.suppress(UnfitError):  # metadata are texts of any kind
+            values[key] = parse_json(texts[key].encode(), list[str] | dict[str, int | str])  # type: ignore[arg-type]
+    return names_in(values, str(path))
