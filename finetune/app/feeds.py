@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable
 
 from finetune.app.build import Run
-from finetune.config import OnError, Precision, PrefixCache
+from finetune.config import OnError, Precision, PrefixCache, PrefixConf
 from finetune.config.fields import changed
 from finetune.core.device import environment
+from finetune.core.layers import LayeredModel
 from finetune.data import Loader
 from finetune.data.caches.entries import cache_folder
 from finetune.data.streams import num_views
@@ -34,16 +35,9 @@ class Feeds:
             UserError: `prefix.cache` or `prefix.dtype` would be ignored.
         """
         model = run.model
+        _refuse_ignored(model, run.conf.prefix)
         if model.num_frozen and not model.is_chain:
-            name = type(model.net).__name__
-            for key, value in changed(run.conf.prefix, "cache", "dtype", "max_gib").items():
-                if value != PrefixCache.none:
-                    raise UserError(
-                        f"prefix.{key}={value} would be ignored: {name} is no plain chain of layers and runs only"
-                        " whole, so its frozen layers cannot run apart; leave it out, or take a model that is"
-                        " (finetune describe)"
-                    )
-            logger.info("the frozen layers run with every batch: %s is no plain chain", name)
+            logger.info("the frozen layers run with every batch: %s is no plain chain", type(model.net).__name__)
         self._run, self._check = run, check
         self._val = run.loader("val", train=False) if run.source.has("val") else None
         self._prefix: FrozenPrefix | None = None
@@ -150,3 +144,14 @@ def computing(run: Run) -> dict[str, str]:
         "batch size": str(conf.data.batch_size),
         **{name: str(value) for name, value in run.built.changes.items()},
     }
+
+
+def _refuse_ignored(model: LayeredModel, conf: PrefixConf) -> None:
+    """Raises UserError where a setting of the prefix would be ignored, since no frozen layers run apart."""
+    name, why = type(model.net).__name__, "the parameters that optim.freeze names leave the stem something to learn"
+    if model.num_frozen:
+        whole = f"{name} is no plain chain of layers and runs only whole"
+        why = f"{whole}, so its frozen layers cannot run apart; take a model that is (finetune describe)"
+    for key, value in changed(conf, "cache", "dtype", "max_gib").items():
+        if not model.boundary and value != PrefixCache.none:
+            raise UserError(f"prefix.{key}={value} would be ignored: {why}; leave it out")

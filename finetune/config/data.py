@@ -142,6 +142,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
     "subset": (SourceKind.hf,),
     "group": tuple(kind for kind in SourceKind if kind != SourceKind.digits),
     "image_column": (SourceKind.hf,),
+    "max_text_mib": (SourceKind.table, SourceKind.webdataset),
     "download": (SourceKind.torchvision, SourceKind.hf, SourceKind.webdataset),
 }
 

@@ -93,7 +93,7 @@ def model_problems(model: ModelConf) -> list[str]:
         reasons["head_bias"] = "every other head than the zero-shot one has offsets"
     is_zeroshot = model.family == Family.clip and model.head == HeadKind.auto and model.pool == Pool.auto
     if not is_zeroshot and model.head != HeadKind.zeroshot:
-        reasons["class_names"] = "only a zero-shot head reads names"
+        reasons |= dict.fromkeys(("class_names", "templates"), "only a zero-shot head reads names")
     if is_zeroshot or model.head not in (HeadKind.auto, HeadKind.random):
         kind = HeadKind.zeroshot if is_zeroshot else model.head
         reasons["head_scale"] = f"it is for a random head, and this one is {kind}; add model.head=random"

@@ -61,4 +61,9 @@ def optim_problems(optim: OptimConf) -> list[str]:
         reasons["nesterov"] = "it needs optim.momentum above 0, such as 0.9"
     if optim.decay_all:
         reasons["decay_embeddings"] = "optim.decay_all=true decays them already"
+    if optim.weight_decay == 0:
+        why = "optim.weight_decay=0 decays nothing"
+        reasons |= dict.fromkeys(("no_weight_decay", "decay_embeddings", "decay_all"), why)
+    if optim.layer_decay == 1:
+        reasons["layer_rule"] = "optim.layer_decay=1 gives all layers one rate"
     return problems + ignored("optim", optim, reasons)

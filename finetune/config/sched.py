@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from finetune.config.fields import Choice, setting
+from finetune.config.fields import Choice, ignored, setting
 
 
 class Mode(Choice):
@@ -45,19 +45,22 @@ class SchedulerConf:
 def sched_problems(sched: SchedulerConf, epochs: int) -> list[str]:
     """Why this schedule does not fit a run of `epochs` epochs: one line, or none.
 
-    With `interval=step` the length of the run depends on the data, so `create_scheduler` checks the warmup again.
+    With `interval=step` the length of the run depends on the data, so `Curve.of_run` checks the warmup again.
     """
     if sched.min_lr and sched.scale_min:
         return [f"sched.min_lr={sched.min_lr:g} and sched.scale_min={sched.scale_min:g} say the same: leave one out"]
     is_by_epoch = sched.interval == Interval.epoch
-    length = sched.cycle or (epochs if is_by_epoch else 0)
+    length = min(sched.cycle or epochs, epochs) if is_by_epoch else sched.cycle
     given = f"sched.warmup_epochs={sched.warmup_epochs:g}"
     if sched.warmup_epochs and is_by_epoch:
         return [f"{given}: with sched.interval=epoch say sched.warmup, in whole epochs; or use sched.interval=step"]
     if sched.warmup_epochs and sched.warmup:
         return [f"sched.warmup={sched.warmup} and {given} say the same: leave one out"]
-    if sched.warmup_epochs >= epochs and not sched.cycle:
+    if sched.warmup_epochs >= epochs:
         return [f"{given}: must be less than the run, train.epochs={epochs}"]
     if length > 0 and sched.warmup >= length:
-        return [f"sched.warmup={sched.warmup}: must be less than the length of the curve, {length} {sched.interval}s"]
-    return []
+        curve = f"the length of the curve, {length} {sched.interval}s"
+        return [f"sched.warmup={sched.warmup}: must be less than {curve}"]
+    is_within = not sched.cycle or (is_by_epoch and sched.cycle >= epochs)
+    reason = f"sched.cycle={sched.cycle or '0 (the whole run)'} ends no sooner than the run"
+    return ignored("sched", sched, {"past_cycle": reason} if is_within else {})

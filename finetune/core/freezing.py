@@ -34,7 +34,8 @@ def freeze(model: LayeredModel, fix_layer: int, globs: Collection[str] = ()) -> 
     when a run is resumed, and a wrapper changes the names of parameters.
 
     Raises:
-        UserError: Nothing is left to learn, `fix_layer` is below -1, or a glob matches no parameter.
+        UserError: Nothing is left to learn, `fix_layer` is below -1, or a glob matches no parameter, or none but
+            those that `fix_layer` freezes.
     """
     head = len(model.layers) - 1
     if not -1 <= fix_layer < head:
@@ -44,6 +45,10 @@ def freeze(model: LayeredModel, fix_layer: int, globs: Collection[str] = ()) -> 
         raise UserError(f"optim.fix_layer={fix_layer} {mistake}: {layers}, so {mend}")
     parameters = dict(model.net.named_parameters())
     named = matched(globs, list(parameters), "optim.freeze")
+    for glob in globs:
+        if all(model.layer_ids[name] <= fix_layer for name in matched([glob], list(parameters), "optim.freeze")):
+            why = f"optim.fix_layer={fix_layer} freezes all parameters that it matches"
+            raise UserError(f"optim.freeze: '{glob}' would be ignored: {why}; leave it out")
     for name, parameter in parameters.items():
         parameter.requires_grad_(model.layer_ids[name] > fix_layer and name not in named)
     learning = {model.layer_ids[name] for name, parameter in parameters.items() if parameter.requires_grad}

@@ -60,17 +60,28 @@ class Curve:
         """The curve of a run: `warmup_epochs` becomes whole optimizer steps, and `min_lr` a share of `peak_lr`.
 
         Raises:
-            UserError: `min_lr` is not below `peak_lr`, the head's rate at its peak.
+            UserError: `min_lr` is not below `peak_lr`, the head's rate at its peak; or the warmup has no step, or
+                as many as the run or the curve.
         """
+        given = f"sched.warmup={sched.warmup}"
         if sched.warmup_epochs:
+            given = f"sched.warmup_epochs={sched.warmup_epochs:g}"
             steps = round(sched.warmup_epochs * steps_per_epoch)
+            if not steps:
+                raise UserError(f"{given} would be ignored: it is less than half a step, of {steps_per_epoch} an epoch")
             sched = replace(sched, warmup=steps, warmup_epochs=0.0)
         if sched.min_lr >= peak_lr:
             mend = "lower it, or leave it out"
             raise UserError(f"sched.min_lr={sched.min_lr:g}: must be less than the peak rate, {peak_lr:g}: {mend}")
         if sched.min_lr:
             sched = replace(sched, scale_min=sched.min_lr / peak_lr, min_lr=0.0)
-        return cls(sched, epochs, steps_per_epoch)
+        curve = cls(sched, epochs, steps_per_epoch)
+        least = min(sched.cycle or curve.num_units, curve.num_units)
+        if sched.warmup >= least:
+            whole = "run" if least == curve.num_units else "curve"
+            why = f"{sched.warmup} {sched.interval}s of warmup, and the {whole} has {least}"
+            raise UserError(f"{given}: {why}; take fewer, or train longer")
+        return curve
 
     @property
     def units_per_epoch(self) -> int:

@@ -95,6 +95,8 @@ def _cut_all(
     for name in dict.fromkeys(["train", *found.given_splits]):
         if not len(parts[name]):
             raise UserError(f"{found.place}: no image of {_listed(found.classes)} in the {name} split of the data")
+    if not missing and not conf.folds and changed(conf, "split_seed"):
+        raise UserError(f"data.split_seed={conf.split_seed} would be ignored: {found.place} is not cut; leave it out")
     needed = ["train", *missing]
     _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed, conf)
     train = parts["train"]

@@ -93,6 +93,8 @@ def test_weights_carry_the_resize_of_their_run(tmp_path: Path, resize: Resize, c
         ),
         ({"data__eval_resize": 40}, ["would be ignored: these weights squash", "data.resize=shortest"]),
         ({"optim__freeze": ["visual.conv2.*"]}, ["'visual.conv2.*' matches no parameter", "'visual.conv1."]),
+        ({"optim__freeze": STEM, "optim__fix_layer": 0}, ["'visual.conv1.*' would be ignored", "optim.fix_layer=0"]),
+        ({"optim__freeze": [STEM[0]], "prefix__cache": "ram"}, ["prefix.cache=ram would be ignored", "optim.freeze"]),
         ({"sched__min_lr": 1.0}, ["sched.min_lr=1", "less than the peak rate, 0.001"]),
     ],
 )

@@ -53,6 +53,14 @@ def test_a_warmup_in_epochs_counts_the_steps_of_this_run() -> None:
     assert sched.warmup_epochs == 2.5
     assert curve.num_units == len(curve.factors()) == 28
     assert Curve.of_run(SchedulerConf(), epochs=4, steps_per_epoch=7).num_units == 4
+    for changes, words in (
+        ({"warmup_epochs": 0.07}, r"sched\.warmup_epochs=0\.07 would be ignored: .*half a step, of 7 an epoch"),
+        ({"warmup": 28}, r"sched\.warmup=28: 28 steps of warmup, and the run has 28"),
+        ({"warmup": 30, "cycle": 50}, r"sched\.warmup=30: 30 steps of warmup, and the run has 28"),
+        ({"warmup_epochs": 2, "cycle": 14}, r"sched\.warmup_epochs=2: 14 steps of warmup, and the curve has 14"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Curve.of_run(SchedulerConf(interval=Interval.step, **changes), epochs=4, steps_per_epoch=7)
 
 
 @pytest.mark.parametrize(

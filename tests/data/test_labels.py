@@ -624,13 +624,15 @@ def test_shards_of_no_split_beside_those_of_test_are_not_trained_on_silently(tmp
     assert sizes(shards(tmp_path / "digits")) == {"train": 40, "val": 20, "test": 0}
 
 
-def test_a_key_that_was_named_comes_before_a_cls(tmp_path: Path) -> None:
+def test_a_key_that_was_named_is_read_and_no_cls(tmp_path: Path) -> None:
     files: dict[str, bytes] = {}
     for i in range(20):
         cells = {"label": "ba"[i % 2], "fine": f"fine{i % 2}"}
         files |= {f"{i}.png": picture(i), f"{i}.cls": b"ab"[i % 2 :][:1], f"{i}.json": json.dumps(cells).encode()}
     write_shard(tmp_path / "0.tar", files)
     assert shards(tmp_path, label_column="fine").classes == ("fine0", "fine1")
+    with pytest.raises(UserError, match=r"20 images without .* a \.json with 'fime' beside each.*leave it out to read"):
+        shards(tmp_path, label_column="fime")
     source = shards(tmp_path, val_fraction=0.0, test_fraction=0.0)
     label = dict(zip(map(source.splits["train"].name_of, range(20)), source.splits["train"].labels, strict=True))
     assert source.classes[int(next(value for name, value in label.items() if name.endswith("/0.png")))] == "a"

@@ -369,6 +369,8 @@ def test_hugging_face_from_a_disk(tmp_path: Path, rows: Rows) -> None:
     assert source.splits["val"].store.read(int(source.splits["val"].rows[5])) == (tmp_path / rows[5][0]).read_bytes()
     with pytest.raises(ValueError, match=r"data\.label_column=labels: no such column \(did you mean 'label'"):
         hf(label_column="labels")
+    with pytest.raises(ValueError, match=r"data\.subset=plain would be ignored: .* was saved by save_to_disk"):
+        hf(subset="plain")
     with pytest.raises(ValueError, match="no images"):
         hf(image_column="label")
 

@@ -154,6 +154,9 @@ def test_a_share_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.val_fraction=0\.2 would be ignored: the data gives val"):
         shares_to_cut(found, DataConf(val_fraction=0.2))
     assert shares_to_cut(found, DataConf(val_fraction=0.0, test_fraction=0.0)) == {}
+    with pytest.raises(UserError, match=r"data\.split_seed=3 would be ignored: data=digits is not cut"):
+        split_up(found, DataConf(split_seed=3))
+    assert split_up(found, DataConf(split_seed=3, folds=4)).has("val")
 
 
 @pytest.mark.parametrize("count", range(3, 31))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finetune.config import DataConf, nearest
 from finetune.config.data import group_column
+from finetune.config.fields import changed, show
 from finetune.data.images.decode import ImageError, check_encoded, read_file
 from finetune.data.labels import LabelError, LabelReader, told_apart
 from finetune.data.sources.layout import in_brackets
@@ -107,14 +108,24 @@ def _open(datasets: Any, name: str, conf: DataConf) -> Any:
     try:
         # `save_to_disk` of the library leaves one of these files.
         if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json")):
+            _refuse_ignored(conf)
             return datasets.load_from_disk(name)
         config = datasets.DownloadConfig(local_files_only=not (conf.download or os.path.exists(name)))
         # Before version 4 the library runs a script of the data set, also one in a local folder, unless told not to.
         by_version: dict[str, Any] = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
         return datasets.load_dataset(name, conf.subset, download_config=config, **by_version)
+    except UserError:
+        raise
     except Exception as error:  # the library and its readers raise nearly any error on a damaged data set
         how = "" if conf.download else "; a data set of the hub that is not here yet needs data.download=true"
         raise UserError(f"data.name={name}: cannot be opened: {' '.join(str(error).split())[:300]}{how}") from error
+
+
+def _refuse_ignored(conf: DataConf) -> None:
+    """Raises UserError where a setting would be ignored, since the data set was saved by `save_to_disk`."""
+    for key, value in changed(conf, "subset", "download").items():
+        why = f"{conf.name} was saved by save_to_disk and is one whole"
+        raise UserError(f"data.{key}={show(value)} would be ignored: {why}; leave it out")
 
 
 def _parts(opened: Any, name: str) -> tuple[dict[str, tuple[str, Any]], Counter[str]]:

@@ -13,7 +13,7 @@ from finetune.system.limits import Limit, text_of
 from finetune.system.terminal import counted
 
 SHOWN = 5  # names in a message
-USUAL_KEY = "label"  # of a label in a .json; a .cls file goes before it, and a key that a person named before both
+USUAL_KEY = "label"  # of a label in a .json; a .cls file goes before it. Where a person named a key, no .cls is read
 
 
 class Sample(NamedTuple):
@@ -108,8 +108,7 @@ class Samples:
             elif of_sample or key in used:
                 chosen = image.sample if of_sample else key
                 more = self._objects.get(chosen, {})
-                text = self._texts.get(chosen, "").strip()
-                label = more[self._key] if self._key in more and (self._key != USUAL_KEY or not text) else text
+                label = self._text(chosen) or more[self._key]
                 found.append(Sample(image.name, image.offset, image.size, label, more))
             elif all_have or key in self._broken:
                 reason = self._broken.get(key)
@@ -119,10 +118,17 @@ class Samples:
         if without:
             some = f"{counted(len(without), 'image')} without a label, such as {', '.join(without[:SHOWN])}"
             how = f"expected a .cls beside each, or a .json with {self._key!r} (data.label_column)"
+            if self._key != USUAL_KEY:
+                how = f"expected a .json with {self._key!r} beside each, as data.label_column says"
+                how += "; leave it out to read the .cls" if self._texts else ""
             raise UserError(f"{self._subject}: {some}; {how}")
         alone = {*self._texts, *self._objects} - used - {image.sample for image in self._images.values()}
         self.left_out.update({"label without an image": len(alone)} if alone else {})
         return iter(found)
 
     def _has_label(self, key: str) -> bool:
-        return bool(self._texts.get(key, "").strip()) or self._key in self._objects.get(key, ())
+        return bool(self._text(key)) or self._key in self._objects.get(key, ())
+
+    def _text(self, key: str) -> str:
+        """The label in a .cls; empty where there is none, or where a person named the key of a .json."""
+        return self._texts.get(key, "").strip() if self._key == USUAL_KEY else ""
