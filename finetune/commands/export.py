@@ -25,6 +25,7 @@ RUN is a run directory or its best.safetensors. FORMAT is one of:
   timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
   open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
   onnx          model.onnx, for onnxruntime and others
+  openvino      model.xml and model.bin, for OpenVINO
   pt2           model.pt2, for torch.export.load
   transformers  model.safetensors and config.json, for AutoModelForImageClassification.from_pretrained("DIR")
 The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the

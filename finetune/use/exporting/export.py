@@ -9,7 +9,14 @@ from finetune.core.device import pick_device
 from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
-from finetune.use.exporting import onnx_file, open_clip_folder, pt2_file, timm_folder, transformers_folder
+from finetune.use.exporting import (
+    onnx_file,
+    open_clip_folder,
+    openvino_file,
+    pt2_file,
+    timm_folder,
+    transformers_folder,
+)
 from finetune.use.exporting.card import About, card
 from finetune.use.exporting.checking import Checked, check
 from finetune.use.exporting.formats import Format
@@ -21,6 +28,7 @@ FORMATS = {
     "timm": Format(timm_folder.write),
     "open_clip": Format(open_clip_folder.write),
     "onnx": Format(onnx_file.write, onnx_file.write_whole, packages=ONNX, extra="onnx"),
+    "openvino": Format(openvino_file.write, packages=("openvino",), extra="openvino"),
     "pt2": Format(pt2_file.write),
     "transformers": Format(transformers_folder.write, packages=("transformers",), extra="transformers"),
 }

@@ -84,9 +84,14 @@ def write_whole(learned: Learned, folder: Path) -> Written:
 
 
 def _program(learned: Learned, steps: str, name: str) -> str:
-    to_probabilities = SOFTMAX if learned.threshold is None else SIGMOID
-    program = PROGRAM.replace("STEPS\n", steps).replace("INPUT", name).replace("PROBABILITIES", to_probabilities)
+    program = PROGRAM.replace("STEPS\n", steps).replace("INPUT", name)
+    program = program.replace("PROBABILITIES", probabilities_of(learned))
     return program if name == "images" else program.replace("PIXELS\n", "")
+
+
+def probabilities_of(learned: Learned) -> str:
+    """The lines of a program that make probabilities of `values`, the scores of an image, with NumPy."""
+    return SOFTMAX if learned.threshold is None else SIGMOID
 
 
 def _network(learned: Learned) -> Any:
