@@ -19,6 +19,7 @@ from finetune.prefix.cache import ActivationCache
 from finetune.prefix.frozen import FrozenPrefix
 from finetune.prefix.store import ActivationBlock, BlockBuilder
 from finetune.system.progress import Bar
+from finetune.system.reading import first_line
 from finetune.system.terminal import printable
 
 logger = logging.getLogger("finetune")
@@ -92,8 +93,7 @@ class Feed:
             is_full = isinstance(error, OSError) or is_out_of_memory(error)
             if not is_full or self._cache is None or self._cache.is_required:
                 raise
-            reason = str(error).splitlines()[0]
-            logger.warning("the activations of %s are not cached after all: %s", self._title, reason)
+            logger.warning("the activations of %s are not cached after all: %s", self._title, first_line(error))
             self._cache = None
             self._opened = None
         self._fill_s, self._fill_waited_s = time.perf_counter() - began, self._loader.waited_s - before

@@ -224,12 +224,18 @@ def test_a_disk_that_fills_up_ends_the_run_only_where_it_was_asked_for(
     assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
 
 
-@pytest.mark.parametrize("kind", ["auto", "ram"])
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [("auto", NO_MEMORY, "[enforce fail"), ("auto", MemoryError(), "MemoryError"), ("ram", NO_MEMORY, "")],
+)
 def test_memory_that_runs_out_ends_the_run_only_where_it_was_asked_for(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception, words: str
 ) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        raise error
 
     conf = with_cache(settings(pictures), kind)
     monkeypatch.setattr("finetune.prefix.cache.build_in_memory", full)
@@ -238,7 +244,7 @@ def test_memory_that_runs_out_ends_the_run_only_where_it_was_asked_for(
             came_out(conf, tmp_path / "run")
         return
     found = came_out(conf, tmp_path / "run")
-    assert (tmp_path / "run" / "run.log").read_text().count("are not cached after all: [enforce fail") == 2
+    assert (tmp_path / "run" / "run.log").read_text().count(f"are not cached after all: {words}") == 2
     assert_same(found, came_out(with_cache(conf, "none"), tmp_path / "none"))
 
 

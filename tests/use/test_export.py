@@ -30,6 +30,7 @@ from finetune.use.exporting.card import wilson
 from finetune.use.exporting.formats import pillow_steps
 from finetune.use.exporting.fresh import main as run_program
 from finetune.use.exporting.onnx_images import preparing
+from finetune.use.exporting.place import made_at
 from finetune.use.loading import read_learned
 
 
@@ -60,6 +61,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
             sys.modules.pop("program", None)
 
     monkeypatch.setattr(checking, "_run", run)
+
+
+def test_a_full_disk_names_the_export_and_leaves_nothing(tmp_path: Path) -> None:
+    """As ONNX's own writer raises it, without the name of a file."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new'"), made_at(tmp_path / "new"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def photographs(folder: Path, number: int = 3) -> Path:

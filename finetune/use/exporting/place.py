@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.system.errors import naming
 from finetune.system.files import sync_folder
 from finetune.system.locks import file_lock
 from finetune.system.ours import (
@@ -68,7 +69,8 @@ def made_at(place: Path) -> Iterator[Path]:
     try:
         claim(folder, FolderKind.export)
         with file_lock(folder / LOCK):
-            yield folder
+            with naming(place):  # some libraries' errors of a full disk name no file
+                yield folder
             sync_folder(folder)
             check_free(place)
             os.replace(folder, place)
