@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from finetune.config.augment import AugmentConf, augment_problems, mixing_problems
@@ -86,11 +87,16 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if isinstance(value, int) and value > metadata.get("le", MAX_INT):
-        return f"{key}={str(value)[:20]}: must be at most {metadata.get('le', MAX_INT):,} ({metadata['help']})"
+        return f"{key}={_short(value)}: must be at most {metadata.get('le', MAX_INT):,} ({metadata['help']})"
     is_inside = all(holds(value, metadata[name]) for name, (_, holds) in BOUNDS.items() if name in metadata)
-    if math.isfinite(value) and is_inside:
+    if is_inside and math.isfinite(value):
         return None
-    return f"{key}={value}: must be {range_in_words(metadata) or 'a finite number'} ({metadata['help']})"
+    return f"{key}={_short(value)}: must be {range_in_words(metadata) or 'a finite number'} ({metadata['help']})"
+
+
+def _short(value: float) -> str:
+    """A number as it was given; a whole number of more than 20 digits in the form `1.0e+25`."""
+    return f"{Decimal(value):.1e}" if isinstance(value, int) and abs(value) >= 10**20 else str(value)
 
 
 def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:

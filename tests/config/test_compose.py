@@ -120,6 +120,8 @@ def test_types_come_out_as_the_schema_says(folder: Path) -> None:
     assert conf.optim.betas == (0.8, 0.9) and isinstance(conf.optim.betas, tuple)
     assert conf.data.source is SourceKind.digits
     assert conf.deterministic is True
+    # As OmegaConf has it: 1 and 0 are true and false. It takes any whole number, though, and here others are a mistake.
+    assert [compose([f"deterministic={word}"]).deterministic for word in ("1", "0", "'1'", "n")] == [1, 0, 1, 0]
     assert isinstance(conf.optim.lr, float)
 
 
@@ -211,6 +213,9 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("train.epochs=10.0", 1, [["train.epochs=10.0", "a whole number"]]),
     ("train.epochs=1e1", 1, [["train.epochs=10.0", "a whole number"]]),
     ("deterministic=maybe", 1, [["deterministic=maybe", "true or false"]]),
+    ("deterministic=2", 1, [["deterministic=2", "true or false"]]),
+    ("train.ema_warmup=-1", 1, [["train.ema_warmup=-1", "true or false"]]),
+    ("deterministic=9223372036854775808", 1, [["deterministic=9223372036854775808", "true or false"]]),
     ("sched.mode=cosine_p", 1, [["sched.mode=cosine_p", "linear, cosine, cosine_pi", "'cosine_pi'"]]),
     ("optim.betas=[0.9]", 1, [["optim.betas=[0.9]", "2 numbers"]]),
     ("model.templates=text", 1, [["model.templates=text", "list of texts"]]),
@@ -235,6 +240,10 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("sched.warmup=10 sched.cycle=20", 1, [["sched.warmup=10", "less than", "10 epochs"]]),
     ("model.head=random model.templates=[simple]", 1, [["model.templates=['simple']", "only a zero-shot head"]]),
     ("data.max_text_mib=3", 1, [["data.max_text_mib=3", "data=digits does not read it"]]),
+    ("seed=99999999999999999999", 1, [["seed=99999999999999999999: must be at most 9,223,372,036,854,775,807"]]),
+    (f"seed=1{25 * '0'}", 1, [["seed=1.0e+25: must be at most"]]),
+    (f"seed=-{400 * '9'}", 1, [["seed=-1.0e+400: must be at least 0"]]),
+    (f"train.epochs=-{400 * '9'}", 1, [["train.epochs=-1.0e+400: must be at least 1"]]),
     ("data=folder", 1, [["data=folder", "data.root=PATH"]]),
     ("data.root=/x", 1, [["data.root=/x", "ignored", "data=folder"]]),
     ("augment=mae augment.mix_images=9", 1, [["augment.mix_images=9", "leaves one image over", "divisor of 64"]]),

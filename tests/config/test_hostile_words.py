@@ -80,13 +80,18 @@ def test_what_is_no_small_file_neither_blocks_nor_fills_memory(
     else:
         path.touch()
         os.truncate(path, 5 * 2**30)
-    if place == "config.yaml" and kind == "huge":  # of some other project, for all that anybody knows
-        assert main(["--cfg", "job"]) == 0
-    elif place == "config.yaml":
-        assert "conf/config.yaml: cannot be read" in refusal(capsys)
+    problem = "5,368,709,120 bytes" if kind == "huge" else "it is no regular file"
+    if place == "config.yaml":  # nobody knows whether it is ours, so it is not passed over
+        text = refusal(capsys)
+        assert "conf/config.yaml: cannot be read" in text and "move it" in text
+        assert kind != "huge" or problem in text
     else:
-        problem = "5,368,709,120 bytes" if kind == "huge" else "it is no regular file"
         assert problem in refusal(capsys, "experiment=mine")
+
+
+def test_a_config_yaml_that_is_no_text_is_not_passed_over(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (conf / "config.yaml").write_bytes("name: \u00e4\n".encode("utf-16"))
+    assert "conf/config.yaml: cannot be read: not saved as UTF-8 text; move it" in refusal(capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The yaml files that a choice stands for: `model=clip` is `model/clip.yaml`. No Hydra, so that `--help` is quick."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ def builtin_folder() -> Path:
     """The yaml files of this program: `<repository>/conf` in a source tree, `<package>/conf` installed."""
     package = Path(__file__).resolve().parent.parent.parent
     source = package.parent / "conf"  # installed, this may be a folder of another package in site-packages
-    return source if _is_ours(source / PRIMARY) else package / "conf"
+    with contextlib.suppress(UnfitError):
+        if _is_ours(source / PRIMARY):
+            return source
+    return package / "conf"
 
 
 def folders(config_dir: str | None = None) -> list[Path]:
@@ -37,10 +41,14 @@ def folders(config_dir: str | None = None) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this `config.yaml` names our schema, and so does not belong to some other project."""
+    """Whether this `config.yaml` names our schema, and so does not belong to some other project.
+
+    Raises:
+        UnfitError: It is too large, no text, or may not be read, so nobody knows.
+    """
     try:
         text = yaml_text(path, follow=True)
-    except (FileNotFoundError, UnfitError):
+    except FileNotFoundError:
         return False
     return re.search(rf"^\s*-\s*{SCHEMA_NAME}\b", text, re.MULTILINE) is not None
 
@@ -48,14 +56,17 @@ def _is_ours(path: Path) -> bool:
 def primary_file(searched: Sequence[Path]) -> Path:
     """The `config.yaml` that names the groups and the default choices; a ConfigError where there is none.
 
-    One that is no file, or may not be read, is not passed over: nobody knows whether it is ours.
+    One that is no file, too large, or may not be read, is not passed over: nobody knows whether it is ours.
     """
     for folder in searched:
         path = folder / PRIMARY
         if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK)):
             raise ConfigError([f"{shown(path)}: cannot be read: expected a file with the right to read it; move it"])
-        if _is_ours(path):
-            return path
+        try:
+            if _is_ours(path):
+                return path
+        except UnfitError as error:
+            raise ConfigError([f"{unreadable(path, error)}; move it, or start in another folder"]) from None
     raise ConfigError([f"{searched[-1] / PRIMARY} is missing or not ours: install finetune again"])
 
 

@@ -135,10 +135,8 @@ def _as_list(value: Any) -> list[Any]:
 
 def _read(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; any of ValueError, TypeError, OverflowError where it is none."""
-    if kind is bool and isinstance(value, (bool, int)):
-        return bool(value)
-    if kind is bool and isinstance(value, str) and value.lower() in BOOLS:
-        return BOOLS[value.lower()]
+    if kind is bool and isinstance(value, (bool, int, str)) and str(value).lower() in BOOLS:  # True, 1 and "yes"
+        return BOOLS[str(value).lower()]
     if value is None or kind is bool or isinstance(value, bool):
         raise TypeError
     if (kind is int and isinstance(value, float)) or (kind is str and not isinstance(value, (str, int, float))):
