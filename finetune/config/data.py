@@ -62,7 +62,9 @@ class DataConf:
         "folder of images (folder), a data set (torchvision) or tar shards (also https://, s3://, pipe:COMMAND)",
         place=True,
     )
-    table: str | None = setting(None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image", place=True)
+    table: str | None = setting(
+        None, "table: a .csv, .tsv, .jsonl or .parquet with a line an image; or a folder or pattern of such", place=True
+    )
     path_column: str = setting("path", "table: column of image paths, from data.root or the table's own folder")
     path_suffix: str | None = setting(
         None, "table: ending behind each path that lacks it, such as .jpg; auto: that of the image with this name"
@@ -150,7 +152,7 @@ _READERS: dict[str, tuple[SourceKind, ...]] = {
 _NEEDS: dict[SourceKind, dict[str, str]] = {
     SourceKind.digits: {},
     SourceKind.folder: {"root": "PATH, the folder that holds one folder of images a class"},
-    SourceKind.table: {"table": "PATH, a .csv, .tsv, .jsonl or .parquet with a line an image"},
+    SourceKind.table: {"table": "PATH, a .csv, .tsv, .jsonl or .parquet with a line an image, or a folder of such"},
     SourceKind.torchvision: {
         "name": "CLASS, a data set of torchvision.datasets such as CIFAR10",
         "root": "PATH, the folder that the data set lies in or is downloaded to",

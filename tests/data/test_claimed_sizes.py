@@ -22,7 +22,8 @@ from finetune.config import DataConf, SourceKind
 from finetune.data import open_source
 from finetune.data.images.decode import ImageError, decode
 from finetune.data.sources import table_formats, tables
-from finetune.data.sources.shard_lists import expand_braces
+from finetune.data.sources.data_files import expand_braces
+from finetune.data.sources.shard_lists import SHARDS
 from finetune.data.sources.tables import find_table
 from finetune.models.heads.zeroshot import read_class_names
 from finetune.system.errors import UserError
@@ -164,8 +165,8 @@ def test_a_pattern_names_a_million_shards_at_most() -> None:
     bombs = ["{0..99999999}", "{000000..99999999}.tar", "{0..999}" * 3, "{a,b}" * 40, "{0.." + "9" * 5000 + "}"]
     for pattern in bombs:
         with pytest.raises(UserError, match=r"at most 1,000,000 shards can be used; .*typing mistake"):
-            expand_braces(pattern)
-    assert expand_braces("{a,b{00..01}}-{5000000000..5000000001}") == [
+            expand_braces(pattern, SHARDS)
+    assert expand_braces("{a,b{00..01}}-{5000000000..5000000001}", SHARDS) == [
         *("a-5000000000", "a-5000000001", "b00-5000000000", "b00-5000000001"),
         *("a-5000000000", "a-5000000001", "b01-5000000000", "b01-5000000001"),
     ]

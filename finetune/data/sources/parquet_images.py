@@ -1,12 +1,14 @@
 """Images whose bytes lie in a column of a Parquet file, as `data=table` reads them: one row group at a time."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune.data.images.decode import ImageError, check_encoded, error_words
 from finetune.data.sources.stores import file_stamp
+from finetune.data.sources.table_rows import RowPlaces
 from finetune.data.split import ImageStore
 from finetune.system.errors import UserError
 from finetune.system.limits import MIB, Limit, in_bytes
@@ -16,8 +18,10 @@ MEND = "write the table anew with row groups of about 100 images (row_group_size
 ROW_GROUP = Limit(256 * MIB, MEND)
 PIECE = 16  # rows of a group that are unpacked at once
 
+RowEnds = np.ndarray[Any, np.dtype[np.int64]]
 
-def image_rows(path: str, column: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+
+def image_rows(path: str, column: str) -> RowEnds | None:
     """The number of rows up to the end of each row group, int64 (groups,); None if the column holds no images.
 
     Images are binary cells, or structures `{bytes, path}`. Raises UserError for a row group that is too large.
@@ -55,26 +59,27 @@ def _is_of(leaf: str, column: str) -> bool:
 
 
 class ParquetStore(ImageStore):
-    """Images in a column of a Parquet file. Each process keeps the row group that it read last."""
+    """Images in a column of Parquet files. Each process keeps the row group that it read last."""
 
-    def __init__(self, path: str, column: str, ends: np.ndarray[Any, np.dtype[np.int64]], numbers: Any) -> None:
-        """Take the file, its column, the `image_rows`, and the number of each image's row in the file, from 1."""
-        self._path, self._column, self._ends, self._numbers = path, column, ends, numbers
-        self._last: tuple[int, str, Any] = (-1, "", None)  # a row group, the file's stamp then, and its cells
+    def __init__(self, column: str, ends: Sequence[RowEnds], places: RowPlaces) -> None:
+        """Take the column, the `image_rows` of each file, and the file and row of each image."""
+        self._column, self._ends, self._places = column, ends, places
+        self._last: tuple[tuple[int, int], str, Any] = ((-1, -1), "", None)  # a row group, its stamp then, its cells
 
     def __getstate__(self) -> dict[str, Any]:
         """Without cells, so that a worker process gets a few bytes an image."""
-        return {**vars(self), "_last": (-1, "", None)}
+        return {**vars(self), "_last": ((-1, -1), "", None)}
 
     def read(self, row: int) -> bytes:
         """The bytes of the image file; raises ImageError."""
-        place = int(self._numbers[row]) - 1
-        group = int(np.searchsorted(self._ends, place, side="right"))
-        stamp = file_stamp(self._path)
+        file, number = self._places.find(row)
+        ends = self._ends[file]
+        group = int(np.searchsorted(ends, number - 1, side="right"))
+        stamp = file_stamp(self._places.tables[file])
         last = self._last  # other threads may replace it meanwhile
-        if last[:2] != (group, stamp):
-            last = self._last = (group, stamp, self._cells(group, row))
-        index = place - (int(self._ends[group - 1]) if group else 0)
+        if last[:2] != ((file, group), stamp):
+            last = self._last = ((file, group), stamp, self._cells(group, row))
+        index = number - 1 - (int(ends[group - 1]) if group else 0)
         cell = last[2][index] if index < len(last[2]) else None
         value = None if cell is None else cell.as_py()
         data = value["bytes"] if isinstance(value, dict) else value
@@ -94,7 +99,9 @@ class ParquetStore(ImageStore):
 
         parts, size = [], 0
         try:
-            with parquet.ParquetFile(self._path) as file:  # anew, since worker processes share no open file
+            with parquet.ParquetFile(
+                self._places.table_of(row)
+            ) as file:  # anew, since worker processes share no open file
                 # Without threads, which a forked process does not have. Piece by piece, since the sizes that
                 # `image_rows` has seen may be wrong.
                 columns = {"row_groups": [group], "columns": [self._column], "use_threads": False}
@@ -114,12 +121,13 @@ class ParquetStore(ImageStore):
 
     def stamp(self, row: int) -> str:
         """The Parquet file's `file_stamp`, and the image's column and row; raises ImageError without the file."""
-        return f"{self._numbers[row]}:{self._column}:{file_stamp(self._path)}"
+        return f"{self._places.numbers[row]}:{self._column}:{file_stamp(self._places.table_of(row))}"
 
     def key_of(self, row: int) -> str:
-        """The column and the row."""
-        return f"{self._column}[{self._numbers[row]}]"
+        """The column and the row; behind the name of the file, if there are several."""
+        file = f"{os.path.basename(self._places.table_of(row))}: " if len(self._places.tables) > 1 else ""
+        return f"{file}{self._column}[{self._places.numbers[row]}]"
 
     def name_of(self, row: int) -> str:
         """The Parquet file, the column and the row, from 1."""
-        return f"{self._path}: {self.key_of(row)}"
+        return f"{self._places.table_of(row)}: {self._column}[{self._places.numbers[row]}]"

@@ -22,11 +22,12 @@ from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError, check_encoded, error_words
 from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.data_files import DataFile, place_name
 from finetune.data.sources.fetching import RemoteFile, condemn
 from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.remote_shards import CLASS_FILES, fetch_shards, fetched_class_files
 from finetune.data.sources.samples import SHOWN, Samples
-from finetune.data.sources.shard_lists import LAYOUT, Shard, list_shards, place_name, places
+from finetune.data.sources.shard_lists import LAYOUT, list_shards, places
 from finetune.data.sources.stores import file_stamp
 from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
@@ -42,7 +43,7 @@ class ShardStore(ImageStore):
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[DataFile],
         keys: PackedStrings,
         places: np.ndarray[Any, Any],
         sealed: Mapping[int, SealedFile],
@@ -116,7 +117,7 @@ class _Index:
         self.given = bytearray()
         self.groups: list[Any] = []  # `data.group` in the .json of each image, if it is a key
 
-    def take_out_withheld(self, shards: Sequence[Shard]) -> Counter[str]:
+    def take_out_withheld(self, shards: Sequence[DataFile]) -> Counter[str]:
         """Take out the images of val and test whose labels are withheld, and count them.
 
         Raises UserError for images without a label beside others of their split that have one.
@@ -176,7 +177,7 @@ def find_shards(conf: DataConf) -> FoundImages:
 
 
 def _read_fetched(
-    shard: Shard, remote: RemoteFile, number: int, conf: DataConf, index: _Index
+    shard: DataFile, remote: RemoteFile, number: int, conf: DataConf, index: _Index
 ) -> tuple[Counter[str], SealedFile]:
     """`_read_shard` of a downloaded shard; a damaged one is downloaded again."""
     path = Path(shard.path)
@@ -192,7 +193,7 @@ def _read_fetched(
 
 
 def _read_shard(
-    shard: Shard, number: int, conf: DataConf, index: _Index, sealed: SealedFile | None = None
+    shard: DataFile, number: int, conf: DataConf, index: _Index, sealed: SealedFile | None = None
 ) -> Counter[str]:
     """Add the images of a shard to `index`; the numbers of files of each kind that are no images and no labels."""
     samples = Samples(f"data.root: {shard.name}", text_limit(conf.max_text_mib), conf.label_column)
@@ -219,7 +220,7 @@ def _read_shard(
     return samples.left_out
 
 
-def _class_files(first: Shard, conf: DataConf) -> list[Path]:
+def _class_files(first: DataFile, conf: DataConf) -> list[Path]:
     """Lists of class names beside the first shard, in `data.root` itself, or in the folder above; the nearest first."""
     if first.remote is not None:
         return fetched_class_files(first.remote, conf)

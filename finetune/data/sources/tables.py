@@ -1,4 +1,4 @@
-"""A table with a row for each image: CSV, TSV, JSON lines or Parquet. It may have millions of rows."""
+"""Tables with a row for each image: CSV, TSV, JSON lines or Parquet. They may have millions of rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,14 @@ from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError
 from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.data_files import DataFile
 from finetune.data.sources.layout import in_brackets
-from finetune.data.sources.parquet_images import ParquetStore, image_rows
+from finetune.data.sources.parquet_images import ParquetStore, RowEnds, image_rows
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
+from finetune.data.sources.table_lists import list_tables, parts_that_lack
 from finetune.data.sources.table_paths import found_paths
+from finetune.data.sources.table_rows import RowPlaces
 from finetune.data.split import SPLITS, FoundImages, Groups, ImageStore
 from finetune.data.split_words import is_extra, split_of
 from finetune.data.streams import ranks
@@ -35,8 +38,6 @@ from finetune.system.terminal import counted
 MAX_LISTED = 20  # rows that one message names
 MAX_PROBLEMS = 100_000  # rows that cannot be used, after which no more are read
 
-Numbers = np.ndarray[Any, np.dtype[np.int32]]
-
 
 def _naming_row(method: Callable[[Any, int], Any]) -> Any:
     """Let a method of TableStore add the table's name and row number to an ImageError."""
@@ -46,7 +47,8 @@ def _naming_row(method: Callable[[Any, int], Any]) -> Any:
         try:
             return method(self, row)
         except ImageError as error:
-            note = f"; {self.table}, row {self.numbers[row]}"
+            number = self.places.numbers[row]
+            note = f"; {os.path.basename(self.places.table_of(row))}, row {number}"
             reason = error.reason.removesuffix(note) + note  # `load` calls `read`, which adds the note as well
             raise ImageError(error.path, reason) from error.__cause__  # checks read the cause
 
@@ -54,12 +56,12 @@ def _naming_row(method: Callable[[Any, int], Any]) -> Any:
 
 
 class TableStore(FileStore):
-    """Image files that a table lists. Errors name the row of the table, too."""
+    """Image files that tables list. Errors name the table and its row, too."""
 
-    def __init__(self, root: str, names: PackedStrings, numbers: Numbers, table: str) -> None:
-        """Take paths relative to `root`, and the number of each path's row in the file `table`."""
+    def __init__(self, root: str, names: PackedStrings, places: RowPlaces) -> None:
+        """Take paths relative to `root`, and the table and row of each."""
         super().__init__(root, names)
-        self.numbers, self.table = numbers, table
+        self.places = places
 
     read = _naming_row(FileStore.read)
     header = _naming_row(FileStore.header)
@@ -74,20 +76,25 @@ class _RowError(Exception):
 class _Rows:
     """The usable rows that were read so far, in flat arrays, which take a few bytes a row."""
 
-    def __init__(self, labels: LabelReader) -> None:
-        self.labels = labels
-        self.numbers = array("i")  # number of each row in the file, from 1; in a text file its line
+    def __init__(self, labels: LabelReader, tables: Sequence[DataFile]) -> None:
+        self.labels, self.tables = labels, tables
+        self.files = array("i")  # place in `tables` of the table of each row
+        self.numbers = array("i")  # number of each row in its file, from 1; in a text file its line
         self.splits = bytearray()  # index into SPLITS of each row
         self.groups: list[Any] = []  # cell of the column `data.group` of each row, if there is one
         self.problems: list[str] = []  # the first MAX_LISTED rows that cannot be used, a line each
         self.num_problems = 0  # how many rows cannot be used
         self.left_out: Counter[str] = Counter()  # kind -> number of rows that are no problem and are not used
 
-    def add_problem(self, text: str) -> None:
-        """Take a row that cannot be used."""
+    def add_problem(self, file: int, number: int, text: str) -> None:
+        """Take a row of the table `file` that cannot be used."""
         self.num_problems += 1
         if len(self.problems) < MAX_LISTED:
-            self.problems.append(text)
+            self.problems.append(f"{self.name(file, number)} {text}")
+
+    def name(self, file: int, number: int) -> str:
+        """A row in messages: `row 5`; behind the name of its table, if there are several."""
+        return f"row {number}" if len(self.tables) == 1 else f"{self.tables[file].name}: row {number}"
 
     def without_withheld(self, names: PackedStrings) -> PackedStrings:
         """The names of the rows but those of val and test whose labels are withheld, which leave the rows, too."""
@@ -95,59 +102,95 @@ class _Rows:
         if left_out:
             self.left_out += left_out
             names = PackedStrings(compress(names, stays))
+            self.files = array("i", compress(self.files, stays))
             self.numbers = array("i", compress(self.numbers, stays))
             self.splits = bytearray(compress(self.splits, stays))
             self.groups = list(compress(self.groups, stays))
         for place in self.labels.lacking:
-            self.add_problem(f"row {self.numbers[place]} has no {self.labels.column}")
+            self.add_problem(self.files[place], self.numbers[place], f"has no {self.labels.column}")
         return names
+
+    def both(self, one: int, other: int) -> str:
+        """Two images by their rows: `rows 3 and 7`."""
+        if len(self.tables) == 1:
+            return f"rows {self.numbers[one]} and {self.numbers[other]}"
+        return " and ".join(self.name(self.files[place], self.numbers[place]) for place in (one, other))
+
+    def places(self) -> RowPlaces:
+        """The table and the row of each image."""
+        files = np.array(self.files) if len(self.tables) > 1 else None
+        return RowPlaces([table.path for table in self.tables], np.array(self.numbers), files)
 
 
 def find_table(conf: DataConf) -> FoundImages:
     """The images that `data.table` lists in `data.path_column`, with the labels in `data.label_column`.
 
-    Raises FileNotFoundError without a table; UserError if it cannot be read, lacks a column, or has unusable rows.
+    Raises FileNotFoundError without a table; UserError if one cannot be read, lacks a column, or has unusable rows.
     """
-    path = os.path.expanduser(conf.table or "")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"data.table={conf.table}: there is no such file")
-    if os.path.isdir(path):
-        how = f"expected a file; several .parquet files are read by data=hf data.name={conf.table}"
-        raise UserError(f"data.table={conf.table}: is a folder; {how}")
-    rows = _Rows(LabelReader(conf.label_column, conf.label_separator, conf.classes))
-    groups = group_column(conf)
-    wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, groups])]
-    ends = image_rows(path, conf.path_column)
-    blocks = read_blocks(path, wanted if ends is None else wanted[1:], text_limit(conf.max_text_mib))
-    if ends is not None:
-        _refuse_places(conf)
-        blocks = _with_names(blocks, conf.path_column)
-    names = rows.without_withheld(PackedStrings(_usable_paths(blocks, conf, rows)))
-    note = _check_rows(rows, path)
-    classes = rows.labels.names(f"data.table={path}: data.label_column={conf.label_column}")
-    labels = rows.labels.tensor(classes)
-    root = os.path.expanduser(conf.root) if conf.root else os.path.dirname(path)
+    place = os.path.expanduser(conf.table or "")
+    tables, left_out = list_tables(place, has_splits=conf.split_column is None)
+    ends = _image_rows(tables, conf)
+    rows = _Rows(LabelReader(conf.label_column, conf.label_separator, conf.classes), tables)
+    rows.left_out += left_out
+    top = os.path.commonpath([os.path.dirname(table.path) for table in tables])
+    each = (_paths_in(file, top, conf, rows, ends is not None) for file in range(len(tables)))
+    names = rows.without_withheld(PackedStrings(chain.from_iterable(each)))
+    note = _check_rows(rows, place)
+    classes = rows.labels.names(f"data.table={place}: data.label_column={conf.label_column}")
+    labels, places = rows.labels.tensor(classes), rows.places()
+    root = os.path.expanduser(conf.root) if conf.root else top
     store: ImageStore
-    numbers, warnings = np.array(rows.numbers), tuple[str, ...]()
+    warnings: tuple[str, ...] = ()
     if ends is None:
-        names, warnings = found_paths(names, root, path, conf)
-        store = TableStore(root, names, numbers, os.path.basename(path))
+        names, warnings = found_paths(names, root, tables[0].path, conf)
+        store = TableStore(root, names, places)
     else:
-        root, store = path, ParquetStore(path, conf.path_column, ends, numbers)
+        root, store = place, ParquetStore(conf.path_column, ends, places)
     names = _names_without_place(names, root)
+    several = f" ({counted(len(tables), 'file')})" if len(tables) > 1 else ""
     return FoundImages(
         store=store,
         names=names,
         classes=classes,
         labels=labels,
         given=torch.frombuffer(rows.splits, dtype=torch.uint8),
-        place=f"data.table={path}",
-        title=f"table {path}",
+        place=f"data.table={place}",
+        title=f"table {place}{several}",
         note=note,
         location=os.path.abspath(root),
-        warnings=(*warnings, *_one_of_several(path), *_check_repeats(path, names, labels, numbers)),
-        groups=None if groups is None else Groups.of(rows.groups),
+        warnings=(*warnings, *parts_that_lack(tables), *_check_repeats(place, names, labels, rows)),
+        groups=None if group_column(conf) is None else Groups.of(rows.groups),
     )
+
+
+def _image_rows(tables: Sequence[DataFile], conf: DataConf) -> list[RowEnds] | None:
+    """The `image_rows` of each table; None if the tables hold paths. Raises UserError if some hold images."""
+    ends = [image_rows(table.path, conf.path_column) for table in tables]
+    found = [end for end in ends if end is not None]
+    if found and len(found) < len(ends):
+        one, other = (next(t for t, end in zip(tables, ends, strict=True) if (end is None) == kind) for kind in (0, 1))
+        both = f"{conf.path_column} of {one.name} holds images, and of {other.name} paths"
+        raise UserError(f"data.table={conf.table}: {both}; read one kind of table at a time")
+    if found:
+        _refuse_places(conf)
+    return found or None
+
+
+def _paths_in(file: int, top: str, conf: DataConf, rows: _Rows, has_images: bool) -> Iterator[str]:
+    """The paths in a table of several, from `data.root`, or from `top`, on; names of images that have no path.
+
+    Without `data.root` the paths in a table start from the folder of the table.
+    """
+    table = rows.tables[file]
+    wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, group_column(conf)])]
+    blocks = read_blocks(table.path, wanted[1:] if has_images else wanted, text_limit(conf.max_text_mib))
+    inner = os.path.relpath(table.path, top).replace(os.sep, "/")
+    start = f"{inner}: " if has_images and len(rows.tables) > 1 else ""
+    folder = "" if conf.root or has_images else os.path.dirname(inner)
+    if has_images:
+        blocks = _with_names(blocks, f"{start}{conf.path_column}")
+    for path in _usable_paths(blocks, conf, rows, file):
+        yield os.path.join(folder, path) if folder else path
 
 
 def _check_rows(rows: _Rows, path: str) -> str:
@@ -163,15 +206,6 @@ def _check_rows(rows: _Rows, path: str) -> str:
             f"data.table={path}: has no rows{note}; expected a line an image below the names of the columns"
         )
     return note
-
-
-def _one_of_several(path: str) -> tuple[str, ...]:
-    """A warning where the name of a table, such as `train-00000-of-00002.parquet`, says that it is a part of one."""
-    named = re.search(r"-(\d+)-of-(\d+)\.", os.path.basename(path))
-    if named is None or int(named[2]) < 2:
-        return ()
-    how = f"data=hf data.name={os.path.dirname(path) or '.'} reads all of them"
-    return (f"{path} is one of {int(named[2]):,} files, by its name, and the others are not read; {how}",)
 
 
 def _refuse_places(conf: DataConf) -> None:
@@ -197,14 +231,15 @@ def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:
     return PackedStrings(name[length:] for name, length in lengths)
 
 
-def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) -> Iterator[str]:
-    """The paths of the usable rows; adds their other cells to `rows`."""
+def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows, file: int) -> Iterator[str]:
+    """The paths of the usable rows of the table `file`; adds their other cells to `rows`."""
+    own_split = rows.tables[file].split or 0
     for block in blocks:
         if rows.num_problems > MAX_PROBLEMS:
             return
         for number, path, label, *others in zip(block.numbers, *block.columns, strict=True):
             try:
-                split = _split_of(others[0], conf) if conf.split_column else 0
+                split = _split_of(others[0], conf) if conf.split_column else own_split
                 if split is None:
                     rows.left_out[f"row of {str(others[0]).strip()}"] += 1
                     continue
@@ -219,8 +254,9 @@ def _usable_paths(blocks: Iterable[ColumnBlock], conf: DataConf, rows: _Rows) ->
                     raise _RowError(f"has a {conf.path_column} of {letters}")
                 rows.labels.take(label, split)
             except (_RowError, LabelError) as error:
-                rows.add_problem(f"row {number} {error}")
+                rows.add_problem(file, number, str(error))
                 continue
+            rows.files.append(file)
             rows.numbers.append(number)
             rows.splits.append(split)
             rows.groups.extend(others[bool(conf.split_column) :])
@@ -235,7 +271,7 @@ def _split_of(cell: Any, conf: DataConf) -> int | None:
     return split
 
 
-def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Numbers) -> tuple[str, ...]:
+def _check_repeats(path: str, names: PackedStrings, labels: Tensor, rows: _Rows) -> tuple[str, ...]:
     """A warning if paths repeat; raises UserError if one repeats with another label, since one of the two is wrong."""
     if any("./" in name or "//" in name for name in names):
         names = PackedStrings(re.sub(r"(?<![^/])\./|(?<=/)/+", "", name) for name in names)  # a/./b and a//b are a/b
@@ -248,7 +284,8 @@ def _check_repeats(path: str, names: PackedStrings, labels: Tensor, numbers: Num
     differ = labels[torch.from_numpy(first)] != labels[torch.from_numpy(second)]
     wrong = np.flatnonzero((differ if differ.ndim == 1 else differ.any(1)).numpy())
     listed = wrong[:MAX_LISTED] if len(wrong) else [0]
-    shown = [f"{names[int(first[i])]} in rows {numbers[first[i]]} and {numbers[second[i]]}" for i in listed]
+    both = ((int(first[i]), int(second[i])) for i in listed)
+    shown = [f"{names[one]} in {rows.both(one, other)}" for one, other in both]
     if len(wrong):
         again = f"{counted(len(wrong), 'path')} with several labels: {'; '.join(shown)}; keep one row of each"
         several = "for several labels an image, put them in one cell and set data.label_separator"

@@ -15,12 +15,13 @@ from torch import Tensor
 from finetune.config import DataConf
 from finetune.data.images.decode import Header, ImageError, check_encoded, error_words, pixels_of, read_image
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.data_files import DataFile
 from finetune.data.sources.layout import LITTER, entries, identity, is_image
 from finetune.data.sources.parquet_images import ParquetStore, image_rows
-from finetune.data.sources.shard_lists import Shard
 from finetune.data.sources.shards import ShardStore
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import SEPARATORS, read_blocks
+from finetune.data.sources.table_rows import RowPlaces
 from finetune.data.sources.tar_files import tar_members
 from finetune.data.split import ImageStore, Split
 from finetune.system.errors import UserError
@@ -247,7 +248,8 @@ def _table_of_images(table: str, column: str) -> tuple[ImageStore, int]:
     ends = image_rows(table, column)
     if ends is None or not len(ends):
         raise UserError(f"{printable(table)}: has no rows")
-    return ParquetStore(table, column, ends, np.arange(1, int(ends[-1]) + 1)), int(ends[-1])
+    places = RowPlaces([table], np.arange(1, int(ends[-1]) + 1))
+    return ParquetStore(column, [ends], places), int(ends[-1])
 
 
 def _shard(path: str) -> tuple[ImageStore, int]:
@@ -265,4 +267,4 @@ def _shard(path: str) -> tuple[ImageStore, int]:
             f"{printable(path)} is damaged or no tar file ({error}); make it anew or leave it out"
         ) from error
     found = np.frombuffer(places, dtype=np.int64).reshape(-1, 3) if places else np.empty((0, 3), dtype=np.int64)
-    return ShardStore([Shard(path, path)], PackedStrings(names), found, {}), len(names)
+    return ShardStore([DataFile(path, path)], PackedStrings(names), found, {}), len(names)
