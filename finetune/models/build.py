@@ -20,6 +20,7 @@ from finetune.models.heads.pooling import mean_pool_open_clip, mean_pool_timm
 from finetune.models.heads.zeroshot import read_class_names, zeroshot_head, zeroshot_weight
 from finetune.models.layering import towers
 from finetune.models.upstream import clip_source, from_open_clip, from_timm, from_torchvision, glyphs
+from finetune.models.upstream.jax_archives import is_archive
 from finetune.models.upstream.layouts import shown
 from finetune.models.upstream.network import FOLDER, HUB, Upstream
 from finetune.models.upstream.weight_files import is_path
@@ -67,8 +68,8 @@ def build_model(
     library = library_of(conf)
     if library == Library.torchvision and conf.pool != Pool.auto:
         raise UserError(f"model.pool={conf.pool} would be ignored: {conf.name} is a model of torchvision; leave it out")
-    if conf.pretrained_key is not None and not is_path(conf.pretrained):
-        why = f"model.pretrained={conf.pretrained} is no file"
+    if conf.pretrained_key is not None and (not is_path(conf.pretrained) or is_archive(Path(conf.pretrained))):
+        why = f"model.pretrained={conf.pretrained} is {'a JAX archive' if is_path(conf.pretrained) else 'no file'}"
         raise UserError(f"model.pretrained_key={conf.pretrained_key} would be ignored: {why}; leave it out")
     kind = head_kind(conf, has_text=library == Library.open_clip)
     load = load and target.type != "meta"

@@ -6,9 +6,10 @@ them what it knows and leaves the rest. No step takes more memory than the bytes
 """
 
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +71,24 @@ class Reference:
     key: Any
 
 
+@dataclass
+class Outside:
+    """What a pickle names that is not in it."""
+
+    references: list[Reference] = field(default_factory=list)  # in their order
+    code: set[str] = field(default_factory=set)  # functions that run programs, reach other machines or remove files
+
+
+# Modules whose functions no file of weights has a use for; of the others alone those that run a text as code.
+_CODE = re.compile(
+    r"(os|posix|nt|subprocess|pty|runpy|importlib|_?socket|shutil|webbrowser|ctypes|_ctypes|pdb|bdb|code|timeit|pip"
+    r"|marshal|commands|popen2|platform|urllib|requests|httpx|aiohttp|http|ftplib|smtplib|distutils|setuptools"
+    r"|cProfile|sys|torch\.(hub|utils\.cpp_extension))"
+    r"(\..*)?\._?[a-z]\w*"
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__|open|input|breakpoint|apply)"
+)
+
+
 class Held:
     """An open file that is asked for no more bytes than it has: room is made for as many as are asked for."""
 
@@ -95,26 +114,28 @@ class _Stack(list[Any]):
 
     odd_keys = 0
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Outside) -> None:
         super().__init__()
-        self.references: list[Reference] = []
+        self.outside = outside
+
+    def name(self, module: str, name: str) -> None:
+        """Push a class or function that the pickle names."""
+        self.append(Name(module, name))
+        if _CODE.fullmatch(str(self[-1])):
+            self.outside.code.add(str(self[-1]))
 
 
-def read_pickle(
-    data: bytes | IO[bytes] | Held, *, objects: bool = False, references: list[Reference] | None = None
-) -> Any:
+def read_pickle(data: bytes | IO[bytes] | Held, *, objects: bool = False, outside: Outside | None = None) -> Any:
     """The value of a pickle: None, numbers, texts, tuples, lists, dicts, and the classes of this module.
 
     Dicts keep only the entries whose key is a text. With `objects`, the steps by which programs save objects of their
     own are known, too: such an object is a `Call` or an `Instance`, and the items of a list of another class are left
-    out. All references go into `references`, where it is given. Of an open file the next pickle is read.
+    out. What the pickle names outside of itself goes into `outside`. Of an open file the next pickle is read.
 
     Raises:
         PickleError: A step is unknown, senseless, or made to keep Python busy.
     """
-    stack = _Stack()
-    if references is not None:
-        stack.references = references
+    stack = _Stack(Outside() if outside is None else outside)
     memo: dict[int, Any] = {}
     values, steps = ((*_VALUES, *_MORE_VALUES), _STEPS | _MORE_STEPS) if objects else (_VALUES, _STEPS)
     try:
@@ -132,7 +153,7 @@ def read_pickle(
             elif name in ("BINGET", "LONG_BINGET"):
                 stack.append(memo[arg])
             elif name == "GLOBAL":
-                stack.append(Name(*arg.split(" ", 1)))
+                stack.name(*arg.split(" ", 1))
             elif name in steps:
                 steps[name](stack)
             elif name == "MEMOIZE" and objects:
@@ -260,14 +281,14 @@ def _build(stack: _Stack) -> None:
 
 def _refer(stack: _Stack) -> None:
     stack.append(Reference(*_pop(stack, 1)))
-    stack.references.append(stack[-1])
+    stack.outside.references.append(stack[-1])
 
 
 def _name(stack: _Stack) -> None:
     module, name = _pop(stack, 2)
     if not isinstance(module, str) or not isinstance(name, str):
         raise PickleError("its pickle names a class by what is no text")
-    stack.append(Name(module, name))
+    stack.name(module, name)
 
 
 def _make_by_words(stack: _Stack) -> None:

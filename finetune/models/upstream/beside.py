@@ -15,12 +15,13 @@ from torch import nn
 
 from finetune.core.preprocess import CropFraction, Deviation, Mean, Preprocess
 from finetune.models.upstream.class_names import Labels, Named, names_by_row, names_of
+from finetune.models.upstream.clip_source import tower_of_weights
 from finetune.models.upstream.comparing import differences
 from finetune.models.upstream.downloads import quiet_upstream
 from finetune.models.upstream.layouts import shown
 from finetune.models.upstream.network import FOLDER, RESIZE, interpolation_of
 from finetune.models.upstream.transformers_config import Network, NetworkConfig, fit_network
-from finetune.models.upstream.transformers_tables import table_of
+from finetune.models.upstream.transformers_tables import OPEN_CLIP, table_of
 from finetune.system.errors import UserError
 from finetune.system.reading import UnfitError, parse_json, read_file
 
@@ -121,11 +122,12 @@ def read_beside(path: Path, program: str, net: nn.Module, own: Beside) -> Beside
     config: _Config = _read(place, _Config) or {}
     network, note = own.network, ""
     if program:
-        towers = _read(place, NetworkConfig)
-        network = own.network if towers is None else fit_network(net, towers, table_of(program), path)
-        note = f"; {network} as its config.json says" if str(network) else ""
+        is_clip = program == OPEN_CLIP.program
+        towers, teller = tower_of_weights(path) if is_clip else (_read(place, NetworkConfig), place)
+        network = own.network if towers is None else fit_network(net, towers, table_of(program), teller)
+        note = f"; {network} as its {teller.name} says" if str(network) else ""
         if towers is None:
-            note = "; no config.json beside them says their activation, so that of model.name is used"
+            note = f"; no {teller.name} beside them says their activation, so that of model.name is used"
     timm = _timm_config(config, place)
     named = own.named or _named(config, timm, place)
     images = _timm_images(timm) or _processor_images(path.with_name("preprocessor_config.json"))
@@ -156,17 +158,13 @@ NEUTRAL_ARGS = re.compile(
 def check_architecture(path: Path, name: str, args: Mapping[str, Any], net: nn.Module) -> None:
     """Raise a UserError where timm's config.json beside the weights `path` describes another network than `net`.
 
-    Networks of other heads, pooling or activation may have the same tensors. timm has made `net` by `name` and `args`.
+    Networks of other heads, pooling or activation may have the same tensors. `args` are those of size, of channels and
+    of training with which timm made `net`.
     """
-    from timm import create_model, is_model
+    from timm import create_model
 
-    place = path.with_name("config.json")
-    if "architecture" not in (_read(place, _Config) or {}):
-        return
-    folder = _read(place, _TimmFolder) or _TimmFolder(architecture="")
-    architecture = folder["architecture"].partition(".")[0]
-    theirs = {key: value for key, value in folder.get("model_args", {}).items() if not NEUTRAL_ARGS.search(key)}
-    if not is_model(architecture) or (architecture == name.partition(".")[0] and not theirs):
+    place, (architecture, theirs) = path.with_name("config.json"), _described(path)
+    if not architecture or (architecture == name.partition(".")[0] and not theirs):
         return
     try:
         with torch.device("meta"), quiet_upstream():
@@ -176,6 +174,34 @@ def check_architecture(path: Path, name: str, args: Mapping[str, Any], net: nn.M
         raise UserError(f"{place} describes no model of timm ({reason}); mend it, or move it away") from error
     if found:
         problem = f"{place} describes another network than {name}, though its tensors fit: {shown(found, 3)}"
+        raise UserError(f"{problem}; use model.name={FOLDER}{path.parent}, without model.pretrained")
+
+
+def _described(path: Path) -> tuple[str, dict[str, Any]]:
+    """Timm's name in the config.json beside the weights `path`, and the arguments that change the network.
+
+    The name is empty where there is none that timm knows.
+    """
+    from timm import is_model
+
+    place = path.with_name("config.json")
+    if "architecture" not in (_read(place, _Config) or {}):
+        return "", {}
+    folder = _read(place, _TimmFolder) or _TimmFolder(architecture="")
+    architecture = folder["architecture"].partition(".")[0]
+    args = {key: value for key, value in folder.get("model_args", {}).items() if not NEUTRAL_ARGS.search(key)}
+    return (architecture, args) if is_model(architecture) else ("", {})
+
+
+def check_not_timms(path: Path, name: str) -> None:
+    """Raise a UserError where timm's config.json beside the weights `path` describes no network that torchvision has.
+
+    Both libraries have ResNets with the same names and tensors, and timm's may have another pooling or activation.
+    """
+    architecture, args = _described(path)
+    if architecture and (architecture != name or args):
+        what = ", ".join([architecture, *(f"{key}={value}" for key, value in args.items())])
+        problem = f"{path.with_name('config.json')} describes timm's {what}, and {name} is torchvision's"
         raise UserError(f"{problem}; use model.name={FOLDER}{path.parent}, without model.pretrained")
 
 

@@ -21,8 +21,11 @@ from finetune.system.errors import UserError
 
 # Parts that wrappers (DDP, torch.compile, FSDP, checkpointing) put inside names, in front of a part that they wrap.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# An optimizer's averages have the names and shapes of the weights, and are no weights.
-NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|gradients?)(\.|$)", re.IGNORECASE)
+# An optimizer's averages have the names and shapes of the weights, and are no weights; nor is a network that was an
+# argument of the one that learned, which Lightning keeps in `hyper_parameters` as it was before.
+NO_WEIGHTS = re.compile(
+    r"(^|\.)(optim\w*|exp_avg\w*|momentum_buffer|grads?|gradients?|hyper_parameters|hparams)(\.|$)", re.IGNORECASE
+)
 # A complete candidate has at most this share of tensors of another shape: those that depend on the size of the images.
 MAX_MISSHAPEN = 0.25
 MAX_PARTS = 40  # of a name
@@ -110,8 +113,10 @@ def find_weights(
         return _found_converted(tensors, converted, key, source)
     near = [each for each in candidates if key is None or _matches(key, each.place)]
     if key is not None and not near:
-        places = sorted({each.place for each in candidates}, key=len)
-        raise UserError(f"model.pretrained_key={key}: {source} has no such names{nearest(key, places)}")
+        keys = sorted({*_parts(each.place for each in candidates), *(name.partition(".")[0] for name in tensors)})
+        problem = f"{source} has nothing of this model there{nearest(key, keys)}"
+        firsts = sorted({name.partition(".")[0] for name in tensors})
+        raise UserError(f"model.pretrained_key={key}: {problem}; its names begin with {shown(firsts, SHOWN)}")
     best = max(near, key=lambda each: len(each.names) - len(each.missing) - len(each.shapes), default=None)
     raise UserError(_misfit(tensors, wanted, best, source))
 
@@ -221,6 +226,12 @@ def _matches(key: str, place: str) -> bool:
     return key == place or f".{key}." in f".{place}." or is_inside
 
 
+def _parts(places: Iterable[str]) -> list[str]:
+    """The places and their parts: all that a key may name."""
+    words = [word for place in places for word in (place, *place.split("."))]
+    return [word for word in dict.fromkeys(words) if word not in WRAPPERS and word]
+
+
 def _chosen(places: Sequence[str], key: str | None, source: str) -> str:
     """The place that `key` names, or the only one."""
     fitting = [place for place in places if key is None or place == key]
@@ -230,7 +241,7 @@ def _chosen(places: Sequence[str], key: str | None, source: str) -> str:
     if not fitting:
         raise UserError(
             f"model.pretrained_key={key}: {source} has weights of this model under {shown(places, SHOWN)}, and none"
-            f" there{nearest(key or '', places)}"
+            f" there{nearest(key or '', _parts(places))}"
         )
     meaning = f" ({TOP} are the names without a prefix)" if TOP in fitting else ""
     raise UserError(

@@ -15,6 +15,7 @@ from finetune.models.upstream import glyphs, weight_files
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, unknown_tag
 from finetune.models.upstream.torchscript import is_torchscript
+from finetune.models.upstream.transformers_config import NetworkConfig
 from finetune.system.errors import UserError
 from finetune.system.reading import UnfitError, parse_json, read_file
 
@@ -28,6 +29,8 @@ Blocks = Annotated[int, Meta(ge=1, le=1000)]  # the deepest published tower has 
 class _Tower(TypedDict, total=False):
     """The entries of a tower that make its construction long; others make it large, and it has no memory at first."""
 
+    width: Annotated[int, Meta(ge=1)]
+    head_width: Annotated[int, Meta(ge=1)]
     layers: Blocks | list[Blocks]  # blocks, or those of each stage of a ResNet
     image_size: Annotated[int, Meta(ge=1, le=16_384)] | list[Annotated[int, Meta(ge=1, le=16_384)]]
 
@@ -176,6 +179,23 @@ def _config_beside(path: Path | None) -> dict[str, Any] | None:
     """The `HUB_CONFIG` beside a file of weights; None where there is none."""
     place = None if path is None else path.with_name(HUB_CONFIG)
     return _read_config(place, str(place.parent)) if place is not None and place.is_file() else None
+
+
+def tower_of_weights(path: Path) -> tuple[NetworkConfig | None, Path]:
+    """What shapes do not show of the image tower of open_clip's weights, and the file that says it.
+
+    None where that file is missing. OpenAI's own archives say it themselves: their models use the quick GELU.
+    """
+    if is_torchscript(path):
+        return NetworkConfig(hidden_act="quick_gelu"), path
+    config, place = _config_beside(path), path.with_name(HUB_CONFIG)
+    if config is None:
+        return None, place
+    vision = config["model_cfg"]["vision_cfg"]
+    found = NetworkConfig(hidden_act="quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+    if "width" in vision and not isinstance(vision.get("layers"), list):
+        found["num_attention_heads"] = vision["width"] // vision.get("head_width", 64)
+    return found, place
 
 
 def check_beside(source: ClipSource, conf: ModelConf) -> None:

@@ -23,13 +23,15 @@ from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
 from finetune.models.upstream.network import FOLDER, HUB, Upstream, interpolation_of
 from finetune.models.upstream.skip_init import built_from_weights
-from finetune.models.upstream.stems import check_archive_stem, fit_stem, has_stem
+from finetune.models.upstream.stems import check_archive_stem, check_stem, fit_stem, has_stem
 from finetune.models.upstream.tracing import traced
 from finetune.models.upstream.transformers_tables import transformers_layouts
 from finetune.system.errors import UserError
 
 # What timm's conversions and its strict loading raise on tensors of another model.
 UNFIT = (RuntimeError, LookupError, AssertionError, ValueError, TypeError, AttributeError)
+
+SIZES = ("img_size", "in_chans", "num_classes")  # arguments that make no other network of a ViT
 
 
 def read(conf: ModelConf, *, load: bool) -> Upstream:
@@ -78,6 +80,7 @@ def _bundled(conf: ModelConf, *, load: bool) -> Upstream:
     own = Preprocess(args["img_size"], tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], resize)
     beside = Beside(named=saved.named)
     if load and path is not None and path != bundle.weights and saved.preprocess is None:
+        check_architecture(path, glyphs.VIT, {key: args[key] for key in SIZES}, net)
         beside = read_beside(path, found.program, net, beside)
     own = beside.preprocess(own, conf.image_size)
     preprocess = dataclasses.replace(saved.preprocess or own, size=args["img_size"])
@@ -116,6 +119,7 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         if reading is not None:
             reading.check(net, tuple(f"{classifier}." for classifier in classifier_names(net)))
     if wants_weights:
+        check_stem(net, conf.in_channels)
         weight_files.check_finite(net, source)
     for module in net.children():
         if isinstance(module, PatchEmbed) and conf.image_size:

@@ -18,7 +18,7 @@ from finetune.config import ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.torchvision_networks import RULES
 from finetune.models.upstream import weight_files
-from finetune.models.upstream.beside import Beside, read_beside
+from finetune.models.upstream.beside import Beside, check_not_timms, read_beside
 from finetune.models.upstream.candidates import Found, find_weights
 from finetune.models.upstream.class_names import Named
 from finetune.models.upstream.downloads import downloads
@@ -76,6 +76,7 @@ def read(conf: ModelConf, *, load: bool) -> Upstream:
     saved = weight_files.read_metadata(path)
     beside = Beside(named=saved.named)
     if path is not None and saved.preprocess is None:
+        check_not_timms(path, conf.name)
         beside = read_beside(path, "", net, beside)
     own = _preprocess(chosen or options["DEFAULT"])
     preprocess = saved.preprocess or beside.preprocess(own, conf.image_size)

@@ -5,6 +5,7 @@ Here an object stays an inert value, and what it holds by name (the entries of a
 a module) is opened like a dictionary.
 """
 
+import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,15 @@ from finetune.system.inert_pickle import (
     Call,
     Held,
     Instance,
+    Outside,
     PickleError,
-    Reference,
     check_growth,
     read_pickle,
 )
+from finetune.system.terminal import printable
+
+logger = logging.getLogger("finetune")
+MAX_NAMED = 5  # functions that a warning names
 
 # torch before 1.6: the first pickle of a file is this number, and each storage has its length in front.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -45,17 +50,27 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         NotPlainError: It is no dictionary of plain tensors.
         UserError: It claims far more than its bytes.
     """
+    outside = Outside()
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START  # as torch decides
         if is_zip:
             with zipfile.ZipFile(file) as archive:
                 check_growth(archive, path)
-                return _read_zip(archive)
-        file.seek(0)
-        return _read_legacy(file, path.stat().st_size)
+                tensors = _read_zip(archive, outside)
+        else:
+            file.seek(0)
+            tensors = _read_legacy(file, path.stat().st_size, outside)
+    if outside.code:
+        names = ", ".join(sorted(outside.code)[:MAX_NAMED])
+        logger.warning(
+            "%s holds calls of %s beside its tensors: no weights need them, and nothing of them was run here; a program"
+            " that opens the file by torch.load(weights_only=False) runs them",
+            *(printable(str(path)), printable(names)),
+        )
+    return tensors
 
 
-def _read_zip(archive: zipfile.ZipFile) -> Mapping[str, Any]:
+def _read_zip(archive: zipfile.ZipFile, outside: Outside) -> Mapping[str, Any]:
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.endswith("/data.pkl")]
     if not pickles:
@@ -63,7 +78,9 @@ def _read_zip(archive: zipfile.ZipFile) -> Mapping[str, Any]:
     top = min(pickles, key=len).removesuffix("data.pkl")
     if f"{top}byteorder" in infos and archive.read(f"{top}byteorder") != b"little":
         raise NotPlainError("its bytes stand in the order of another kind of processor")
-    root = read_pickle(bytes(read_record(archive, infos[f"{top}data.pkl"], "its pickle")), objects=True)
+    root = read_pickle(
+        bytes(read_record(archive, infos[f"{top}data.pkl"], "its pickle")), objects=True, outside=outside
+    )
 
     def record(number: str, dtype: torch.dtype, name: str) -> bytearray:
         if f"{top}data/{number}" not in infos:
@@ -73,16 +90,15 @@ def _read_zip(archive: zipfile.ZipFile) -> Mapping[str, Any]:
     return _Opening(TensorMaker(record)).open(root)
 
 
-def _read_legacy(file: IO[bytes], size: int) -> Mapping[str, Any]:
+def _read_legacy(file: IO[bytes], size: int, outside: Outside) -> Mapping[str, Any]:
     """Five pickles in a row, then the storages in the order of their keys."""
-    references: list[Reference] = []
     held = Held(file, size)
-    values = [read_pickle(held, objects=True, references=references) for _ in range(LEGACY_PICKLES)]
+    values = [read_pickle(held, objects=True, outside=outside) for _ in range(LEGACY_PICKLES)]
     magic, _, _, root, keys = values
     if magic != LEGACY_MAGIC or not isinstance(keys, list):
         raise NotPlainError("torch.save did not write it")
     sizes = {}
-    for reference in references:
+    for reference in outside.references:
         dtype, key = storage_of(reference, "a tensor")
         sizes[key] = dtype.itemsize
     places: dict[str, tuple[int, int]] = {}

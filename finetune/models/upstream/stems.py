@@ -19,9 +19,7 @@ def set_channels(net: nn.Module, channels: int) -> None:
     if channels == 3:
         return
     name, old = first_convolution(net)
-    if old.in_channels != 3 or old.groups != 1:
-        problem = f"the first convolution of {type(net).__name__} reads {old.in_channels} channels"
-        raise UserError(f"model.in_channels={channels}: {problem}, so leave it at 3")
+    _check_reads(net, old, 3, channels)
     new = nn.Conv2d(
         channels,
         old.out_channels,
@@ -32,6 +30,21 @@ def set_channels(net: nn.Module, channels: int) -> None:
         bias=old.bias is not None,
     )
     net.set_submodule(name, new)
+
+
+def check_stem(net: nn.Module, channels: int) -> None:
+    """Raise a UserError where the weights of `net`, of three channels, cannot have been adapted to `channels`.
+
+    Some networks take an image apart before the first convolution; timm would leave that one with random weights.
+    """
+    if channels != 3:
+        _check_reads(net, first_convolution(net)[1], channels, channels)
+
+
+def _check_reads(net: nn.Module, stem: nn.Conv2d, wanted: int, channels: int) -> None:
+    if stem.in_channels != wanted or stem.groups != 1:
+        problem = f"the first convolution of {type(net).__name__} reads {stem.in_channels} channels, and no images"
+        raise UserError(f"model.in_channels={channels}: {problem}, so its weights cannot be adapted; leave it at 3")
 
 
 def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:

@@ -9,7 +9,8 @@ from typing import Any, TypedDict
 
 from torch import nn
 
-from finetune.models.upstream.transformers_tables import DINOV2, Table
+from finetune.models.upstream.tables import Table
+from finetune.models.upstream.transformers_tables import DINOV2
 from finetune.system.errors import UserError
 
 # transformers' words for the activations that finetune can put into a network.
@@ -87,8 +88,8 @@ def _make(activation: str) -> nn.Module:
     return QuickGELU() if activation == "quick_gelu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
 
 
-def fit_network(net: nn.Module, config: NetworkConfig, table: Table, path: Path) -> Network:
-    """Change activation and norms of `net` in place as the configuration beside the weights `path` says.
+def fit_network(net: nn.Module, config: NetworkConfig, table: Table, place: Path) -> Network:
+    """Change activation and norms of `net` in place as the configuration in the file `place` says.
 
     `net` has both towers of a CLIP, or the image tower alone. Returns the changes of the image tower.
 
@@ -99,14 +100,13 @@ def fit_network(net: nn.Module, config: NetworkConfig, table: Table, path: Path)
     if (part := config.get("text_config")) and text is not None:
         outside = [child for name, child in net.named_children() if name != "visual"] if text is net else [text]
         for child in outside:
-            _fit(child, part, table, path)
+            _fit(child, part, table, place)
     visual = dict(net.named_children()).get("visual", net)
-    return _fit(visual, config.get("vision_config") or config, table, path)
+    return _fit(visual, config.get("vision_config") or config, table, place)
 
 
-def _fit(net: nn.Module, config: Part, table: Table, path: Path) -> Network:
-    """Change a tower as the configuration says, and return the changes."""
-    place = path.with_name("config.json")
+def _fit(net: nn.Module, config: Part, table: Table, place: Path) -> Network:
+    """Change a tower as the configuration in `place` says, and return the changes."""
     heads = {vars(module)["num_heads"] for module in net.modules() if "num_heads" in vars(module)}
     wanted = config.get("num_attention_heads")
     if wanted is not None and heads - {wanted}:

@@ -1,93 +1,45 @@
 """How the package transformers names the tensors of ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP: a table each.
 
+Also how open_clip names those of an image tower, for timm's networks of the same form.
+
 A row has a pattern of our names (those of timm or open_clip), and the names of transformers from which the tensor is
 made. Version 5 of transformers writes files with the names of version 4, but has others in memory, which
 `torch.save(model.state_dict())` writes; `LIVE` turns the former into the latter.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from finetune.models.upstream.layouts import Layout, Source, Wanted, same
+from finetune.models.upstream.layouts import Layout, Source, Wanted
+from finetune.models.upstream.tables import (
+    Row,
+    Table,
+    first_third,
+    of_patches,
+    other_thirds,
+    placed,
+    qkv,
+    row,
+    transposed,
+    with_batch,
+)
 
 # Tensors without a use here: buffers that are computed anew, the token of masked patches, ViT's unused pooler.
 IGNORED = re.compile(r"(position_ids|mask_token|inv_freq)$|^pooler\.")
 
 
-def joined(*parts: Tensor) -> Tensor:
-    """Query, key and value, or the two halves of a gated layer, one below the other."""
-    return torch.cat(parts)
-
-
-def transposed(weight: Tensor) -> Tensor:
-    """The weight of a linear layer as open_clip multiplies by it."""
-    return weight.T
-
-
-def with_batch(table: Tensor) -> Tensor:
-    """A token or a table of positions with the axis of the batch in front. (..., width) -> (1, tokens, width)."""
-    return table.reshape(1, -1, table.shape[-1])
-
-
-def first_third(weight: Tensor) -> Tensor:
-    """The rows of the query in a joined weight."""
-    return weight[: len(weight) // 3]
-
-
-def other_thirds(weight: Tensor) -> Tensor:
-    """The rows of key and value in a joined weight."""
-    return weight[len(weight) // 3 :]
-
-
-def placed(token: Tensor, positions: Tensor) -> Tensor:
-    """The class token with its position, which timm adds to no other than the patches where there are registers."""
-    return token + positions[:, :1]
-
-
-def of_patches(positions: Tensor) -> Tensor:
-    """The positions without that of the class token."""
-    return positions[:, 1:]
-
-
-Row = tuple[str, tuple[str, ...], Callable[..., Tensor]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The names of one of transformers' models."""
-
-    program: str
-    rows: tuple[Row, ...]
-    activation: str  # transformers' default, which a config.json may leave out
-    norm_eps: float  # likewise
-    live: tuple[tuple[str, str], ...] = ()  # replacements that turn a name in a file into the name in memory
-    has: str = ""  # one of our names that the network must have
-
-
-def _row(ours: str, *theirs: str, make: Callable[..., Tensor] | None = None) -> Row:
-    return ours, theirs, make or (joined if len(theirs) > 1 else same)
-
-
-def _qkv(ours: str, theirs: str, names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"), end: str = r"\2") -> Row:
-    return _row(ours, *(f"{theirs}.{name}.{end}" for name in names))
-
-
 _VIT_STEM = (
-    _row(r"cls_token", "embeddings.cls_token"),
-    _row(r"dist_token", "embeddings.distillation_token"),
-    _row(r"pos_embed", "embeddings.position_embeddings"),
-    _row(r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-    _row(r"norm\.(\w+)", r"layernorm.\1"),
+    row(r"cls_token", "embeddings.cls_token"),
+    row(r"dist_token", "embeddings.distillation_token"),
+    row(r"pos_embed", "embeddings.position_embeddings"),
+    row(r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
+    row(r"norm\.(\w+)", r"layernorm.\1"),
 )
 _VIT_ATTENTION = (
-    _qkv(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"encoder.layer.\1.attention.attention", ("query", "key", "value"), r"\2"),
-    _row(r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layer.\1.attention.output.dense.\2"),
+    qkv(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"encoder.layer.\1.attention.attention", ("query", "key", "value"), r"\2"),
+    row(r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layer.\1.attention.output.dense.\2"),
 )
-_HEADS = (_row(r"head\.(\w+)", r"classifier.\1"),)
+_HEADS = (row(r"head\.(\w+)", r"classifier.\1"),)
 _LIVE_ATTENTION = (
     *(("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj")),
     *(("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj")),
@@ -95,10 +47,10 @@ _LIVE_ATTENTION = (
 
 _VIT_ROWS = (
     *(*_VIT_STEM, *_VIT_ATTENTION),
-    _row(r"blocks\.(\d+)\.norm1\.(\w+)", r"encoder.layer.\1.layernorm_before.\2"),
-    _row(r"blocks\.(\d+)\.norm2\.(\w+)", r"encoder.layer.\1.layernorm_after.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.intermediate.dense.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.output.dense.\2"),
+    row(r"blocks\.(\d+)\.norm1\.(\w+)", r"encoder.layer.\1.layernorm_before.\2"),
+    row(r"blocks\.(\d+)\.norm2\.(\w+)", r"encoder.layer.\1.layernorm_after.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.intermediate.dense.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.output.dense.\2"),
 )
 _VIT_LIVE = (
     *_LIVE_ATTENTION,
@@ -109,33 +61,33 @@ DEIT = Table(
     "transformers' DeiT",
     (
         *_VIT_ROWS,
-        _row(r"head\.(\w+)", r"cls_classifier.\1"),
-        _row(r"head_dist\.(\w+)", r"distillation_classifier.\1"),
+        row(r"head\.(\w+)", r"cls_classifier.\1"),
+        row(r"head_dist\.(\w+)", r"distillation_classifier.\1"),
     ),
     *("gelu", 1e-12, _VIT_LIVE, "dist_token"),
 )
 
 _DINOV2_BLOCKS = (
     *_VIT_ATTENTION,
-    _row(r"blocks\.(\d+)\.(norm\d)\.(\w+)", r"encoder.layer.\1.\2.\3"),
-    _row(r"blocks\.(\d+)\.ls(\d)\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
+    row(r"blocks\.(\d+)\.(norm\d)\.(\w+)", r"encoder.layer.\1.\2.\3"),
+    row(r"blocks\.(\d+)\.ls(\d)\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
 )
-_DINOV2_MLP = (_row(r"blocks\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"encoder.layer.\1.mlp.\2.\3"),)
+_DINOV2_MLP = (row(r"blocks\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"encoder.layer.\1.mlp.\2.\3"),)
 _DINOV2_GATED = (
-    _row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.mlp.weights_in.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.mlp.weights_out.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.mlp.weights_in.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.mlp.weights_out.\2"),
 )
 _DINOV2_GATED_LIVE = (
-    _row(
+    row(
         r"blocks\.(\d+)\.mlp\.fc1\.(\w+)",
         *(r"encoder.layer.\1.mlp.gate_proj.\2", r"encoder.layer.\1.mlp.up_proj.\2"),
     ),
-    _row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.mlp.down_proj.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.mlp.down_proj.\2"),
 )
 _REGISTERS = (
-    _row(r"cls_token", "embeddings.cls_token", "embeddings.position_embeddings", make=placed),
-    _row(r"reg_token", "embeddings.register_tokens"),
-    _row(r"pos_embed", "embeddings.position_embeddings", make=of_patches),
+    row(r"cls_token", "embeddings.cls_token", "embeddings.position_embeddings", make=placed),
+    row(r"reg_token", "embeddings.register_tokens"),
+    row(r"pos_embed", "embeddings.position_embeddings", make=of_patches),
 )
 DINOV2 = tuple(
     Table(f"transformers' {name}", (*stem, *_VIT_STEM, *_DINOV2_BLOCKS, *mlp), "gelu", 1e-6, _LIVE_ATTENTION, has)
@@ -144,19 +96,19 @@ DINOV2 = tuple(
 )
 
 _DINOV3_ROWS = (
-    _row(r"cls_token", "embeddings.cls_token"),
-    _row(r"reg_token", "embeddings.register_tokens"),
-    _row(r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.\1"),
-    _row(r"norm\.(\w+)", r"norm.\1"),
-    _qkv(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"layer.\1.attention"),
-    _row(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layer.\1.attention.\2_proj.bias"),
-    _row(r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"layer.\1.attention.o_proj.\2"),
-    _row(r"blocks\.(\d+)\.(norm\d)\.(\w+)", r"layer.\1.\2.\3"),
-    _row(r"blocks\.(\d+)\.gamma_(\d)", r"layer.\1.layer_scale\2.lambda1"),
-    _row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"layer.\1.mlp.up_proj.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc1_g\.(\w+)", r"layer.\1.mlp.gate_proj.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc1_x\.(\w+)", r"layer.\1.mlp.up_proj.\2"),
-    _row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"layer.\1.mlp.down_proj.\2"),
+    row(r"cls_token", "embeddings.cls_token"),
+    row(r"reg_token", "embeddings.register_tokens"),
+    row(r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.\1"),
+    row(r"norm\.(\w+)", r"norm.\1"),
+    qkv(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"layer.\1.attention"),
+    row(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layer.\1.attention.\2_proj.bias"),
+    row(r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"layer.\1.attention.o_proj.\2"),
+    row(r"blocks\.(\d+)\.(norm\d)\.(\w+)", r"layer.\1.\2.\3"),
+    row(r"blocks\.(\d+)\.gamma_(\d)", r"layer.\1.layer_scale\2.lambda1"),
+    row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"layer.\1.mlp.up_proj.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc1_g\.(\w+)", r"layer.\1.mlp.gate_proj.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc1_x\.(\w+)", r"layer.\1.mlp.up_proj.\2"),
+    row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"layer.\1.mlp.down_proj.\2"),
 )
 DINOV3 = Table("transformers' DINOv3", _DINOV3_ROWS, "gelu", 1e-5, (("layer.", "model.layer."),), "blocks.0.gamma_1")
 
@@ -164,51 +116,51 @@ DINOV3 = Table("transformers' DINOv3", _DINOV3_ROWS, "gelu", 1e-5, (("layer.", "
 def _pair_blocks(ours: str, theirs: str) -> tuple[Row, ...]:
     """The blocks that CLIP and SigLIP share, as timm names them."""
     return (
-        _qkv(rf"{ours}\.(\d+)\.attn\.qkv\.(\w+)", rf"{theirs}.\1.self_attn"),
-        _row(rf"{ours}\.(\d+)\.attn\.proj\.(\w+)", rf"{theirs}.\1.self_attn.out_proj.\2"),
-        _row(rf"{ours}\.(\d+)\.norm(\d)\.(\w+)", rf"{theirs}.\1.layer_norm\2.\3"),
-        _row(rf"{ours}\.(\d+)\.mlp\.(fc\d)\.(\w+)", rf"{theirs}.\1.mlp.\2.\3"),
+        qkv(rf"{ours}\.(\d+)\.attn\.qkv\.(\w+)", rf"{theirs}.\1.self_attn"),
+        row(rf"{ours}\.(\d+)\.attn\.proj\.(\w+)", rf"{theirs}.\1.self_attn.out_proj.\2"),
+        row(rf"{ours}\.(\d+)\.norm(\d)\.(\w+)", rf"{theirs}.\1.layer_norm\2.\3"),
+        row(rf"{ours}\.(\d+)\.mlp\.(fc\d)\.(\w+)", rf"{theirs}.\1.mlp.\2.\3"),
     )
 
 
 def _resblocks(ours: str, theirs: str) -> tuple[Row, ...]:
     """The same blocks, as open_clip names them."""
     return (
-        _qkv(rf"{ours}\.(\d+)\.attn\.in_proj_(\w+)", rf"{theirs}.\1.self_attn"),
-        _row(rf"{ours}\.(\d+)\.attn\.out_proj\.(\w+)", rf"{theirs}.\1.self_attn.out_proj.\2"),
-        _row(rf"{ours}\.(\d+)\.ln_(\d)\.(\w+)", rf"{theirs}.\1.layer_norm\2.\3"),
-        _row(rf"{ours}\.(\d+)\.mlp\.c_fc\.(\w+)", rf"{theirs}.\1.mlp.fc1.\2"),
-        _row(rf"{ours}\.(\d+)\.mlp\.c_proj\.(\w+)", rf"{theirs}.\1.mlp.fc2.\2"),
+        qkv(rf"{ours}\.(\d+)\.attn\.in_proj_(\w+)", rf"{theirs}.\1.self_attn"),
+        row(rf"{ours}\.(\d+)\.attn\.out_proj\.(\w+)", rf"{theirs}.\1.self_attn.out_proj.\2"),
+        row(rf"{ours}\.(\d+)\.ln_(\d)\.(\w+)", rf"{theirs}.\1.layer_norm\2.\3"),
+        row(rf"{ours}\.(\d+)\.mlp\.c_fc\.(\w+)", rf"{theirs}.\1.mlp.fc1.\2"),
+        row(rf"{ours}\.(\d+)\.mlp\.c_proj\.(\w+)", rf"{theirs}.\1.mlp.fc2.\2"),
     )
 
 
 def _siglip_tower(ours: str, theirs: str) -> tuple[Row, ...]:
     pool = rf"{ours}attn_pool\."
     return (
-        _row(rf"{ours}pos_embed", f"{theirs}embeddings.position_embedding.weight", make=with_batch),
-        _row(rf"{ours}patch_embed\.proj\.(\w+)", rf"{theirs}embeddings.patch_embedding.\1"),
+        row(rf"{ours}pos_embed", f"{theirs}embeddings.position_embedding.weight", make=with_batch),
+        row(rf"{ours}patch_embed\.proj\.(\w+)", rf"{theirs}embeddings.patch_embedding.\1"),
         *_pair_blocks(rf"{ours}blocks", f"{theirs}encoder.layers"),
-        _row(rf"{ours}norm\.(\w+)", rf"{theirs}post_layernorm.\1"),
-        _row(rf"{pool}latent", f"{theirs}head.probe"),
-        _row(rf"{pool}q\.(\w+)", rf"{theirs}head.attention.in_proj_\1", make=first_third),
-        _row(rf"{pool}kv\.(\w+)", rf"{theirs}head.attention.in_proj_\1", make=other_thirds),
-        _row(rf"{pool}proj\.(\w+)", rf"{theirs}head.attention.out_proj.\1"),
-        _row(rf"{pool}norm\.(\w+)", rf"{theirs}head.layernorm.\1"),
-        _row(rf"{pool}mlp\.(fc\d)\.(\w+)", rf"{theirs}head.mlp.\1.\2"),
+        row(rf"{ours}norm\.(\w+)", rf"{theirs}post_layernorm.\1"),
+        row(rf"{pool}latent", f"{theirs}head.probe"),
+        row(rf"{pool}q\.(\w+)", rf"{theirs}head.attention.in_proj_\1", make=first_third),
+        row(rf"{pool}kv\.(\w+)", rf"{theirs}head.attention.in_proj_\1", make=other_thirds),
+        row(rf"{pool}proj\.(\w+)", rf"{theirs}head.attention.out_proj.\1"),
+        row(rf"{pool}norm\.(\w+)", rf"{theirs}head.layernorm.\1"),
+        row(rf"{pool}mlp\.(fc\d)\.(\w+)", rf"{theirs}head.mlp.\1.\2"),
     )
 
 
 # The text tower; it stands under `text.` in the newer of open_clip's two classes.
 _TEXT = (
-    _row(r"(?:text\.)?positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    _row(r"(?:text\.)?token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    row(r"(?:text\.)?positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    row(r"(?:text\.)?token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
     *_resblocks(r"(?:text\.)?transformer\.resblocks", "text_model.encoder.layers"),
-    _row(r"(?:text\.)?ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
-    _row(r"(logit_scale|logit_bias)", r"\1"),
+    row(r"(?:text\.)?ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
+    row(r"(logit_scale|logit_bias)", r"\1"),
 )
 SIGLIP_TIMM = Table(
     "transformers' SigLIP",
-    (*_siglip_tower("", ""), _row(r"head\.(\w+)", r"classifier.\1")),
+    (*_siglip_tower("", ""), row(r"head\.(\w+)", r"classifier.\1")),
     *("gelu_pytorch_tanh", 1e-6),
 )
 SIGLIP = Table(
@@ -216,7 +168,7 @@ SIGLIP = Table(
     (
         *_siglip_tower(r"visual\.trunk\.", "vision_model."),
         *_TEXT,
-        _row(r"text\.text_projection\.(\w+)", r"text_model.head.\1"),
+        row(r"text\.text_projection\.(\w+)", r"text_model.head.\1"),
     ),
     *("gelu_pytorch_tanh", 1e-6),
 )
@@ -224,35 +176,52 @@ SIGLIP_TOWER = Table("transformers' SigLIP", _siglip_tower(r"visual\.trunk\.", "
 CLIP_TIMM = Table(
     "transformers' CLIP",
     (
-        _row(r"cls_token", "embeddings.class_embedding", make=with_batch),
-        _row(r"pos_embed", "embeddings.position_embedding.weight", make=with_batch),
-        _row(r"patch_embed\.proj\.weight", "embeddings.patch_embedding.weight"),
-        _row(r"norm_pre\.(\w+)", r"pre_layrnorm.\1"),  # the misspelling is transformers'
+        row(r"cls_token", "embeddings.class_embedding", make=with_batch),
+        row(r"pos_embed", "embeddings.position_embedding.weight", make=with_batch),
+        row(r"patch_embed\.proj\.weight", "embeddings.patch_embedding.weight"),
+        row(r"norm_pre\.(\w+)", r"pre_layrnorm.\1"),  # the misspelling is transformers'
         *_pair_blocks("blocks", "encoder.layers"),
-        _row(r"norm\.(\w+)", r"post_layernorm.\1"),
+        row(r"norm\.(\w+)", r"post_layernorm.\1"),
     ),
     *("quick_gelu", 1e-5, (), "norm_pre.weight"),
 )
 CLIP = Table(
     "transformers' CLIP",
     (
-        _row(r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
-        _row(r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-        _row(r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
-        _row(r"visual\.ln_pre\.(\w+)", r"vision_model.pre_layrnorm.\1"),
+        row(r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+        row(r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        row(r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+        row(r"visual\.ln_pre\.(\w+)", r"vision_model.pre_layrnorm.\1"),
         *_resblocks(r"visual\.transformer\.resblocks", "vision_model.encoder.layers"),
-        _row(r"visual\.ln_post\.(\w+)", r"vision_model.post_layernorm.\1"),
-        _row(r"visual\.proj", "visual_projection.weight", make=transposed),
+        row(r"visual\.ln_post\.(\w+)", r"vision_model.post_layernorm.\1"),
+        row(r"visual\.proj", "visual_projection.weight", make=transposed),
         *_TEXT,
-        _row(r"(?:text\.)?text_projection", "text_projection.weight", make=transposed),
+        row(r"(?:text\.)?text_projection", "text_projection.weight", make=transposed),
     ),
     *("quick_gelu", 1e-5),
 )
-TABLES = (DEIT, VIT, *DINOV2, DINOV3, CLIP_TIMM, SIGLIP_TIMM, CLIP, SIGLIP, SIGLIP_TOWER)
+# The image tower of OpenAI's and open_clip's CLIPs, which stands there under `visual.`.
+OPEN_CLIP = Table(
+    "open_clip",
+    (
+        row(r"cls_token", "class_embedding", make=with_batch),
+        row(r"pos_embed", "positional_embedding", make=with_batch),
+        row(r"patch_embed\.proj\.(\w+)", r"conv1.\1"),
+        row(r"norm_pre\.(\w+)", r"ln_pre.\1"),
+        row(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"transformer.resblocks.\1.attn.in_proj_\2"),
+        row(r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+        row(r"blocks\.(\d+)\.norm(\d)\.(\w+)", r"transformer.resblocks.\1.ln_\2.\3"),
+        row(r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+        row(r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+        row(r"norm\.(\w+)", r"ln_post.\1"),
+    ),
+    *("gelu", 1e-5, (), "norm_pre.weight"),
+)
+TABLES = (DEIT, VIT, *DINOV2, DINOV3, CLIP_TIMM, SIGLIP_TIMM, CLIP, SIGLIP, SIGLIP_TOWER, OPEN_CLIP)
 
 
 def transformers_layouts(wanted: Wanted) -> Iterator[Layout]:
-    """The layouts of transformers from which every tensor of a network can be made."""
+    """The layouts of transformers, and that of open_clip's image tower, which have every tensor of a network."""
     for table in TABLES:
         if table.has and table.has not in wanted.shapes:
             continue

@@ -7,6 +7,7 @@ and one that needs more than that as data: see `inert_checkpoint.py`. TorchScrip
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import pickle
@@ -14,6 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,9 @@ from finetune.system.errors import UserError
 from finetune.system.inert_pickle import MAX_GROWTH, MAX_TEXT, PickleError, check_growth, check_pickles
 from finetune.system.reading import DamagedError, UnfitError, parse_json
 from finetune.system.seals import check_checksum, damaged_if_unreadable
+from finetune.system.terminal import counted, printable
+
+logger = logging.getLogger("finetune")
 
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
@@ -164,7 +169,19 @@ def _clean(content: Mapping[Any, Any], path: Path) -> StateDict:
         keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in content]
         raise UserError(f"{path} holds no weights: expected tensors by name, found {shown(keys)}")
     _check_plain(tensors, path)
+    _tell_kinds(tensors, path)
     return {name: _single(name, value, path) for name, value in tensors.items()}
+
+
+def _tell_kinds(tensors: StateDict, path: Path) -> None:
+    """Say of which numbers single precision makes others, and which are coarse; it holds half precision as it is."""
+    kinds = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    for kind, number in kinds.items():
+        word, what = str(kind).removeprefix("torch."), f"{counted(number, 'tensor')} of {printable(str(path))}"
+        if kind.itemsize == 1:
+            logger.warning("%s have 8 bits a number (%s) and no scales: they are taken as they are", what, word)
+        elif kind == torch.float64:
+            logger.info("%s are in double precision (%s), and are rounded to single", what, word)
 
 
 def _single(name: str, value: Tensor, path: Path) -> Tensor:
