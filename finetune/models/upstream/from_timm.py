@@ -137,9 +137,8 @@ def _from_registry(conf: ModelConf, *, load: bool) -> Upstream:
         mean = ", ".join(f"{value:g}" for value in preprocess.mean)
         own = f"that of the architecture's own weights is used (mean {mean})"
         text += f"; the file does not say its preprocessing, so {own}"
-    named: Named = {**found.named, **beside.named}
-    if path is None and conf.head == HeadKind.keep:
-        named = _tag_classes(net, conf)
+    is_tag = path is None and conf.head == HeadKind.keep
+    named = _tag_classes(net, conf) if is_tag else {**found.named, **beside.named}
     return Upstream(net, preprocess, text, classifier_names, named, beside.network)
 
 
