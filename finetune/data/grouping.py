@@ -142,7 +142,7 @@ def _look(store: ImageStore, rows: Rows, known: KnownImages) -> tuple[Rows, Reco
     chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
     for number, (some, stamps) in enumerate(map_in_threads(look, chunks)):
         part = slice(number * CHUNK, number * CHUNK + len(some))
-        keys = stamp_keys(stamps)
+        keys = stamp_keys(stamps, store.max_pixels)
         found, is_known = known.find(keys)
         sizes[part] = some
         records[part] = np.where(is_known, found, np.zeros((), RECORD))

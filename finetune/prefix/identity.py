@@ -3,17 +3,15 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import finetune
 from finetune.config import AugmentConf, ModelConf, as_dict
 from finetune.core.layers import LayeredModel
 from finetune.core.preprocess import Preprocess
+from finetune.data.caches.made_by import source_digest
 from finetune.data.split import Split
 
 # Settings under `model.*` that change no frozen layer except through its weights, which are hashed themselves.
@@ -40,7 +38,7 @@ def prefix_digest(model: LayeredModel, conf: ModelConf, computing: Mapping[str, 
         "layers": [layer.name for layer in model.layers[: model.boundary]],
         "class_token_only": model.class_token_only and model.boundary > model.num_blocks,
     }
-    _add(state, {**settings, **shape, **computing, "source": source_digest()})
+    _add(state, {**settings, **shape, **computing, "source": source_digest(COMPUTING)})
     with torch.no_grad():
         for name, tensor in [*model.net.named_parameters(), *model.net.named_buffers()]:
             if model.layer_ids[name] < model.boundary:
@@ -68,20 +66,3 @@ def split_digest(
 
 def _add(state: Any, words: Mapping[str, Any]) -> None:
     state.update(json.dumps(words, sort_keys=True).encode("utf-8", "surrogateescape") + b"\n")
-
-
-@cache
-def source_digest(package: Path = Path(finetune.__file__).parent) -> str:
-    """Digest of this package's source code that computes activations, see `COMPUTING`: a change may change them."""
-    state = hashlib.blake2b(digest_size=16, usedforsecurity=False)
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if is_computing(name):
-            _add(state, {"name": name})
-            state.update(path.read_bytes())
-    return state.hexdigest()
-
-
-def is_computing(name: str) -> bool:
-    """Whether the file `name` of this package, such as `core/layers.py`, can change the bits of an activation."""
-    return any(name == part or name.startswith(f"{part}/") for part in COMPUTING)

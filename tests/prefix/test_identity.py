@@ -26,9 +26,10 @@ from finetune.config import (
     SourceKind,
     TrainConf,
 )
+from finetune.data.caches.made_by import is_part, source_digest
 from finetune.models.build import build_model
 from finetune.prefix.feed import Feed
-from finetune.prefix.identity import COMPUTING, is_computing, source_digest
+from finetune.prefix.identity import COMPUTING
 
 PACKAGE = Path(finetune.__file__).parent
 # Run while activations are computed, but change none of their numbers: the bar, locks and messages; the class that
@@ -80,13 +81,15 @@ def test_every_file_that_runs_while_activations_are_made_is_in_the_list(
     (tmp_path / "run").mkdir()
     run(conf, tmp_path / "run", [], quiet=True)
     assert {"core/layers.py", "prefix/feed.py", "data/images/transforms.py"} <= used
-    assert not [name for name in used if not is_computing(name) and name.split("/")[0] not in HARMLESS]
+    assert not [name for name in used if not is_part(name, COMPUTING) and name.split("/")[0] not in HARMLESS]
 
 
 def test_what_builds_a_network_and_its_layers_is_in_the_list() -> None:
-    assert is_computing(Path(build_model.__code__.co_filename).relative_to(PACKAGE).as_posix())
+    assert is_part(Path(build_model.__code__.co_filename).relative_to(PACKAGE).as_posix(), COMPUTING)
     assert all((PACKAGE / part).exists() for part in COMPUTING)
-    assert not [name for name in ("app/run.py", "core/sched.py", "report/tables.py", "commands") if is_computing(name)]
+    assert not [
+        name for name in ("app/run.py", "core/sched.py", "report/tables.py", "commands") if is_part(name, COMPUTING)
+    ]
 
 
 def test_a_change_elsewhere_keeps_activations(tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_a_change_elsewhere_keeps_activations(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x = 1\n")
 
     def digest() -> str:
-        return source_digest.__wrapped__(tmp_path)
+        return source_digest.__wrapped__(COMPUTING, tmp_path)
 
     for name in names:
         before = digest()

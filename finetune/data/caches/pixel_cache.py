@@ -2,7 +2,7 @@
 
 An image is stored as the transform first uses it: resized to the model's square where the transform starts with that
 resize, else whole. The key of a cache on disk covers everything that its pixels depend on (each file's path, size and
-time, that resize, the libraries that decode and resize), so no run reads pixels that have become wrong. Every image has
+time, that resize, and `made_by.decoded_by`), so no run reads pixels that have become wrong. Every image has
 a checksum, which is compared when a process first loads it: a damaged one is decoded from its file again.
 """
 
@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from finetune.config import AugmentConf, CacheKind, DataConf, OnError, Recipe
 from finetune.core.preprocess import Preprocess
 from finetune.data.caches.entries import GIB, begin, cache_folder, size_of
+from finetune.data.caches.made_by import decoded_by
 from finetune.data.caches.opening import open_entry
 from finetune.data.caches.records import CheckedRecords
 from finetune.data.images.decode import ImageError
@@ -44,7 +43,6 @@ from finetune.system.signals import at_once
 
 logger = logging.getLogger("finetune")
 
-FORMAT = 3  # raised when the files below change their meaning, or `read_image` the pixels
 CHUNK = 64  # images decoded between two looks at the room that is left
 Index = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -219,8 +217,7 @@ def _check_room(needed: int, free: int | None, conf: DataConf) -> None:
 
 def _key(split: Split, step: FirstStep) -> str:
     """A name that changes with everything the stored pixels depend on."""
-    libraries = f"{torch.__version__} {torchvision.__version__} {PIL.__version__}"
     square = None if step.square is None else replace(step.square, mean=(0, 0, 0), std=(1, 1, 1))
-    state = hashlib.blake2b(f"{FORMAT} {libraries} {square}".encode(), digest_size=16, usedforsecurity=False)
+    state = hashlib.blake2b(f"{decoded_by()} {square}".encode(), digest_size=16, usedforsecurity=False)
     state.update(split.content_digest())
     return state.hexdigest()

@@ -80,7 +80,7 @@ class _Examination:
                 return
             stamps = [self._stamp(position) for position in range(start, min(start + CHUNK, len(self.rows)))]
             part = self.records[start : start + CHUNK]
-            keys = stamp_keys([stamp or "" for stamp in stamps])
+            keys = stamp_keys([stamp or "" for stamp in stamps], self.store.max_pixels)
             known, is_known = self.known.find(keys)
             part["depth"] = np.where([stamp is not None for stamp in stamps], PRESENT, HEADER)
             part[is_known] = known[is_known]

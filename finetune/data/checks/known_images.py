@@ -1,6 +1,7 @@
 """A memory of earlier checks: which images were readable, by path, size and times. So a second check decodes nothing.
 
-One file a data set, `checks/<key>-<id>.npz` in the cache folder. Where it is damaged or missing, images are read again.
+One file a data set, `checks/<key>-<id>.npz` in the cache folder. Where it is damaged, missing, or made by another
+version of the program or of a library, images are read again.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.caches.entries import cache_folder, claim_cache, entry_lock, known_marker
+from finetune.data.caches.made_by import decoded_by
 from finetune.data.split import ImageStore
 from finetune.data.streams import Ranks, mix, ranks
 from finetune.system.files import write_atomic
@@ -43,9 +45,9 @@ MODES = tuple(
 )
 
 
-def stamp_keys(stamps: Sequence[str]) -> Ranks:
-    """`key` of images with these stamps; 0 for an empty one."""
-    keys = ranks("stamp", 0, stamps)
+def stamp_keys(stamps: Sequence[str], max_pixels: int) -> Ranks:
+    """`key` of images with these stamps, of which none may have more than `max_pixels`; 0 for an empty stamp."""
+    keys = ranks(f"stamp {max_pixels}", 0, stamps)
     keys[[not stamp for stamp in stamps]] = 0
     return keys
 
@@ -116,7 +118,8 @@ class KnownImages:
     def _write(self, path: Path) -> None:
         text = json.dumps(self.reasons).encode()
         with open(path, "wb") as file:
-            np.savez(file, records=self.records, reasons=np.frombuffer(text, dtype=np.uint8))
+            reasons, by = (np.frombuffer(data, dtype=np.uint8) for data in (text, decoded_by().encode()))
+            np.savez(file, records=self.records, reasons=reasons, by=by)
         seal(path)
 
 
@@ -126,7 +129,8 @@ def _read(path: Path) -> tuple[Records, dict[int, str]]:
         content = io.BytesIO(read_sealed(path))
         with damaged_if_unreadable(path), np.load(content, allow_pickle=False) as file:
             records, reasons = file["records"], json.loads(file["reasons"].tobytes())
-            if records.dtype == RECORD and records.ndim == 1:
+            is_same = "by" in file and file["by"].tobytes() == decoded_by().encode()
+            if is_same and records.dtype == RECORD and records.ndim == 1:
                 return records, {int(key): str(reason) for key, reason in reasons.items()}
     return _nothing()
 
