@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -33,6 +34,7 @@ class Precision(Choice):
     fp16 = "fp16"
 
 
+SMALLEST = sys.float_info.min  # of a number other than 0: smaller ones lose digits, and their inverse is infinite
 MAX_INT = 2**31 - 1  # of a whole number that has no bound of its own: nothing is counted in more
 
 
@@ -88,6 +90,8 @@ def _range_problem(key: str, value: Any, metadata: Any) -> str | None:
         return None
     if isinstance(value, int) and value > metadata.get("le", MAX_INT):
         return f"{key}={_short(value)}: must be at most {metadata.get('le', MAX_INT):,} ({metadata['help']})"
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        return f"{key}={value}: must be 0, or {SMALLEST:.2g} or more away from it ({metadata['help']})"
     is_inside = all(holds(value, metadata[name]) for name, (_, holds) in BOUNDS.items() if name in metadata)
     if is_inside and math.isfinite(value):
         return None

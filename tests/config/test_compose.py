@@ -240,6 +240,8 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("sched.warmup=10 sched.cycle=20", 1, [["sched.warmup=10", "less than", "10 epochs"]]),
     ("model.head=random model.templates=[simple]", 1, [["model.templates=['simple']", "only a zero-shot head"]]),
     ("data.max_text_mib=3", 1, [["data.max_text_mib=3", "data=digits does not read it"]]),
+    ("augment.mixup=1e-320", 1, [["augment.mixup=1e-320: must be 0, or 2.2e-308 or more away from it"]]),
+    ("optim.weight_decay=1e-320", 1, [["optim.weight_decay=1e-320: must be 0, or 2.2e-308"]]),
     ("seed=99999999999999999999", 1, [["seed=99999999999999999999: must be at most 9,223,372,036,854,775,807"]]),
     (f"seed=1{25 * '0'}", 1, [["seed=1.0e+25: must be at most"]]),
     (f"seed=-{400 * '9'}", 1, [["seed=-1.0e+400: must be at least 0"]]),
