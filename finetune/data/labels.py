@@ -58,6 +58,7 @@ class LabelReader:
         self.column, self._separator, self._names = column, separator, frozenset(names)
         self.several: bool | None = True if separator else None  # whether images may have several; None: not known yet
         self.known: dict[str, int] = {}  # label -> its id, in the order of reading
+        self.merged: list[list[str]] = []  # numbers that were written in two ways: `1.0` and `1`
         self._ids = array("i")  # of all images, one after the other
         self._counts = array("i")  # labels of each image
         self._lacking = array("q")  # places, from 0, of the images that were added without a label
@@ -96,6 +97,7 @@ class LabelReader:
         Such labels are withheld: no cell of the split has one but -1, and -1 is no class of train. `given` has the
         index into SPLITS of each image.
         """
+        self._settle()
         splits, counts, ids = (np.array(part, dtype=np.int64) for part in (given, self._counts, self._ids))
         of_id = np.repeat(splits, counts)
         negative = self.known.get(_NEGATIVE)
@@ -113,6 +115,25 @@ class LabelReader:
             self._keep(stays, counts, ids)
         return stays.tolist(), left_out
 
+    def _settle(self) -> None:
+        """Take the point off whole numbers such as `1.0`, where all labels are whole numbers and one has a point.
+
+        So a column that a program has written as numbers means the same in a text as in Parquet and JSON, where 1.0 is
+        the number 1. Versions (1.0, 1.1) stay as they are, and so do all labels where a person or the data lists names
+        with a point.
+        """
+        plain = {word: word.partition(".")[0] for word in self.known}
+        listed = any("." in name for name in self._names)
+        if listed or not all(map(re.compile(r"-?\d+(\.0+)?").fullmatch, plain)):
+            return
+        known = {word: place for place, word in enumerate(dict.fromkeys(plain.values()))}
+        if known != self.known:
+            self.merged = [[word, short] for word, short in plain.items() if word != short and short in self.known]
+            new = [known[short] for short in plain.values()]
+            self._ids = array("i", [new[label] for label in self._ids])
+            self.known = known
+            self._remembered.clear()
+
     def _keep(self, stays: Flags, counts: Numbers, ids: Numbers) -> None:
         """Forget the images that do not stay, and labels that no other image has."""
         used, ids = np.unique(ids[np.repeat(stays, counts)], return_inverse=True)
@@ -122,6 +143,14 @@ class LabelReader:
         self._lacking = array("q", [int(place[row]) for row in self._lacking if stays[row]])
         self._ids, self._counts = array("i", ids.tolist()), array("i", counts[stays].tolist())
         self._remembered.clear()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line where numbers were written in two ways."""
+        if not self.merged:
+            return ()
+        pairs = " and of ".join(" and ".join(pair) for pair in self.merged[:LISTED])
+        return (f"all labels are whole numbers, so images of {pairs} are in one class",)
 
     @property
     def lacking(self) -> Sequence[int]:
@@ -169,7 +198,7 @@ class LabelReader:
             raise NoLabelError(f"has no {self.column}")
         if isinstance(cell, (float, dict, list, bytes)):
             raise LabelError(f"has {self.column}={str(cell)[:SHOWN]!r}, expected a text or a whole number")
-        word = str(cell).strip()
+        word = str(cell) if cell in self._names else str(cell).strip()
         if len(word) > NAME.most:
             raise LabelError(f"has a {self.column} of {len(word):,} letters, at most {NAME.most:,} are read")
         if word in MISSING and isinstance(cell, str) and word not in self._names:
@@ -181,6 +210,7 @@ class LabelReader:
 
     def names(self, subject: str) -> tuple[str, ...]:
         """All labels in natural order; a UserError that begins with `subject` where they are too many."""
+        self._settle()
         CLASSES.check(subject, len(self.known))
         return tuple(sorted(self.known, key=natural_key))
 
@@ -211,13 +241,14 @@ def is_no_label(cell: Any) -> bool:
 
 
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """Names that agree but for case, blanks, zeros, invisible letters or the Unicode form, in lists of two or more.
+    """Names that agree but for case, blanks, quotes, zeros, invisible letters or the Unicode form, in lists.
 
     Single letters of both cases are classes of their own, as in sets of handwriting.
     """
     found: dict[str, list[str]] = {}
     for name in names:
         seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")  # no zero-width space
+        seen = re.sub(r"^\s*(['\"`])(.*)\1\s*$", r"\2", seen)
         plain = re.sub(r"(?<=^\d)\.0*$|(?<=\d\d)\.0*$", "", unicodedata.normalize("NFKC", seen).strip())
         plain = re.sub(r"(?<=\w)[-_\s]+(?=\w)", " ", plain if len(plain) == 1 else plain.casefold())
         found.setdefault(re.sub(r"(?<![\d.])0+(?=\d)", "", plain), []).append(name)
@@ -228,6 +259,10 @@ def name_warnings(classes: Collection[str]) -> list[str]:
     """Warnings where class names look alike, like several labels, or like no label."""
     warnings = _look_alike_warnings(classes)
     known = set(classes)
+    quoted = [name for name in classes if re.fullmatch(r"(['\"`]).*\1", name)]
+    if quoted:
+        how = "take the quotes off, unless they belong to the name"
+        warnings.append(f"{counted(len(quoted), 'class name')} in quotes, such as {visibly(quoted[0])}; {how}")
     several = [
         name for name in classes if len(parts := re.split(r"[|;,+&]", name)) > 1 and known >= set(map(str.strip, parts))
     ]

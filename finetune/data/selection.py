@@ -6,6 +6,7 @@ All functions are pure. Every choice ranks the images by a hash of seed and imag
 not matter, an added image moves few others, and `data.shots=1` selects one of the images of `data.shots=2`.
 """
 
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from finetune.config import Balance, DataConf, nearest
 from finetune.config.fields import changed
 from finetune.data.cutting import Rows, cut, in_fold, ranked_strata
+from finetune.data.labels import told_apart
 from finetune.data.split import SPLITS, FoundImages, Source, Split, class_counts
 from finetune.data.streams import Ranks, ranks
 from finetune.system.errors import UserError
@@ -58,9 +60,10 @@ def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImag
     """`found` with the classes `names` only, and the rows of their images; the other rows' labels have no meaning."""
     if not names:
         return found, np.arange(len(found.labels))
+    names = [_typed(name, found.classes) for name in names]
     for name in names:
         if name not in found.classes:
-            close, known = nearest(name, found.classes), _listed(found.classes)
+            close, known = nearest(name, found.classes), _listed(told_apart(found.classes, [name]))
             raise UserError(f"data.classes: there is no class {name!r}{close}; {found.place} has {known}")
     selected = [label for label, name in enumerate(found.classes) if name in names]
     classes = tuple(found.classes[label] for label in selected)
@@ -73,6 +76,13 @@ def _select_classes(found: FoundImages, names: Sequence[str]) -> tuple[FoundImag
         labels = new_label[found.labels]
         rows = torch.nonzero(labels >= 0).flatten()
     return replace(found, classes=classes, labels=labels), rows.numpy()
+
+
+def _typed(name: str, classes: Sequence[str]) -> str:
+    """The class that a person means by `name`: a keyboard gives NFC, and the names of files may be in NFD."""
+    plain = unicodedata.normalize("NFC", name)
+    same = [known for known in classes if unicodedata.normalize("NFC", known) == plain]
+    return same[0] if name not in classes and len(same) == 1 else name
 
 
 def _strata(labels: Tensor) -> Rows:
@@ -97,6 +107,7 @@ def _cut_all(
             raise UserError(f"{found.place}: no image of {_listed(found.classes)} in the {name} split of the data")
     if not missing and not conf.folds and changed(conf, "split_seed"):
         raise UserError(f"data.split_seed={conf.split_seed} would be ignored: {found.place} is not cut; leave it out")
+    _refuse_unseen(found, {name: found.labels[part] for name, part in parts.items()}, is_joined=conf.folds > 0)
     needed = ["train", *missing]
     _check_sizes(found, class_counts(found.labels[parts["train"]], len(found.classes)), needed, conf)
     train = parts["train"]
@@ -216,17 +227,32 @@ def _check_classes(found: FoundImages, splits: Mapping[str, Split]) -> list[str]
     for name, split in splits.items():
         counts = class_counts(split.labels, len(found.classes)).tolist()
         lacking[name] = [word for word, count in zip(found.classes, counts, strict=True) if not count]
+    _refuse_unseen(found, {name: split.labels for name, split in splits.items()})
     unseen = lacking["train"] if found.labels.ndim == 1 else []
-    for name in ("val", "test"):
-        lost = [word for word in unseen if word not in lacking[name]]
-        if lost:
-            raise UserError(f"{found.place}: {name} has class {_listed(lost)}, which train has not: the splits differ")
     if unseen:
         words = _listed(unseen)
         raise UserError(f"{found.place}: no training image of class {words}; add some, or leave it out by data.classes")
     some = {name: words for name, words in lacking.items() if words and len(splits[name])}
     sizes = {name: f"{len(words)} of {counted(len(found.classes), 'class', 'classes')}" for name, words in some.items()}
     return [f"{name} has no image of {size}: {_listed(lacking[name])}" for name, size in sizes.items()]
+
+
+def _refuse_unseen(found: FoundImages, labels: Mapping[str, Tensor], *, is_joined: bool = False) -> None:
+    """Raises UserError if val or test has a class that train has not; `is_joined`: val counts as train.
+
+    `labels` has the labels of each split.
+    """
+    if found.labels.ndim == 2:
+        return
+    has = {name: class_counts(part, len(found.classes)) > 0 for name, part in labels.items()}
+    of_train = has["train"] | has["val"] if is_joined else has["train"]
+    known = [word for word, is_known in zip(found.classes, of_train.tolist(), strict=True) if is_known]
+    for name in ("val", "test"):
+        lost = [found.classes[label] for label in torch.nonzero(has[name] & ~of_train).flatten().tolist()]
+        if lost:
+            both = f"{name} has class {_listed(told_apart(lost, known))}, which train has not"
+            both += f" (train has {_listed(told_apart(known, lost))})"
+            raise UserError(f"{found.place}: {both}: the splits differ")
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from finetune.config.data import group_column
 from finetune.config.fields import changed, show
 from finetune.data.images.decode import ImageError, check_encoded, read_file
 from finetune.data.labels import LabelError, LabelReader, told_apart
+from finetune.data.sources.class_labels import named
 from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.stores import PartsStore, file_stamp, stamp_of_files
 from finetune.data.split import SPLITS, FoundImages, Groups
@@ -82,7 +83,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
             if column is not None and column not in part.column_names:
                 known = f"{nearest(column, part.column_names)}; it has {', '.join(part.column_names)}"
                 raise UserError(f"data.{key}={column}: no such column{known}")
-    classes, labels = _labels(parts, conf, f"data.name={name}", left_out)
+    classes, labels, warnings = _labels(parts, conf, f"data.name={name}", left_out)
     images = {}
     for split, (word, part) in parts.items():
         _check_images(datasets, part.features[conf.image_column], conf.image_column)
@@ -99,6 +100,7 @@ def find_hugging_face(conf: DataConf) -> FoundImages:
         title=f"hf {name}",
         note=in_brackets(left_out),
         location=f"hf:{name}",
+        warnings=warnings,
         groups=Groups.of(cell for _, part in parts.values() for cell in part[groups]) if groups else None,
     )
 
@@ -159,8 +161,8 @@ def _check_images(datasets: Any, feature: Any, column: str) -> None:
 
 def _labels(
     parts: dict[str, tuple[str, Any]], conf: DataConf, place: str, left_out: Counter[str]
-) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and labels, see `LabelReader.tensor`; labels of all splits are compared by their names.
+) -> tuple[tuple[str, ...], Tensor, tuple[str, ...]]:
+    """Class names, labels, see `LabelReader.tensor`, and warnings; labels of all splits are compared by their names.
 
     A split other than train whose labels are withheld leaves `parts` and is counted in `left_out`.
     """
@@ -185,26 +187,18 @@ def _labels(
         raise UserError(f"{place}: {next(islice(images, lacking, None))} has no {column} (data.label_column)")
     if names is None:
         classes = reader.names(f"{place}: data.label_column={column}")
-        return classes, reader.tensor(classes)
+        return classes, reader.tensor(classes), reader.warnings
     unknown = [word for word in reader.known if word not in set(names)]
     if unknown:
         both = f"train has the classes {_listed(names)}; another split has {_listed(told_apart(unknown, names))}"
         raise UserError(f"{place}: data.label_column={column}: {both}, which train has not")
-    return names, reader.tensor(names)
+    return names, reader.tensor(names), reader.warnings
 
 
 def _words(part: Any, column: str, subject: str) -> Iterator[Any]:
     """The cells of a column, with names in the place of the numbers of a ClassLabel; None where it is withheld (-1)."""
     names = _class_names(part.features[column])
-    if names is None:
-        yield from part[column]
-        return
-    of_number = dict(enumerate(names)) | {-1: None, None: None}
-    for cell in part[column]:
-        try:
-            yield [of_number[number] for number in cell] if isinstance(cell, list) else of_number[cell]
-        except KeyError as error:
-            raise UserError(f"{subject}: a label is {error}, and there are {len(names)} names of classes") from None
+    return iter(part[column]) if names is None else named(part[column], names, subject)
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:

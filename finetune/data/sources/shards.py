@@ -172,6 +172,7 @@ def find_shards(conf: DataConf) -> FoundImages:
         title=f"webdataset {root} ({counted(len(shards), 'shard')})",
         note=note,
         location=os.path.abspath(root),
+        warnings=index.labels.warnings,
         groups=None if group_column(conf) is None else Groups.of(index.groups),
     )
 

@@ -78,6 +78,8 @@ def _looks_like(some: list[str], root: str, table: str, conf: DataConf) -> str:
         return f"it is an address of a file on a machine; write it as a path, {plain}"
     if REMOTE.match(first):
         return "it is an address; download the images and name their files, or pack them as shards (data=webdataset)"
+    if re.fullmatch(r"(['\"`]).*\1", first) and _any_exists(root, [first[1:-1]]):
+        return f"there is {first[1:-1]}; take the quotes off, or write double ones"
     for name in some:
         for ending in sorted({*EXTENSIONS, *map(str.upper, EXTENSIONS)}):
             if _any_exists(root, [name + ending]):

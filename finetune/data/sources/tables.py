@@ -20,6 +20,7 @@ from finetune.config.data import group_column
 from finetune.data.images.decode import ImageError
 from finetune.data.labels import LabelError, LabelReader
 from finetune.data.packed import PackedStrings
+from finetune.data.sources.class_labels import named, names_in_parquet
 from finetune.data.sources.data_files import DataFile
 from finetune.data.sources.layout import in_brackets
 from finetune.data.sources.parquet_images import ParquetStore, RowEnds, image_rows
@@ -130,19 +131,22 @@ def find_table(conf: DataConf) -> FoundImages:
     place = os.path.expanduser(conf.table or "")
     tables, left_out = list_tables(place, has_splits=conf.split_column is None)
     ends = _image_rows(tables, conf)
-    rows = _Rows(LabelReader(conf.label_column, conf.label_separator, conf.classes), tables)
+    names_of = [names_in_parquet(table.path, conf.label_column) for table in tables]
+    certain = [*conf.classes, *chain.from_iterable(filter(None, names_of))]
+    rows = _Rows(LabelReader(conf.label_column, conf.label_separator, certain), tables)
     rows.left_out += left_out
     top = os.path.commonpath([os.path.dirname(table.path) for table in tables])
-    each = (_paths_in(file, top, conf, rows, ends is not None) for file in range(len(tables)))
+    each = (_paths_in(file, top, conf, rows, ends is not None, names) for file, names in enumerate(names_of))
     names = rows.without_withheld(PackedStrings(chain.from_iterable(each)))
     note = _check_rows(rows, place)
     classes = rows.labels.names(f"data.table={place}: data.label_column={conf.label_column}")
     labels, places = rows.labels.tensor(classes), rows.places()
     root = os.path.expanduser(conf.root) if conf.root else top
     store: ImageStore
-    warnings: tuple[str, ...] = ()
+    warnings = rows.labels.warnings
     if ends is None:
-        names, warnings = found_paths(names, root, tables[0].path, conf)
+        names, more = found_paths(names, root, tables[0].path, conf)
+        warnings += more
         store = TableStore(root, names, places)
     else:
         root, store = place, ParquetStore(conf.path_column, ends, places)
@@ -176,10 +180,13 @@ def _image_rows(tables: Sequence[DataFile], conf: DataConf) -> list[RowEnds] | N
     return found or None
 
 
-def _paths_in(file: int, top: str, conf: DataConf, rows: _Rows, has_images: bool) -> Iterator[str]:
+def _paths_in(
+    file: int, top: str, conf: DataConf, rows: _Rows, has_images: bool, class_names: Sequence[str] | None
+) -> Iterator[str]:
     """The paths in a table of several, from `data.root`, or from `top`, on; names of images that have no path.
 
-    Without `data.root` the paths in a table start from the folder of the table.
+    Without `data.root` the paths in a table start from the folder of the table. The labels are numbers of
+    `class_names`, if there are any.
     """
     table = rows.tables[file]
     wanted = [conf.path_column, conf.label_column, *filter(None, [conf.split_column, group_column(conf)])]
@@ -189,6 +196,8 @@ def _paths_in(file: int, top: str, conf: DataConf, rows: _Rows, has_images: bool
     folder = "" if conf.root or has_images else os.path.dirname(inner)
     if has_images:
         blocks = _with_names(blocks, f"{start}{conf.path_column}")
+    if class_names is not None:
+        blocks = _with_classes(blocks, class_names, f"data.table={table.name}: {conf.label_column}")
     for path in _usable_paths(blocks, conf, rows, file):
         yield os.path.join(folder, path) if folder else path
 
@@ -220,6 +229,12 @@ def _with_names(blocks: Iterable[ColumnBlock], column: str) -> Iterator[ColumnBl
     """The blocks with a first column of names, by which images without a path are split: `image[17]`, of row 17."""
     for numbers, columns in blocks:
         yield ColumnBlock(numbers, [[f"{column}[{number}]" for number in numbers], *columns])
+
+
+def _with_classes(blocks: Iterable[ColumnBlock], names: Sequence[str], subject: str) -> Iterator[ColumnBlock]:
+    """The blocks with names in the place of the numbers in the second column, of labels."""
+    for numbers, (paths, labels, *others) in blocks:
+        yield ColumnBlock(numbers, [paths, list(named(labels, names, subject)), *others])
 
 
 def _names_without_place(names: PackedStrings, root: str) -> PackedStrings:
