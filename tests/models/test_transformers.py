@@ -89,10 +89,17 @@ def live(model: nn.Module, folder: Path) -> None:
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, folder / "trained.pth")
 
 
+BEIT = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1}
 VITS = {
     "vit": ("ViT", "vit_base_patch16_224", {}, {"mlp_ratio": 2}),
     "vit_tanh": ("ViT", "vit_base_patch16_224", {"hidden_act": "gelu_new"}, {"mlp_ratio": 2}),
     "deit": ("DeiT", "deit_base_distilled_patch16_224", {}, {"mlp_ratio": 2}),
+    "deit_plain": ("ViT", "deit_base_patch16_224", {}, {"mlp_ratio": 2}),
+    "beit": ("Beit", "beit_base_patch16_224", BEIT, {"mlp_ratio": 2}),
+    "beit_token": (
+        *("Beit", "beit_base_patch16_224", {**BEIT, "use_mean_pooling": False, "hidden_act": "gelu_new"}),
+        {"mlp_ratio": 2, "global_pool": "token"},
+    ),
     "dinov2": ("Dinov2", "vit_base_patch14_dinov2", {"mlp_ratio": 2}, {"mlp_ratio": 2}),
     "dinov2_gated": (
         *("Dinov2", "vit_giant_patch14_dinov2", {"mlp_ratio": 2, "use_swiglu_ffn": True}),

@@ -54,7 +54,7 @@ class Table:
     program: str
     rows: tuple[Row, ...]
     activation: str  # transformers' default, which a config.json may leave out
-    norm_eps: float  # likewise
+    norm_eps: float  # likewise; 0: its configuration does not say that of most norms, and all keep their own
     live: tuple[tuple[str, str], ...] = ()  # replacements that turn a name in a file into the name in memory
     has: str = ""  # one of our names that the network must have
 

@@ -127,6 +127,6 @@ def _fit(net: nn.Module, config: Part, table: Table, place: Path) -> Network:
     activation = "" if own <= {activation} else activation
     eps = config.get("layer_norm_eps", table.norm_eps)
     has_own = all(module.eps == eps for module in net.modules() if isinstance(module, nn.LayerNorm))
-    network = Network(activation, 0.0 if has_own else eps)
+    network = Network(activation, 0.0 if has_own or not table.norm_eps else eps)
     network.put_into(net)
     return network

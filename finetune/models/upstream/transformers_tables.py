@@ -1,14 +1,17 @@
-"""How the package transformers names the tensors of ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP: a table each.
+"""How the package transformers names the tensors of networks: a table each.
 
 Also how open_clip names those of an image tower, for timm's networks of the same form.
 
 A row has a pattern of our names (those of timm or open_clip), and the names of transformers from which the tensor is
 made. Version 5 of transformers writes files with the names of version 4, but has others in memory, which
-`torch.save(model.state_dict())` writes; `LIVE` turns the former into the latter.
+`torch.save(model.state_dict())` writes; `live` turns the former into the latter.
 """
 
+import math
 import re
 from collections.abc import Iterator
+
+from torch import Tensor
 
 from finetune.models.upstream.layouts import Layout, Source, Wanted
 from finetune.models.upstream.tables import (
@@ -23,9 +26,10 @@ from finetune.models.upstream.tables import (
     transposed,
     with_batch,
 )
+from finetune.models.upstream.transformers_stages import CONVNEXT, DINOV3_CONVNEXT, SWIN
 
 # Tensors without a use here: buffers that are computed anew, the token of masked patches, ViT's unused pooler.
-IGNORED = re.compile(r"(position_ids|mask_token|inv_freq)$|^pooler\.")
+IGNORED = re.compile(r"(position_ids|relative_position_index|mask_token|inv_freq)$|^pooler\.")
 
 
 _VIT_STEM = (
@@ -65,6 +69,32 @@ DEIT = Table(
         row(r"head_dist\.(\w+)", r"distillation_classifier.\1"),
     ),
     *("gelu", 1e-12, _VIT_LIVE, "dist_token"),
+)
+
+_BEIT_ATTENTION = r"encoder.layer.\1.attention.attention"
+BEIT = Table(
+    "transformers' BEiT",
+    (
+        row(r"blocks\.(\d+)\.attn\.q_bias", f"{_BEIT_ATTENTION}.query.bias"),  # the key has none
+        row(r"blocks\.(\d+)\.attn\.v_bias", f"{_BEIT_ATTENTION}.value.bias"),
+        row(
+            r"blocks\.(\d+)\.attn\.relative_position_bias_table",
+            f"{_BEIT_ATTENTION}.relative_position_bias.relative_position_bias_table",
+        ),
+        row(
+            r"rel_pos_bias\.relative_position_bias_table", "encoder.relative_position_bias.relative_position_bias_table"
+        ),
+        row(r"blocks\.(\d+)\.gamma_(\d)", r"encoder.layer.\1.lambda_\2"),
+        row(r"fc_norm\.(\w+)", r"pooler.layernorm.\1"),
+        *(*_VIT_ROWS, *_HEADS),
+    ),
+    *("gelu", 1e-12),
+    (
+        ("attention.attention.relative_position_bias.", "relative_position_bias."),
+        ("encoder.relative_position_bias.", "shared_position_bias."),
+        *_VIT_LIVE,
+    ),
+    "blocks.0.gamma_1",
 )
 
 _DINOV2_BLOCKS = (
@@ -158,6 +188,25 @@ _TEXT = (
     row(r"(?:text\.)?ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
     row(r"(logit_scale|logit_bias)", r"\1"),
 )
+
+
+def on_grid(table: Tensor) -> Tensor:
+    """The positions on the square grid of the patches. (patches, width) -> (1, side, side, width)."""
+    side = math.isqrt(len(table))
+    return table.reshape(1, side, side, table.shape[-1])
+
+
+# SigLIP2's networks for images of any form; the others have the layout of SigLIP.
+NAFLEX = Table(
+    "transformers' SigLIP2 NaFlex",
+    (
+        row(r"embeds\.pos_embed", "embeddings.position_embedding.weight", make=on_grid),
+        row(r"embeds\.proj\.(\w+)", r"embeddings.patch_embedding.\1"),
+        *_siglip_tower("", ""),
+        row(r"head\.(\w+)", r"classifier.\1"),
+    ),
+    *("gelu_pytorch_tanh", 1e-6, (), "embeds.proj.weight"),
+)
 SIGLIP_TIMM = Table(
     "transformers' SigLIP",
     (*_siglip_tower("", ""), row(r"head\.(\w+)", r"classifier.\1")),
@@ -217,7 +266,10 @@ OPEN_CLIP = Table(
     ),
     *("gelu", 1e-5, (), "norm_pre.weight"),
 )
-TABLES = (DEIT, VIT, *DINOV2, DINOV3, CLIP_TIMM, SIGLIP_TIMM, CLIP, SIGLIP, SIGLIP_TOWER, OPEN_CLIP)
+TABLES = (
+    *(DEIT, VIT, BEIT, *DINOV2, DINOV3, CLIP_TIMM, SIGLIP_TIMM, NAFLEX, CLIP, SIGLIP, SIGLIP_TOWER, OPEN_CLIP),
+    *(SWIN, CONVNEXT, DINOV3_CONVNEXT),
+)
 
 
 def transformers_layouts(wanted: Wanted) -> Iterator[Layout]:
