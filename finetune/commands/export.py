@@ -17,13 +17,14 @@ from finetune.system.terminal import printable
 
 if TYPE_CHECKING:
     from finetune.config import Conf
-    from finetune.data.split import Split
     from finetune.use.exporting.card import About
+    from finetune.use.exporting.checking import Images
 
 EPILOG = """\
 RUN is a run directory or its best.safetensors. FORMAT is one of:
   timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
   open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
+  int8          model.onnx with 8-bit integers: a quarter of the size; judged by its accuracy, not by equal scores
   onnx          model.onnx, for onnxruntime and others
   openvino      model.xml and model.bin, for OpenVINO
   pt2           model.pt2, for torch.export.load
@@ -87,13 +88,15 @@ def _conf(source: Path, *, has_images: bool) -> Conf | None:
         raise UserError(f"{'; '.join(error.problems)}; or give images to compare on with --images PATH") from error
 
 
-def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> tuple[Split, str]:
-    """The images of the comparison, and where they come from."""
+def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> Images:
+    """The images of the comparison."""
     from finetune.data import open_source
     from finetune.data.sources.unlabelled import find_images
+    from finetune.use.exporting.checking import Images
 
     if paths:
-        return find_images(paths), "those given"
+        split = find_images(paths)
+        return Images(split, "those given", False, split)
     mend = "give some with --images PATH"
     if conf is None:
         problem = f"{printable(str(source))} does not say where its images are, and an export is compared on images"
@@ -107,7 +110,8 @@ def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> tup
     name = next((name for name in ("val", "test", "train") if len(splits[name])), None)
     if name is None:
         raise UserError(f"the run has no images: {mend}")
-    return splits[name], {"val": "validation", "test": "the test split", "train": "training"}[name]
+    where = {"val": "validation", "test": "the test split", "train": "training"}[name]
+    return Images(splits[name], where, True, splits["train"] if len(splits["train"]) else splits[name])
 
 
 def _about(source: Path, conf: Conf | None) -> About:

@@ -95,9 +95,10 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "system/reading.py": [(READS, ("open_regular",))],
     "system/seals.py": [(TEMPORARY, ("seal", "put_checksum", "sort_metadata"))],
     "system/terminal.py": [("writes to /dev/null", ("open_closed_streams",))],
-    "use/exporting/checking.py": [("a temporary folder of this process", ("_store_images", "check"))],
+    "use/exporting/checking.py": [("a temporary folder of this process", ("check",))],
     "use/exporting/export.py": [("in the new folder of `made_at`", ("export",))],
     "use/exporting/fresh.py": [("the temporary folder of `checking.py`", ("main",))],
+    "use/exporting/int8_file.py": [("in the new folder of `made_at`, and a temporary one", ("quantise",))],
     "use/exporting/pt2_file.py": [("in the new folder of `made_at`", ("write",)), (TEMPORARY, ("_save",))],
     "use/exporting/open_clip_folder.py": [("in the new folder of `made_at`", ("write",))],
     "use/exporting/place.py": [

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import ROOT, go, small
 
 import finetune
@@ -43,6 +43,15 @@ def vit_run(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     conf.data.resize, conf.data.eval_resize, conf.model.in_channels = "shortest", 37, 1
     conf.model.pool = Pool.mean
     go(conf, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def striped_vit(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the bundled ViT."""
+    conf = small(stripes)
+    conf.model.family, conf.model.name, conf.model.head = Family.vit, "glyph_vit", HeadKind.random
+    go(conf, folder := tmp_path_factory.mktemp("striped_vit"))
     return folder
 
 
@@ -236,6 +245,43 @@ def test_programs_give_the_scores_of_the_run_and_name_no_place(
     assert tuple(json.loads(texts["classes"])) == predictor.classes
     assert json.loads(texts["threshold"]) == predictor.threshold
     assert json.loads(texts["preprocess"]) == predictor.preprocess.as_dict()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_int8_is_judged_by_its_accuracy(striped_run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime.quantization")
+    pytest.importorskip("onnxscript")
+    assert main(["export", str(striped_run), "int8", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    accuracy = json.loads((striped_run / "result.json").read_text())["val/top1"]
+    assert f"of validation: accuracy {accuracy:.4f} before rounding" in said
+    size = (striped_run / "checkpoints" / "best.safetensors").stat().st_size
+    assert (folder / "out" / "model.onnx").stat().st_size < size / 2.5
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rounding_that_costs_too_much_accuracy_is_refused(
+    striped_vit: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(place: Path, images: torch.Tensor) -> tuple[str, ...]:
+        assert images.shape[1:] == (3, 32, 32)
+        path = place / "model.safetensors"
+        tensors = load_file(path)
+        tensors["head.weight"] *= factor
+        tensors["head.bias"] *= factor
+        save_file(tensors, path)
+        return ("It rounds.",)
+
+    monkeypatch.setitem(export.FORMATS, "int8", export.Format(export.timm_folder.write, quantise=coarse))
+    factor = 1.01  # other scores, the same predictions
+    assert main(["export", str(striped_vit), "int8", "--out", "good"]) == 0
+    assert "0 predictions changed" in capsys.readouterr().out
+    factor = -1.0  # the least probable class for every image
+    assert main(["export", str(striped_vit), "int8", "--out", "bad"]) == 1
+    assert "rounding costs too much accuracy" in capsys.readouterr().err and not Path("bad").exists()
+    photographs(folder / "in")
+    assert main(["export", str(striped_vit), "int8", "--out", "own", "--images", "in", "--allow-different"]) == 0
+    assert "own predictions count as right: accuracy 1.0000 before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

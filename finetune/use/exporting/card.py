@@ -13,8 +13,8 @@ from finetune.use.exporting.formats import Written
 from finetune.use.loading import Learned
 
 SHOWN = 200  # classes that the card lists
-LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx"}
-PACKAGES = {"open_clip": "open_clip_torch", "pt2": "torch", "onnx": "onnxruntime"}
+LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx", "int8": "onnx"}
+PACKAGES = {"open_clip": "open_clip_torch", "pt2": "torch", "onnx": "onnxruntime", "int8": "onnxruntime"}
 RESIZES = {
     "crop": "shorter side to {shorter} pixels, then the {size} x {size} pixels in the middle",
     "squash": "both sides to {size} pixels",

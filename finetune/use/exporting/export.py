@@ -1,15 +1,16 @@
 """Exports a model: writes it in a format of another library, proves it there, and only then puts it in its place."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 from finetune.config import nearest
 from finetune.core.device import pick_device
-from finetune.data.split import Split
 from finetune.system.errors import UserError
 from finetune.system.files import write_text
 from finetune.use.exporting import (
+    int8_file,
     onnx_file,
     open_clip_folder,
     openvino_file,
@@ -18,7 +19,7 @@ from finetune.use.exporting import (
     transformers_folder,
 )
 from finetune.use.exporting.card import About, card
-from finetune.use.exporting.checking import Checked, check
+from finetune.use.exporting.checking import Checked, Images, check, prepared
 from finetune.use.exporting.formats import Format
 from finetune.use.exporting.place import made_at
 from finetune.use.loading import Learned, predictor_of
@@ -28,10 +29,12 @@ FORMATS = {
     "timm": Format(timm_folder.write),
     "open_clip": Format(open_clip_folder.write),
     "onnx": Format(onnx_file.write, onnx_file.write_whole, packages=ONNX, extra="onnx"),
+    "int8": Format(onnx_file.write, quantise=int8_file.quantise, packages=ONNX, extra="onnx"),
     "openvino": Format(openvino_file.write, packages=("openvino",), extra="openvino"),
     "pt2": Format(pt2_file.write),
     "transformers": Format(transformers_folder.write, packages=("transformers",), extra="transformers"),
 }
+EXAMPLES = 128  # images of training on which a format that rounds measures ranges
 README = "README.md"
 
 
@@ -53,7 +56,7 @@ def export(
     learned: Learned,
     name: str,
     place: Path,
-    images: Callable[[], tuple[Split, str]],
+    images: Callable[[], Images],
     *,
     about: About,
     with_preprocess: bool = False,
@@ -62,7 +65,7 @@ def export(
     """Write `learned` in the format `name` to the new folder `place`; how far it is from the model.
 
     With `with_preprocess` the network resizes, crops and normalises images itself. `images` gives the images of the
-    comparison, and says where they come from. It is called once the format is known to hold the model.
+    comparison. It is called once the format is known to hold the model.
 
     Raises:
         RefusedError: Something is at `place`.
@@ -76,10 +79,13 @@ def export(
     with made_at(place) as folder:
         learned.built.model.requires_grad_(False).eval()
         written = write(learned, folder)
-        split, where = images()
+        given = images()
+        if found.quantise is not None:
+            notes = found.quantise(folder, prepared(given.examples, learned.built.preprocess, EXAMPLES))
+            written = dataclasses.replace(written, notes=(*notes, *written.notes))
         write_text(folder / README, card(name, learned, written, about, None))
         predictor = predictor_of(learned, name, pick_device("cpu"), "fp32")
-        checked = check(folder, predictor, split, where)
+        checked = check(folder, predictor, given, is_rounded=found.quantise is not None)
         if checked.differs and not allow_different:
             raise UserError(_difference(name, checked, written.notes))
         write_text(folder / README, card(name, learned, written, about, checked))
@@ -88,6 +94,8 @@ def export(
 
 def _difference(name: str, checked: Checked, notes: tuple[str, ...]) -> str:
     what = "its preprocessing differs from the run's"
+    if checked.differs == "accuracy":
+        what = "rounding costs too much accuracy"
     if checked.differs == "numbers":
         what = f"its scores of the same pixels differ by {checked.numbers:.1e}"
     why = f" {' '.join(notes)}" if notes else ""

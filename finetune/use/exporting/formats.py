@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.weight_files import is_path
 from finetune.runs.weights import weights_metadata
@@ -32,6 +34,8 @@ class Format:
 
     write: Callable[[Learned, Path], Written]  # into a new folder; a UserError where it cannot hold the model
     write_whole: Callable[[Learned, Path], Written] | None = None  # the same, with the preprocessing in the network
+    # Makes the written network smaller and less exact, by prepared images; what to know of it, a sentence each.
+    quantise: Callable[[Path, Tensor], tuple[str, ...]] | None = None
     packages: tuple[str, ...] = ()  # that writing or checking needs, beside those that finetune needs anyway
     extra: str = ""  # of finetune, which brings them
 
