@@ -138,7 +138,8 @@ class Session:
         except OSError as error:
             if self.result["status"] == "finished":
                 raise
-            logger.error("result.json could not be written: %s", error)
+            if self.run_dir.is_dir():  # else the first error says it
+                logger.error("result.json could not be written: %s", error)
 
 
 def _log_changes(changes: Sequence[Change]) -> None:

@@ -147,7 +147,11 @@ def _finish(conf: Conf, folder: Path, overrides: list[str]) -> tuple[int, float 
     except Exception as error:  # a mistake, or a fault of the program: a sweep goes on after either
         record_failure(folder, overrides, error)
         is_expected = isinstance(error, EXPECTED_ERRORS)
-        complain(str(error) if is_expected else fault_line(error, where_traceback(folder, error)))
+        text = str(error) if is_expected else fault_line(error, where_traceback(folder, error))
+        if not folder.is_dir():
+            gone = "it was moved or removed while the run worked in it; resume=PATH continues it where it lies now"
+            text = f"{folder} is gone ({text}): {gone}"
+        complain(text)
         return 1, None
     score = number(result.get(str(result.get("monitor", "val/top1"))))
     return 0, score if math.isfinite(score) else None

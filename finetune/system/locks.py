@@ -62,7 +62,8 @@ def working_in(folder: Path, kind: ours.FolderKind, patience_s: float = PATIENCE
 def run_lock(run_dir: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Hold the lock of a run directory, or of a sweep's or check's folder; no other process works there meanwhile.
 
-    It waits `patience_s` seconds for another process.
+    It waits `patience_s` seconds for another process. A folder that takes the place of this one meanwhile, while this
+    one was moved, is somebody else's: nothing is written into it, see `ours.HELD`.
 
     Raises:
         InUseError: Another process holds the lock.
@@ -81,13 +82,18 @@ def run_lock(run_dir: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
             raise InUseError(f"{run_dir} is being worked in by {who}; nothing was changed: wait for it{stop}") from None
         own = Holder(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(timespec="seconds"))
         write_text(record, json.dumps(asdict(own)))
+        place, marker = os.path.abspath(run_dir), ours.read_marker(run_dir)
+        if marker is not None:
+            ours.HELD[place] = marker.id
         try:
             yield
         finally:
             # Before the lock is given back: after that these may be another process's files.
             for path in (record, run_dir / RUN_LOCK):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ours.RefusedError):
+                    ours.read_marker(run_dir)
                     path.unlink()
+            ours.HELD.pop(place, None)
 
 
 def holder(run_dir: Path) -> Holder | None:

@@ -34,6 +34,7 @@ _SAFE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if sys.platform != "w
 _ID = "[0-9a-f]{16}"
 # What `temporary_folder` adds to the name of a file, and the file in it that a library writes.
 PARTS, WHOLE = ".parts", "whole"
+HELD: dict[str, str] = {}  # absolute paths of the folders whose lock this process holds -> the ids of their markers
 
 
 class RefusedError(UserError):
@@ -115,9 +116,7 @@ class Marker:
     kind: FolderKind
     format: int  # of the names above
     finetune: str  # the version that made the folder
-    id: Annotated[
-        str, Meta(pattern=f"^{_ID}$")
-    ]  # 16 hexadecimal digits, drawn for this folder; its temporary files carry them
+    id: Annotated[str, Meta(pattern=f"^{_ID}$")]  # drawn for this folder; its temporary files carry it
 
 
 def claim(folder: Path, kind: FolderKind) -> Marker:
@@ -165,7 +164,7 @@ def look(folder: Path, kind: FolderKind) -> Marker | None:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker in a folder, None where there is none; a RefusedError where it is damaged or of another version."""
+    """The marker in a folder, None where there is none; a RefusedError where it is damaged, or other than in `HELD`."""
     path = folder / MARKER
     if not os.path.lexists(path):
         return None
@@ -176,6 +175,8 @@ def read_marker(folder: Path) -> Marker | None:
     if found.format != FORMAT:
         made = f"finetune {found.finetune} made {folder}, in format {found.format}"
         raise RefusedError(f"{made}; this version knows format {FORMAT}: choose another folder")
+    if HELD.get(os.path.abspath(folder), found.id) != found.id:
+        raise RefusedError(f"{folder} was moved during the work in it; the one that is there now was not changed")
     return found
 
 
@@ -188,10 +189,8 @@ def _write_marker(path: Path, marker: Marker) -> None:
         _write_new(temporary, text)
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            raise
         except OSError as error:
-            if error.errno == errno.ENOENT:
+            if error.errno in (errno.EEXIST, errno.ENOENT):
                 raise
             _write_new(path, text)  # a file system without hard links
     finally:
@@ -266,8 +265,9 @@ def open_own(path: Path, mode: str, **kwargs: Any) -> Any:
     """`open` for a file of ours that is written in place: it follows no link, and never waits for a FIFO's reader.
 
     Raises:
-        RefusedError: Something else than a file with one name is there.
+        RefusedError: Something else than a file with one name is there, or the folder is another's by now.
     """
+    _marker_above(path.parent)
 
     def opener(name: str, flags: int) -> int:
         handle = _open_safely(name, flags & ~os.O_TRUNC)

@@ -14,6 +14,7 @@ from small_runs import assert_same_run
 from test_edited import kill_at
 
 from finetune.__main__ import main
+from finetune.runs.history import History
 
 WORDS = ("data=folder", "data.batch_size=8", "train.epochs=2")
 
@@ -152,3 +153,42 @@ def test_a_sweeps_jobs_find_the_same_place_also_from_their_own_folders(
     for job in ("0", "1"):
         config = yaml.safe_load((folder / "sweep" / job / "config.yaml").read_text())
         assert config["data"]["root"] == str(folder / "images")
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("is_exchanged", [False, True])
+def test_a_folder_that_is_moved_while_a_run_works_in_it_is_told_and_another_in_its_place_stays_as_it_is(
+    begun: Path,
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_exchanged: bool,
+) -> None:
+    other, moved, append = tmp_path / "other", tmp_path / "moved", History.append
+    shutil.copytree(straight, other)
+    (other / ".lock").touch()
+    before = everything(other)
+
+    def move_first(self: History, row: dict[str, object]) -> None:
+        if begun.exists() and not moved.exists():
+            begun.rename(moved)
+            if is_exchanged:
+                other.rename(begun)
+        append(self, row)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "append", move_first)
+        assert main([f"resume={begun}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {begun} {'was moved' if is_exchanged else 'is gone'}" in line
+    if is_exchanged:
+        assert everything(begun) == before
+    else:
+        assert not begun.exists()
+    assert main([f"resume={moved}"]) == 0
+    assert_same_run(straight, moved)
