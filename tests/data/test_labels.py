@@ -98,13 +98,40 @@ def test_splits_inside_class_folders_are_refused(tmp_path: Path) -> None:
         folder(tmp_path)
 
 
-def test_folders_inside_classes_are_no_question_where_names_differ_or_images_lie_beside(tmp_path: Path) -> None:
-    one = make(tmp_path / "one", "cat/tabby", "cat/siamese", "dog/collie", "dog/poodle")
+def test_folders_inside_classes_are_no_question_where_names_repeat_or_images_lie_beside(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", "cat/photos", "dog/more/pictures")
+    part = make(tmp_path / "part", "cat/a", "cat/b", "cat", "dog/c", "dog/d")
     beside = make(tmp_path / "beside", "cat", "cat/indoor", "cat/outdoor", "dog", "dog/indoor", "dog/outdoor")
     same = make(tmp_path / "same", "cat/images", "dog/images")
     many = make(tmp_path / "many", *(f"{i}/{side}" for i in range(11) for side in ("left", "right")), count=2)
-    assert all(folder(root).classes == ("cat", "dog") for root in (one, beside, same))
+    assert all(folder(root).classes == ("cat", "dog") for root in (one, part, beside, same))
     assert len(folder(many).classes) == 11
+
+
+@pytest.mark.parametrize("start", ["", "train/"])
+@pytest.mark.parametrize("between", ["", "x/"])
+def test_classes_in_categories_are_a_question_with_both_readings(tmp_path: Path, start: str, between: str) -> None:
+    names = {"animals": ["cats", "dogs"], "vehicles": ["cars"], "plants": ["moss", "oak"]}
+    inner = [f"{outer}/{between}{name}" for outer, some in names.items() for name in some]
+    make(tmp_path, *(f"{start}{path}" for path in inner), *([f"val/{path}" for path in inner] if start else []))
+    if between:
+        make(tmp_path, f"{start}animals/{between}cats/indoor")
+    with pytest.raises(UserError) as caught:
+        folder(tmp_path)
+    both = "may be the classes animals, plants, vehicles, or the classes cats, dogs, moss, oak, cars in them"
+    assert both in str(caught.value) and "data.group='([^/]+)/[^/]+$'" in str(caught.value)
+    assert folder(tmp_path, classes=[*names]).classes == ("animals", "plants", "vehicles")
+    if not start:
+        grouped = folder(tmp_path, group="([^/]+)/[^/]+$")
+        assert grouped.classes == ("animals", "plants", "vehicles")
+        assert any("too few groups of images" in line for line in grouped.warnings)
+    source = folder(tmp_path, classes=["oak", "cats", "cars"])
+    assert source.classes == ("cars", "cats", "oak")
+    for split in source.splits.values():
+        for row, label in enumerate(split.labels.tolist()):
+            assert f"/{source.classes[label]}/" in split.name_of(row)
+    with pytest.raises(UserError, match=r"may be the classes animals"):
+        folder(tmp_path, classes=["oak", "animals"])
 
 
 def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:

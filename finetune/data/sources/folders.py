@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 
 from finetune.config import DataConf, nearest
+from finetune.config.data import group_pattern
 from finetune.data.images.decode import EXTENSIONS
 from finetune.data.labels import told_apart
 from finetune.data.packed import PackedStrings
@@ -17,8 +18,10 @@ from finetune.data.sources.layout import (
     first_fork,
     identity,
     in_brackets,
+    inner_folders,
     is_image,
     listed,
+    refuse_nested,
     split_folders,
 )  # fmt: skip
 from finetune.data.sources.stores import FileStore
@@ -43,7 +46,11 @@ def find_folder(conf: DataConf) -> FoundImages:
         raise UserError(f"data.root={conf.root}: is not a folder; {LAYOUT}")
     left_out: Counter[str] = Counter()
     folders = split_folders(root, conf.classes, left_out) or {"train": ""}
-    found = {split: _list_classes(root, folder, split == "train", left_out) for split, folder in folders.items()}
+    has_inner = _classes_are_inner(os.path.join(root, folders["train"]) if folders["train"] else root, conf)
+    found = {
+        split: _list_classes(root, folder, split == "train", left_out, has_inner=has_inner)
+        for split, folder in folders.items()
+    }
     _check_train(root, folders["train"], found["train"], conf.classes)
     for split in folders:
         _check_known(root, split, found, conf.classes)
@@ -71,9 +78,28 @@ def find_folder(conf: DataConf) -> FoundImages:
     )
 
 
-def _list_classes(root: str, folder: str, is_train: bool, left_out: Counter[str]) -> dict[str, list[str]]:
+def _classes_are_inner(train: str, conf: DataConf) -> bool:
+    """Whether the classes are the folders in the folders in `train`, since `data.classes` names such.
+
+    Raises UserError where they may be, and neither `data.classes` nor a pattern of groups says that they are not.
+    """
+    inner = inner_folders(train)
+    outer = set(class_entries(train, Counter())[0])
+    if not inner or (conf.classes and outer.issuperset(conf.classes)):
+        return False
+    if conf.classes and inner.keys() >= set(conf.classes):
+        return True
+    if group_pattern(conf) is None:
+        refuse_nested(train, inner)
+    return False
+
+
+def _list_classes(
+    root: str, folder: str, is_train: bool, left_out: Counter[str], *, has_inner: bool
+) -> dict[str, list[str]]:
     """The images of each class folder in `root/folder`, as sorted paths relative to `root`; adds to `left_out`.
 
+    If it `has_inner` ones, the folders in the folders are the classes.
     Empty for a split other than train whose images lie in no class folder. Raises UserError where there are no images.
     """
     place = os.path.join(root, folder) if folder else root
@@ -88,8 +114,8 @@ def _list_classes(root: str, folder: str, is_train: bool, left_out: Counter[str]
         raise UserError(f"data.root={place}: no class folders in it{seen}; {LAYOUT}")
     classes: dict[str, list[str]] = {}
     inside: Counter[str] = Counter()
-    for name in folders:
-        start = f"{folder}/{name}" if folder else name
+    for name, path in (inner_folders(place) if has_inner else dict(zip(folders, folders, strict=True))).items():
+        start = f"{folder}/{path}" if folder else path
         classes[name] = sorted(_walk(root, start, inside, seen={identity(place)}))
     if not is_train and not any(classes.values()):
         seen = in_brackets(inside, "found only") or " [found nothing]"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune.data.images.decode import EXTENSIONS
@@ -174,6 +174,58 @@ def _refuse_parts(root: str, folders: Sequence[str]) -> None:
         _refuse(root, folders, shared)
 
 
+def inner_folders(place: str) -> dict[str, str]:
+    """The folders inside class folders that may be the classes themselves: name -> path from `place` on.
+
+    Empty where an image lies right in a class folder, where two class folders have inner ones of one name, or where
+    most class folders have fewer than two. A folder that holds one folder and nothing else is passed.
+    """
+    folders, _ = class_entries(place, Counter())
+    found: dict[str, str] = {}
+    several = 0
+    for name in folders:
+        inner = _inner_of(os.path.join(place, name))
+        several += len(inner) > 1
+        for path in inner:
+            part = os.path.basename(path)
+            if part in found:
+                return {}
+            found[part] = os.path.relpath(path, place).replace(os.sep, "/")
+        if not inner:
+            return {}
+    return found if len(folders) > 1 and 2 * several >= len(folders) else {}
+
+
+def _inner_of(folder: str) -> list[str]:
+    """The folders in a class folder that has no image of its own; those in the one folder there, if it has none."""
+    inner: list[str] = []
+    for _ in range(DEPTH):
+        below = []
+        with contextlib.suppress(PermissionError):  # whoever lists the folder says so
+            for entry, is_folder in _visible(folder):
+                if is_image(entry.name):
+                    return inner  # at the first of a million images
+                below += [entry.path] if is_folder else []
+        inner = sorted(below, key=natural_key) or inner
+        if len(below) != 1:
+            break
+        folder = below[0]
+    return inner
+
+
+def refuse_nested(place: str, inner: Mapping[str, str]) -> None:
+    """Raises the UserError with both readings of class folders in which nothing but the folders `inner` lies."""
+    outer = class_entries(place, Counter())[0]
+    both = f"the classes {listed(outer)}, or the classes {listed(list(inner))} in them"
+    films = "if the inner folders are films or patients, data.group='([^/]+)/[^/]+$'"
+    mend = f"say data.classes=[{_first_two(outer)}] or data.classes=[{_first_two(list(inner))}]; {films}"
+    raise UserError(f"data.root={place}: may be {both}; {mend}")
+
+
+def _first_two(names: Sequence[str]) -> str:
+    return ",".join(names) if len(names) <= SHOWN else f"{','.join(names[:2])},..."
+
+
 def _any_image(folder: str) -> bool:
     """Whether there is an image in a folder, at any depth."""
     return any(is_image(file) for _, _, files in os.walk(folder) for file in files)
@@ -183,8 +235,7 @@ def _refuse(root: str, folders: Sequence[str], inner: Sequence[str]) -> None:
     """Raises the UserError that says both readings of `folders`, in which are folders called `inner`."""
     outer = listed(folders)
     parts = f"parts {outer} of a data set with the classes {listed(inner)}, or the classes {outer}"
-    names = ",".join(folders) if len(folders) <= SHOWN else f"{','.join(folders[:2])},..."
-    mend = f"name the parts train, val and test, or say data.classes=[{names}]"
+    mend = f"name the parts train, val and test, or say data.classes=[{_first_two(folders)}]"
     raise UserError(f"data.root={root}: may be {parts}; {mend}")
 
 
