@@ -359,3 +359,23 @@ def test_one_long_text_behind_many_rows_is_read_in_small_blocks(
     conf = DataConf(source=SourceKind.table, table=str(tmp_path / "t.parquet"))
     with pytest.raises(UserError, match=r"\d{3} rows cannot be used: row 1 .* the rest was not read"):
         find_table(conf)
+
+
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_a_huge_text_in_a_parquet_table_is_refused_before_it_is_copied(tmp_path: Path, is_dictionary: bool) -> None:
+    """Packed it takes a few kilobytes of the file."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    labels = arrow.array([*"ab" * 10, "x" * 3_000_000])
+    columns = {
+        "path": [f"{i}.png" for i in range(21)],
+        "label": labels.dictionary_encode() if is_dictionary else labels,
+    }
+    parquet.write_table(arrow.table(columns), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 300_000
+    limit = text_limit(1)
+    with pytest.raises(UserError, match=r"t\.parquet: a text in the column label: has 2\.86 MiB, .*data\.max_text_mib"):
+        list(table_formats.read_blocks(str(tmp_path / "t.parquet"), ["path", "label"], limit))
+    assert (
+        len(next(table_formats.read_blocks(str(tmp_path / "t.parquet"), ["path", "label"], text_limit(3))).numbers)
+        == 21
+    )

@@ -39,7 +39,10 @@ def read_blocks(path: str, wanted: Sequence[str], limit: Limit) -> Iterator[Colu
             raise UserError(f"expected a name that ends in {' '.join(SEPARATORS)}; .gz may follow")
         open_regular(path).close()  # a pipe would wait without end
         is_text = ending not in (".parquet", ".pq")
-        yield from _text_blocks(path, wanted, SEPARATORS[ending], limit) if is_text else _parquet_blocks(path, wanted)
+        if is_text:
+            yield from _text_blocks(path, wanted, SEPARATORS[ending], limit)
+        else:
+            yield from _parquet_blocks(path, wanted, limit)
     except UserError as error:
         raise UserError(f"data.table={path}: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -127,7 +130,7 @@ def _json_rows(lines: BoundedLines, wanted: Sequence[str]) -> Iterator[Sequence[
         yield (number, *[row[name] for name in wanted])
 
 
-def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
+def _parquet_blocks(path: str, wanted: Sequence[str], limit: Limit) -> Iterator[ColumnBlock]:
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
         from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -140,6 +143,7 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
                 _place(name, file.schema_arrow.names)
             rows = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=list(dict.fromkeys(wanted))):
+                _check_texts(batch, limit)
                 # One long text may stand behind many rows, and each row gets a copy of its own here.
                 size = sum(_unpacked_bytes(column) for column in batch.columns)
                 step = max(1, batch.num_rows * BLOCK_LETTERS // max(size, BLOCK_LETTERS))
@@ -152,6 +156,16 @@ def _parquet_blocks(path: str, wanted: Sequence[str]) -> Iterator[ColumnBlock]:
         raise
     except (ArrowException, ValueError, ArithmeticError) as error:  # also of cells: texts that are none, odd dates
         raise UserError(f"cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _check_texts(batch: Any, limit: Limit) -> None:
+    """A LimitError for a text in an Arrow batch that is longer than a row may be, before Python copies it."""
+    from pyarrow import DictionaryArray, compute, types  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        texts = column.dictionary if isinstance(column, DictionaryArray) else column
+        if types.is_string(texts.type) or types.is_large_string(texts.type):
+            limit.check(f"a text in the column {name}", compute.max(compute.binary_length(texts)).as_py() or 0)
 
 
 def _unpacked_bytes(column: Any) -> int:
