@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.flags import command_parser
+from finetune.commands.predict import add_source, take_source
 from finetune.config.words.saved import read_conf
 from finetune.runs.records import read_result
 from finetune.system.errors import ConfigError, UserError
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from finetune.use.exporting.checking import Images
 
 EPILOG = """\
-RUN is a run directory or its best.safetensors. FORMAT is one of:
+RUN is a run directory or its best.safetensors. With --classes it is settings of a model that reads class names:
+  finetune export model=clip_b16 --classes cat,dog onnx --out DIR --images PATH
+FORMAT is one of:
   timm          model.safetensors and config.json, for timm.create_model("local-dir:DIR", pretrained=True)
   open_clip     both towers of a CLIP, for open_clip.create_model_and_transforms("local-dir:DIR"); the classifier beside
   int8          model.onnx with 8-bit integers: a quarter of the size; judged by its accuracy, not by equal scores
@@ -41,13 +44,14 @@ def main(words: Sequence[str]) -> int:
     from finetune.use.loading import read_learned
 
     format_of(given.format)
-    source = Path(given.run).expanduser()
-    if given.out is None and source.exists() and not source.is_dir():
-        raise UserError(f"{printable(given.run)} is a file, which has no folder for exports: say where with --out DIR")
+    source = None if given.classes is not None else Path(given.source).expanduser()
+    if given.out is None and (source is None or (source.exists() and not source.is_dir())):
+        what = "a model without training" if source is None else f"{printable(given.source)} is a file, which"
+        raise UserError(f"{what} has no folder for exports: say where with --out DIR")
     if given.out is not None:
         check_free(given.out)
-    learned = read_learned(source)
-    place = given.out or default_place(source, given.format)
+    learned = read_learned(given.source, given.classes)
+    place = given.out or default_place(Path(given.source).expanduser(), given.format)
     conf = _conf(source, has_images=bool(given.images))
     checked = export(
         learned,
@@ -65,20 +69,25 @@ def main(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     usage, text = "RUN FORMAT [--out DIR] [FLAG ...]", "Export a run to another library."
     parser = command_parser("export", usage, text, EPILOG)
-    parser.add_argument("run", metavar="RUN", help=argparse.SUPPRESS)
-    parser.add_argument("format", metavar="FORMAT", help=argparse.SUPPRESS)
+    add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder; default: RUN/export/FORMAT")
     parser.add_argument("--images", action="append", metavar="PATH", help="compare on these, as `finetune predict`")
     parser.add_argument(
         "--with-preprocess", action="store_true", help="onnx: resize, crop and normalise in the network"
     )
     parser.add_argument("--allow-different", action="store_true", help="keep an export whose scores are others")
-    return parser.parse_intermixed_args(list(words))
+    given = parser.parse_intermixed_args(list(words))
+    formats = take_source(parser, given)
+    if len(formats) != 1:
+        found = f"{len(formats)} words stand behind RUN" if formats else "FORMAT is missing"
+        parser.error(f"{found}: expected one format, such as onnx; --help lists them")
+    (given.format,) = formats
+    return given
 
 
-def _conf(source: Path, *, has_images: bool) -> Conf | None:
+def _conf(source: Path | None, *, has_images: bool) -> Conf | None:
     """The settings of a run; None where there are none, or where they cannot be read and only the card needs them."""
-    if not os.path.lexists(source / "config.yaml"):
+    if source is None or not os.path.lexists(source / "config.yaml"):
         return None
     try:
         return read_conf(source)
@@ -88,7 +97,7 @@ def _conf(source: Path, *, has_images: bool) -> Conf | None:
         raise UserError(f"{'; '.join(error.problems)}; or give images to compare on with --images PATH") from error
 
 
-def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> Images:
+def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path | None) -> Images:
     """The images of the comparison."""
     from finetune.data import open_source
     from finetune.data.sources.unlabelled import find_images
@@ -99,7 +108,8 @@ def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> Ima
         return Images(split, "those given", False, split)
     mend = "give some with --images PATH"
     if conf is None:
-        problem = f"{printable(str(source))} does not say where its images are, and an export is compared on images"
+        what = "a model without training" if source is None else printable(str(source))
+        problem = f"{what} does not say where its images are, and an export is compared on images"
         raise UserError(f"{problem}: {mend}")
     try:
         splits = open_source(conf.data).splits
@@ -114,10 +124,12 @@ def _images(paths: Sequence[str] | None, conf: Conf | None, source: Path) -> Ima
     return Images(splits[name], where, True, splits["train"] if len(splits["train"]) else splits[name])
 
 
-def _about(source: Path, conf: Conf | None) -> About:
+def _about(source: Path | None, conf: Conf | None) -> About:
     """What a card says of a run."""
     from finetune.use.exporting.card import About
 
+    if source is None:
+        return About(recipe={"classifier": "made of the class names by the text tower, without any training"})
     if conf is None:
         return About()
     result: dict[str, Any] = read_result(source / "result.json") if (source / "result.json").exists() else {}

@@ -73,7 +73,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 def base_parser(name: str, text: str) -> Parser:
     """The flags that `predict` and `embed` share."""
     parser = command_parser(name, "RUN PATH... [FLAG ...]", text, EPILOG)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--overwrite", action="store_true", help="replace a --out that is there")
     parser.add_argument("--on-error", choices=("go", "stop", "skip"), default="go", help=ON_ERROR)
     parser.add_argument("--path-column", default="path", metavar="NAME", help="of a table; default: path")
@@ -83,31 +82,42 @@ def base_parser(name: str, text: str) -> Parser:
 
 
 def add_model_flags(parser: Parser) -> None:
-    """The flags that `loaded` reads."""
-    parser.add_argument("--classes", metavar="A,B,...", help="names for a model without training; RUN is its settings")
+    """The words that `take_source` reads, and the flags that `loaded` reads."""
+    add_source(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", help="auto, fp32, tf32, bf16 or fp16")
+
+
+def add_source(parser: Parser) -> None:
+    """The words that `take_source` reads."""
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--classes", metavar="A,B,...", help="names for a model without training; RUN is its settings")
 
 
 def take(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """The flags of a command line, with `source` (the run, or settings) and `paths`."""
     given = parser.parse_intermixed_args(list(words))
-    rest: list[str] = given.words
-    count = 1
-    if given.classes is not None:
-        count = next((index for index, word in enumerate(rest) if "=" not in word), len(rest))
-        given.classes = [name.strip() for name in given.classes.split(",")]
-    if not rest or not count:
-        parser.error("RUN is missing: a run directory, a best.safetensors, or settings with --classes")
-    if len(rest) == count:
+    given.paths = take_source(parser, given)
+    if not given.paths:
         parser.error("PATH is missing: images, folders, patterns, tables, shards, or - for the standard input")
-    given.source = shlex.join(rest[:count]) if given.classes is not None else rest[0]
-    given.paths = rest[count:]
     if "-" in given.paths and len(given.paths) > 1:
         parser.error("- stands for all paths, so give no others")
     if given.out is not None and any(os.path.realpath(path) == os.path.realpath(given.out) for path in given.paths):
         parser.error(f"--out {printable(str(given.out))} is one of the places that are read; choose another name")
     return given
+
+
+def take_source(parser: Parser, given: argparse.Namespace) -> list[str]:
+    """Set `source`, the run or with `--classes` settings, and the list `classes`; the words behind the source."""
+    words: list[str] = given.words
+    count = min(1, len(words))
+    if given.classes is not None:
+        count = next((index for index, word in enumerate(words) if "=" not in word), len(words))
+        given.classes = [name.strip() for name in given.classes.split(",")]
+    if not count:
+        parser.error("RUN is missing: a run directory, a best.safetensors, or settings with --classes")
+    given.source = shlex.join(words[:count]) if given.classes is not None else words[0]
+    return words[count:]
 
 
 def check_out(out: Path | None, endings: Sequence[str]) -> None:

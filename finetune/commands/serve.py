@@ -2,13 +2,13 @@
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Sequence
 
 from finetune.commands.flags import command_parser
-from finetune.commands.predict import add_model_flags, prepare_torch
+from finetune.commands.predict import add_model_flags, prepare_torch, take_source
 from finetune.system.log import say
+from finetune.system.terminal import printable
 
 EPILOG = """\
 RUN is a run directory or its best.safetensors. With --classes it is settings of a model that reads class names:
@@ -40,17 +40,11 @@ def main(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     text = "Show a page to try a model with images, on this machine alone."
     parser = command_parser("serve", "RUN [FLAG ...]", text, EPILOG)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
     add_model_flags(parser)
     given = parser.parse_intermixed_args(list(words))
-    if not given.words:
-        parser.error("RUN is missing: a run directory, a best.safetensors, or settings with --classes")
-    if given.classes is not None:
-        given.classes = [name.strip() for name in given.classes.split(",")]
-    elif len(given.words) > 1:
-        parser.error(f"one RUN is served, and {len(given.words)} were given; images are given on the page")
+    if rest := take_source(parser, given):
+        parser.error(f"one RUN is served; {printable(rest[0])} is too much: images are given on the page")
     if not 0 <= given.port < 2**16:
         parser.error(f"--port {given.port}: expected 0 to 65535")
-    given.source = shlex.join(given.words) if given.classes is not None else given.words[0]
     return given

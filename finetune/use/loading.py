@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -31,13 +31,21 @@ from finetune.runs.finished import BEST_WEIGHTS, compare_with_result
 from finetune.runs.records import read_result
 from finetune.runs.weights import checksum, fill, metadata_of, misfit_of, threshold_of
 from finetune.system.errors import UserError
+from finetune.system.ours import FolderKind, read_marker
 from finetune.system.reading import DamagedError, UnfitError, parse_json
 from finetune.system.seals import check_checksum, checksum_in
 from finetune.system.terminal import printable
 from finetune.use.predictor import Predictor
 
 MAX_SIDE = 16_384  # pixels, as of model.image_size
-T = TypeVar("T")
+# What other folders of ours are.
+NO_RUNS = {
+    FolderKind.check: "what `finetune check` wrote",
+    FolderKind.sweep: "a sweep, whose folders are runs",
+    FolderKind.cache: "a cache",
+    FolderKind.table: "a table that `finetune predict` or `embed` wrote",
+    FolderKind.sorted: "a folder of sorted images",
+}
 # The weights files of an exported folder, by its format. The first one says what the model is.
 EXPORTED = {"timm": ("model.safetensors",), "open_clip": ("classifier.safetensors", "open_clip_model.safetensors")}
 
@@ -75,7 +83,7 @@ def load(
     if problems := find_problems(Conf(device=device)):
         raise UserError(problems[0])
     where = pick_device(device)
-    learned = read_learned(source) if classes is None else _zero_shot(shlex.split(str(source)), classes)
+    learned = read_learned(source, classes)
     return predictor_of(learned, str(source), where, precision)
 
 
@@ -92,8 +100,10 @@ def predictor_of(learned: Learned, name: str, device: torch.device, precision: s
     return Predictor(model, learned.classes, preprocess, device, dtype, threshold, name, checksum_of)
 
 
-def read_learned(source: str | os.PathLike[str]) -> Learned:
-    """What the run, the file or the exported folder `source` holds, on the CPU; errors as of `load`."""
+def read_learned(source: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Learned:
+    """What the run, the file or the exported folder `source` holds, on the CPU; `classes` and errors as of `load`."""
+    if classes is not None:
+        return _zero_shot(shlex.split(str(source)), classes)
     return _from_files(_weights_files(Path(source).expanduser()))
 
 
@@ -127,6 +137,9 @@ def _weights_files(source: Path) -> list[Path]:
         for names in EXPORTED.values():
             if all(os.path.lexists(source / name) for name in names):
                 return [source / name for name in names]
+        marker = read_marker(source)
+        if marker is not None and marker.kind in NO_RUNS:
+            raise UserError(f"{shown} is {NO_RUNS[marker.kind]}, and no run directory; expected {example}")
         if os.path.lexists(source / "config.yaml"):
             mend = f"wait for one, or continue it with resume={shown}"
             raise UserError(f"{shown}: no epoch of this run is finished, so there are no weights yet; {mend}")

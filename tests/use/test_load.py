@@ -20,6 +20,7 @@ import finetune
 from finetune.config import Conf
 from finetune.data import ImageError, open_source
 from finetune.system.errors import UserError
+from finetune.system.ours import FolderKind, claim
 from finetune.system.reading import DamagedError
 
 
@@ -130,6 +131,10 @@ def test_a_model_without_training_reads_the_names_of_the_classes() -> None:
 def test_what_is_no_run_is_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder; expected a run directory"):
         finetune.load(tmp_path / "nothing")
+    (tmp_path / "checked").mkdir()
+    claim(tmp_path / "checked", FolderKind.check)
+    with pytest.raises(UserError, match="is what `finetune check` wrote, and no run directory"):
+        finetune.load(tmp_path / "checked")
     with pytest.raises(UserError, match="is no run directory"):
         finetune.load(tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 0\n")

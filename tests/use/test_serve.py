@@ -325,7 +325,7 @@ def test_a_port_in_use_is_one_line(server: Server, striped_run: Path, capsys: py
     assert f"port {server.server_port} is in use" in error and error.count("\n") == 1
     for words, message in (
         ([], "RUN is missing"),
-        (["a", "b"], "one RUN is served"),
+        (["a", "b"], "one RUN is served; b is too much"),
         (["a", "--port", "65536"], "expected 0 to 65535"),
         (["a", "--host", "0.0.0.0"], "unrecognized"),
     ):

@@ -81,7 +81,8 @@ def write(learned: Learned, folder: Path) -> Written:
     write_json(folder / HUB_CONFIG, {"model_cfg": _model_cfg(source, learned), "preprocess_cfg": _images(preprocess)})
     if conf.name == glyphs.CLIP:
         write_atomic(folder / VOCABULARY, lambda temporary: shutil.copyfile(glyphs.FOLDER / VOCABULARY, temporary))
-    return Written(completed(_program(net), learned), _notes(learned, source))
+    is_trained = not all(torch.equal(tensor, clip.state_dict()[name]) for name, tensor in own.items())
+    return Written(completed(_program(net), learned), _notes(learned, source, is_trained=is_trained))
 
 
 def _whole_clip(learned: Learned) -> tuple[ClipSource, torch.nn.Module]:
@@ -137,14 +138,18 @@ def _size_of(visual: torch.nn.Module) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def _notes(learned: Learned, source: ClipSource) -> tuple[str, ...]:
+def _notes(learned: Learned, source: ClipSource, *, is_trained: bool) -> tuple[str, ...]:
     """What the format cannot hold."""
     preprocess, weights = learned.built.preprocess, Path(source.label).name
     notes = [
         "open_clip has no place for a classifier. It is in `classifier.safetensors`: a row of `head.weight` a class.",
-        f"The text tower is that of the weights with which the run began ({weights}), unchanged. The image tower was"
-        " trained away from it, so texts fit images less well than before; the classifier is what was trained.",
+        f"The text tower is that of the weights with which the run began ({weights}), unchanged.",
     ]
+    if is_trained:
+        notes.append(
+            "The image tower was trained away from the text tower, so texts fit images less well than before;"
+            " the classifier is what was trained."
+        )
     if learned.conf.name == glyphs.CLIP:
         length = source.model_cfg["text_cfg"]["context_length"]
         call = f'open_clip.SimpleTokenizer(f"{{FOLDER}}/{VOCABULARY}", context_length={length})'
