@@ -52,7 +52,7 @@ class Call:
     function: Name
     args: tuple[Any, ...]
     state: Any = None
-    entries: dict[str, Any] | None = None  # of a dict of another class, such as OrderedDict
+    entries: dict[Any, Any] | None = None  # of a dict of another class, such as OrderedDict
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +61,7 @@ class Instance:
 
     cls: Name
     state: Any = None
-    entries: dict[str, Any] | None = None
+    entries: dict[Any, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +128,10 @@ class _Stack(list[Any]):
 def read_pickle(data: bytes | IO[bytes] | Held, *, objects: bool = False, outside: Outside | None = None) -> Any:
     """The value of a pickle: None, numbers, texts, tuples, lists, dicts, and the classes of this module.
 
-    Dicts keep only the entries whose key is a text. With `objects`, the steps by which programs save objects of their
-    own are known, too: such an object is a `Call` or an `Instance`, and the items of a list of another class are left
-    out. What the pickle names outside of itself goes into `outside`. Of an open file the next pickle is read.
+    Dicts keep only the entries whose key is a text, and texts by number, which may name classes. With `objects`, the
+    steps by which programs save objects of their own are known, too: such an object is a `Call` or an `Instance`, and
+    the items of a list of another class are left out. What the pickle names outside of itself goes into `outside`. Of
+    an open file the next pickle is read.
 
     Raises:
         PickleError: A step is unknown, senseless, or made to keep Python busy.
@@ -224,13 +225,18 @@ def _top(stack: _Stack, kind: type) -> Any:
 
 def _set(stack: _Stack, items: list[Any]) -> None:
     _count_odd(stack, items[::2])
-    named = {key: value for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str)}
+    pairs = list(zip(items[::2], items[1::2], strict=True))
+    named = {key: value for key, value in pairs if isinstance(key, str) or _is_row(key, value)}
     if isinstance(stack[-1], (Call, Instance)):  # an OrderedDict is a call
         if stack[-1].entries is None:
             stack[-1].entries = {}
         stack[-1].entries.update(named)
     else:
         _top(stack, dict).update(named)
+
+
+def _is_row(key: object, value: object) -> bool:
+    return type(key) is int and 0 <= key < _SMALL and type(value) is str
 
 
 def _count_odd(stack: _Stack, keys: Iterable[Any]) -> None:

@@ -71,6 +71,10 @@ PLACES: dict[str, dict[str, Any]] = {
     "by row": {"inside": {"hyper_parameters": {"id2label": BY_ROW}}},
     "names": {"inside": {"names": BY_ROW, "epoch": 3, "class_weights": [1.0, 2.0, 1.0], "label_smoothing": 0.1}},
     "with an object": {"inside": {"class_to_idx": BY_NAME, "note": Note()}},
+    "by row with an object": {"inside": {"idx_to_class": BY_ROW, "note": Note()}},
+    "descriptions": {"inside": {"categories": [{"id": 7, "name": name} for name in THEIRS]}},
+    "descriptions by row": {"inside": {"labels": {row: {"name": name} for row, name in BY_ROW.items()}}},
+    "pairs": {"inside": {"class_to_idx": [*BY_NAME.items()]}},
     "a list with an object": {"inside": {"args": {"class_names": THEIRS}, "note": Note()}},
     "metadata": {"metadata": {"class_names": json.dumps(THEIRS), "label": "not JSON", "format": "pt"}},
     "metadata by name": {"metadata": {"class_to_idx": json.dumps(BY_NAME)}},
@@ -162,6 +166,7 @@ def test_only_names_of_classes_are_taken_for_them() -> None:
     for _ in range(20):
         deep = {"part": deep}
     assert names_in(deep, "w.pt") == {}
+    assert names_in({"classes": [["a", "b"], ["c", "d"]], "labels": [{"id": 1}], "names": [("a", 1), 2]}, "w") == {}
     assert names_in({"a": {"classes": ["x"]}}, "w.pt") == {"w.pt: a.classes": ["x"]}
     assert names_by_row({"b": 1, "a": "0"}) == ["a", "b"] and names_by_row({"b": 1, "a": 1}) == []
     assert names_by_row({"b": -1}) is names_by_row({"b": 10**5000}) is names_by_row({1: 2}) is names_by_row("a") is None

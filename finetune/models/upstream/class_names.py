@@ -12,7 +12,7 @@ Named = Mapping[str, Sequence[str]]
 Labels = list[str] | dict[str, str] | None  # in the order of the rows, or by the number of the row
 MAX_GAPS = 10  # rows without a name, for each name
 # The keys under which programs keep them: `classes`, `class_to_idx`, `CLASSES`, `id2label`, `label_names`, `names`.
-KEYS = re.compile(r"class|label|categor|^names$", re.IGNORECASE)
+KEYS = re.compile(r"class|label|categor|^(names|vocab)$", re.IGNORECASE)
 MAX_DIGITS = 7  # of the number of a row
 MAX_NESTING = 8  # dictionaries around them
 
@@ -72,11 +72,22 @@ def names_in(content: Mapping[Any, Any], place: str) -> dict[str, list[str]]:
 
 
 def _names_in_value(value: object) -> list[str] | None:
-    if isinstance(value, (list, tuple)) and _are(str, value):
-        return names_of(list(value))
-    if isinstance(value, Mapping) and _are(str, value.values()) and all(type(key) in (int, str) for key in value):
-        return names_of({str(key): name for key, name in value.items()}) or names_by_row(value)
-    return names_by_row(value)
+    if isinstance(value, (list, tuple)):
+        value = [_name_of(each) for each in value]
+        if value and _are(tuple, value):  # pairs of name and row
+            return names_by_row(dict(value)) if _are(str, dict(value)) else None
+        return names_of(value) if _are(str, value) else None
+    if isinstance(value, Mapping) and all(type(key) in (int, str) for key in value):
+        texts = {str(key): _name_of(each) for key, each in value.items()}
+        return (names_of(texts) if _are(str, texts.values()) else None) or names_by_row(value)
+    return None
+
+
+def _name_of(value: Any) -> Any:
+    """The name in a dictionary about a class, as COCO's `categories` have it; a pair; else the value itself."""
+    if isinstance(value, Mapping):
+        return value.get("name")
+    return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is str else value
 
 
 def _are(kind: type, values: Iterable[object]) -> bool:
