@@ -129,6 +129,18 @@ def test_a_network_among_the_settings_of_a_program_is_none_of_its_weights(
     assert "read from state_dict.net; left out of the file: " + key in build(tmp_path / "w.pt")
 
 
+def test_tables_for_images_of_another_size_are_said_to_be_resized(tmp_path: Path) -> None:
+    def saved(name: str, **args: Any) -> Path:
+        torch.save(timm.create_model(name, num_classes=3, **args).state_dict(), tmp_path / "w.pt")
+        return tmp_path / "w.pt"
+
+    line = build(saved("test_vit", img_size=32), "test_vit")
+    assert "; resized: pos_embed (1, 5, 64) for (1, 101, 64)" in line
+    assert "resized" not in build(tmp_path / "w.pt", "test_vit", image_size=32)
+    assert "resized" not in build(saved("test_vit"), "test_vit", in_channels=1)
+    assert "resized" not in build(saved("test_convnext"), "test_convnext")
+
+
 def described(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))

@@ -45,12 +45,14 @@ class Found:
     program: str = ""  # see `Layout`
     stem: str = ""  # a note, where the first convolution was adapted
     named: Named = field(default_factory=dict)  # names of classes in the same file
+    resized: Sequence[str] = ()  # tensors that depend on the size of the images, and have another in the file
 
     @property
     def note(self) -> str:
         """Where in the file the weights stood and what was left out, for the line about the model."""
         words = [f"in {self.program}'s layout"] * bool(self.program) + [f"read from {self.place}"] * bool(self.place)
         words += [f"left out of the file: {self.left_out}"] * bool(self.left_out)
+        words += [f"resized: {shown(self.resized, 1)}"] * bool(self.resized)
         return "".join(f"; {word}" for word in words) + self.stem
 
 
@@ -61,6 +63,7 @@ class _Candidate:
     names: dict[str, str] = field(default_factory=dict)  # the layout's name -> the file's
     missing: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)  # tensors of another shape or kind, in words
+    resized: list[str] = field(default_factory=list)  # those of them with another number of numbers, but for kernels
     is_complete: bool = False
     # Whether a tensor cannot be this network's: whole numbers for real ones, or the kernel of a convolution of another
     # size, such as that of larger patches. timm would resample those, and the features would be other ones.
@@ -170,6 +173,8 @@ def _judge(candidate: _Candidate, tensors: StateDict, wanted: Wanted) -> None:
             candidate.is_foreign = True
         elif shape != wanted.shapes[own]:
             candidate.shapes.append(f"{own} {tuple(shape or parts[0].shape)} for {tuple(wanted.shapes[own])}")
+            if own not in wanted.kernels and (shape is None or shape.numel() != wanted.shapes[own].numel()):
+                candidate.resized.append(candidate.shapes[-1])
             is_kernel = own in wanted.kernels and shape is not None and len(shape) == len(wanted.shapes[own])
             candidate.is_foreign |= is_kernel and (shape or ())[2:] != wanted.shapes[own][2:]
     candidate.is_complete = not candidate.is_foreign and len(candidate.shapes) <= MAX_MISSHAPEN * len(sources)
@@ -276,7 +281,7 @@ def _found(tensors: StateDict, wanted: Wanted, chosen: _Candidate, source: str) 
     if chosen.layout.program and (strange := [name for name in state if name not in wanted.shapes]):
         problem = f"{source} has parts that this model lacks: {len(strange)} unexpected: {shown(strange)}"
         raise UserError(f"{problem}; check model.name")
-    return Found(state, chosen.prefix, _left_out(tensors, used), chosen.layout.program)
+    return Found(state, chosen.prefix, _left_out(tensors, used), chosen.layout.program, resized=chosen.resized)
 
 
 def _under(tensors: StateDict, prefix: str) -> dict[str, str]:
