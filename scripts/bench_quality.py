@@ -39,6 +39,7 @@ from quality_tasks import TASKS, WEIGHTS, Task, data_version, ready
 
 from finetune.app.run import run
 from finetune.config.words.configuration import compose
+from finetune.config.words.saved import read_conf
 
 ROOT = Path(__file__).parents[1]
 OURS = "ours"
@@ -83,8 +84,8 @@ def run_ours(cell: Cell, task: Task, out: Path) -> Outcome:
     folder = out / "runs" / f"{cell.set}-{cell.arm.replace(':', '-')}-{cell.seed}-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    conf = compose(words)
-    result = run(conf, folder, words, quiet=True)
+    result = run(compose(words), folder, words, quiet=True)
+    conf = read_conf(folder)  # with what the rule chose
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     shutil.rmtree(folder)
     steps = -(-result["data"]["train"] // (conf.data.batch_size * conf.train.accumulate)) * len(rows)

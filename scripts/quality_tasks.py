@@ -36,7 +36,7 @@ class Task:
         images: Name of the set in `quality_sets.py`.
         model: Words for the command line that choose the weights.
         epochs: Passes over the training images, of every arm.
-        batch_size: Images a step, of every arm.
+        batch_size: Images a step, of every arm but ours.
         flips: Whether a mirror image keeps its class: a person leaves mirroring out for letters and digits.
         scale: Least and greatest share of the area in a random crop. 0.08 cuts a letter to pieces.
     """
@@ -52,7 +52,7 @@ class Task:
         """The command line that fine-tunes with this project, with nothing of the recipe set but its length."""
         words = [word.replace(WEIGHTS, str(out / "weights")) for word in self.model]
         return [
-            *words, "data=folder", f"data.root={out / 'sets' / self.images}", f"data.batch_size={self.batch_size}",
+            *words, "data=folder", f"data.root={out / 'sets' / self.images}",
             f"train.epochs={self.epochs}", f"seed={seed}", "data.workers=0", "device=cpu",
             f"data.cache_dir={out / 'cache'}",
         ]  # fmt: skip

@@ -47,7 +47,7 @@ def with_batch(conf: Conf, size: int) -> Conf:
 
 
 def choose_batch(run: Run) -> int:
-    """The micro-batch of `data.batch_size=auto`: the largest divisor of the images in a step that fits the GPU.
+    """The micro-batch of `data.batch_size=fit`: the largest divisor of the images in a step that fits the GPU.
 
     A divisor, so that each step learns from exactly the same images as with one large batch. On other devices than
     CUDA memory cannot be measured, and the largest divisor up to the default is taken.
@@ -58,14 +58,14 @@ def choose_batch(run: Run) -> int:
     sizes = divisors(_target_images_per_step(run.conf))
     if run.device.type != "cuda":
         size = next(size for size in reversed(sizes) if size <= DEFAULT_BATCH)
-        logger.warning("data.batch_size=auto: memory cannot be measured on %s, taking %d", run.device.type, size)
+        logger.warning("data.batch_size=fit: memory cannot be measured on %s, taking %d", run.device.type, size)
         return size
     found = largest_fitting(sizes, lambda size: _fits(run, size))
     if found is None:
         advice = _advice(with_batch(run.conf, 1), is_auto=True)
-        raise UserError(f"data.batch_size=auto: not even one image fits. {advice}")
+        raise UserError(f"data.batch_size=fit: not even one image fits. {advice}")
     fit, step = counted(found, "image"), counted(sizes[-1], "image")
-    logger.info("data.batch_size=auto: %s a micro-batch fit, times %d: %s a step", fit, sizes[-1] // found, step)
+    logger.info("data.batch_size=fit: %s a micro-batch fit, times %d: %s a step", fit, sizes[-1] // found, step)
     return found
 
 
@@ -128,7 +128,7 @@ def _advice(conf: Conf, *, is_auto: bool) -> str:
         "precision=bf16 halves the activations": conf.precision == "fp32",
         "optim.fix_layer=N stores no activations of the layers that it freezes": conf.optim.fix_layer < 0,
         "prefix.cache=disk or none takes the frozen layers' activations out of memory": is_in_memory,
-        "data.batch_size=auto finds what fits": not is_auto,
+        "data.batch_size=fit finds what fits": not is_auto,
         "or take a smaller model or model.image_size": True,
     }
     return "Try: " + "; ".join(text for text, helps in changes.items() if helps)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.app.room import check_files, check_room
+from finetune.app.rule import with_choices
 from finetune.config import Conf, ModelConf, as_dict, measured_metrics, without_val_problems
 from finetune.core.device import WIDE, autocast, environment, pick_device, pick_precision, set_kernels
 from finetune.core.ema import Ema
@@ -51,7 +52,8 @@ class Run:
     dtype: torch.dtype  # that forward passes compute in
     metrics: tuple[str, ...]  # names of the metrics that are measured
     monitor: str  # the metric that picks the best epoch
-    is_auto_batch: bool = False  # whether the user asked for `data.batch_size=auto`; `conf` may have the number by now
+    is_auto_batch: bool = False  # whether the user asked for `data.batch_size=fit`; `conf` may have the number by now
+    choices: list[str] = dataclasses.field(default_factory=list)  # what was chosen for this start, as lines for the log
 
     def __post_init__(self) -> None:
         """Name the model that learns, and the folder of weights and states."""
@@ -191,13 +193,24 @@ def build_run(conf: Conf, run_dir: Path, *, is_begun: bool = False) -> Run:
         keep_freed_memory()  # only now, so that the memory of the check's threads went back to the system
     metrics, monitor = measured_metrics(conf.train, is_multilabel=source.is_multilabel)
     model_conf = with_head_bias(conf.model, is_multilabel=source.is_multilabel)
+    choices: list[str] = []
+    if conf.auto:
+        skeleton = build_model(model_conf, source.classes, device="meta").model
+        conf, choices = with_choices(conf, len(source.splits["train"]), skeleton)
     check_room(conf, model_conf, source, device)
-    torch.manual_seed(conf.seed)
     # A head of which something is frozen comes out of its names again, as the frozen layers come out of their weights.
     reads_names = not is_begun or any(fnmatchcase(name, glob) for name in HEAD for glob in conf.optim.freeze)
-    built = build_model(model_conf, source.classes, reads_names=reads_names)
-    built = dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))
+    built = seeded_model(conf, source, reads_names=reads_names)
     dtype = pick_precision(conf.precision, device, is_wide=products_dominate(built.model.net, WIDE))
     set_kernels(conf.precision, dtype)
     place(built.model, device, dtype)
-    return Run(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch=conf.data.batch_size == 0)
+    fit = conf.data.batch_size == 0
+    return Run(conf, run_dir, source, built, device, dtype, metrics, monitor, is_auto_batch=fit, choices=choices)
+
+
+def seeded_model(conf: Conf, source: Source, *, reads_names: bool = True) -> BuiltModel:
+    """The model on the CPU, the same for the same seed; without `reads_names` a zero-shot head's values are random."""
+    torch.manual_seed(conf.seed)
+    model_conf = with_head_bias(conf.model, is_multilabel=source.is_multilabel)
+    built = build_model(model_conf, source.classes, reads_names=reads_names)
+    return dataclasses.replace(built, preprocess=as_asked(built.preprocess, conf.data))

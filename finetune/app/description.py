@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.app.rate_plan import batch_notice, images_per_step, peak_optim, run_curve
+from finetune.app.rule import with_choices
 from finetune.config import Conf, Precision, PrefixCache, SourceKind
 from finetune.core.cost import count_flops, estimate_memory
 from finetune.core.device import WIDE, pick_precision
@@ -42,12 +43,13 @@ def describe(
     """
     if not conf.data.batch_size:
         advice = "finetune describe tries nothing: give a number, such as data.batch_size=64"
-        raise UserError(f"data.batch_size=auto is found by trying sizes on the device, and {advice}")
+        raise UserError(f"data.batch_size=fit is found by trying sizes on the device, and {advice}")
     classes, images, assumed = _data_sizes(conf, num_classes, num_images)
+    built = build_model(conf.model, [f"class {index}" for index in range(classes)], device="meta")
+    conf, chosen = with_choices(conf, images, built.model)
     epoch_images = (conf.data.epoch_images or images) * conf.augment.repeats
     if conf.data.drop_last:
         epoch_images = in_whole_steps(epoch_images, images_per_step(conf))
-    built = build_model(conf.model, [f"class {index}" for index in range(classes)], device="meta")
     model, size = built.model, as_asked(built.preprocess, conf.data).size
     set_up_layers(model, conf.optim, train=conf.train)
     curve = run_curve(conf, -(-epoch_images // conf.data.batch_size))
@@ -61,6 +63,7 @@ def describe(
     found = {
         "model": {**words, "image_size": size},
         "assumed": assumed,
+        "chosen": chosen,
         "layers": layers,
         "totals": totals,
         "memory": _memory(model, conf, size),

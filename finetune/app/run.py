@@ -17,6 +17,7 @@ from finetune.app.advice import log_next
 from finetune.app.batch_size import choose_batch, out_of_memory, with_batch
 from finetune.app.build import Run, build_run
 from finetune.app.feeds import Feeds
+from finetune.app.head_choice import choose_head
 from finetune.app.last_batch import refuse_last_batch_of_one
 from finetune.app.rate_plan import (
     batch_notice,
@@ -40,7 +41,7 @@ from finetune.core.sched import Curve, create_scheduler
 from finetune.prefix.feed import Feed
 from finetune.report import run_figures as report
 from finetune.report.look import dispensable
-from finetune.runs.earlier import EarlierRun, find_earlier, remove_given_up
+from finetune.runs.earlier import EarlierRun, chosen_before, find_earlier, remove_given_up
 from finetune.runs.epoch_files import has_state, latest_state, refuse_foreign_epochs
 from finetune.runs.finished import check_claim, check_finished
 from finetune.runs.history import History
@@ -71,6 +72,7 @@ def run(conf: Conf, run_dir: Path, overrides: list[str], quiet: bool = False) ->
         NotFiniteError: Training diverged; `result.json` says `diverged`.
         Interrupted: A signal asked for a stop; the state is saved.
     """
+    conf = conf.choose(chosen_before(run_dir))
     earlier = _find_earlier(conf, run_dir)
     if not earlier.is_finished:
         claim(run_dir, FolderKind.run)
@@ -121,6 +123,7 @@ def _fine_tune(session: Session, stop: StopSignals) -> None:
     """Build the run and train it; running out of memory becomes an error that says what to change."""
     set_deterministic(session.conf.deterministic)
     run = build_run(session.conf, session.run_dir, is_begun=has_state(session.run_dir / "checkpoints"))
+    session.choose(run.conf)
     try:
         if run.is_auto_batch:
             run = _with_auto_batch(run, session)
@@ -145,6 +148,8 @@ def _learn(run: Run, session: Session, stop: StopSignals) -> None:
     if found is not None:
         compare_state(found, run.model, notes, promise, earlier.changes, force=conf.resume_force or earlier.is_forced)
     refuse_foreign_epochs(run.checkpoints, conf.train.epochs)
+    if found is None:
+        run = _with_head(run, session, curve, stop)
     plan = plan_rates(run, curve, earlier, found, promise)
     run.notes = notes_of(notes, recorded(session.conf), promise, plan.get("before", {}).get("epochs"))
     result |= {"promise": promise.kind, "promise_reasons": promise.reasons}
@@ -193,6 +198,16 @@ def _conclude(run: Run, session: Session, feeds: Feeds, state: TrainState, saver
     saver.finish(History(run.folder / "history.jsonl").rows(), run.monitor)
 
 
+def _with_head(run: Run, session: Session, curve: Curve, stop: StopSignals) -> Run:
+    """The run with the head that was chosen, frozen as before."""
+    with outside_of_training(run.folder, "no step is lost"):
+        chosen = choose_head(run, stop)
+    session.choose(chosen.conf)
+    if chosen.model is not run.model:
+        _optimizer(chosen, curve)
+    return chosen
+
+
 def _prepared(run: Run, train: Feed, val: Feed | None, found: Saved | None, stop: StopSignals) -> Result:
     """The scores from before the first step; a checkpoint has them, and the head as it is by now."""
     scores: Result = prepare_head(run, train, val, stop) if found is None else Result(scores_before(found))
@@ -206,19 +221,21 @@ def _log_start(run: Run, result: Result) -> None:
     result |= {"monitor": run.monitor, "loss": run.loss.value, "data": run.source.counts}
     logger.info("model: %s", run.built.description)
     logger.info("data: %s", run.source.description)
+    for line in run.choices:
+        logger.info("%s", line)
     logger.info("computing on %s in %s; this run: %s", run.device, result["computed_in"], run.folder)
     if notice := batch_notice(run.conf):
         logger.warning("%s", notice)
 
 
 def _with_auto_batch(run: Run, session: Session) -> Run:
-    """The run with `data.batch_size=auto` as a number: that of its first start, or the largest that fits now."""
+    """The run with `data.batch_size=fit` as a number: that of its first start, or the largest that fits now."""
     known = (session.earlier.result or {}).get("auto_batch_size")
     size = int(known) if known else choose_batch(run)
     conf = with_batch(run.conf, size)
     # Such as more micro-batches a step than compiled training allows, or fewer images than one draw of MixUp takes.
     if problems := [*train_problems(conf.train), *mixing_problems(conf.augment, size)]:
-        raise UserError(f"data.batch_size=auto came to {counted(size, 'image')}: {problems[0]}")
+        raise UserError(f"data.batch_size=fit came to {counted(size, 'image')}: {problems[0]}")
     session.result |= {"auto_batch_size": size, "auto_accumulate": conf.train.accumulate}
     return dataclasses.replace(run, conf=conf)
 

@@ -77,18 +77,15 @@ def prepare_head(run: Run, train: Feed, val: Feed | None, stop: StopSignals) -> 
 def _fit_probe(run: Run, result: Result, stop: StopSignals) -> None:
     """Fit the head on the features of training images without augmentation, and log its score.
 
-    The penalty is picked on validation images, or without any on every fifth training image, which the fit leaves out.
+    The penalty is picked on validation images, or where they are few, on training images that a fit leaves out.
     """
     if run.source.is_multilabel:
         raise UserError("model.head=linear_probe is fitted to one label an image; use model.head=random for several")
+    has_val = run.source.has("val")
     features, labels = _features(run, "train", stop)
-    if run.source.has("val"):
-        fitted, picked, where = (features, labels), _features(run, "val", stop), "val/top1"
-    else:
-        is_held_out = torch.arange(len(labels)) % 5 == 4
-        fitted, picked = ((features[part], labels[part]) for part in (~is_held_out, is_held_out))
-        where = "top1 of every fifth training image, which the fit left out,"
-    probe = linear_probe(*fitted, *picked, num_classes=len(run.source.classes))
+    val = _features(run, "val", stop) if has_val else None
+    probe = linear_probe(features, labels, val, num_classes=len(run.source.classes))
+    where = "val/top1" if has_val else "top1 of training images that a fit left out,"
     find_head(run.model.net).set(probe.weight, probe.bias)
     result["probe/top1"] = probe.val_top1
     logger.info("linear probe, before fine-tuning: %s %.4f (penalty %g)", where, probe.val_top1, probe.strength)

@@ -46,6 +46,7 @@ class Session:
     earlier: EarlierRun  # what the folder held before
     result: Result = field(default_factory=dict)  # the content of `result.json`, filled step by step
     is_accepted: bool = False  # whether `accept` was called
+    has_chosen: bool = False  # whether this start has chosen settings that were open
     is_refused: bool = False  # whether this start may not continue the run; then no file is written
 
     def __post_init__(self) -> None:
@@ -58,6 +59,20 @@ class Session:
         self.result |= {"status": "running", "error": None, "overrides": overrides, "seed": self.conf.seed}
         self.result["resumed_at"] = list(before["resumed_at"])
         self.result["settings"] = digest_of(recorded(self.conf))
+
+    def choose(self, conf: Conf) -> None:
+        """Take `conf`, in which the run has chosen what was open; a run that was begun already has chosen before."""
+        if conf == self.conf:
+            return
+        self.conf, self.has_chosen = conf, True
+        self.result["settings"] = digest_of(recorded(conf))
+        if self.is_accepted:
+            self._write_config()
+
+    def _write_config(self) -> None:
+        own = dataclasses.replace(self.conf, resume=None, resume_force=False)
+        config = yaml.safe_dump(recorded(own), sort_keys=False, allow_unicode=True)
+        write_text(self.run_dir / "config.yaml", config)
 
     def announce(self) -> None:
         """Log what the folder holds of an earlier start."""
@@ -101,18 +116,16 @@ class Session:
         A run that is continued brings the entries `carried_over` of its earlier result, and a new `plan` of rates.
         """
         self.is_accepted = True
-        own = dataclasses.replace(self.conf, resume=None, resume_force=False)
-        config = yaml.safe_dump(recorded(own), sort_keys=False, allow_unicode=True)
         if self.earlier.result is None:
-            write_text(self.run_dir / "config.yaml", config)  # first, since a folder without it is no run
+            self._write_config()  # first, since a folder without it is no run
             self.write_result()
             return
         # In this order: a kill in between may lose a promise, but leaves none that the new settings break.
         self.result |= {**(carried_over or {}), **self.result}
         self.write_result()
         write_json(self.run_dir / "rates.json", plan)
-        if self.earlier.changes:
-            write_text(self.run_dir / "config.yaml", config)
+        if self.earlier.changes or self.has_chosen:
+            self._write_config()
 
     def write_result(self) -> None:
         """Write `result.json` as far as it is known."""

@@ -124,6 +124,9 @@ class _Training:
         epochs, monitor = self.run.conf.train.epochs, self.run.monitor
         best = None if math.isnan(state.best_score) else state.best_score
         logger.info("%s", epoch_line(row, epochs, best=best, best_epoch=state.best_epoch, monitor=monitor))
+        if state.epoch == 1 and "train.epochs" in self.run.conf.chosen:
+            about = "%d epochs like this take about %.0f s; train.epochs=N sets another number"
+            logger.info(about, epochs, epochs * float(str(row["seconds"])))
         if state.best_epoch == state.epoch and self.validation is not None:
             write_scores(self.run, "val", self.validation.ema_meter if state.best_is_ema else self.validation.meter)
         is_stopping = self.stop.is_set  # read once, since a signal may come during the save

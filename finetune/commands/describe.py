@@ -102,6 +102,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [
         f"{model['name']} (model={model['family']}), weights {model['pretrained']},"
         f" images of {model['image_size']} pixels a side; {found['assumed']}",
+        *found["chosen"],
         f"\n{table(rows, columns=list(COLUMNS))}\n",
         f"parameters  {totals['parameters']:,}, of which {totals['learning']:,} learn"
         f" ({100 * totals['learning_share']:.3g} %) in {counted(totals['groups'], 'group')};"

@@ -88,6 +88,6 @@ def _groups(searched: Sequence[Path]) -> list[str]:
 
 def _wrapped(setting: Setting, text: str) -> list[str]:
     """`key=default` and a text beside it, in lines of at most WIDTH letters."""
-    start = f"  {f'{setting.name}={show(setting.default)}':<26}"
+    start = f"  {f'{setting.name}={show(setting.shown)}':<26}"
     start += " " * (not start.endswith(" "))
     return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 28, break_long_words=False)

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.config.conf import AUTO, RULED
 from finetune.config.words.settings import NUMBER_WORDS, SECTIONS, SETTINGS, Setting
 
 # A bound in a setting's metadata and the keyword of JSON schema that says the same.
@@ -59,12 +60,14 @@ def _schema(setting: Setting) -> dict[str, Any]:
         words = NUMBER_WORDS[setting.name]
         alternatives[0]["minimum"] = max(words.values()) + 1  # below, only the word may stand
         alternatives.append({"enum": list(words)})
+    if setting.name in RULED:
+        alternatives.append({"enum": [AUTO]})
     if setting.optional:
         alternatives.append({"type": "null"})
     if setting.kind is not str:  # a reference such as ${optim.lr}, which is filled in when the files are composed
         alternatives.append({"type": "string", "pattern": r"\$\{.*\}"})
     allowed = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
-    return {"description": setting.meaning, "default": setting.default, **allowed}
+    return {"description": setting.meaning, "default": setting.shown, **allowed}
 
 
 def _kind(setting: Setting) -> dict[str, Any]:

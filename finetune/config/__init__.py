@@ -6,7 +6,7 @@ imports the room `system` only, and outside `words/` the standard library only. 
 """
 
 from finetune.config.augment import AugmentConf, Interpolation, Policy, Recipe, mixing_problems
-from finetune.config.conf import PLACES, Conf, Precision, as_dict, find_problems
+from finetune.config.conf import PLACES, RULED, Conf, Precision, as_dict, find_problems
 from finetune.config.data import Balance, CacheKind, DataConf, OnError, Resize, SourceKind
 from finetune.config.environment import recorded
 from finetune.config.fields import Choice, member_of, nearest, setting
@@ -33,6 +33,7 @@ __all__ = [
     "OPTIMIZERS",
     "OPTIMIZER_READERS",
     "PLACES",
+    "RULED",
     "AugmentConf",
     "Balance",
     "CacheKind",

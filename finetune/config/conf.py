@@ -4,12 +4,13 @@ Each section has a file of its own with its defaults, ranges, meanings and rules
 yaml files under `conf/` hold choices. Standard library only, so that a typing mistake is answered at once.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from finetune.config.augment import AugmentConf, augment_problems, mixing_problems
 from finetune.config.data import DataConf, data_problems, device_cache_problems
 from finetune.config.fields import BOUNDS, Choice, nearest, setting
-from finetune.config.model import ModelConf, model_problems
+from finetune.config.model import HeadKind, ModelConf, model_problems
 from finetune.config.optim import OptimConf, optim_problems
 from finetune.config.prefix import PrefixConf, prefix_problems
 from finetune.config.sched import SchedulerConf, sched_problems
@@ -34,13 +35,22 @@ class Precision(Choice):
     fp16 = "fp16"
 
 
+# The settings that a run chooses by its images and weights where they are `auto`, as they are by default: app/rule.py.
+RULED = ("train.epochs", "data.batch_size", "optim.lr", "optim.layer_decay", "sched.warmup")
+AUTO = "auto"
+CHOSEN = (*RULED, "model.head")  # whose own word `auto` leaves it to be chosen
 SMALLEST = sys.float_info.min  # of a number other than 0: smaller ones lose digits, and their inverse is infinite
 MAX_INT = 2**31 - 1  # of a whole number that has no bound of its own: nothing is counted in more
 
 
 @dataclass
 class Conf:
-    """One run."""
+    """One run.
+
+    Attributes:
+        auto: Those of `RULED` that are still to be chosen; until then they have their defaults.
+        chosen: The settings that the run has chosen, by dotted key; they have the numbers that it chose.
+    """
 
     seed: int = setting(0, "seed of everything random but the split", ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -57,11 +67,43 @@ class Conf:
     augment: AugmentConf = field(default_factory=AugmentConf)
     prefix: PrefixConf = field(default_factory=PrefixConf)
     train: TrainConf = field(default_factory=TrainConf)
+    auto: list[str] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
+
+    @property
+    def open(self) -> list[str]:
+        """The settings that are still to be chosen."""
+        return [*self.auto, *(["model.head"] if self.model.head == HeadKind.auto else [])]
+
+    def choose(self, values: Mapping[str, Any]) -> "Conf":
+        """A copy with values that the run has chosen, by dotted key; of the settings that are not `open`, none."""
+        taken = {name: value for name, value in values.items() if name in self.open}
+        conf = self.with_values(taken)
+        conf.chosen = [name for name in CHOSEN if name in (*self.chosen, *taken)]
+        return conf
+
+    def with_values(self, values: Mapping[str, Any]) -> "Conf":
+        """A copy with these values, by dotted key; none of them is left to be chosen."""
+        conf = copy.deepcopy(self)
+        for name, value in values.items():
+            section, _, last = name.rpartition(".")
+            setattr(getattr(conf, section) if section else conf, last, value)
+        conf.auto = [name for name in self.auto if name not in values]
+        return conf
 
 
 def as_dict(conf: object) -> dict[str, Any]:
-    """A configuration in plain types, as `config.yaml` in a run directory has it: enums as words, tuples as lists."""
+    """A configuration in plain types, as `config.yaml` in a run directory has it: enums as words, tuples as lists.
+
+    What is still to be chosen is the word `auto`; what a run has chosen is named under `chosen`, if there is any.
+    """
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(conf)))  # type: ignore[call-overload]
+    if isinstance(conf, Conf):
+        for name in plain.pop("auto"):
+            section, _, last = name.partition(".")
+            plain[section][last] = AUTO
+        if not plain["chosen"]:
+            del plain["chosen"]
     return plain
 
 
@@ -71,7 +113,7 @@ def leaves(conf: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
         value = getattr(conf, item.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{item.name}.")
-        else:
+        elif item.metadata:  # without any, it is no setting
             yield f"{prefix}{item.name}", conf, item
 
 
@@ -108,9 +150,11 @@ def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:
 
     The model and the files can show more: a `fix_layer` beyond the depth, a missing folder. A run checks those. No rule
     between settings looks at the sections `unread`, of which some value could not be read, nor at a section with a
-    setting outside its range, so that one mistake is not reported twice.
+    setting outside its range, so that one mistake is not reported twice. A run checks again what it has chosen.
     """
     problems, unread = [], set(unread)
+    batch_size = 0 if "data.batch_size" in conf.auto else conf.data.batch_size
+    epochs = MAX_INT if "train.epochs" in conf.auto else conf.train.epochs  # as long as any schedule may want
     for key, section, item in leaves(conf):
         if problem := _range_problem(key, getattr(section, item.name), item.metadata):
             problems.append(problem)
@@ -126,10 +170,10 @@ def find_problems(conf: Conf, unread: Collection[str] = ()) -> list[str]:
         (("optim",), lambda: optim_problems(conf.optim)),
         (("augment",), lambda: augment_problems(conf.augment)),
         (("data", "augment"), lambda: device_cache_problems(conf.data, conf.augment.recipe)),
-        (("data", "augment"), lambda: mixing_problems(conf.augment, conf.data.batch_size)),
+        (("data", "augment"), lambda: mixing_problems(conf.augment, batch_size)),
         (("train",), lambda: train_problems(conf.train)),
         (("prefix", "optim"), lambda: prefix_problems(conf.prefix, conf.optim)),
-        (("sched", "train"), lambda: sched_problems(conf.sched, conf.train.epochs)),
+        (("sched", "train"), lambda: sched_problems(conf.sched, epochs)),
     ]
     for sections, rule in rules:
         if unread.isdisjoint(sections):

@@ -107,7 +107,7 @@ class DataConf:
     drop_last: bool = setting(
         False, "true: leave out an epoch's last images that fill no whole step, but not its only ones"
     )
-    batch_size: int = setting(64, "images a micro-batch; auto: as many as fit, the same images a step", ge=0, le=2**20)
+    batch_size: int = setting(64, "images a micro-batch; fit: the most that the GPU holds", ge=0, le=2**20)
     workers: str = setting("auto", "loader processes: a number, or auto, by measurement; only changes the speed")
     on_error: OnError = setting(OnError.stop, "an image that cannot be read: stop with the list, or skip and list it")
     max_image_mib: int = setting(

@@ -20,7 +20,7 @@ from finetune.system.errors import ConfigError, UserError
 from finetune.system.ours import LOCK, LOCK_HOLDER, FolderKind, RefusedError, look, own_files
 from finetune.system.reading import DamagedError, parse_json
 
-NOT_OF_THE_RUN = ("resume", "resume_force", "data.allow_pipe")  # say how a run is continued
+NOT_OF_THE_RUN = ("resume", "resume_force", "data.allow_pipe", "chosen")  # say how a run is continued, or came about
 # May change: the weights stay the same to the last bit.
 FREE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.max_save_share", "train.keep", "train.patience"),
@@ -166,6 +166,15 @@ def find_earlier(run_dir: Path, settings: Mapping[str, Any], *, is_resume: bool,
             " start a new run, or add resume_force=true to go on all the same"
         )
     return EarlierRun(result, changes, digest_of(settings))
+
+
+def chosen_before(run_dir: Path) -> dict[str, Any]:
+    """The settings that the run in the folder has chosen, by dotted key; none where no run can be read there."""
+    try:
+        settings = flat(recorded_in(run_dir))
+    except ConfigError:
+        return {}  # `find_earlier` says what is wrong
+    return {name: settings[name] for name in settings.get("chosen", [])}
 
 
 def has_step(run_dir: Path) -> bool:

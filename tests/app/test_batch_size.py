@@ -1,4 +1,4 @@
-"""`data.batch_size=auto`: the largest batch that fits, and advice where memory runs out."""
+"""`data.batch_size=fit`: the largest batch that fits, and advice where memory runs out."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_advice_where_memory_runs_out() -> None:
     """Who asked for `auto` is not sent in a circle."""
     parts = Mock(device=torch.device("cpu"), conf=Conf(), is_auto_batch=False)
     text = out_of_memory(parts, step=4)
-    assert "in step 5" in text and "data.batch_size=32 train.accumulate=2" in text and "data.batch_size=auto" in text
+    assert "in step 5" in text and "data.batch_size=32 train.accumulate=2" in text and "data.batch_size=fit" in text
     parts.is_auto_batch = True
     text = out_of_memory(parts)
-    assert "out of memory on cpu. Try" in text and "data.batch_size=auto" not in text
+    assert "out of memory on cpu. Try" in text and "data.batch_size=fit" not in text
 
 
 def test_a_found_batch_keeps_the_images_of_a_step() -> None:

@@ -21,7 +21,7 @@ from finetune.__main__ import main
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "runs.json"
 TOLERANCE = 1e-4  # relative to the largest number of the same kind in the run
-FEW = ("data.shots=20", "train.epochs=2", "device=cpu", "precision=fp32", "data.workers=0")
+FEW = ("data.shots=20", "train.epochs=2", "data.batch_size=64", "device=cpu", "precision=fp32", "data.workers=0")
 RUNS = {
     "clip": ("model=clip", "sched.mode=cosine_pi"),
     "vit": ("model=vit", "optim.layer_decay=0.65"),

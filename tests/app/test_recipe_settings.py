@@ -107,11 +107,11 @@ def test_what_only_the_model_can_tell_is_one_line(
 
 
 def test_a_batch_that_memory_makes_still_holds_the_groups_that_are_mixed(stripes: Path, tmp_path: Path) -> None:
-    """With `data.batch_size=auto` nobody knows the micro-batch before the model runs on the device."""
+    """With `data.batch_size=fit` nobody knows the micro-batch before the model runs on the device."""
     mixed = {"augment__recipe": Recipe.crop, "augment__mixup": 0.8, "augment__mix_images": 80}
     conf = small(stripes, data__batch_size=0, **mixed)
     assert not find_problems(conf)
-    with pytest.raises(ValueError, match=r"batch_size=auto came to 64 images: augment\.mix_images=80: .* at most 64"):
+    with pytest.raises(ValueError, match=r"batch_size=fit came to 64 images: augment\.mix_images=80: .* at most 64"):
         go(conf, tmp_path / "run")
 
 

@@ -16,7 +16,7 @@ FREE = 2**30
     [
         ("model.image_size=100000000", "model.image_size=100000000: must be at most 16,384"),
         (
-            "model.image_size=16384",
+            "model.image_size=16384 data.batch_size=64",
             "a batch of 64 images of 16,384 pixels a side needs 192 GiB of memory, 1.00 GiB are",
         ),
         ("model.image_size=1024 data.batch_size=2", "training on a batch of 2 images of 1,024 pixels a side needs"),

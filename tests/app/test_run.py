@@ -316,7 +316,7 @@ def test_a_sweep_goes_on_past_a_failed_job_and_sums_up(stripes: Path, tmp_path: 
     [
         (["device=cuda:7"], ["cuda:7"]),
         (["optim.fix_layer=8"], ["fix_layer=8", "-1", "7"]),
-        (["sched.interval=step", "sched.warmup=9999"], ["sched.warmup=9999", "170 steps"]),
+        (["sched.interval=step", "sched.warmup=9999"], ["sched.warmup=9999", "680"]),
         (["optim.no_weight_decay=[*.bias_k]"], ["'*.bias_k'"]),
         (["data=folder", "data.root=nowhere"], ["nowhere"]),
         (["model.image_size=33"], ["33"]),

@@ -145,7 +145,7 @@ def test_help_all_shows_every_setting(folder: Path, capsys: pytest.CaptureFixtur
     assert re.findall(r"^  ([\w.]+)=", page, re.MULTILINE) == list(SETTINGS)
     assert max(map(len, page.splitlines())) <= 100
     for words in (
-        "optim.layer_decay=0.75",
+        "optim.layer_decay=auto",
         "[greater than 0 and at most 1]",
         "[linear, cosine, cosine_pi]",
         "\nsched\n",

@@ -213,7 +213,7 @@ def test_what_is_assumed_of_absent_data_is_said(tmp_path: Path, capsys: pytest.C
         (["--jsn"], 2, "did you mean '--json'"),
         (["--optim.lr=1"], 2, "without dashes"),
         (["optim.lr=abc"], 1, "optim.lr"),
-        (["data.batch_size=auto"], 1, "give a number"),
+        (["data.batch_size=fit"], 1, "give a number"),
         (["optim.fix_layer=99"], 1, "layers 0 (stem) to 8 (head)"),
         (["model.name=ViT-B-17", "model.pretrained=openai"], 1, "ViT-B-16"),
         (["--plot", "/no/such/folder/x.png"], 1, "does not exist"),

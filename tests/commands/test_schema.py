@@ -61,7 +61,7 @@ def test_a_section_is_the_content_of_a_file_of_its_group(capsys: pytest.CaptureF
     assert main(["schema", "--section", "optim"]) == 0
     optim = json.loads(capsys.readouterr().out)
     assert list(optim["properties"]) == ["defaults", *(name[6:] for name in SETTINGS if name.startswith("optim."))]
-    assert optim["properties"]["layer_decay"]["default"] == 0.75
+    assert optim["properties"]["layer_decay"]["default"] == "auto"
     assert optim["properties"]["layer_decay"]["description"] == SETTINGS["optim.layer_decay"].meaning
 
 
@@ -76,5 +76,6 @@ def test_it_refuses_mistakes(tree: dict[str, Any]) -> None:
 
 
 def test_it_takes_references_null_and_words_for_numbers() -> None:
-    data = {"root": None, "batch_size": "auto"}
+    assert refused(json_schema(), {"optim": {"lr": "auto"}, "data": {"batch_size": "auto"}}) == []
+    data = {"root": None, "batch_size": "fit"}
     assert refused(json_schema(), {"optim": {"lr": "${optim.eps}"}, "data": data, "defaults": [{"model": "vit"}]}) == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune.__main__ import main
 from finetune.commands.flags import configure, parse_command_line
-from finetune.config import Conf, DataConf, Mode, SourceKind, as_dict, find_problems
+from finetune.config import RULED, Conf, DataConf, Mode, SourceKind, as_dict, find_problems
 from finetune.config.words.choices import builtin_folder, default_choices, options
 from finetune.config.words.composition import file_problem
 from finetune.config.words.configuration import compose
@@ -70,7 +70,7 @@ def test_path_keys_exist() -> None:
 
 
 # What a command line without a word is: the schema's defaults, and what data=digits chooses.
-DEFAULTS = Conf(data=DataConf(test_fraction=0.3))
+DEFAULTS = Conf(data=DataConf(test_fraction=0.3), auto=list(RULED))
 
 
 # --- every choice composes --------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     ("optim.weight_decay=0 optim.decay_embeddings=true", 1, [["optim.decay_embeddings=true", "decays nothing"]]),
     ("optim.layer_decay=1 optim.layer_rule=timm", 1, [["optim.layer_rule=timm", "one rate"]]),
     ("sched.past_cycle=hold", 1, [["sched.past_cycle=hold", "the whole run", "no sooner"]]),
-    ("sched.past_cycle=restart sched.cycle=10", 1, [["sched.past_cycle=restart", "sched.cycle=10"]]),
-    ("sched.warmup=10 sched.cycle=20", 1, [["sched.warmup=10", "less than", "10 epochs"]]),
+    ("sched.past_cycle=restart sched.cycle=10 train.epochs=10", 1, [["sched.past_cycle=restart", "sched.cycle=10"]]),
+    ("sched.warmup=10 sched.cycle=20 train.epochs=10", 1, [["sched.warmup=10", "less than", "10 epochs"]]),
     ("model.head=random model.templates=[simple]", 1, [["model.templates=['simple']", "only a zero-shot head"]]),
     ("data.max_text_mib=3", 1, [["data.max_text_mib=3", "data=digits does not read it"]]),
     ("augment.mixup=1e-320", 1, [["augment.mixup=1e-320: must be 0, or 2.2e-308 or more away from it"]]),
@@ -248,8 +248,12 @@ BAD: list[tuple[str, int, list[list[str]]]] = [
     (f"train.epochs=-{400 * '9'}", 1, [["train.epochs=-1.0e+400: must be at least 1"]]),
     ("data=folder", 1, [["data=folder", "data.root=PATH"]]),
     ("data.root=/x", 1, [["data.root=/x", "ignored", "data=folder"]]),
-    ("augment=mae augment.mix_images=9", 1, [["augment.mix_images=9", "leaves one image over", "divisor of 64"]]),
-    ("augment=mae augment.mix_images=65", 1, [["augment.mix_images=65", "at most 64"]]),
+    (
+        "augment=mae augment.mix_images=9 data.batch_size=64",
+        1,
+        [["augment.mix_images=9", "leaves one image over", "divisor of 64"]],
+    ),
+    ("augment=mae augment.mix_images=65 data.batch_size=64", 1, [["augment.mix_images=65", "at most 64"]]),
     # several values without -m
     ("optim.lr=1,2", 1, [["optim.lr=1,2", "add -m"]]),
     ("optim.betas=0.9,0.99", 1, [["add -m", "optim.betas=[0.9,0.99]"]]),
@@ -380,7 +384,7 @@ def test_a_broken_config_yaml_of_ours_is_one_line(folder: Path) -> None:
 BAD_YAML: list[tuple[str, str, list[str]]] = [
     ("data/mine.yaml", "source: digits\nbatch_siez: 3\n", ["mine.yaml, line 2", "batch_siez", "'data.batch_size'"]),
     ("data/mine.yaml", "batch_size: many\n", ["mine.yaml, line 1", "data.batch_size=many", "whole number"]),
-    ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "must be auto, or at least 1"]),
+    ("data/mine.yaml", "batch_size: -1\n", ["data.batch_size=-1", "must be fit, or at least 1"]),
     ("data/mine.yaml", "a: b: c\n", ["mine.yaml, line 1", "cannot be read"]),
     ("data/mine.yaml", "source: [digits\n", ["mine.yaml, line 2", "cannot be read"]),
     ("data/mine.yaml", "workers: 1\nworkers: 2\n", ["mine.yaml, line 2", "duplicate key workers"]),
@@ -441,13 +445,13 @@ def test_own_group_with_a_plus(folder: Path) -> None:
 
 
 def test_a_word_for_a_number_works_in_a_file_too(folder: Path) -> None:
-    write("conf/data/mine.yaml", "batch_size: auto\n")
-    assert compose(["data=mine"]).data.batch_size == compose(["data.batch_size=auto"]).data.batch_size == 0
+    write("conf/data/mine.yaml", "batch_size: fit\n")
+    assert compose(["data=mine"]).data.batch_size == compose(["data.batch_size=fit"]).data.batch_size == 0
     write("conf/data/zero.yaml", "batch_size: 0\n")
     for word in ("data.batch_size=0", "data.batch_size=-0", "data.batch_size=00", "data.batch_size=0_0", "data=zero"):
-        with pytest.raises(ConfigError, match=r"data\.batch_size=0: write data\.batch_size=auto"):
+        with pytest.raises(ConfigError, match=r"data\.batch_size=0: write data\.batch_size=fit"):
             compose([word])
-    for word, told in {"-2": "must be auto, or at least 1", "Auto": r"or auto \(did you mean 'auto'"}.items():
+    for word, told in {"-2": "must be fit, or at least 1", "Fit": r"or fit or auto \(did you mean 'fit'"}.items():
         with pytest.raises(ConfigError, match=rf"data\.batch_size={word}: .*{told}"):
             compose([f"data.batch_size={word}"])
 

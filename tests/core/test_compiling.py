@@ -113,6 +113,6 @@ def test_graphs_and_accumulation_are_refused_together(stripes: Path, tmp_path: P
     conf = last_block(stripes, graphs)  # and where nobody asked for micro-batches, but memory makes them
     conf.data.batch_size, conf.optim.recipe_batch = 0, 128
     assert not find_problems(conf)
-    with pytest.raises(ValueError, match=r"batch_size=auto came to 64 images: .*max-autotune with train\.accumulate=2"):
+    with pytest.raises(ValueError, match=r"batch_size=fit came to 64 images: .*max-autotune with train\.accumulate=2"):
         go(conf, tmp_path / "run")
     assert "epoch" not in (tmp_path / "run" / "run.log").read_text()

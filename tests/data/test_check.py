@@ -347,7 +347,7 @@ def test_the_command_encodes_no_prompts(root: Path, tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "contact_sheet.png").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["data.batch_size=auto"]])
+@pytest.mark.parametrize("words", [[], ["data.batch_size=fit"]])
 def test_the_contact_sheet_shows_what_the_model_sees(root: Path, tmp_path: Path, words: list[str]) -> None:
     conf = compose(["data=folder", f"data.root={root}", "data.workers=0", *words])
     source = open_source(conf.data)

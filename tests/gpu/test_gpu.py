@@ -89,7 +89,7 @@ def test_pinned_copies_arrive_whole(folder: Path) -> None:
 
 
 def test_auto_batch_fits_and_keeps_the_images_of_a_step(folder: Path) -> None:
-    result = run("auto", "model=vit", "device=cuda", "data.batch_size=auto", "train.accumulate=2")
+    result = run("auto", "model=vit", "device=cuda", "data.batch_size=fit", "train.accumulate=2")
     assert result["auto_batch_size"] * result["auto_accumulate"] == 128
     assert torch.cuda.max_memory_reserved() < torch.cuda.get_device_properties(0).total_memory
 

@@ -37,7 +37,7 @@ READS = "opens for reading"
 PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "__main__.py": [("writes to /dev/null", ("main",))],
     "app/run.py": [(RUN, ("_learn", "_start"))],
-    "app/session.py": [(RUN, ("accept", "write_result"))],
+    "app/session.py": [(RUN, ("_write_config", "accept", "write_result"))],
     "commands/train.py": [("the folder of a job, which is claimed before anything is written there", ("_job",))],
     "data/caches/entries.py": [
         (

@@ -362,7 +362,7 @@ def test_a_probe_reaches_what_scikit_learn_reaches_at_the_same_strength() -> Non
     from sklearn.preprocessing import StandardScaler
 
     (x, y), (val_x, val_y) = blobs(300, 0), blobs(200, 1)
-    probe = linear_probe(x, y, val_x, val_y, 3)
+    probe = linear_probe(x, y, (val_x, val_y), num_classes=3)
     assert probe.strength in STRENGTHS
     scaler = StandardScaler().fit(x.numpy())
     reference = LogisticRegression(C=1 / (probe.strength * len(x)), max_iter=2000, tol=1e-8)
@@ -375,25 +375,49 @@ def test_a_probe_reaches_what_scikit_learn_reaches_at_the_same_strength() -> Non
 
 def test_the_strength_is_picked_on_validation() -> None:
     (x, y), (val_x, val_y) = blobs(60, 0), blobs(400, 1)
-    probe = linear_probe(x, y, val_x, val_y, 3)
-    swapped = linear_probe(x, y, x, y, 3)  # validated on the training data, the weakest penalty wins
+    probe = linear_probe(x, y, (val_x, val_y), num_classes=3)
+    swapped = linear_probe(x, y, (x, y), num_classes=3)  # validated on the training data, the weakest penalty wins
     assert swapped.strength < probe.strength
-    assert torch.equal(linear_probe(x, y, val_x, val_y, 3).weight, probe.weight)  # a second fit gives the same bits
+    assert torch.equal(
+        linear_probe(x, y, (val_x, val_y), num_classes=3).weight, probe.weight
+    )  # a second fit gives the same bits
 
 
 def test_a_probe_does_not_feel_the_scale_of_the_features() -> None:
     (x, y), (val_x, val_y) = blobs(300, 0), blobs(200, 1)
-    small, large = linear_probe(x, y, val_x, val_y, 3), linear_probe(100 * x, y, 100 * val_x, val_y, 3)
+    small, large = (
+        linear_probe(x, y, (val_x, val_y), num_classes=3),
+        linear_probe(100 * x, y, (100 * val_x, val_y), num_classes=3),
+    )
     assert small.strength == large.strength
     torch.testing.assert_close(small.weight, 100 * large.weight, rtol=1e-2, atol=1e-4)
+
+
+def test_folds_of_the_training_images_pick_the_strength_where_validation_is_small() -> None:
+    (x, y), val = blobs(60, 0), blobs(400, 1)
+    alone = linear_probe(x, y, num_classes=3)
+    few = linear_probe(x, y, (val[0][:3], val[1][:3]), num_classes=3)
+    assert few.strength == alone.strength > STRENGTHS[-1] and torch.equal(few.weight, alone.weight)
+    assert round(3 * few.val_top1, 5) in (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="needs images"):
+        linear_probe(x[:3], y[:3], num_classes=3)
+
+
+def test_a_probe_that_is_sure_of_what_is_wrong_is_not_picked() -> None:
+    """Labels with mistakes: the weakest penalty learns them, and pays for it with its loss on other images."""
+    (x, y), (val_x, val_y) = blobs(120, 0), blobs(400, 1)
+    noisy = torch.where(torch.arange(120) % 4 == 0, (y + 1) % 3, y)
+    probe = linear_probe(x, noisy, (val_x, val_y), num_classes=3)
+    logits = val_x @ probe.weight.T + probe.bias
+    assert torch.nn.functional.cross_entropy(logits, val_y) < 1.0 and probe.strength >= 1e-3
 
 
 def test_a_probe_of_nothing_or_of_nan_is_refused() -> None:
     x, y = blobs(10, 0)
     with pytest.raises(ValueError, match="needs images"):
-        linear_probe(x[:0], y[:0], x, y, 3)
+        linear_probe(x[:0], y[:0], (x, y), num_classes=3)
     with pytest.raises(ValueError, match="finite"):
-        linear_probe(x / 0, y, x, y, 3)
+        linear_probe(x / 0, y, (x, y), num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +434,7 @@ def test_a_fitted_head_gives_the_probes_logits(conf: ModelConf) -> None:
     images = torch.randn(12, 3, 32, 32)
     labels = torch.arange(12) % 3
     features = features_of(model, images)
-    probe = linear_probe(features, labels, features, labels, 3)
+    probe = linear_probe(features, labels, (features, labels), num_classes=3)
     find_head(model.net).set(probe.weight, probe.bias)
     with torch.no_grad():
         torch.testing.assert_close(model(images), features @ probe.weight.T + probe.bias, rtol=1e-3, atol=1e-3)

@@ -94,12 +94,12 @@ def test_a_run_with_a_batch_that_was_chosen_goes_on(
     stripes: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`config.yaml` has a number for the word `auto`, which nobody may type."""
-    words = [f"data.root={stripes}", "data=folder", "train.epochs=3", "data.batch_size=auto", "hydra.run.dir=run"]
+    words = [f"data.root={stripes}", "data=folder", "train.epochs=3", "data.batch_size=fit", "hydra.run.dir=run"]
     with monkeypatch.context() as patch:
         kill_at(2, patch)
         assert main(words) == 1
     assert main(["resume=run"]) == 0
-    assert "data.batch_size=auto" in result(folder / "run")["overrides"]  # type: ignore[operator]
+    assert "data.batch_size=fit" in result(folder / "run")["overrides"]  # type: ignore[operator]
     assert main(["resume=run", "data.batch_size=8"]) == 1
     assert "data.batch_size: auto -> 8" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config.conf import PLACES, Conf, as_dict, find_problems
+from finetune.config.conf import PLACES, RULED, Conf, as_dict, find_problems
 from finetune.config.environment import escaped, keep_reference
 from finetune.config.fields import show
 from finetune.config.words import choices
@@ -105,7 +106,8 @@ def register(searched: Sequence[Path], base: Conf | None = None) -> None:
     store = ConfigStore.instance()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 1.4 warns of storing a name again, as the second command in a process does
-        store.store(name=choices.SCHEMA_NAME, node=with_words(escaped(as_dict(Conf() if base is None else base))))
+        start = Conf(auto=list(RULED)) if base is None else replace(base, chosen=[])
+        store.store(name=choices.SCHEMA_NAME, node=with_words(escaped(as_dict(start))))
         store.store(name=PRIMARY_NAME, node=OmegaConf.create(primary))
     _Folders.searched = tuple(folder for folder in searched if folder != choices.builtin_folder())
     for plugin in (_Folders, _CheckedFiles):

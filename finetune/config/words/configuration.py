@@ -74,8 +74,7 @@ def read_settings(
         raise ConfigError([*unreadable, *request.problems], code=2 if unreadable else 1)
     conf = to_conf(first.cfg)
     if run_dir is not None and base is not None:
-        _refuse_strange_commands(run_dir, conf, base, is_given=any(o.key == "data.root" for o in overrides))
-        conf = replace(conf, data=replace(conf.data, allow_pipe=True))  # what is left are the person's own commands
+        conf = _continued(run_dir, conf, base, {o.key for o in overrides})
         texts = [o.text for o in overrides if o.key != "resume_force"]
         return Prepared(conf, first.cfg, texts, texts, 1, run_dir)
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -120,6 +119,14 @@ def _beside_resume(word: str, overrides: Sequence[Override], *, multirun: bool) 
     if problems:
         raise ConfigError(problems)
     return beside
+
+
+def _continued(run_dir: Path, conf: Conf, base: Conf, given: set[str]) -> Conf:
+    """The configuration of the run in `run_dir`, whose own is `base`, with the settings `given` beside `resume=`."""
+    _refuse_strange_commands(run_dir, conf, base, is_given="data.root" in given)
+    chosen = [name for name in base.chosen if name not in given]
+    # Of the commands in it, those are left that the person typed.
+    return replace(conf, data=replace(conf.data, allow_pipe=True), chosen=chosen)
 
 
 def _refuse_strange_commands(run_dir: Path, conf: Conf, base: Conf, *, is_given: bool) -> None:

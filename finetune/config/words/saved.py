@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from finetune.config.conf import Conf, as_dict, find_problems
+from finetune.config.conf import CHOSEN, Conf, as_dict, find_problems
 from finetune.config.environment import escaped, plain
 from finetune.config.fields import show
 from finetune.config.words.settings import SETTINGS, Reading, build, convert, read_tree, with_words
@@ -55,9 +55,13 @@ def _read(run_dir: Path) -> Reading:
         lack = "it has no config.yaml, so no run was begun there" if run_dir.exists() else "there is no such folder"
         raise ConfigError([f"resume={run_dir}: {lack}; give a run directory, such as outputs/<date>/<time>"])
     try:
-        reading = read_tree(with_words(read_yaml(path, dict[str, Any], mend="restore the file, or start a new run")))
+        tree = read_yaml(path, dict[str, Any], mend="restore the file, or start a new run")
     except DamagedError as error:
         raise ConfigError([str(error)]) from None
+    chosen = tree.pop("chosen", [])
+    reading = read_tree(with_words(tree))
+    if not (isinstance(chosen, list) and all(name in CHOSEN for name in chosen)):
+        reading.problems["chosen"] = f"chosen: expected a list out of {', '.join(CHOSEN)}"
     if reading.problems:
         lost = "; another version of finetune wrote it"
         lines = [f"{path}: {text}{'' if name in SETTINGS else lost}" for name, text in reading.problems.items()]
@@ -67,4 +71,5 @@ def _read(run_dir: Path) -> Reading:
             reading.values[name] = convert(SETTINGS[name], value)
             del reading.references[name]
     reading.values["data.allow_pipe"] = False
+    reading.values["chosen"] = chosen
     return reading

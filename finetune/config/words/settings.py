@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from finetune.config.conf import PLACES, Conf, leaves
+from finetune.config.conf import AUTO, PLACES, RULED, Conf, leaves
 from finetune.config.data import REMOTE
 from finetune.config.fields import nearest, show
 from finetune.system.errors import UserError
@@ -34,6 +34,11 @@ class Setting:
     def meaning(self) -> str:
         """One line for a person."""
         return str(self.field.metadata["help"])
+
+    @property
+    def shown(self) -> Any:
+        """What it is where nobody sets it, as a person writes it."""
+        return AUTO if self.name in RULED else as_word(self.name, self.default)
 
     @property
     def words(self) -> list[str]:
@@ -59,7 +64,7 @@ PATH_SETTINGS = (
     *("resume", "model.pretrained_key", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
 # Words that stand for a number, which nobody may write in their place.
-NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"auto": 0}}
+NUMBER_WORDS: dict[str, dict[str, int]] = {"data.batch_size": {"fit": 0}}
 
 
 def describe_kind(setting: Setting) -> str:
@@ -72,8 +77,13 @@ def describe_kind(setting: Setting) -> str:
         words = f"a list of {len(setting.default)} numbers, such as [{shown}]"
     else:
         words = names.get(setting.kind, "a list of texts, such as ['a','b']")
-    words = " or ".join([words, *NUMBER_WORDS.get(setting.name, {})])
+    words = " or ".join([words, *_extra_words(setting.name)])
     return f"{words} or null" if setting.optional else words
+
+
+def _extra_words(name: str) -> list[str]:
+    """The words that may stand in the place of a number."""
+    return [*NUMBER_WORDS.get(name, {}), *([AUTO] if name in RULED else [])]
 
 
 def is_interpolation(value: Any) -> bool:
@@ -82,9 +92,14 @@ def is_interpolation(value: Any) -> bool:
 
 
 def convert(setting: Setting, value: Any) -> Any:
-    """`value`, from a yaml file or the command line, in the setting's type; a UserError where it does not fit."""
+    """`value`, from a yaml file or the command line, in the setting's type; a UserError where it does not fit.
+
+    The word `auto` stays a word, see `build`.
+    """
     if value is None and setting.optional:
         return None
+    if value == AUTO and setting.name in RULED:
+        return AUTO
     if isinstance(value, str) and value in NUMBER_WORDS.get(setting.name, {}):
         return NUMBER_WORDS[setting.name][value]
     if value == "???":
@@ -95,7 +110,7 @@ def convert(setting: Setting, value: Any) -> Any:
         raise
     except (ValueError, TypeError, OverflowError):
         pass  # the error below says what was expected
-    close = nearest(str(value), [*setting.words, *NUMBER_WORDS.get(setting.name, {})])
+    close = nearest(str(value), [*setting.words, *_extra_words(setting.name)])
     if value is False and "off" in setting.words:
         close = " (yaml reads a bare off as false: write 'off')"
     elif setting.kind in (str, list[str]) and any(isinstance(part, bool) for part in _as_list(value)):
@@ -202,12 +217,13 @@ def read_tree(tree: Any, name: str = "") -> Reading:
 
 
 def build(values: dict[str, Any]) -> Conf:
-    """The defaults with `values` (dotted key to converted value) in their places."""
-    conf = Conf()
-    for name, value in values.items():
-        section, _, last = name.rpartition(".")
-        setattr(getattr(conf, section) if section else conf, last, value)
-    return conf
+    """The defaults with `values` (dotted key to converted value) in their places.
+
+    Where the value is `auto`, a run will choose it.
+    """
+    auto = [name for name in RULED if values.get(name) == AUTO]
+    conf = Conf().with_values({name: value for name, value in values.items() if name not in auto})
+    return dataclasses.replace(conf, auto=auto)
 
 
 def nearest_setting(name: str, groups: Iterable[str] = ()) -> str:

@@ -26,7 +26,7 @@ def write_contact_sheet(
 ) -> None:
     """Write a PNG of the first images of the first training epoch; all images of `source` must be readable."""
     wanted = COLUMNS * ROWS
-    # Only the training GPU knows what `batch_size=auto` is. Views do not depend on it, mixtures do.
+    # Only the training GPU knows what `batch_size=fit` is. Views do not depend on it, mixtures do.
     data = data if data.batch_size else dataclasses.replace(data, batch_size=wanted)
     device = torch.device("cpu")
     loader = Loader(source.splits["train"], preprocess, conf=data, augment=augment, seed=seed, device=device)

@@ -3,7 +3,7 @@
 A random head's first gradients distort good features, a fitted head's do not: Kumar et al., arXiv:2202.10054.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from finetune.system.errors import UserError
 
 # The strengths of the penalty, strongest first: each fit starts from the result of the one before, which saves steps.
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -7, -1))
+FEW, FOLDS = 100, 5  # below so many validation images, folds of the training images pick the penalty
 
 
 @dataclass(frozen=True)
@@ -25,36 +26,69 @@ class Probe:
 
     weight: Tensor  # (classes, features)
     bias: Tensor  # (classes,)
-    strength: float  # the penalty on squared weights with the best validation accuracy
-    val_top1: float  # share of validation images that the classifier labels correctly
+    strength: float  # the penalty on squared weights with the lowest loss on images that the fit left out
+    val_top1: float  # share of validation images that it labels correctly; without any, of the folds left out
 
 
-def linear_probe(features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, num_classes: int) -> Probe:
+def linear_probe(
+    features: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None = None, *, num_classes: int
+) -> Probe:
     """Multinomial logistic regression with a squared penalty, fitted by L-BFGS.
 
-    Features are (images, features), labels int64 (images,). Minimises mean cross-entropy + strength / 2 * |W|^2 over
-    features standardised by the training set, for each strength in `STRENGTHS`; the bias has no penalty. Returns the
-    fit with the best validation accuracy, and of equal accuracies the one with the lowest validation loss. No features,
-    or some that are not finite, are a UserError.
+    Features are (images, features), labels int64 (images,), and `val` has the same of the validation images. Minimises
+    mean cross-entropy + strength / 2 * |W|^2 over features standardised by the training set; the bias has no penalty.
+    Of `STRENGTHS` it takes the one with the lowest validation loss, since the most accurate one may be sure of much
+    that is wrong, and fine-tuning from it has that to unlearn first. With fewer than `FEW` validation images, the loss
+    is that of `FOLDS` folds of the training images. No features, or some that are not finite, are a UserError.
     """
-    if not len(features) or not len(val_features):
-        sizes = f"{len(features)} to train on and {len(val_features)} to validate"
+    if not len(features) or (len(features) < FOLDS if val is None else not len(val[0])):
+        sizes = f"{len(features)} to train on" + (f" and {len(val[0])} to validate" if val is not None else "")
         raise UserError(f"a linear probe needs images: got {sizes}")
-    if not (features.isfinite().all() and val_features.isfinite().all()):
+    if not (features.isfinite().all() and (val is None or val[0].isfinite().all())):
         raise UserError("a linear probe needs finite features: the frozen model gives NaN or infinity")
-    features, val_features = features.float(), val_features.float()
+    features = features.float()
+    fits = list(_fits(features, labels, num_classes))
+    use_folds = len(features) >= FOLDS and (val is None or len(val[0]) < FEW)
+    of_val = None if val is None else _scores(fits, val[0].float(), val[1])
+    losses, right = _in_folds(features, labels, num_classes) if use_folds or of_val is None else of_val
+    best = int(losses.mean(dim=0).argmin())
+    right = right if of_val is None else of_val[1]
+    return Probe(*fits[best], STRENGTHS[best], right.mean(dim=0)[best].item())
+
+
+def _fits(features: Tensor, labels: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight and bias of each strength, for features as they are."""
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-6)
-    x, val_x = (features - mean) / deviation, (val_features - mean) / deviation
+    x = (features - mean) / deviation
     weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
-    found: list[tuple[float, float, float, Tensor, Tensor]] = []
     for strength in STRENGTHS:
         weight, bias = _fit(x, labels, weight, bias, strength)
-        logits = F.linear(val_x, weight, bias)
-        top1 = (logits.argmax(dim=1) == val_labels).double().mean().item()
-        found.append((top1, -F.cross_entropy(logits, val_labels).item(), strength, weight, bias))
-    top1, _, strength, weight, bias = max(found, key=lambda fit: fit[:2])
-    weight = weight / deviation
-    return Probe(weight, bias - weight @ mean, strength, top1)
+        plain = weight / deviation
+        yield plain, bias - plain @ mean
+
+
+def _scores(fits: Iterable[tuple[Tensor, Tensor]], features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each image under each fit, and whether its label is right, 0 or 1; both (images, fits)."""
+    losses, right = [], []
+    for weight, bias in fits:
+        logits = F.linear(features, weight, bias)
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        right.append((logits.argmax(dim=1) == labels).float())
+    return torch.stack(losses, dim=1), torch.stack(right, dim=1)
+
+
+def _in_folds(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """`_scores` of each image under fits to the other folds, which are cut class by class."""
+    order = labels.argsort(stable=True)  # neighbours have the same class, and go to different folds
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels)) % FOLDS
+    parts = []
+    for number in range(FOLDS):
+        out = fold == number
+        fits = _fits(features[~out], labels[~out], num_classes)
+        parts.append(_scores(fits, features[out], labels[out]))
+    losses, right = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses, right
 
 
 def _fit(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
