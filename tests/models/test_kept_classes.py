@@ -158,6 +158,23 @@ def test_a_name_of_two_rows_fits_none_and_accents_are_one_letter(names: list[str
     assert kept(tmp_path, ["b", "café"], config=accents)[0] == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("names", "classes", "rows"),
+    [
+        (
+            ["goldfish, Carassius auratus", "tench, Tinca tinca", "crane"],
+            ["n01440764", "n02012849", "x"],
+            [1, None, None],
+        ),
+        (["n01443537", "n01440764", "n02012849"], ["tench", "crane", "Goldfish"], [1, 2, 0]),
+        (["n01443537", "n01440764", "mine"], ["n01440764", "mine"], [1, 2]),
+        (["n01443537", "n01440764", "n00000001"], ["n01440764", "n00000001"], [1, 2]),
+    ],
+)
+def test_imagenets_ids_and_words_are_one_name(names: list, classes: list, rows: list, tmp_path: Path) -> None:
+    assert kept(tmp_path, classes, config={"id2label": dict(enumerate(names))})[0] == rows
+
+
 def test_only_names_of_classes_are_taken_for_them() -> None:
     loop: dict[str, Any] = {"classes": [1, 2], "labels": [], "label": "x", "class": {"a": 1.5}, "names": {"a": True}}
     loop |= {"class_token": torch.zeros(3), "again": loop, 7: {"classes": ["a"]}, "files": ["a", "b"]}

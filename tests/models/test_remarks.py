@@ -236,3 +236,19 @@ def test_an_image_tower_of_open_clip_fits_timms(is_quick: bool, place: str, monk
     (tmp_path / "open_clip_config.json").unlink()
     words = "no open_clip_config.json beside them says their activation, so that of model.name is used"
     assert words in build(tmp_path / "w.pt", name, Library.auto, head=HeadKind.random)
+
+
+def test_a_resnet_of_open_clip_fits_timms_with_its_attention_pool(tmp_path: Path) -> None:
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = {"layers": [3, 4, 6, 3], "width": 64, "image_size": 224, "patch_size": None}
+    clip = open_clip.CLIP(1024, vision, CFG["text_cfg"]).eval()
+    torch.save(clip.state_dict(), tmp_path / "w.pt")
+    settings = ModelConf(family=Family.vit, name="resnet50_clip", pretrained=str(tmp_path / "w.pt"))
+    net, images = build_model(settings, CLASSES).model.net.eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        features = net.forward_head(net.forward_features(images), pre_logits=True)
+        got, expected = clip.visual.attnpool.c_proj(features), clip.visual(images)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.01

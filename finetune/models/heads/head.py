@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune.config import HeadKind, ModelConf, Pool
 from finetune.core.layers import LayeredModel
+from finetune.models.heads.imagenet import with_wordnet
 from finetune.system.errors import UserError
 from finetune.system.natural import natural_key
 from finetune.system.terminal import counted
@@ -196,7 +197,7 @@ def _rows_by_name(number: int, classes: Sequence[str], named: Mapping[str, Seque
         place, names = next(iter(named.items()))
         size = f"{counted(number, 'class', 'classes')} and {counted(len(names), 'name')} are known of them ({place})"
         raise _not_kept(f"the weights classify into {size}, so nothing says which row is whose")
-    found = {place: rows_of(names, classes) for place, names in fitting.items()}
+    found = {place: rows_of(with_wordnet(names, classes), classes) for place, names in fitting.items()}
     (first, rows), *others = found.items()
     for place, other in others:
         if other != rows:

@@ -31,3 +31,26 @@ def imagenet_names(classes: Sequence[str]) -> dict[str, str]:
     first = {wnid: text.split(",")[0] for wnid, text in words.items()}
     used = Counter([*names.values(), *first.values()])
     return names | {wnid: first[wnid] if used[first[wnid]] == 1 else words[wnid] for wnid in words}
+
+
+def with_wordnet(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Names of classes, with id and words for each of ImageNet: `n01440764`, `tench, Tinca tinca` become both.
+
+    They stay as they are where `names` and `classes` are both ids, or both words.
+    """
+    is_id, wants_ids = any(map(WNID.fullmatch, names)), any(map(WNID.fullmatch, classes))
+    if is_id and not all(map(WNID.fullmatch, classes)):
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info: Any = ImageNetInfo("imagenet-22k")
+        known = {*info.label_names()}
+        return [f"{name}, {info.label_name_to_description(name)}" if name in known else name for name in names]
+    if wants_ids and not is_id:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        thousand: Any = ImageNetInfo()
+        words = {wnid: thousand.label_name_to_description(wnid) for wnid in thousand.label_names()}
+        used = Counter(words.values())  # two classes are called crane
+        ids = {text: wnid for wnid, text in words.items() if used[text] == 1}
+        return [f"{ids[name]}, {name}" if name in ids else name for name in names]
+    return [*names]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -31,6 +32,7 @@ from finetune.system.errors import UserError
 # What timm's conversions and its strict loading raise on tensors of another model.
 UNFIT = (RuntimeError, LookupError, AssertionError, ValueError, TypeError, AttributeError)
 
+PROJECTION = re.compile(r"(^|\.)attnpool\.c_proj\.(weight|bias)$")  # of CLIP's ResNets
 SIZES = ("img_size", "in_chans", "num_classes")  # arguments that make no other network of a ViT
 
 
@@ -239,14 +241,14 @@ def _file_args(name: str, args: dict[str, Any], path: Path, key: str | None) -> 
         """The tensors of a layout that timm reads by itself, such as those of the authors of a model."""
         if not has_stem(group, net):
             return None
-        shapes = {name: tensor.to("meta") for name, tensor in group.items()}
-        create = partial(timm.create_model, name, pretrained=True, **with_state(dict(shapes)))
-        try:
-            with torch.device("meta"):
+        # Timm takes CLIP's projection for a classifier, whose number of classes this file does not have.
+        for part in (group, {name: tensor for name, tensor in group.items() if not PROJECTION.search(name)}):
+            shapes = {name: tensor.to("meta") for name, tensor in part.items()}
+            create = partial(timm.create_model, name, pretrained=True, **with_state(dict(shapes)))
+            with contextlib.suppress(*UNFIT), torch.device("meta"):
                 _, used = traced(shapes, create, lambda net: chain(net.parameters(), net.buffers()))
-        except UNFIT:
-            return None
-        return Converted(group, used)
+                return Converted(part, used)
+        return None
 
     layouts, read = [Layout.own(wanted), *transformers_layouts(wanted)], weight_files.read_weights(path)
     found = find_weights(read.tensors, wanted, layouts, key=key, source=str(path), convert=convert)

@@ -39,6 +39,7 @@ from finetune.system.seals import check_checksum, damaged_if_unreadable
 from finetune.system.terminal import counted, printable
 
 logger = logging.getLogger("finetune")
+MEND_METADATA = "fetch it again, or save its tensors alone, without metadata, if another program wrote it"
 
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
@@ -353,7 +354,7 @@ def read_metadata(path: Path | None) -> SavedWeights:
         try:
             found[key] = parse_json(texts.get(key, "null").encode(), kind)  # type: ignore[arg-type]
         except UnfitError as error:
-            raise DamagedError.because(path, f"its metadata {key!r}: {error}", "fetch it again") from error
+            raise DamagedError.because(path, f"its metadata {key!r}: {error}", MEND_METADATA) from error
     classes = found["classes"] and {f"{path}: classes": found["classes"]}
     return SavedWeights(found["preprocess"], classes or _names_in_metadata(texts, path), found["changes"] or Network())
 
