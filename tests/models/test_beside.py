@@ -136,6 +136,31 @@ def test_transformers_files_say_network_names_and_images(tmp_path: Path) -> None
     assert found.note == "; quick_gelu, norms with epsilon 0.5 as its config.json says"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_mean": [0.5] * 3, "image_std": [0.25] * 3},
+        {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_rescale": True, "rescale_factor": 0.00392156862745098},
+        {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_normalize": False},
+        {"do_normalize": False, "rescale_factor": 1 / 127.5},
+        {"image_mean": [127.5] * 3, "image_std": [60.0] * 3, "do_rescale": False},
+        {"image_mean": [0.1] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5, "rescale_offset": True},
+    ],
+    ids=str,
+)
+def test_pixels_are_those_of_transformers_processor(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    found = read_beside(tmp_path / "w.pt", "", torch.nn.GELU(), Beside()).preprocess(
+        Preprocess(16, (0.9,) * 3, (0.9,) * 3), 0
+    )
+    pixel = 100.0  # the steps of transformers' processors, in their order
+    expected = pixel * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else pixel
+    expected -= settings.get("rescale_offset", 0)
+    if settings.get("do_normalize", True):
+        expected = (expected - settings["image_mean"][0]) / settings["image_std"][0]
+    assert (pixel / 255 - found.mean[0]) / found.std[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_names_by_number() -> None:
     assert names_of({"1": "b", "0": "a"}) == ["a", "b"] and names_of({"2": "c", "0": "a"}) == ["a", "", "c"]
     assert names_of({"10": "k", "9": "j"}) == [""] * 9 + ["j", "k"]

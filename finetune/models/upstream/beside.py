@@ -43,6 +43,10 @@ class _Processor(TypedDict, total=False):
     image_mean: list[Mean]
     image_std: list[Deviation]
     resample: int | None
+    do_normalize: bool | None
+    do_rescale: bool | None
+    rescale_factor: Annotated[float, Meta(gt=0, le=1)] | None
+    rescale_offset: bool | None  # as EfficientNet's, whose rescaled pixels lie around 0
 
 
 class _TimmConfig(TypedDict, total=False):
@@ -242,11 +246,19 @@ def _timm_images(config: _TimmConfig) -> dict[str, Any]:
 
 
 def _processor_images(place: Path) -> dict[str, Any]:
-    """Mean, deviation and interpolation of a preprocessor_config.json; empty without one for three channels."""
+    """Mean, deviation and interpolation of a preprocessor_config.json; empty without one for three channels.
+
+    Both are told for pixels from 0 to 1, and there for those that the processor has rescaled by its own factor.
+    """
     found: _Processor = _read(place, _Processor) or {}
     mean, std = tuple(found.get("image_mean", ())), tuple(found.get("image_std", ()))
+    factor = 1.0 if found.get("do_rescale") is False else found.get("rescale_factor") or 1 / 255
+    if found.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
     if not len(mean) == len(std) == 3:
         return {}
+    offset, whole = float(found.get("rescale_offset") or 0), round(255 * factor, 6)
+    mean, std = tuple((value + offset) / whole for value in mean), tuple(value / whole for value in std)
     resample = RESAMPLING.get(found.get("resample") or 0)
     return {"mean": mean, "std": std} | ({"interpolation": resample} if resample else {})
 
