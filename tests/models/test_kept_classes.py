@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune.config import Family, HeadKind, Library, ModelConf
 from finetune.models import build_model
 from finetune.models.heads.head import Head
+from finetune.models.upstream.beside import names_of_hub
 from finetune.models.upstream.class_names import names_by_row, names_in
 from finetune.system.errors import UserError
 
@@ -149,6 +150,40 @@ def test_unnamed_rows_are_the_users_classes_in_their_order_and_the_line_says_so(
     assert rows == [0, 1, 2] and "; nothing names the 3 classes of its classifier: taken for yours" in line
     # A data set with an order of its own is no folder, so nothing is unclear.
     assert kept(tmp_path, ["dog", "10", "2"])[0] == [0, 1, 2]
+
+
+FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "label_names": ({"label_names": THEIRS}, ""),
+    "in pretrained_cfg": ({"pretrained_cfg": {"classifier": "fc", "label_names": THEIRS}}, ""),
+    "id2label": ({"id2label": BY_ROW}, ""),
+    "labels": ({"labels": THEIRS}, ""),
+    "two orders": ({"label_names": THEIRS, "id2label": dict(enumerate(CLASSES))}, "name the rows of the classifier"),
+    "no names": ({"label_names": 7}, r"config\.json cannot be used: expected"),
+    "too few": ({"label_names": ["cat", "ant"]}, "into 3 classes and 2 names are known of them"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_as_the_model_names_its_classes(case: str, tmp_path: Path) -> None:
+    config, words = FOLDERS[case]
+    state = timm.create_model("resnet10t", num_classes=3).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    about = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {"classifier": "fc"}, **config}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    conf = ModelConf(family=Family.vit, name=f"local-dir:{tmp_path}", head=HeadKind.keep)
+    if words:
+        with pytest.raises(UserError, match=words):
+            build_model(conf, CLASSES)
+    else:
+        assert torch.equal(build_model(conf, CLASSES).model.net.fc.weight, state["fc.weight"][ROWS])
+
+
+def test_names_in_a_hubs_configuration_are_of_a_stranger() -> None:
+    assert names_of_hub({"label_names": ["a"], "tag": 3}, "hub") == {"hub: label_names": ["a"]}
+    assert names_of_hub({"label_names": None}, "hub") == names_of_hub({}, "hub") == {}
+    for odd in (7, [7], {"a": 1}):
+        with pytest.raises(UserError, match=r"hub: the names of its classes cannot be used"):
+            names_of_hub({"label_names": odd}, "hub")
 
 
 @pytest.mark.parametrize("names", [["ant", "ant", "cat"], ["Ant", "ANT", "cat"]])

@@ -3,6 +3,7 @@
 They name the classes of the classifier's rows, say how images are prepared, and what shapes do not show of a network.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from msgspec import Meta
 from torch import nn
 
 from finetune.core.preprocess import CropFraction, Deviation, Mean, Preprocess
-from finetune.models.upstream.class_names import Labels, Named, names_by_row, names_of
+from finetune.models.upstream.class_names import Labels, Named, names_by_row, names_in, names_of
 from finetune.models.upstream.clip_source import tower_of_weights
 from finetune.models.upstream.comparing import differences
 from finetune.models.upstream.downloads import quiet_upstream
@@ -150,7 +151,31 @@ def _named(config: _Config, timm: _TimmConfig, place: Path) -> dict[str, list[st
         "label_names": names_of(labels, described),
         "id2label": names_by_row(config.get("label2id")) if id2label is None else id2label,
     }
-    return {f"{place}: {entry}": names for entry, names in found.items() if names is not None}
+    named = {f"{place}: {entry}": names for entry, names in found.items() if names is not None}
+    return named or names_in({"labels": config.get("labels")}, str(place))
+
+
+class _Names(TypedDict):
+    label_names: Labels
+    label_descriptions: dict[str, str] | None
+
+
+def names_of_folder(folder: Path) -> Named:
+    """The names of the classes in the config.json of a folder with a model of timm; a UserError where it is odd."""
+    place = folder / "config.json"
+    config: _Config = _read(place, _Config) or {}
+    return _named(config, _timm_config(config, place), place)
+
+
+def names_of_hub(config: Mapping[str, Any], place: str) -> Named:
+    """The names of the classes in timm's configuration of weights, which a stranger wrote; a UserError where odd."""
+    try:
+        text = json.dumps({key: config.get(key) for key in _Names.__annotations__})
+        found = parse_json(text.encode(), _Names)
+    except UnfitError as error:
+        raise UserError(f"{place}: the names of its classes cannot be used: {error}") from error
+    names = names_of(found["label_names"], found["label_descriptions"])
+    return {} if names is None else {f"{place}: label_names": names}
 
 
 # What a caller of timm's `create_model` says of training, of size or of classes, and not of the network.

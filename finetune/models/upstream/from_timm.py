@@ -16,9 +16,16 @@ from finetune.config import HeadKind, ModelConf, nearest
 from finetune.core.preprocess import Preprocess
 from finetune.models.layering.timm_networks import classifier_names
 from finetune.models.upstream import glyphs, network, weight_files
-from finetune.models.upstream.beside import Beside, check_architecture, check_timm_folder, read_beside
+from finetune.models.upstream.beside import (
+    Beside,
+    check_architecture,
+    check_timm_folder,
+    names_of_folder,
+    names_of_hub,
+    read_beside,
+)
 from finetune.models.upstream.candidates import Converted, Found, find_weights
-from finetune.models.upstream.class_names import Named, names_of
+from finetune.models.upstream.class_names import Named
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.jax_archives import is_archive, whole_archive
 from finetune.models.upstream.layouts import Layout, StateDict, Wanted
@@ -159,13 +166,12 @@ def _tag_classes(net: Any, conf: ModelConf) -> Named:
     """The names of the classes of timm's own weights, or of a hub's where its configuration says them."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
-    config = net.pretrained_cfg
-    names = names_of(config.get("label_names"), config.get("label_descriptions"))
-    if names is not None:
-        return {f"the configuration of {conf.name}": names}
-    subset = None if conf.name.startswith((*HUB, FOLDER)) else infer_imagenet_subset(net)
+    if conf.name.startswith(FOLDER):
+        return names_of_folder(Path(conf.name.removeprefix(FOLDER)).expanduser())
+    named = names_of_hub(net.pretrained_cfg, conf.name)
+    subset = None if named or conf.name.startswith(HUB) else infer_imagenet_subset(net)
     if subset is None:
-        return {}
+        return named
     info: Any = ImageNetInfo(subset)
     # The id first: `n01440764, tench, Tinca tinca`; a folder may have any of these names.
     return {f"timm ({subset})": [f"{wnid}, {info.label_name_to_description(wnid)}" for wnid in info.label_names()]}
