@@ -23,7 +23,7 @@ from finetune.data.packed import PackedStrings
 from finetune.data.sources.class_labels import named, names_in_parquet
 from finetune.data.sources.data_files import DataFile
 from finetune.data.sources.layout import in_brackets
-from finetune.data.sources.parquet_images import ParquetStore, RowEnds, image_rows
+from finetune.data.sources.parquet_images import ParquetStore, RowEnds, image_rows, slow_groups
 from finetune.data.sources.stores import FileStore
 from finetune.data.sources.table_formats import ColumnBlock, read_blocks
 from finetune.data.sources.table_lists import list_tables, parts_that_lack
@@ -150,6 +150,7 @@ def find_table(conf: DataConf) -> FoundImages:
         store = TableStore(root, names, places)
     else:
         root, store = place, ParquetStore(conf.path_column, ends, places)
+        warnings += tuple(line for table in tables for line in slow_groups(table.path, conf.path_column))[:1]
     names = _names_without_place(names, root)
     several = f" ({counted(len(tables), 'file')})" if len(tables) > 1 else ""
     return FoundImages(
