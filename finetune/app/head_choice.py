@@ -28,7 +28,7 @@ def choose_head(run: Run, stop: StopSignals) -> Run:
     right, number, chance = _zero_shot(run, "val" if run.source.has("val") else "train", stop)
     is_clear = _at_least(right, number) > chance
     head = HeadKind.zeroshot if is_clear else HeadKind.random
-    conf = run.conf.choose({"model.head": head.value})
+    conf = run.conf.choose({"model.head": head})
     if is_clear:
         return dataclasses.replace(run, conf=conf)
     logger.info(

@@ -202,7 +202,8 @@ def _with_head(run: Run, session: Session, curve: Curve, stop: StopSignals) -> R
     """The run with the head that was chosen, frozen as before."""
     with outside_of_training(run.folder, "no step is lost"):
         chosen = choose_head(run, stop)
-    session.choose(chosen.conf)
+    if chosen.conf != run.conf:  # which has a number for `data.batch_size=fit`; the session keeps the word
+        session.choose(session.conf.choose({"model.head": chosen.conf.model.head}))
     if chosen.model is not run.model:
         _optimizer(chosen, curve)
     return chosen

@@ -351,5 +351,5 @@ def test_the_batch_that_auto_found_is_that_of_the_state(
 
 
 def test_a_difference_is_shown_in_the_words_that_a_person_writes() -> None:
-    assert str(Change("data.batch_size", 0, 8)) == "data.batch_size: auto -> 8"
+    assert str(Change("data.batch_size", 0, 8)) == "data.batch_size: fit -> 8"
     assert str(Change("train.patience", 0, 8)) == "train.patience: 0 -> 8"

@@ -101,7 +101,7 @@ def test_a_run_with_a_batch_that_was_chosen_goes_on(
     assert main(["resume=run"]) == 0
     assert "data.batch_size=fit" in result(folder / "run")["overrides"]  # type: ignore[operator]
     assert main(["resume=run", "data.batch_size=8"]) == 1
-    assert "data.batch_size: auto -> 8" in capsys.readouterr().err
+    assert "data.batch_size: fit -> 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_same_command", [False, True])

@@ -25,7 +25,7 @@ from finetune.__main__ import main
 from finetune.app import training
 from finetune.app.build import Run
 from finetune.app.run import run
-from finetune.config import Conf, Family, HeadKind, OnNonfinite, Precision
+from finetune.config import Conf, HeadKind, OnNonfinite, Precision
 from finetune.core import fit as fitting
 from finetune.core.finite import NotFiniteError
 from finetune.data import ImageError
@@ -208,7 +208,7 @@ def test_what_was_scored_before_training_is_scored_once(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint carries the scores, so a `result.json` that is gone takes none away."""
-    heads = {"zeroshot": {"model__family": Family.clip}, "probe": {"model__head": HeadKind.linear_probe}}
+    heads = {"zeroshot": {"model__head": HeadKind.zeroshot}, "probe": {"model__head": HeadKind.linear_probe}}
     for name, changes in heads.items():
         conf, folder = small(stripes, **changes), tmp_path / name
         with monkeypatch.context() as patch:
@@ -232,7 +232,7 @@ def test_a_resume_reads_no_class_names(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: list[str]
 ) -> None:
     """The head's weights come from the checkpoint; only the test's zero-shot score asks the text tower, at the end."""
-    conf = small(stripes, model__family=Family.clip, optim__freeze=frozen, train__save_every_steps=1)
+    conf = small(stripes, model__head=HeadKind.zeroshot, optim__freeze=frozen, train__save_every_steps=1)
     encoded = Mock(side_effect=build.zeroshot_weight)
     monkeypatch.setattr(build, "zeroshot_weight", encoded)
     with monkeypatch.context() as patch:
