@@ -238,6 +238,28 @@ def test_an_image_tower_of_open_clip_fits_timms(is_quick: bool, place: str, monk
     assert words in build(tmp_path / "w.pt", name, Library.auto, head=HeadKind.random)
 
 
+@pytest.mark.parametrize("is_openais", [True, False])
+def test_an_archive_of_openai_says_its_activation_and_another_does_not(is_openais: bool, monkeypatch, tmp_path) -> None:
+    import open_clip
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = open_clip.CLIP(**CFG, quick_gelu=is_openais).eval().visual
+            if is_openais:
+                self.register_buffer("input_resolution", torch.tensor(32))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.visual(images)
+
+    whole = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: whole(name, **{**given, **TIMM}))
+    torch.jit.save(torch.jit.trace(Whole(), torch.randn(1, 3, 32, 32), check_trace=False), tmp_path / "w.pt")
+    line = build(tmp_path / "w.pt", "vit_base_patch32_clip_224")
+    assert ("; quick_gelu as its w.pt says" in line) == is_openais
+    assert ("no open_clip_config.json beside them says their activation" in line) != is_openais
+
+
 def test_a_resnet_of_open_clip_fits_timms_with_its_attention_pool(tmp_path: Path) -> None:
     import open_clip
 

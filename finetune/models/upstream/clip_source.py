@@ -14,7 +14,7 @@ from finetune.models.heads.zeroshot import Tokenizer
 from finetune.models.upstream import glyphs, weight_files
 from finetune.models.upstream.downloads import downloads, quiet_upstream
 from finetune.models.upstream.network import FOLDER, HUB, unknown_tag
-from finetune.models.upstream.torchscript import is_torchscript
+from finetune.models.upstream.torchscript import is_openais
 from finetune.models.upstream.transformers_config import NetworkConfig
 from finetune.system.errors import UserError
 from finetune.system.reading import UnfitError, parse_json, read_file
@@ -123,7 +123,7 @@ def _built_in(conf: ModelConf, *, load: bool) -> ClipSource:
         path = _hub_weights(repository) if load else None
     elif weight_files.is_path(conf.pretrained):
         path = weight_files.path_of(conf.pretrained) if load else None
-        if path is not None and is_torchscript(path) and not cfg.get("quick_gelu", False):
+        if path is not None and is_openais(path) and not cfg.get("quick_gelu", False):
             # An error, and no silent change: a resumed run may no longer have the file, only the name.
             mend = f"model.name={name}-quickgelu"
             raise UserError(f"{path} is one of OpenAI's own archives, whose models use the quick GELU: {mend}")
@@ -186,7 +186,7 @@ def tower_of_weights(path: Path) -> tuple[NetworkConfig | None, Path]:
 
     None where that file is missing. OpenAI's own archives say it themselves: their models use the quick GELU.
     """
-    if is_torchscript(path):
+    if is_openais(path):
         return NetworkConfig(hidden_act="quick_gelu"), path
     config, place = _config_beside(path), path.with_name(HUB_CONFIG)
     if config is None:

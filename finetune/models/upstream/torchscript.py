@@ -43,6 +43,20 @@ def is_torchscript(path: Path) -> bool:
         return False
 
 
+def is_openais(path: Path) -> bool:
+    """Whether a file is one of OpenAI's archives of CLIP, which keep the size of their images beside the weights.
+
+    All of them use the quick GELU. A TorchScript archive of somebody else says nothing of its activation.
+    """
+    if not is_torchscript(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return b"input_resolution" in _Archive(archive).pickled()
+    except (NotPlainError, *ZIP_ERRORS):
+        return False  # its reader says what is wrong with it
+
+
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The parameters and buffers of a TorchScript archive by name, as its `state_dict()` gives them, on the CPU.
 
@@ -78,11 +92,10 @@ class _Archive:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        if self.top + "data.pkl" not in self.infos:
-            raise NotPlainError("it has no data.pkl, as archives of torch 1.3 and older")
+        content = self.pickled()
         if self.top + "byteorder" in self.infos and self._text("byteorder") != b"little":
             raise NotPlainError("its bytes stand in the order of another kind of processor")
-        root = read_pickle(self._text("data.pkl"))
+        root = read_pickle(content)
         if not isinstance(root, Instance):
             raise NotPlainError(f"it holds a {type(root).__name__}, not a module")
         tensors: dict[str, Tensor] = {}
@@ -90,6 +103,12 @@ class _Archive:
         if not tensors:
             raise NotPlainError("it holds no parameters and no buffers")
         return tensors
+
+    def pickled(self) -> bytes:
+        """The pickle of its modules; a NotPlainError where there is none."""
+        if self.top + "data.pkl" not in self.infos:
+            raise NotPlainError("it has no data.pkl, as archives of torch 1.3 and older")
+        return self._text("data.pkl")
 
     def _text(self, name: str) -> bytes:
         info = self.infos[self.top + name]
