@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.app.rate_plan import batch_notice, images_per_step, peak_optim, run_curve
+from finetune.app.rate_plan import batch_notice, images_per_step, peak_optim, run_curve, short_epoch_notice
 from finetune.app.rule import with_choices
 from finetune.config import Conf, Precision, PrefixCache, SourceKind
 from finetune.core.cost import count_flops, estimate_memory
@@ -69,7 +69,7 @@ def describe(
         "memory": _memory(model, conf, size),
         "compute": _compute(model, conf, size, epoch_images),
         "schedule": _schedule(conf, curve, optim.lr),
-        "notice": batch_notice(conf),
+        "notice": batch_notice(conf) or short_epoch_notice(conf, epoch_images),
     }
     return found, planned_rates(plan, curve)
 

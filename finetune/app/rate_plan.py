@@ -60,6 +60,17 @@ def batch_notice(conf: Conf) -> str | None:
     return f"{text} The rate is still {rate:g}; {offer}{reach and ';' + reach}."
 
 
+def short_epoch_notice(conf: Conf, epoch_images: int) -> str | None:
+    """A warning where an epoch has fewer images than `train.accumulate` asks of a step; None where it has enough."""
+    asked = images_per_step(conf)
+    if asked <= epoch_images or conf.train.accumulate == 1:
+        return None
+    product = f"data.batch_size={conf.data.batch_size} x train.accumulate={conf.train.accumulate}"
+    scaled = f"; optim.lr_base_batch={conf.optim.lr_base_batch} scales the rate as if it had {asked:,}"
+    text = f"BATCH: a step would have {counted(asked, 'image')} ({product}), and an epoch has {epoch_images:,}, so each"
+    return f"{text} epoch is one step{scaled if conf.optim.lr_base_batch else ''}. Lower train.accumulate."
+
+
 def plan_rates(run: Run, curve: Curve, earlier: EarlierRun, found: Saved | None, promise: Promise) -> dict[str, Any]:
     """The content of `rates.json`; if the number of epochs has changed, with the old curve under `before`.
 
@@ -96,4 +107,5 @@ def log_steps(conf: Conf, curve: Curve) -> None:
     """Log how many optimizer steps the whole run makes: it, rather than the epochs, says how far a rate can go."""
     steps, images = counted(curve.steps_per_epoch, "optimizer step"), counted(images_per_step(conf), "image")
     total = curve.epochs * curve.steps_per_epoch
-    logger.info("%s of %s each in an epoch, %s in all", steps, images, f"{total:,}")
+    most = "at most " if curve.steps_per_epoch == 1 else ""
+    logger.info("%s of %s%s each in an epoch, %s in all", steps, most, images, f"{total:,}")

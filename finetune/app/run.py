@@ -27,6 +27,7 @@ from finetune.app.rate_plan import (
     peak_optim,
     plan_rates,
     run_curve,
+    short_epoch_notice,
 )
 from finetune.app.scoring import prepare_head, score_test, score_val
 from finetune.app.session import Session, carried_over, log_summary, outcome
@@ -242,12 +243,14 @@ def _with_auto_batch(run: Run, session: Session) -> Run:
 
 
 def _curve(run: Run) -> Curve:
-    """The curve over the steps of the run; logs how many images an epoch leaves out by `data.drop_last`."""
+    """The curve over the steps of the run; logs how many images an epoch leaves out, and lacks for a whole step."""
     train = run.loader("train", train=True)
     if train.left_out:
         step = images_per_step(run.conf)
         text = "data.drop_last: an epoch leaves out %s of %d, other ones each time, since a step takes %d"
         logger.info(text, counted(train.left_out, "image"), train.num_images + train.left_out, step)
+    if notice := short_epoch_notice(run.conf, train.num_images):
+        logger.warning("%s", notice)
     return run_curve(run.conf, len(train))
 
 

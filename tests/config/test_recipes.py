@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.app.rate_plan import batch_notice, peak_optim, run_curve
+from finetune.app.rate_plan import batch_notice, peak_optim, run_curve, short_epoch_notice
 from finetune.config import Conf, DataConf, Family, HeadKind, Interval, ModelConf, Pool, SchedulerConf, find_problems
 from finetune.config.words.configuration import compose
 from finetune.core.freezing import freeze
@@ -44,6 +44,18 @@ def test_another_batch_than_the_recipes_is_said_with_the_scaled_rate() -> None:
     assert notice is not None and "peak 9.37e-06" in notice
     conf.train.accumulate = 64
     assert batch_notice(conf) is None
+
+
+def test_a_step_of_more_images_than_an_epoch_has_is_said() -> None:
+    conf = Conf()
+    conf.train.accumulate = 20
+    assert short_epoch_notice(conf, 1280) is None
+    notice = short_epoch_notice(conf, 1279)
+    assert notice is not None and "1,280 images" in notice and "an epoch has 1,279" in notice and "scale" not in notice
+    conf.optim.lr_base_batch = 256
+    assert "as if it had 1,280" in str(short_epoch_notice(conf, 100))
+    conf.train.accumulate = 1
+    assert short_epoch_notice(conf, 40) is None  # a small set in one batch is no mistake
 
 
 def test_a_warmup_in_epochs_counts_the_steps_of_this_run() -> None:
