@@ -31,7 +31,8 @@ FORMAT is one of:
   onnx          model.onnx, for onnxruntime and others
   openvino      model.xml and model.bin, for OpenVINO
   pt2           model.pt2, for torch.export.load
-  transformers  model.safetensors and config.json, for AutoModelForImageClassification.from_pretrained("DIR")
+  transformers  model.safetensors and config.json, for AutoModelForImageClassification.from_pretrained("DIR");
+                of a CLIP its image tower (CLIPVisionModelWithProjection), with the classifier beside
 The folder is loaded in a fresh process by that library alone, and its scores of validation images are compared with the
 run's. Above a difference of 1e-4 nothing is written."""
 

@@ -71,9 +71,9 @@ def load(
     """The model of a run, ready to predict with the preprocessing, the classes and the thresholds of its validation.
 
     `source` is a run directory, whose best weights are taken, a `.safetensors` file of a run, or a folder that
-    `finetune export` wrote for timm, transformers or open_clip. With `classes` it is the settings of a model that
-    reads class names, such as `model=clip_b16`: a zero-shot classifier without training. `device` and `precision` are
-    words of the settings of these names.
+    `finetune export` wrote for timm, open_clip, or, unless it is a CLIP, for transformers. With `classes` it is the
+    settings of a model that reads class names, such as `model=clip_b16`: a zero-shot classifier without training.
+    `device` and `precision` are words of the settings of these names.
 
     Raises:
         FileNotFoundError: There is nothing at `source`.
@@ -134,6 +134,9 @@ def _weights_files(source: Path) -> list[Path]:
         return [source]
     path = source / BEST_WEIGHTS
     if not path.exists():
+        if (source / "classifier.safetensors").exists() and (source / "preprocessor_config.json").exists():
+            problem = f"{shown} is a CLIP exported to transformers, which finetune does not load again"
+            raise UserError(f"{problem}; take the run, or its export to open_clip")
         for names in EXPORTED.values():
             if all(os.path.lexists(source / name) for name in names):
                 return [source / name for name in names]

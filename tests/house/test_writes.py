@@ -106,6 +106,7 @@ PLACES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("folders under such a name with our marker, whose lock is free", ("_sweep",)),
     ],
     "use/exporting/timm_folder.py": [("in the new folder of `made_at`", ("write_files",))],
+    "use/exporting/transformers_clip.py": [("in the new folder of `made_at`", ("write",))],
     "use/record.py": [
         ("files of an output that was not there, whose marker was found, or that `--overwrite` names", ("append",)),
         ("the same", ("replace_head", "commit", "finish", "_begun", "_cut", "_take_away")),

@@ -23,6 +23,8 @@ from finetune.core.preprocess import Preprocess
 from finetune.data.images.transforms import fit_square
 from finetune.data.loading.batches import in_channels, normalise
 from finetune.models.upstream import glyphs
+from finetune.models.upstream.transformers_tables import CLIP, sources
+from finetune.system.errors import UserError
 from finetune.system.files import write_json
 from finetune.system.ours import FolderKind, claim, temporary_of
 from finetune.use.exporting import checking, export
@@ -184,11 +186,33 @@ def test_open_clip_alone_gives_the_scores_of_the_run(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_transformers_alone_gives_the_scores_of_the_run(vit_run: Path, folder: Path) -> None:
+@pytest.mark.parametrize("is_clip", [False, True])
+def test_transformers_alone_gives_the_scores_of_the_run(
+    is_clip: bool, vit_run: Path, striped_run: Path, folder: Path
+) -> None:
     pytest.importorskip("transformers")
     photographs(folder / "in")
-    assert main(["export", str(vit_run), "transformers", "--out", "out", "--images", "in"]) == 0
-    assert same_scores(vit_run, folder / "out")
+    run = striped_run if is_clip else vit_run
+    assert main(["export", str(run), "transformers", "--out", "out", "--images", "in"]) == 0
+    assert is_clip or same_scores(run, folder / "out")
+
+
+def test_the_tensors_of_a_clip_are_taken_apart_as_they_are_put_together(striped_run: Path, folder: Path) -> None:
+    learned = read_learned(striped_run)
+    net = learned.built.model.net
+    export.transformers_folder.write(learned, folder)
+    theirs = load_file(folder / "model.safetensors")
+    ours = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("visual.")}
+    known = sources(ours, CLIP)
+    assert known.keys() == ours.keys() and {name for each in known.values() for name in each.names} == theirs.keys()
+    for name, source in known.items():
+        assert torch.equal(source.make(*(theirs[each] for each in source.names)), ours[name])
+    assert "vision_model.encoder.layers.5.self_attn.k_proj.bias" in theirs
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 8}
+    assert config.items() >= expected.items() and config["projection_dim"] == 64
+    with pytest.raises(UserError, match="a CLIP exported to transformers"):
+        finetune.load(folder)
 
 
 @pytest.mark.usefixtures("in_process")

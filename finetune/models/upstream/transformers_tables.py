@@ -9,7 +9,7 @@ made. Version 5 of transformers writes files with the names of version 4, but ha
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -277,13 +277,13 @@ def transformers_layouts(wanted: Wanted) -> Iterator[Layout]:
     for table in TABLES:
         if table.has and table.has not in wanted.shapes:
             continue
-        sources = {own: source for own in wanted.shapes if (source := _source(own, table.rows)) is not None}
-        if all(own in sources for own in wanted.shapes if wanted.needs(own)):
-            yield Layout(sources, table.program, IGNORED)
+        found = sources(wanted.shapes, table)
+        if all(own in found for own in wanted.shapes if wanted.needs(own)):
+            yield Layout(found, table.program, IGNORED)
             if table.live:
                 lived = {
                     own: Source(tuple(_live(name, table) for name in source.names), source.make)
-                    for own, source in sources.items()
+                    for own, source in found.items()
                 }
                 yield Layout(lived, table.program, IGNORED)
 
@@ -291,6 +291,11 @@ def transformers_layouts(wanted: Wanted) -> Iterator[Layout]:
 def table_of(program: str) -> Table:
     """The table of a layout, by the layout's name."""
     return next(table for table in TABLES if table.program == program)
+
+
+def sources(names: Iterable[str], table: Table) -> dict[str, Source]:
+    """For each of our names that a table has: the tensors of transformers of which ours is made."""
+    return {own: source for own in names if (source := _source(own, table.rows)) is not None}
 
 
 def _source(own: str, rows: tuple[Row, ...]) -> Source | None:

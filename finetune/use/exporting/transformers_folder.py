@@ -1,12 +1,15 @@
 """The format `transformers`: a folder that `AutoModelForImageClassification.from_pretrained` loads.
 
 transformers wraps every network of timm (`TimmWrapperForImageClassification`) and reads timm's own `config.json`,
-preprocessing included. So the files are those of the format `timm`.
+preprocessing included. So the files are those of the format `timm`. A CLIP is written by `transformers_clip.py`.
 """
 
 from pathlib import Path
 
-from finetune.use.exporting import timm_folder
+from finetune.config import Library
+from finetune.models.build import library_of
+from finetune.models.heads.head import TowerWithHead
+from finetune.use.exporting import timm_folder, transformers_clip
 from finetune.use.exporting.formats import Written, completed
 from finetune.use.loading import Learned
 
@@ -35,8 +38,11 @@ def write(learned: Learned, folder: Path) -> Written:
     """Write the folder.
 
     Raises:
-        UserError: timm has no such network.
+        UserError: transformers has no such network, and neither has timm.
     """
+    net = learned.built.model.net
+    if library_of(learned.conf) == Library.open_clip and isinstance(net, TowerWithHead):
+        return transformers_clip.write(learned, net, folder)
     notes = timm_folder.write_files(learned, folder)
     needs = "transformers runs this network by timm, so timm is needed too; timm alone loads the folder as well."
     return Written(completed(PROGRAM, learned), (needs, *notes))
