@@ -20,6 +20,7 @@ from finetune.system.errors import UserError
 from finetune.system.natural import natural_key
 from finetune.system.terminal import counted
 
+SHOWN = 100  # letters of a stranger's name of a class in a message
 NAME_THEM = ', or put their names, in the order of the rows, into a config.json beside them: {"label_names": ["", ""]}'
 
 
@@ -204,7 +205,7 @@ def _rows_by_name(number: int, classes: Sequence[str], named: Mapping[str, Seque
             mend = ", or save the tensors alone, and beside them a config.json with the right label_names"
             raise _not_kept(f"{first} and {place} name the rows of the classifier differently", mend)
     if all(row is None for row in rows):
-        example = f"'{fitting[first][0]}' for '{classes[0]}'"
+        example = f"'{fitting[first][0][:SHOWN]}' for '{classes[0]}'"
         raise _not_kept(f"the weights know other classes than the data, such as {example}, and none of the data's")
     return rows
 

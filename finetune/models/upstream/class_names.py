@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from finetune.models.upstream.layouts import shown
+
 # Names of classes by the place that says them, for messages; a place may list them in any number.
 Named = Mapping[str, Sequence[str]]
 Labels = list[str] | dict[str, str] | None  # in the order of the rows, or by the number of the row
@@ -65,7 +67,7 @@ def names_in(content: Mapping[Any, Any], place: str) -> dict[str, list[str]]:
         for key, value in inner.items():
             name = f"{start}{key}" if isinstance(key, str) else ""
             if name and KEYS.search(key) and (names := _names_in_value(value)):
-                found[f"{place}: {name}"] = names
+                found[f"{place}: {shown([name])}"] = names
             elif name and isinstance(value, Mapping) and depth < MAX_NESTING:
                 waiting.append((f"{name}.", value, depth + 1))
     return found
