@@ -174,6 +174,22 @@ def test_a_test_split_without_class_folders_is_left_out_and_said(tmp_path: Path)
         folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["unlabeled", "unlabeled/deep", "extra"])
+def test_a_folder_without_labels_in_a_test_split_is_left_out_and_said(tmp_path: Path, name: str) -> None:
+    source = folder(make(tmp_path, "train/cat", "train/dog", f"test/{name}", count=10))
+    assert source.classes == ("cat", "dog") and sizes(source) == {"train": 16, "val": 2, "test": 2}
+    assert f"[left out: 10 images in test/{name.split('/')[0]}]" in source.description
+    source = folder(make(tmp_path, "test/cat", count=3))
+    assert sizes(source)["test"] == 3 and "10 images in test/" in source.description
+
+
+def test_inner_classes_are_found_in_splits_that_lack_categories(tmp_path: Path) -> None:
+    inner = ["animals/cats", "animals/dogs", "plants/moss", "plants/oak"]
+    make(tmp_path, *(f"train/{path}" for path in inner), "val/animals/cats", "val/plants/oak", "test/plants/oak")
+    source = folder(tmp_path, classes=["cats", "oak", "moss"])
+    assert sizes(source) == {"train": 12, "val": 8, "test": 4} and source.splits["test"].labels.tolist() == [2] * 4
+
+
 def test_a_folder_around_the_data_is_named(tmp_path: Path) -> None:
     for name, inside, message in [
         (

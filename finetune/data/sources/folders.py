@@ -46,11 +46,11 @@ def find_folder(conf: DataConf) -> FoundImages:
         raise UserError(f"data.root={conf.root}: is not a folder; {LAYOUT}")
     left_out: Counter[str] = Counter()
     folders = split_folders(root, conf.classes, left_out) or {"train": ""}
-    has_inner = _classes_are_inner(os.path.join(root, folders["train"]) if folders["train"] else root, conf)
-    found = {
-        split: _list_classes(root, folder, split == "train", left_out, has_inner=has_inner)
-        for split, folder in folders.items()
-    }
+    inner = _inner_classes(os.path.join(root, folders["train"]) if folders["train"] else root, conf)
+    found = {split: _list_classes(root, folder, split == "train", left_out, inner) for split, folder in folders.items()}
+    for split, paths_of in found.items():
+        for name in [name for name in paths_of if name not in found["train"] and is_extra(name)]:
+            left_out[f"image in {folders[split]}/{name}"] += len(paths_of.pop(name))
     _check_train(root, folders["train"], found["train"], conf.classes)
     for split in folders:
         _check_known(root, split, found, conf.classes)
@@ -78,28 +78,28 @@ def find_folder(conf: DataConf) -> FoundImages:
     )
 
 
-def _classes_are_inner(train: str, conf: DataConf) -> bool:
-    """Whether the classes are the folders in the folders in `train`, since `data.classes` names such.
+def _inner_classes(train: str, conf: DataConf) -> dict[str, str]:
+    """Class -> path from `train` on, if `data.classes` names folders in the folders there; else empty.
 
-    Raises UserError where they may be, and neither `data.classes` nor a pattern of groups says that they are not.
+    Raises UserError where these may be the classes, and neither `data.classes` nor a pattern of groups says.
     """
     inner = inner_folders(train)
     outer = set(class_entries(train, Counter())[0])
     if not inner or (conf.classes and outer.issuperset(conf.classes)):
-        return False
+        return {}
     if conf.classes and inner.keys() >= set(conf.classes):
-        return True
+        return {name: inner[name] for name in conf.classes}
     if group_pattern(conf) is None:
         refuse_nested(train, inner)
-    return False
+    return {}
 
 
 def _list_classes(
-    root: str, folder: str, is_train: bool, left_out: Counter[str], *, has_inner: bool
+    root: str, folder: str, is_train: bool, left_out: Counter[str], inner: Mapping[str, str]
 ) -> dict[str, list[str]]:
     """The images of each class folder in `root/folder`, as sorted paths relative to `root`; adds to `left_out`.
 
-    If it `has_inner` ones, the folders in the folders are the classes.
+    If there are `inner` classes, their folders are the class folders: class -> path from `root/folder` on.
     Empty for a split other than train whose images lie in no class folder. Raises UserError where there are no images.
     """
     place = os.path.join(root, folder) if folder else root
@@ -114,7 +114,8 @@ def _list_classes(
         raise UserError(f"data.root={place}: no class folders in it{seen}; {LAYOUT}")
     classes: dict[str, list[str]] = {}
     inside: Counter[str] = Counter()
-    for name, path in (inner_folders(place) if has_inner else dict(zip(folders, folders, strict=True))).items():
+    paths = {name: path for name, path in inner.items() if os.path.isdir(os.path.join(place, path))}
+    for name, path in (paths if inner else dict(zip(folders, folders, strict=True))).items():
         start = f"{folder}/{path}" if folder else path
         classes[name] = sorted(_walk(root, start, inside, seen={identity(place)}))
     if not is_train and not any(classes.values()):
