@@ -4,12 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune.app.rule import STEPS
 from finetune.config import Conf, DataConf
+from finetune.core.metrics.intervals import wilson
 from finetune.report.reading import number
 from finetune.runs.records import Result
 from finetune.system.terminal import command, counted
 
-FEW_STEPS = 500  # below this many, a smaller batch gives more steps in the same time
 WIDE = 0.1  # of an interval: scores of different settings hide in it
 LEARNT, NOT_LEARNT = 0.995, 0.9  # top1 on train, on val
 FALLING = 0.99  # the training loss fell where it is below this part of the epoch before
@@ -54,7 +55,7 @@ def _ended_early(conf: Conf, result: Result, rows: Sequence[Mapping[str, Any]]) 
     text = f"it still got better when it ended: epoch {result['best_epoch']} of {len(rows)} is the best"
     steps: int = result["steps"]
     longer = f"train.epochs={2 * conf.train.epochs}"
-    if steps >= FEW_STEPS or conf.data.batch_size < 16:
+    if steps >= STEPS or conf.data.batch_size < 16:
         return text, [longer]
     smaller = f"data.batch_size={conf.data.batch_size // 2}"
     return f"{text}, after only {counted(steps, 'optimizer step')}", [longer, smaller]
@@ -65,9 +66,7 @@ def _small_val(conf: Conf, result: Result) -> Remark | None:
     images, score = result["data"]["val"], number(result.get("val/top1"))
     if conf.data.folds or not images or result["monitor"] != "val/top1" or not 0 <= score <= 1:
         return None
-    from scipy.stats import binomtest  # type: ignore[import-untyped, unused-ignore]
-
-    low, high = binomtest(round(score * images), images).proportion_ci(method="wilson")
+    low, high = wilson(score, images)
     if high - low < WIDE:
         return None
     text = f"val has {counted(images, 'image')}, so its top1 {score:.2f} may be {low:.2f} to {high:.2f} on others"

@@ -1,4 +1,4 @@
-"""Whether the head that class names give is worth to start from, where nobody said which head."""
+"""Whether the head that class names give is worth starting from, where nobody said which head."""
 
 import dataclasses
 import logging
@@ -8,6 +8,7 @@ import torch
 
 from finetune.app.build import Run, seeded_model
 from finetune.config import HeadKind
+from finetune.core.metrics.intervals import wilson
 from finetune.models.patches import place
 from finetune.system.signals import StopSignals
 from finetune.system.terminal import counted
@@ -26,7 +27,7 @@ def choose_head(run: Run, stop: StopSignals) -> Run:
     if "model.head" not in run.conf.open or not run.built.has_zeroshot or run.source.is_multilabel:
         return run
     right, number, chance = _zero_shot(run, "val" if run.source.has("val") else "train", stop)
-    is_clear = _at_least(right, number) > chance
+    is_clear = wilson(right / number, number)[0] > chance
     head = HeadKind.zeroshot if is_clear else HeadKind.random
     conf = run.conf.choose({"model.head": head})
     if is_clear:
@@ -59,10 +60,3 @@ def _zero_shot(run: Run, name: str, stop: StopSignals) -> tuple[int, int, float]
                 right += int((run.model(images).argmax(dim=1) == targets).sum())
     run.model.train()
     return right, len(part), part.labels.bincount().max().item() / len(part)
-
-
-def _at_least(right: int, number: int) -> float:
-    """The lower end of the 95 % interval (Wilson's) of a share."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped, unused-ignore]
-
-    return float(binomtest(right, number).proportion_ci(method="wilson").low)

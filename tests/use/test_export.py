@@ -19,6 +19,7 @@ from small_runs import ROOT, go, small
 import finetune
 from finetune.__main__ import main
 from finetune.config import Family, HeadKind, Pool
+from finetune.core.metrics.intervals import wilson
 from finetune.core.preprocess import Preprocess
 from finetune.data.images.transforms import fit_square
 from finetune.data.loading.batches import in_channels, normalise
@@ -28,7 +29,6 @@ from finetune.system.errors import UserError
 from finetune.system.files import write_json
 from finetune.system.ours import FolderKind, claim, temporary_of
 from finetune.use.exporting import checking, export
-from finetune.use.exporting.card import wilson
 from finetune.use.exporting.formats import pillow_steps
 from finetune.use.exporting.fresh import main as run_program
 from finetune.use.exporting.onnx_images import preparing

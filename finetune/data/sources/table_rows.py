@@ -23,5 +23,5 @@ class RowPlaces:
         return 0 if self._files is None else int(self._files[row]), int(self.numbers[row])
 
     def table_of(self, row: int) -> str:
-        """The path of the table of an image."""
+        """The path of the table that holds an image's row."""
         return self.tables[self.find(row)[0]]

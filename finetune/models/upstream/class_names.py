@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune.models.upstream.layouts import shown
+from finetune.models.upstream.layouts import shown, walk
 
 # Names of classes by the place that says them, for messages; a place may list them in any number.
 Named = Mapping[str, Sequence[str]]
@@ -16,7 +16,6 @@ MAX_GAPS = 10  # rows without a name, for each name
 # The keys under which programs keep them: `classes`, `class_to_idx`, `CLASSES`, `id2label`, `label_names`, `names`.
 KEYS = re.compile(r"class|label|categor|^(names|vocab)$", re.IGNORECASE)
 MAX_DIGITS = 7  # of the number of a row
-MAX_NESTING = 8  # dictionaries around them
 
 
 def names_of(labels: Labels, described: Mapping[str, str] | None = None) -> list[str] | None:
@@ -58,18 +57,14 @@ def names_by_row(rows: object) -> list[str] | None:
 def names_in(content: Mapping[Any, Any], place: str) -> dict[str, list[str]]:
     """The names of classes in the content of a checkpoint, each with `place` and the keys in front of them."""
     found: dict[str, list[str]] = {}
-    waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
-    walked: set[int] = set()
-    for start, inner, depth in waiting:  # which grows meanwhile
-        if id(inner) in walked:  # a dictionary may hold itself, or stand in many places
-            continue
-        walked.add(id(inner))
-        for key, value in inner.items():
-            name = f"{start}{key}" if isinstance(key, str) else ""
-            if name and KEYS.search(key) and (names := _names_in_value(value)):
-                found[f"{place}: {shown([name])}"] = names
-            elif name and isinstance(value, Mapping) and depth < MAX_NESTING:
-                waiting.append((f"{name}.", value, depth + 1))
+
+    def take(name: str, key: str, value: Any) -> bool:
+        names = _names_in_value(value) if KEYS.search(key) else None
+        if names:
+            found[f"{place}: {shown([name])}"] = names
+        return bool(names)
+
+    walk(content, take)
     return found
 
 

@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     Raises:
         PickleError: The pickle is damaged, or made to keep Python busy.
         NotPlainError: It is no dictionary of plain tensors.
-        UserError: It claims far more than its bytes.
+        UserError: The file claims far more values than its bytes can hold.
     """
     outside = Outside()
     with path.open("rb") as file:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ GROUPED = re.compile(r"\.\d+\.(\d+)(?=\.)")
 # An error lists at most this many names of each kind, each of them up to this length.
 NAMES_SHOWN = 5
 NAME_SHOWN = 100
+MAX_NESTING = 8  # dictionaries around a tensor or a list of names; training programs nest them less deep
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,21 @@ def shown(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
     """A list of names for a message, cut at `at_most` names."""
     cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:at_most]]
     return (", ".join(cut) or "nothing") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+def walk(content: Mapping[Any, Any], take: Callable[[str, str, Any], bool]) -> None:
+    """Call `take(name, key, value)` for each entry of a checkpoint whose key is a text.
+
+    `name` is the key behind those of the dictionaries around it, with dots. `take` says whether it took the entry; a
+    dictionary that it did not take is opened in turn, and only once where it stands in many places or holds itself.
+    """
+    waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
+    walked: set[int] = set()
+    for start, inner, depth in waiting:  # which grows meanwhile
+        if id(inner) in walked:
+            continue
+        walked.add(id(inner))
+        for key, value in inner.items():
+            name = f"{start}{key}" if isinstance(key, str) else ""
+            if name and not take(name, key, value) and isinstance(value, Mapping) and depth < MAX_NESTING:
+                waiting.append((f"{name}.", value, depth + 1))

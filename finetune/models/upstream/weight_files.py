@@ -28,7 +28,7 @@ from finetune.core.preprocess import Preprocess
 from finetune.models.upstream.class_names import KEYS, Named, names_in
 from finetune.models.upstream.inert_checkpoint import read_checkpoint
 from finetune.models.upstream.inert_tensors import NotPlainError
-from finetune.models.upstream.layouts import COUNTER, StateDict, shown
+from finetune.models.upstream.layouts import COUNTER, StateDict, shown, walk
 from finetune.models.upstream.torchscript import is_torchscript, read_torchscript
 from finetune.models.upstream.transformers_config import Network
 from finetune.models.upstream.weight_folders import INDEX, check_shard, shards_of, weights_in
@@ -43,7 +43,6 @@ MEND_METADATA = "fetch it again, or save its tensors alone, without metadata, if
 
 # The exceptions that torch's reader raises on damaged files.
 UNREADABLE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-MAX_NESTING = 8  # training programs nest the weights less deep
 
 
 @dataclass(frozen=True)
@@ -152,20 +151,16 @@ def _harmless() -> list[Any]:
 def _clean(content: Mapping[Any, Any], path: Path) -> StateDict:
     """All tensors in a file's content, by their names with the keys of the dictionaries around them, in float32."""
     tensors: StateDict = {}
-    waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
-    walked: set[int] = set()
-    for start, inner, depth in waiting:  # which grows meanwhile
-        if id(inner) in walked:  # a dictionary may hold itself, or stand in many places
-            continue
-        walked.add(id(inner))
-        for key, value in inner.items():
-            name = f"{start}{key}" if isinstance(key, str) else ""
-            if name and isinstance(value, Tensor):
-                if name in tensors:
-                    raise UserError(f"{path} is refused: two of its tensors are called {shown([name])}")
-                tensors[name] = value
-            elif name and isinstance(value, Mapping) and depth < MAX_NESTING:
-                waiting.append((f"{name}.", value, depth + 1))
+
+    def take(name: str, key: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        if name in tensors:
+            raise UserError(f"{path} is refused: two of its tensors are called {shown([name])}")
+        tensors[name] = value
+        return True
+
+    walk(content, take)
     if not tensors:
         keys = [key if isinstance(key, str) else f"a {type(key).__name__}" for key in content]
         raise UserError(f"{path} holds no weights: expected tensors by name, found {shown(keys)}")

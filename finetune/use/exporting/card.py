@@ -1,11 +1,11 @@
 """`README.md` of an exported folder: how it is loaded, and a model card with data, recipe, metrics and classes."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import finetune
+from finetune.core.metrics.intervals import wilson
 from finetune.system.files import json_text
 from finetune.system.terminal import printable
 from finetune.use.exporting.checking import Checked
@@ -101,15 +101,6 @@ def _metric_lines(about: About) -> list[str]:
         interval = "{:.4f} to {:.4f}".format(*wilson(value, images)) if name.endswith("/top1") and images else ""
         lines.append(f"| {printable(name)} | {value:.4f} | {interval} |")
     return lines
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images (Wilson 1927, equation 4)."""
-    z = 1.959964
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _class_lines(learned: Learned) -> list[str]:
